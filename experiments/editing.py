@@ -1,0 +1,479 @@
+"""The stages of an editing run, as functions that programs compose.
+
+  prepare -> edit (sequential batches, or independent ones) -> judge -> write
+
+Nothing here reads a flag. Every stage takes a `types.Progress` and adds its wall
+time to `Clock`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import pathlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import collect_moments, common
+from jaxedit import delta as delta_lib
+from jaxedit.edit.base import Editor, Info
+from jaxedit.edit.closed_form import Recipe
+from jaxedit.eval import datasets, generation, harness
+from jaxedit.models import decode, loading, saving
+from jaxedit.stats import moments as moments_lib
+from jaxedit.text import batching, templates
+from jaxedit.types import Edited, InputError, Progress, Record
+
+# Tokens that a sampled context and its full stop may add to a prompt.
+_CONTEXT_TOKENS = 16
+
+
+class Clock:
+  """Adds up wall seconds by stage."""
+
+  def __init__(self):
+    self.seconds: dict[str, float] = {}
+
+  @contextlib.contextmanager
+  def __call__(self, stage: str) -> Iterator[None]:
+    begin = time.monotonic()
+    try:
+      yield
+    finally:
+      self.add({stage: time.monotonic() - begin})
+
+  def add(self, seconds: Mapping[str, float]) -> None:
+    """Adds seconds measured elsewhere."""
+    for stage, value in seconds.items():
+      self.seconds[stage] = self.seconds.get(stage, 0.0) + value
+
+
+@dataclasses.dataclass(frozen=True)
+class Workbench:
+  """What every stage works on.
+
+  Attributes:
+    model: the unedited model; never changed.
+    tokenizer: its tokenizer.
+    loaded: the records to edit.
+    templates: context templates, the bare '{}' first.
+    batch_size: edits a batch.
+    slots: edits optimised side by side in one tile.
+  """
+
+  model: loading.Model
+  tokenizer: Any
+  loaded: datasets.Loaded
+  templates: tuple[str, ...]
+  batch_size: int
+  slots: int
+
+  @property
+  def records(self) -> Sequence[Record]:
+    return self.loaded.records
+
+  def batches(self) -> list[list[int]]:
+    """Indices of the records of every batch."""
+    count, size = len(self.records), self.batch_size
+    return [list(range(i, min(i + size, count))) for i in range(0, count, size)]
+
+  def tiles(self, indices: Sequence[int]) -> tuple[batching.Tile, ...]:
+    """Encodes some records for an editor."""
+    encoded = batching.encode_edits(
+        self.tokenizer,
+        [self.records[i] for i in indices],
+        self.templates,
+        max_tokens=self.model.spec.max_positions,
+    )
+    return batching.make_tiles(encoded, slots=min(self.slots, len(indices)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """What editing gave.
+
+  Attributes:
+    edited: the change; of independent batches, [n, batches, M, .] factors.
+    owner: batch of every record, for independent batches, else None.
+    info: of all records together.
+  """
+
+  edited: Edited
+  owner: tuple[int, ...] | None
+  info: Info
+
+
+def record_check(tokenizer: Any, max_positions: int) -> Any:
+  """The check of a loader: what a tokenizer must be able to find in a record."""
+  return batching.edit_check(
+      tokenizer,
+      (templates.BARE,),
+      max_tokens=max_positions - _CONTEXT_TOKENS,
+  )
+
+
+def sample_templates(
+    model: loading.Model, tokenizer: Any, seed: int
+) -> tuple[str, ...]:
+  """Draws context templates from the model itself, as MEMIT does (top 5).
+
+  Args:
+    model: the unedited model.
+    tokenizer: its tokenizer.
+    seed: of the draw.
+
+  Returns:
+    The bare '{}' and five sampled templates.
+  """
+
+  def sample(prompts: list[str], seed: int, length: int) -> list[str]:
+    starts = [tokenizer(prompt)['input_ids'] for prompt in prompts]
+    texts = decode.generate(
+        model.spec,
+        model.params,
+        starts,
+        max_new_tokens=length - min(map(len, starts)),
+        temperature=1.0,
+        top_k=5,
+        seed=seed,
+    )
+    whole = [(s + t)[:length] for s, t in zip(starts, texts)]
+    return tokenizer.batch_decode(whole, skip_special_tokens=True)
+
+  return templates.sample_templates(
+      sample, seed=seed, special_tokens=tokenizer.all_special_tokens
+  )
+
+
+def prepare_moments(
+    bench: Workbench,
+    recipe: Recipe,
+    *,
+    path: str | None,
+    corpus: str,
+    tokens: int | None,
+    seed: int,
+    progress: Progress,
+) -> moments_lib.Moments:
+  """Loads second moments, or collects and keeps them.
+
+  Args:
+    bench: what to work on.
+    recipe: the method; its layers are needed.
+    path: a file of collect_moments, a folder of published .npz files, or None
+      to collect, unless an earlier run has done so.
+    corpus: text to collect from, see `stats.corpora`.
+    tokens: how many, or None for 20 a key dimension.
+    seed: of the text.
+    progress: progress display.
+
+  Returns:
+    The moments.
+
+  Raises:
+    InputError: the file is damaged, of another model, or lacks a layer.
+  """
+  model, layers = bench.model, recipe.layers
+  if path and pathlib.Path(path).is_dir():
+    return moments_lib.load_npz(
+        path,
+        layers=layers,
+        width=moments_lib.key_width(model.spec, recipe.site),
+        model_hash=model.hash,
+        site=recipe.site,
+    )
+  load = lambda file: moments_lib.load(file, model_hash=model.hash, layers=layers)
+  if path:
+    return load(path)
+  dtype = model.params['embed']['embedding'].dtype.name
+  what = (model.hash, model.spec, dtype, layers, recipe.site, corpus, tokens, seed)
+  name = hashlib.sha256(repr(what).encode()).hexdigest()
+  kept = common.cache_dir() / 'moments' / f'{name[:24]}.safetensors'
+  if kept.exists():
+    return load(kept)
+  kept.parent.mkdir(parents=True, exist_ok=True)
+  report = collect_moments.collect(
+      collect_moments.Config(
+          layers=layers,
+          out=kept,
+          corpus=corpus,
+          tokens=tokens,
+          seed=seed,
+          site=recipe.site,
+      ),
+      model,
+      bench.tokenizer,
+      progress,
+  )
+  return report.moments
+
+
+def edit_in_sequence(
+    bench: Workbench, editor: Editor, state: Any, progress: Progress
+) -> Outcome:
+  """Edits batch after batch, each on the model that the last one left.
+
+  Args:
+    bench: what to work on.
+    editor: the method.
+    state: what its `init` returned.
+    progress: progress display.
+
+  Returns:
+    The sum of all changes.
+  """
+  params, total, infos = bench.model.params, Edited(), []
+  batches = bench.batches()
+  for i, indices in enumerate(batches):
+    edited, state, info = editor.edit(
+        params, state, bench.tiles(indices), progress
+    )
+    total = delta_lib.add(total, edited)
+    infos.append(info)
+    if i + 1 < len(batches):
+      # From the base each time: bf16 weights are rounded once, not once a batch.
+      params = delta_lib.apply(bench.model.params, total)
+  total = Edited(deltas=tuple(delta_lib.compact(d) for d in total.deltas))
+  return Outcome(total, None, _join(infos))
+
+
+def edit_apart(
+    bench: Workbench, editor: Editor, state: Any, progress: Progress
+) -> Outcome:
+  """Edits batches that know nothing of each other.
+
+  Args:
+    bench: what to work on.
+    editor: the method.
+    state: what its `init` returned; every batch starts from it.
+    progress: progress display.
+
+  Returns:
+    The changes side by side, one a batch.
+  """
+  batches = bench.batches()
+  if bench.batch_size == 1:
+    everything = bench.tiles(range(len(bench.records)))
+    edited, _, info = editor.edit_each(
+        bench.model.params, state, everything, progress
+    )
+    return Outcome(edited, tuple(range(len(bench.records))), info)
+  edits, infos = [], []
+  for indices in batches:
+    edited, _, info = editor.edit(
+        bench.model.params, state, bench.tiles(indices), progress
+    )
+    edits.append(_pad(edited, bench.batch_size))
+    infos.append(info)
+  owner = tuple(b for b, indices in enumerate(batches) for _ in indices)
+  return Outcome(delta_lib.stack(edits), owner, _join(infos))
+
+
+def _pad(edited: Edited, rank: int) -> Edited:
+  """Fills factors with zero rows, so that batches of any size stack."""
+  grow = lambda x: jnp.pad(x, ((0, 0), (0, rank - x.shape[1]), (0, 0)))
+  return jax.tree.map(grow, edited)
+
+
+def _join(infos: Sequence[Info]) -> Info:
+  """Puts the reports of batches end to end."""
+  seconds: dict[str, float] = {}
+  for info in infos:
+    for stage, value in info.seconds.items():
+      seconds[stage] = seconds.get(stage, 0.0) + value
+  return Info(
+      jax.tree.map(lambda *x: np.concatenate(x), *(i.targets for i in infos)),
+      np.concatenate([i.written for i in infos]),
+      np.concatenate([i.distance for i in infos], axis=1),
+      seconds,
+  )
+
+
+def replace_model(bench: Workbench, model: loading.Model) -> Workbench:
+  """The same records and tokenizer on another model."""
+  return dataclasses.replace(bench, model=model)
+
+
+def judge(
+    bench: Workbench,
+    outcome: Outcome | None,
+    base: harness.Evaluation | None,
+    **settings: Any,
+) -> harness.Evaluation:
+  """Evaluates the edited model, or the unedited one.
+
+  Args:
+    bench: what to work on.
+    outcome: what editing gave; None for the unedited model.
+    base: the unedited model's evaluation.
+    **settings: of `harness.evaluate`.
+
+  Returns:
+    The evaluation of all records, each under the change it belongs to.
+  """
+  evaluate = lambda edited, records, **more: harness.evaluate(
+      bench.model.spec,
+      bench.model.params,
+      edited,
+      records,
+      bench.tokenizer,
+      base=base,
+      **settings,
+      **more,
+  )
+  if outcome is None:
+    return evaluate(Edited(), bench.records)
+  if outcome.owner is None:
+    return evaluate(outcome.edited, bench.records)
+  return evaluate(
+      Edited(), bench.records, stack=outcome.edited, owner=outcome.owner
+  )
+
+
+def knowledge(
+    evaluation: harness.Evaluation,
+) -> dict[str, float]:
+  """What the unedited model knows of the facts to be overwritten.
+
+  Args:
+    evaluation: of the unedited model.
+
+  Returns:
+    'prefers_true' and 'completes_true', fractions of the records with a true
+    object; empty where there are none.
+  """
+  summary = evaluation.summary
+  names = {'prefers_true': 'true_preferred', 'completes_true': 'true_acc'}
+  return {
+      name: summary[metric]['mean']
+      for name, metric in names.items()
+      if metric in summary
+  }
+
+
+def save_folder(
+    bench: Workbench,
+    outcome: Outcome,
+    folder: pathlib.Path,
+    *,
+    keep_float32: bool,
+    keep_original: bool,
+) -> saving.SaveReport:
+  """Merges the change and writes a Hugging Face folder.
+
+  Args:
+    bench: what to work on.
+    outcome: a change that all records share.
+    folder: the folder to write.
+    keep_float32: write edited matrices in float32 instead of the source's dtype.
+    keep_original: keep the replaced matrices beside, for an exact restore.
+
+  Returns:
+    The rounding that merging cost.
+  """
+  model = bench.model
+  merged = delta_lib.apply(model.params, outcome.edited, dtype=jnp.float32)
+  changed = [
+      (f'layers/{delta.site}/kernel', layer)
+      for delta in outcome.edited.deltas
+      for layer in delta.layers
+  ]
+  return saving.save_model(
+      model.folder,
+      folder,
+      model.spec,
+      merged,
+      changed=changed,
+      dtype='float32' if keep_float32 else None,
+      keep_original=keep_original,
+  )
+
+
+def record_rows(
+    bench: Workbench,
+    info: Info,
+    pre: harness.Evaluation,
+    post: harness.Evaluation,
+) -> list[dict[str, Any]]:
+  """One JSON object a record: the edit, how it went, before and after."""
+  finite = lambda x: float(x) if np.isfinite(x) else None
+  rows = []
+  for i, record in enumerate(bench.records):
+    drop = lambda entry: {
+        k: v for k, v in entry.items() if k not in ('number', 'id')
+    }
+    rows.append({
+        'number': record.number,
+        'id': record.id,
+        'prompt': record.prompt,
+        'subject': record.subject,
+        'target_new': record.target_new,
+        'target_true': record.target_true,
+        'written': bool(info.written[i]),
+        'loss': finite(info.targets.loss[i]),
+        'likelihood': finite(info.targets.likelihood[i]),
+        'steps': int(info.targets.steps[i]),
+        'distance': [finite(x) for x in info.distance[:, i]],
+        'before': drop(pre.per_record[i]),
+        'after': drop(post.per_record[i]),
+    })
+  return rows
+
+
+def metric_tables(
+    evaluations: Mapping[str, harness.Evaluation],
+) -> dict[str, dict[str, Any]]:
+  """The results of evaluations by name, as plain numbers.
+
+  Args:
+    evaluations: name ('pre', 'post', ...) -> evaluation.
+
+  Returns:
+    'metrics' (name -> id -> fraction), 'intervals' (name -> id -> [low, high],
+    95% bootstrap over records) and 'counts' (name -> id -> records).
+  """
+  tables: dict[str, dict[str, Any]] = {
+      'metrics': {}, 'intervals': {}, 'counts': {}
+  }
+  for name, evaluation in evaluations.items():
+    items = evaluation.summary.items()
+    tables['metrics'][name] = {k: v['mean'] for k, v in items}
+    tables['intervals'][name] = {k: [v['low'], v['high']] for k, v in items}
+    tables['counts'][name] = {k: v['n'] for k, v in items}
+  return tables
+
+
+def require_some(info: Info) -> None:
+  """Refuses a run in which no edit could be written.
+
+  Raises:
+    InputError: no loss stayed finite.
+  """
+  if len(info.written) and not info.written.any():
+    raise InputError(
+        'no edit was written: every loss stopped being finite; lower'
+        ' --value_rate or load the model with --dtype=float32'
+    )
+
+
+def stop_tokens(bench: Workbench) -> tuple[int, ...]:
+  """Tokens that end a free generation, found once a run."""
+  return generation.stop_ids(bench.tokenizer, bench.model.spec.vocab)
+
+
+def write_delta(
+    path: pathlib.Path, outcome: Outcome, metadata: Mapping[str, Any]
+) -> None:
+  """Writes the change with what it was made for."""
+  independent = outcome.owner is not None
+  delta_lib.save(
+      path, outcome.edited, {**metadata, 'independent': independent}
+  )
+
+

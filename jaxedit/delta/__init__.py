@@ -1,0 +1,16 @@
+"""The delta is the product: apply, add, stack, save and load it."""
+
+from jaxedit.delta.algebra import add, apply, compact, kernel, one, rows, stack
+from jaxedit.delta.files import load, save
+
+__all__ = [
+    'add',
+    'apply',
+    'compact',
+    'kernel',
+    'load',
+    'one',
+    'rows',
+    'save',
+    'stack',
+]

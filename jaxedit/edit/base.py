@@ -1,0 +1,51 @@
+"""What every editor is: two or three pure functions, no state of its own.
+
+  state                  = editor.init(params, moments)
+  edited, state, info    = editor.edit(params, state, batch)
+
+`edit` never changes `params`: it returns a delta (`types.Edited`). What lasts from
+one batch to the next is explicit in `state`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxedit.types import Targets
+
+
+class Info(NamedTuple):
+  """What an edit reports, as numpy arrays over the E edits of its batch.
+
+  Attributes:
+    targets: the optimised states.
+    written: [E] bool, False for an edit whose loss stopped being finite; it is
+      not part of the delta.
+    distance: [n + 1, E] |z - z_now| / |z - z0| before each of the n edited
+      layers was written and after the last.
+    seconds: wall time of 'optimize' and 'insert'.
+  """
+
+  targets: Targets
+  written: np.ndarray
+  distance: np.ndarray
+  seconds: dict[str, float]
+
+
+class Editor(NamedTuple):
+  """A method bound to a model's architecture.
+
+  Attributes:
+    init: (params, moments) -> state.
+    edit: (params, state, tiles) -> (edited, state, info): all edits of the
+      batch together, as one change.
+    edit_each: same, every edit alone: the factors have an edit axis
+      [n, E, M, .], and row e is the model in which only edit e was made.
+  """
+
+  init: Callable[..., Any]
+  edit: Callable[..., Any]
+  edit_each: Callable[..., Any]

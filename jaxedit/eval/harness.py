@@ -1,0 +1,343 @@
+"""Evaluates an edited model on records: one call scores, one generates.
+
+For every record these rows are scored (see `scoring`):
+
+  edit prompt, paraphrases    answers: new object, old object if it is known
+  neighbours                  answers: their own right one, new object
+  probes of portability       answer: their own
+
+and, unless switched off, the model continues the edit prompt and the first
+paraphrase by itself (see `generation`). Equal rows of different records are
+scored once. `metrics` says what each number means.
+
+A record without `target_true` has no probability metrics at its edit prompt and
+paraphrases, as these compare two objects; its accuracies stay.
+
+With a stack of changes every record is judged under the edit that `owner`
+names, so that many models, each with one edit, are evaluated side by side.
+
+It reads no files, writes none and takes no times.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxedit.eval import generation, metrics, scoring
+from jaxedit.models.spec import ModelSpec
+from jaxedit.types import (
+    Edited,
+    InputError,
+    Params,
+    Progress,
+    Record,
+    silent,
+)
+
+_EDIT, _PARAPHRASE, _NEIGHBOUR = 'edit', 'paraphrase', 'neighbour'
+# Group -> ids of its success, magnitude, all-correct and token metrics.
+_GROUPS = {
+    _EDIT: ('es', 'em', 'es_acc', 'reliability'),
+    _PARAPHRASE: ('ps', 'pm', 'ps_acc', 'generalization'),
+    _NEIGHBOUR: ('ns', 'nm', 'ns_acc', 'locality_correct'),
+}
+# group, prompt, answers
+_Question = tuple[str, str, tuple[str, ...]]
+_Groups = Mapping[str, Sequence[Sequence[scoring.Scored]]]
+
+
+class _Key(NamedTuple):
+  """What makes two rows equal."""
+
+  owner: int
+  prompt: str
+  answers: tuple[str, ...]
+
+
+class _Results(NamedTuple):
+  """What the model gave, by row."""
+
+  keys: Sequence[Sequence[_Key]]  # of each record, as `_questions` lists them
+  spoken: Sequence[Mapping[str, _Key | None]]  # of each record, see `_spoken`
+  scores: Mapping[_Key, Sequence[scoring.Scored]]
+  texts: Mapping[_Key, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """How a model did.
+
+  Attributes:
+    per_record: for each record a dict of plain JSON types: 'number', 'id',
+      'metrics' (id -> value), 'nll_new' and 'nll_true' (nats a token at the
+      edit prompt; None where there is no old object or the model's number is
+      not finite) and, if texts were generated, 'text' and 'paraphrase_text'
+      (None without a paraphrase).
+    summary: metric id -> {'mean', 'low', 'high', 'n'}, see `metrics.aggregate`.
+    preferred: for each record and each of its neighbours the most probable
+      tokens at the right answer; what `base` is read for.
+  """
+
+  per_record: list[dict[str, Any]]
+  summary: dict[str, dict[str, Any]]
+  preferred: tuple[tuple[tuple[int, ...], ...], ...]
+
+
+def evaluate(
+    spec: ModelSpec,
+    params: Params,
+    edited: Edited,
+    records: Sequence[Record],
+    tokenizer: Any,
+    *,
+    base: Evaluation | None = None,
+    stack: Edited | None = None,
+    owner: Sequence[int] | None = None,
+    max_new_tokens: int = generation.MAX_NEW_TOKENS,
+    stop: Sequence[int] | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Evaluation:
+  """Evaluates a model on records.
+
+  Args:
+    spec: the architecture.
+    params: canonical parameters of the unedited model.
+    edited: a change that all records share.
+    records: the facts, with what they are judged by.
+    tokenizer: a fast transformers tokenizer.
+    base: the unedited model's evaluation of the same records, for
+      `locality_agreement`; without it that metric is absent.
+    stack: E changes side by side, see `scoring.score`.
+    owner: an index into the stack a record; 0, 1, 2, ... if not given.
+    max_new_tokens: length of generated texts, tokens; 0 generates none.
+    stop: tokens that end a text; found in the tokenizer if not given, which
+      takes a moment for every call.
+    batch_size: rows a batch.
+    seed: of the intervals.
+    progress: progress display.
+
+  Returns:
+    The evaluation.
+
+  Raises:
+    InputError: records that the model cannot take, all at once; a base of other
+      records; a stack that does not fit.
+  """
+  if stack is not None and owner is None:
+    owner = range(len(records))
+  scoring.check_stack(edited, stack, owner, len(records))
+  _check_base(base, records)
+  keys = _keys(records, owner)
+  unique = list(dict.fromkeys(itertools.chain.from_iterable(keys)))
+  encoded = scoring.encode_rows(tokenizer, [key[1:] for key in unique])
+  rows = dict(zip(unique, encoded))
+  spoken = [
+      _spoken(own, record) if max_new_tokens else {}
+      for own, record in zip(keys, records)
+  ]
+  _check_rows(records, keys, _faults(spec, rows, spoken, max_new_tokens))
+  settings = dict(batch_size=batch_size, progress=progress, stack=stack)
+
+  def owners(chosen: Sequence[_Key]) -> list[int] | None:
+    return None if stack is None else [key.owner for key in chosen]
+
+  scored = scoring.score(
+      spec, params, edited, encoded, owner=owners(unique), **settings
+  )
+  said: list[str] = []
+  chosen = list(dict.fromkeys(k for own in spoken for k in own.values() if k))
+  if chosen:
+    if stop is None:
+      stop = generation.stop_ids(tokenizer, spec.vocab)
+    said = generation.free_generation(
+        spec,
+        params,
+        edited,
+        [rows[key].prompt for key in chosen],
+        tokenizer=tokenizer,
+        stop=stop,
+        owner=owners(chosen),
+        max_new_tokens=max_new_tokens,
+        **settings,
+    )
+  texts = dict(zip(chosen, said))
+  results = _Results(keys, spoken, dict(zip(unique, scored)), texts)
+  return _assemble(records, results, base=base, seed=seed)
+
+
+def _keys(
+    records: Sequence[Record], owner: Sequence[int] | None
+) -> list[list[_Key]]:
+  """Lists what every record is scored on, see `_questions`."""
+  owner = [0] * len(records) if owner is None else owner
+  return [
+      [_Key(own, prompt, answers) for _, prompt, answers in _questions(record)]
+      for record, own in zip(records, owner)
+  ]
+
+
+def _questions(record: Record) -> list[_Question]:
+  """Lists what a record is scored on, the edit prompt and paraphrases first."""
+  objects = (record.target_new,)
+  if record.target_true is not None:
+    objects += (record.target_true,)
+  questions = [(_EDIT, record.question, objects)]
+  questions += [(_PARAPHRASE, p, objects) for p in record.paraphrases]
+  questions += [
+      (_NEIGHBOUR, probe.prompt, (probe.answer, record.target_new))
+      for probe in record.neighbours
+  ]
+  questions += [
+      (metrics.PORTABILITY + kind, probe.prompt, (probe.answer,))
+      for kind, probes in record.portability.items()
+      for probe in probes
+  ]
+  return questions
+
+
+def _check_base(base: Evaluation | None, records: Sequence[Record]) -> None:
+  """Refuses a base that was made of other records."""
+  if base is None:
+    return
+  judged = [(entry['number'], entry['id']) for entry in base.per_record]
+  counts = list(map(len, base.preferred))
+  if judged != [(r.number, r.id) for r in records] or counts != [
+      len(r.neighbours) for r in records
+  ]:
+    raise InputError(
+        f'the unedited model was evaluated on {len(judged)} other records than'
+        f' the {len(records)} given now; evaluate it on the same ones.'
+    )
+
+
+def _faults(
+    spec: ModelSpec,
+    rows: Mapping[_Key, scoring.Row],
+    spoken: Sequence[Mapping[str, _Key | None]],
+    new: int,
+) -> dict[_Key, str]:
+  """Finds rows that cannot be scored, or continued by `new` tokens."""
+  faults = {}
+  for key in (key for own in spoken for key in own.values() if key):
+    if len(rows[key].prompt) + new > spec.max_positions:
+      faults[key] = (
+          f'its {len(rows[key].prompt)} tokens and {new} generated ones are'
+          f' more than the {spec.max_positions} positions of the model; shorten'
+          ' it or generate fewer'
+      )
+  for key, row in rows.items():
+    fault = scoring.fault(spec, row)
+    if fault:
+      faults[key] = fault
+  return faults
+
+
+def _check_rows(
+    records: Sequence[Record],
+    keys: Sequence[Sequence[_Key]],
+    faults: Mapping[_Key, str],
+) -> None:
+  """Raises one error for all faulty rows, by record."""
+  problems = [
+      f'record {record.number} (id {record.id}), prompt {key.prompt[:60]!r}:'
+      f' {faults[key]}.'
+      for record, own in zip(records, keys)
+      for key in own
+      if key in faults
+  ]
+  if problems:
+    raise InputError(*problems)
+
+
+def _spoken(keys: Sequence[_Key], record: Record) -> dict[str, _Key | None]:
+  """Picks the rows of a record whose prompts the model continues."""
+  paraphrase = keys[1] if record.paraphrases else None
+  return {'text': keys[0], 'paraphrase_text': paraphrase}
+
+
+def _assemble(
+    records: Sequence[Record],
+    results: _Results,
+    *,
+    base: Evaluation | None,
+    seed: int,
+) -> Evaluation:
+  """Turns scores and texts into metrics."""
+  entries, preferred = [], []
+  for i, (record, keys) in enumerate(zip(records, results.keys)):
+    groups: dict[str, list[Sequence[scoring.Scored]]] = {}
+    for (group, _, _), key in zip(_questions(record), keys):
+      groups.setdefault(group, []).append(results.scores[key])
+    spoken = results.spoken[i].items()
+    said = {name: results.texts.get(key) for name, key in spoken}
+    values = _score_metrics(groups) | _text_metrics(record, said)
+    answers = groups.get(_NEIGHBOUR, ())
+    preferred.append(tuple(scores[0].argmax for scores in answers))
+    if base is not None and answers:
+      values['locality_agreement'] = metrics.agreement(
+          preferred[-1], base.preferred[i]
+      )
+    ((new, *true),) = groups[_EDIT]
+    entries.append(
+        {
+            'number': record.number,
+            'id': record.id,
+            'nll_new': _finite(new.nll),
+            'nll_true': _finite(true[0].nll) if true else None,
+            'metrics': values,
+            **said,
+        }
+    )
+  summary = metrics.aggregate([e['metrics'] for e in entries], seed)
+  return Evaluation(entries, summary, tuple(preferred))
+
+
+def _score_metrics(groups: _Groups) -> dict[str, float]:
+  """Metrics of one record that need its scores alone."""
+  values = {}
+  for group, prompts in groups.items():
+    wanted = [scores[0] for scores in prompts]
+    correct = [answer.correct for answer in wanted]
+    if group not in _GROUPS:
+      values[group] = metrics.token_accuracy(correct)
+      continue
+    success, magnitude, every, token = _GROUPS[group]
+    if len(prompts[0]) == 2:
+      pairs = [(first.nll, second.nll) for first, second in prompts]
+      values[success] = metrics.success(pairs)
+      values[magnitude] = metrics.magnitude(pairs)
+      if group == _EDIT:
+        true = [scores[1].correct for scores in prompts]
+        values['true_preferred'] = metrics.success([p[::-1] for p in pairs])
+        values['true_acc'] = metrics.all_correct(true)
+    values[every] = metrics.all_correct(correct)
+    values[token] = metrics.token_accuracy(correct)
+  return values
+
+
+def _text_metrics(
+    record: Record, said: Mapping[str, str | None]
+) -> dict[str, float]:
+  """Metrics of one record that need its generated texts."""
+  values = {}
+  text, paraphrased = said.get('text'), said.get('paraphrase_text')
+  if text is not None:
+    match = generation.exact_match(text, record.target_new)
+    values['exact_match'] = float(match)
+    holds = generation.contains(text, record.target_new)
+    values['contains'] = float(holds)
+  if paraphrased is not None:
+    holds = generation.contains(paraphrased, record.target_new)
+    values['paraphrase_contains'] = float(holds)
+  return values
+
+
+def _finite(nll: float) -> float | None:
+  """JSON has no NaN and no infinity."""
+  return nll if math.isfinite(nll) else None

@@ -1,0 +1,270 @@
+"""One transformer block as a Flax linen module.
+
+A block reads its weights from the canonical tree (see `spec`), takes
+interventions as arguments and returns what it saw:
+
+  sequential:       h += attn(norm(h));  h += mlp(norm'(h))
+  parallel:         h += attn(norm(h)) + mlp(norm'(h))
+  parallel_shared:  h += attn(norm(h)) + mlp(norm(h))
+
+The residual h is f32 or wider whatever the weights are; the inputs of matrix
+products are cast to the dtype of the weights and their sums are f32 or wider. A
+run with f32 weights uses matmul precision 'highest'.
+
+Not here: dropout, training-only parts, the loop over layers (`decoder`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxedit.models.spec import ModelSpec
+from jaxedit.types import Array
+
+# Stands for minus infinity: a row with no visible column stays finite.
+MASKED = -1e30
+
+_ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    'silu': jax.nn.silu,
+    'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+    'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+def wide(dtype: Any) -> Any:
+  """The dtype of residuals, sums and losses for weights of `dtype`."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def einsum(equation: str, x: Array, y: Array) -> Array:
+  """Contracts in the dtype of `y`, summing in f32 or wider."""
+  out = wide(y.dtype)
+  return jnp.einsum(
+      equation,
+      x.astype(y.dtype),
+      y,
+      precision='highest' if y.dtype == out else 'default',
+      preferred_element_type=out,
+  )
+
+
+def change(x: Array, delta: tuple[Array, ...]) -> Array:
+  """Applies one kernel change, in f32 or wider.
+
+  Args:
+    x: [B, T, in] input of the linear map.
+    delta: (kernel [in, out],), or factors (key [M, in], value [M, out]), or
+      (key [B, M, in], value [B, M, out]) for a change of its own a row.
+
+  Returns:
+    [B, T, out] what the change adds to the map's output.
+  """
+  x = x.astype(wide(x.dtype))
+  if len(delta) == 1:
+    return einsum('btf,fd->btd', x, delta[0])
+  key, value = delta
+  rows = 'b' if key.ndim == 3 else ''
+  scores = einsum(f'btf,{rows}mf->btm', x, key)
+  return einsum(f'btm,{rows}md->btd', scores, value)
+
+
+class Norm(nn.Module):
+  """RMS or layer normalisation, in f32 or wider."""
+
+  spec: ModelSpec
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    size = (x.shape[-1],)
+    scale = self.param('scale', nn.initializers.ones, size)
+    if self.spec.norm == 'layer':
+      x = x - jnp.mean(x, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    x = x * jax.lax.rsqrt(variance + self.spec.norm_eps) * scale
+    if self.spec.norm == 'layer':
+      x = x + self.param('bias', nn.initializers.zeros, size)
+    return x.astype(wide(scale.dtype))
+
+
+class Linear(nn.Module):
+  """A linear map [in, out] with an optional change of its kernel."""
+
+  features: int
+  use_bias: bool
+
+  @nn.compact
+  def __call__(self, x: Array, delta: tuple[Array, ...] | None) -> Array:
+    kernel = self.param(
+        'kernel',
+        nn.initializers.lecun_normal(),
+        (x.shape[-1], self.features),
+    )
+    y = einsum('btf,fd->btd', x, kernel)
+    if self.use_bias:
+      y = y + self.param('bias', nn.initializers.zeros, (self.features,))
+    return y if delta is None else y + change(x, delta)
+
+
+def rotate(x: Array, angles: Array, style: str) -> Array:
+  """Rotates the leading part of every head by its position.
+
+  Args:
+    x: [B, T, heads, H].
+    angles: [B, T, R / 2] radians, R the rotated part of a head.
+    style: 'half' or 'interleaved'.
+
+  Returns:
+    [B, T, heads, H], in the dtype of x.
+  """
+  size = 2 * angles.shape[-1]
+  cos, sin = (f(angles)[:, :, None, :] for f in (jnp.cos, jnp.sin))
+  part = x[..., :size].astype(angles.dtype)
+  if style == 'half':
+    a, b = jnp.split(part, 2, axis=-1)
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+  else:
+    a, b = part[..., ::2], part[..., 1::2]
+    turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    turned = turned.reshape(part.shape)
+  return jnp.concatenate([turned.astype(x.dtype), x[..., size:]], axis=-1)
+
+
+def attend(
+    q: Array,
+    kv: tuple[Array, Array],
+    prefix: tuple[Array, Array] | None,
+    *,
+    mask: Array,
+    scale: float,
+) -> Array:
+  """Grouped-query attention over prefix and own columns, without joining them.
+
+  Args:
+    q: [B, T, N, H].
+    kv: keys and values of the own columns, each [B, T, G, H].
+    prefix: keys and values of P earlier columns, each [B, P, G, H], or None.
+    mask: [B, T, P + T] bool, True where a query may look.
+    scale: factor on the logits.
+
+  Returns:
+    [B, T, N * H] in f32 or wider.
+  """
+  batch, columns, _, size = q.shape
+  groups = kv[0].shape[2]
+  q = q.reshape(batch, columns, groups, -1, size) * scale
+  parts = [kv] if prefix is None else [prefix, kv]
+  logits = jnp.concatenate(
+      [einsum('btgnh,bsgh->bgnts', q, key) for key, _ in parts], axis=-1
+  )
+  weights = jax.nn.softmax(jnp.where(mask[:, None, None], logits, MASKED))
+  mixed, first = 0.0, 0
+  for _, value in parts:
+    last = first + value.shape[1]
+    mixed += einsum('bgnts,bsgh->btgnh', weights[..., first:last], value)
+    first = last
+  return mixed.reshape(batch, columns, -1)
+
+
+class Block(nn.Module):
+  """One block; see the module head for its three shapes.
+
+  Call arguments:
+    h: [B, T, D] residual.
+    mask: [B, T, P + T] bool.
+    angles: [B, T, R / 2] rotary angles, or None.
+    prefix: keys and values of P earlier columns, or None.
+    deltas: site -> kernel change, as `change` takes it.
+    intervene: (site, activation) -> activation, applied to the outputs 'attn',
+      'mlp' and 'block'.
+
+  Returns:
+    ([B, T, D] residual, what was seen: 'attn', 'mlp', 'block', 'kv' and the
+    input of every linear map by its site).
+  """
+
+  spec: ModelSpec
+
+  @nn.compact
+  def __call__(self, h, mask, angles, prefix, deltas, intervene):
+    spec = self.spec
+    seen: dict[str, Any] = {}
+    run = _Recorder(deltas, seen)
+    x = Norm(spec, name='attn_norm')(h)
+    a = _Attention(spec, name='attn')(x, mask, angles, prefix, run)
+    seen['attn'] = a = intervene('attn', a)
+    if spec.residual == 'sequential':
+      h = h + a
+      x = Norm(spec, name='mlp_norm')(h)
+    elif spec.residual == 'parallel':
+      x = Norm(spec, name='mlp_norm')(h)
+    m = _Mlp(spec, name='mlp')(x, run)
+    seen['mlp'] = m = intervene('mlp', m)
+    h = h + m if spec.residual == 'sequential' else h + a + m
+    seen['block'] = h = intervene('block', h)
+    return h, seen
+
+
+class _Recorder:
+  """Hands linear maps their change and keeps what they were given."""
+
+  def __init__(self, deltas: Mapping[str, Any], seen: dict[str, Any]):
+    self.deltas, self.seen = deltas, seen
+
+  def __call__(self, site: str, linear: Linear, x: Array) -> Array:
+    self.seen[site] = x
+    return linear(x, self.deltas.get(site))
+
+
+class _Attention(nn.Module):
+  """Self-attention with rotary or no positions."""
+
+  spec: ModelSpec
+
+  @nn.compact
+  def __call__(self, x, mask, angles, prefix, run):
+    spec = self.spec
+
+    def project(name: str, heads: int) -> Array:
+      linear = Linear(heads * spec.head_size, spec.qkv_bias, name=name)
+      y = run(f'attn/{name}', linear, x)
+      return y.reshape(*x.shape[:2], heads, spec.head_size)
+
+    q = project('q', spec.heads)
+    k, v = (project(name, spec.kv_heads) for name in ('k', 'v'))
+    if angles is not None:
+      q, k = (rotate(y, angles, spec.rotary) for y in (q, k))
+    # Keys and values are stored, and contracted, in the dtype of the weights.
+    store = self.variables['params']['k']['kernel'].dtype
+    kv = (k.astype(store), v.astype(store))
+    run.seen['kv'] = kv
+    scale = spec.attn_scale or spec.head_size**-0.5
+    mixed = attend(q, kv, prefix, mask=mask, scale=scale)
+    out = Linear(spec.width, spec.out_bias, name='out')
+    return run('attn/out', out, mixed)
+
+
+class _Mlp(nn.Module):
+  """Plain or gated MLP."""
+
+  spec: ModelSpec
+
+  @nn.compact
+  def __call__(self, x, run):
+    spec = self.spec
+
+    def project(name: str) -> Array:
+      linear = Linear(spec.mlp_width, spec.mlp_bias, name=name)
+      return run(f'mlp/{name}', linear, x)
+
+    activation = _ACTIVATIONS[spec.activation]
+    if spec.gated:
+      inner = activation(project('gate')) * project('up')
+    else:
+      inner = activation(project('up'))
+    down = Linear(spec.width, spec.mlp_bias, name='down')
+    return run('mlp/down', down, inner)

@@ -1,0 +1,409 @@
+"""Runs any part of a decoder over stacked parameters.
+
+  embed -> run_layers(start, stop) -> logits
+
+The loop is our own scan over layer *indices* of the full stack: slicing the
+stack inside jit would copy the weights. The range is cut where an edited or a
+tapped layer begins or ends, and each piece is one scan, so a run compiles as
+many block bodies as it has pieces, whatever its depth.
+
+Interventions are arguments (`patches`, `deltas`), observations are return
+values (`taps`); there is no state. Axes as in `jaxedit.types`; n is the number of
+layers run.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxedit import ops
+from jaxedit.models.blocks import Block, Norm, einsum, wide
+from jaxedit.models.spec import ModelSpec, RopeScaling
+from jaxedit.types import (
+    KV,
+    PADDING,
+    TRUNK,
+    Array,
+    Columns,
+    Delta,
+    LowRank,
+    Params,
+    Patch,
+    Tap,
+)
+
+# Saves the results of weight products and recomputes the rest: the weight slice
+# of a layer is not kept for the backward pass, which plain AD would do.
+SAVE_PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+
+
+def token_columns(valid: Array) -> Columns:
+  """Describes padded rows of one text each.
+
+  Args:
+    valid: [B, T] bool, False at padding on either side.
+
+  Returns:
+    Columns with positions from 0 at the first valid column and one trunk.
+  """
+  valid = jnp.asarray(valid)
+  position = jnp.maximum(jnp.cumsum(valid, axis=-1) - 1, 0)
+  segment = jnp.where(valid, TRUNK, PADDING)
+  return Columns(position.astype(jnp.int32), segment.astype(jnp.int32))
+
+
+def visible(query: Columns, key: Columns, window: int | None) -> Array:
+  """Says which key columns a query column sees (see `types.Columns`).
+
+  Args:
+    query: [B, T] columns.
+    key: [B, S] columns.
+    window: sliding window in tokens, or None.
+
+  Returns:
+    [B, T, S] bool.
+  """
+  q = Columns(query.position[:, :, None], query.segment[:, :, None])
+  k = Columns(key.position[:, None, :], key.segment[:, None, :])
+  mask = (k.position <= q.position) & (k.segment != PADDING)
+  mask &= (k.segment == TRUNK) | (k.segment == q.segment)
+  if window is not None:
+    mask &= q.position - k.position < window
+  return mask
+
+
+def rope_frequencies(
+    size: int, theta: float, scaling: RopeScaling | None
+) -> np.ndarray:
+  """Angular frequencies of rotary positions.
+
+  Args:
+    size: rotated part of a head.
+    theta: base of the wavelengths.
+    scaling: stretching, or None.
+
+  Returns:
+    [size / 2] float64, radians a token.
+
+  Source: Su et al. 2021 (arXiv 2104.09864); the llama3 stretching as released
+  with Llama 3.1.
+  """
+  freq = theta ** -(np.arange(0, size, 2) / size)
+  if scaling is None:
+    return freq
+  if scaling.kind == 'linear':
+    return freq / scaling.factor
+  turns = scaling.original_max_positions * freq / (2 * np.pi)
+  low, high = scaling.low_freq_factor, scaling.high_freq_factor
+  kept = np.clip((turns - low) / (high - low), 0, 1)
+  return freq * (kept + (1 - kept) / scaling.factor)
+
+
+def _angles(spec: ModelSpec, position: Array, dtype: Any) -> Array | None:
+  """[B, T, R / 2] rotary angles, or None for a model without them."""
+  if spec.rotary == 'none':
+    return None
+  freq = rope_frequencies(spec.rotary_size, spec.rope_theta, spec.rope_scaling)
+  return position[..., None].astype(dtype) * jnp.asarray(freq, dtype)
+
+
+def embed(
+    spec: ModelSpec, params: Params, tokens: Array, columns: Columns
+) -> Array:
+  """Looks up token (and learned position) embeddings.
+
+  Args:
+    spec: the architecture.
+    params: canonical parameters.
+    tokens: [B, T] int32.
+    columns: [B, T] columns.
+
+  Returns:
+    [B, T, D] residual, f32 or wider.
+  """
+  table = params['embed']['embedding']
+  h = table[tokens].astype(wide(table.dtype))
+  if spec.learned_positions:
+    h += params['embed']['position'][columns.position].astype(h.dtype)
+  return h
+
+
+def final_norm(spec: ModelSpec, params: Params, h: Array) -> Array:
+  """Applies the norm before the head to [..., D]."""
+  return Norm(spec).apply({'params': params['final_norm']}, h)
+
+
+def _head(spec: ModelSpec, params: Params) -> tuple[Array, Array | None]:
+  """The head's kernel [D, V] and bias; a tied kernel is a view."""
+  if spec.tied:
+    kernel = params['embed']['embedding'].T
+  else:
+    kernel = params['head']['kernel']
+  return kernel, params['head']['bias'] if spec.head_bias else None
+
+
+def logits(spec: ModelSpec, params: Params, h: Array) -> Array:
+  """Turns the last residual into next-token logits.
+
+  Args:
+    spec: the architecture.
+    params: canonical parameters.
+    h: [..., D] output of the last block.
+
+  Returns:
+    [..., V] f32 or wider.
+  """
+  kernel, bias = _head(spec, params)
+  out = einsum('...d,dv->...v', final_norm(spec, params, h), kernel)
+  return out if bias is None else out + bias
+
+
+def label_logprob(
+    spec: ModelSpec, params: Params, h: Array, labels: Array
+) -> tuple[Array, Array]:
+  """Scores labels at given residuals, without keeping their logits.
+
+  Args:
+    spec: the architecture.
+    params: canonical parameters.
+    h: [..., D] output of the last block.
+    labels: [...] int32 ids.
+
+  Returns:
+    ([...] log-probability in nats, [...] int32 most probable id).
+  """
+  kernel, bias = _head(spec, params)
+  x = final_norm(spec, params, h).reshape(-1, spec.width).astype(kernel.dtype)
+  logprob, best = ops.linear_logprob(x, kernel, bias, labels.reshape(-1))
+  return logprob.reshape(labels.shape), best.reshape(labels.shape)
+
+
+def _intervene(patches: Sequence[Patch], layer: Array) -> Callable:
+  """Builds the function that a block applies to its outputs."""
+
+  def apply(site: str, x: Array) -> Array:
+    for patch in patches:
+      if patch.site != site:
+        continue
+      here = jnp.arange(x.shape[1]) == patch.column[:, None]
+      here &= layer == patch.layer
+      value = patch.value[:, None].astype(x.dtype)
+      value = x + value if patch.mode == 'add' else value
+      x = jnp.where(here[..., None], value, x)
+    return x
+
+  return apply
+
+
+def layer_params(params: Params, layer: Array | int) -> Params:
+  """Picks one layer's weights; the index may be traced."""
+  pick = functools.partial(
+      jax.lax.dynamic_index_in_dim, index=layer, axis=0, keepdims=False
+  )
+  return jax.tree.map(pick, params['layers'])
+
+
+def run_layer(
+    spec: ModelSpec,
+    params: Params,
+    h: Array,
+    columns: Columns,
+    *,
+    layer: Array | int,
+    deltas: Mapping[str, tuple[Array, ...]] | None = None,
+) -> tuple[Array, dict[str, Any]]:
+  """Runs one layer whose number may be traced.
+
+  Args:
+    spec: the architecture.
+    params: canonical parameters.
+    h: [B, T, D] residual.
+    columns: [B, T] columns.
+    layer: layer number.
+    deltas: site -> factors of this layer, as `blocks.change` takes them.
+
+  Returns:
+    ([B, T, D] residual, what the block saw, see `blocks.Block`).
+  """
+  mask = visible(columns, columns, spec.window)
+  return Block(spec).apply(
+      {'params': layer_params(params, layer)},
+      h,
+      mask,
+      _angles(spec, columns.position, h.dtype),
+      None,
+      deltas or {},
+      lambda site, x: x,
+  )
+
+
+def sweep_layers(
+    spec: ModelSpec,
+    params: Params,
+    h: Array,
+    columns: Columns,
+    *,
+    start: Array | int,
+    stop: Array | int,
+) -> Array:
+  """Runs layers start to stop - 1, both traced; not differentiable.
+
+  Args:
+    spec: the architecture.
+    params: canonical parameters.
+    h: [B, T, D] residual before layer `start`.
+    columns: [B, T] columns.
+    start: first layer.
+    stop: one past the last layer.
+
+  Returns:
+    [B, T, D] residual after layer stop - 1.
+  """
+
+  def body(layer: Array, h: Array) -> Array:
+    return run_layer(spec, params, h, columns, layer=layer)[0]
+
+  return jax.lax.fori_loop(start, stop, body, h)
+
+
+def _factors(delta: Delta) -> tuple[Array, ...]:
+  """The arrays of a change, each with the layer axis in front."""
+  if isinstance(delta, LowRank):
+    return delta.key, delta.value
+  return (delta.kernel,)
+
+
+def _pieces(
+    start: int, stop: int, marked: Sequence[tuple[int, ...]]
+) -> list[tuple[int, int, tuple[int, ...]]]:
+  """Cuts [start, stop) where membership in the marked layer sets changes.
+
+  Returns:
+    (first, end, which sets hold these layers) of every piece.
+  """
+
+  def active(layer: int) -> tuple[int, ...]:
+    return tuple(i for i, layers in enumerate(marked) if layer in layers)
+
+  groups = itertools.groupby(range(start, stop), key=active)
+  runs = [(list(layers), sets) for sets, layers in groups]
+  return [(layers[0], layers[-1] + 1, sets) for layers, sets in runs]
+
+
+def run_layers(
+    spec: ModelSpec,
+    params: Params,
+    h: Array,
+    columns: Columns,
+    *,
+    start: int,
+    stop: int,
+    prefix: KV | None = None,
+    patches: Sequence[Patch] = (),
+    deltas: Sequence[Delta] = (),
+    taps: Sequence[Tap] = (),
+    remat: Callable | None = None,
+) -> tuple[Array, tuple[Any, ...]]:
+  """Runs layers start to stop - 1.
+
+  Args:
+    spec: the architecture.
+    params: canonical parameters.
+    h: [B, T, D] residual before layer `start`.
+    columns: [B, T] columns of h.
+    start: first layer, static.
+    stop: one past the last layer, static.
+    prefix: keys and values of earlier columns for exactly these layers.
+    patches: interventions on activations.
+    deltas: kernel changes, applied lazily; those of other layers are ignored.
+    taps: what to observe.
+    remat: a checkpoint policy (e.g. `SAVE_PRODUCTS`) where gradients flow.
+
+  Returns:
+    ([B, T, D] residual after layer stop - 1; for every tap its readings, stacked
+    over those of its layers that were run).
+  """
+  mask = visible(columns, columns, spec.window)
+  if prefix is not None:
+    before = visible(columns, prefix.columns, spec.window)
+    mask = jnp.concatenate([before, mask], axis=-1)
+  angles = _angles(spec, columns.position, h.dtype)
+  readings: list[list[Any]] = [[] for _ in taps]
+  marked = [d.layers for d in deltas] + [t.layers for t in taps]
+  for first, end, sets in _pieces(start, stop, marked):
+    changes = [deltas[i] for i in sets if i < len(deltas)]
+    watching = [i - len(deltas) for i in sets if i >= len(deltas)]
+
+    def body(h, xs, changes=changes, watching=watching):
+      layer, kv, factors = xs
+      h, seen = Block(spec).apply(
+          {'params': layer_params(params, layer)},
+          h,
+          mask,
+          angles,
+          kv,
+          {d.site: f for d, f in zip(changes, factors)},
+          _intervene(patches, layer),
+      )
+      return h, [taps[i].read(seen[taps[i].site]) for i in watching]
+
+    def part(array: Array, offset: int, first=first, end=end) -> Array:
+      return array[first - offset : end - offset]
+
+    kv = None
+    if prefix is not None:
+      kv = (part(prefix.key, start), part(prefix.value, start))
+    factors = [
+        tuple(part(f, first - d.layers.index(first)) for f in _factors(d))
+        for d in changes
+    ]
+    if remat is not None:
+      body = jax.checkpoint(body, policy=remat)
+    h, seen = jax.lax.scan(body, h, (jnp.arange(first, end), kv, factors))
+    for i, reading in zip(watching, seen):
+      readings[i].append(reading)
+  join = lambda *parts: jnp.concatenate(parts, axis=0)
+  return h, tuple(jax.tree.map(join, *r) if r else None for r in readings)
+
+
+def forward(
+    spec: ModelSpec,
+    params: Params,
+    tokens: Array,
+    columns: Columns,
+    *,
+    patches: Sequence[Patch] = (),
+    deltas: Sequence[Delta] = (),
+) -> Array:
+  """Runs the whole model.
+
+  Args:
+    spec: the architecture.
+    params: canonical parameters.
+    tokens: [B, T] int32.
+    columns: [B, T] columns, e.g. `token_columns(tokens != pad)`.
+    patches: interventions on activations.
+    deltas: kernel changes, applied lazily.
+
+  Returns:
+    [B, T, V] logits, f32 or wider.
+  """
+  h = embed(spec, params, tokens, columns)
+  h, _ = run_layers(
+      spec,
+      params,
+      h,
+      columns,
+      start=0,
+      stop=spec.layers,
+      patches=patches,
+      deltas=deltas,
+  )
+  return logits(spec, params, h)

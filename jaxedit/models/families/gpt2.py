@@ -1,0 +1,71 @@
+"""GPT-2: learned positions, biases everywhere, fused q, k, v, a tied head.
+
+Its linear maps are Conv1D and hold [in, out] already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxedit.models import spec as spec_lib
+from jaxedit.models.families import common
+from jaxedit.models.tensors import Source, fused, linear
+
+PREFIX = 'transformer.'
+_BLOCK = 'transformer.h.{}'
+TENSORS = {
+    'embed/embedding': Source('transformer.wte.weight'),
+    'embed/position': Source('transformer.wpe.weight'),
+    'layers/attn_norm/scale': Source(f'{_BLOCK}.ln_1.weight'),
+    'layers/attn_norm/bias': Source(f'{_BLOCK}.ln_1.bias'),
+    **fused(f'{_BLOCK}.attn.c_attn', 'thirds'),
+    'layers/attn/out/kernel': Source(f'{_BLOCK}.attn.c_proj.weight'),
+    'layers/attn/out/bias': Source(f'{_BLOCK}.attn.c_proj.bias'),
+    'layers/mlp_norm/scale': Source(f'{_BLOCK}.ln_2.weight'),
+    'layers/mlp_norm/bias': Source(f'{_BLOCK}.ln_2.bias'),
+    'layers/mlp/up/kernel': Source(f'{_BLOCK}.mlp.c_fc.weight'),
+    'layers/mlp/up/bias': Source(f'{_BLOCK}.mlp.c_fc.bias'),
+    'layers/mlp/down/kernel': Source(f'{_BLOCK}.mlp.c_proj.weight'),
+    'layers/mlp/down/bias': Source(f'{_BLOCK}.mlp.c_proj.bias'),
+    'final_norm/scale': Source('transformer.ln_f.weight'),
+    'final_norm/bias': Source('transformer.ln_f.bias'),
+    'head/kernel': linear('lm_head.weight'),
+}
+IGNORED = (f'{_BLOCK}.attn.bias', f'{_BLOCK}.attn.masked_bias')
+
+# n_ctx repeats n_positions; reorder_and_upcast_attn changes rounding only.
+_HARMLESS = ('n_ctx', 'reorder_and_upcast_attn')
+
+
+def spec_from_hf(config: Mapping[str, Any]) -> spec_lib.ModelSpec:
+  """Reads a GPT-2 config; see `families.spec_from_hf`."""
+  fields = common.Fields('gpt2', config)
+  width = fields.integer('n_embd')
+  heads = fields.integer('n_head')
+  fields.must_be('scale_attn_by_inverse_layer_idx', False)
+  fields.must_be('add_cross_attention', False)
+  scaled = fields.flag('scale_attn_weights', True)
+  spec = spec_lib.ModelSpec(
+      family='gpt2',
+      layers=fields.integer('n_layer'),
+      width=width,
+      mlp_width=fields.integer('n_inner', 4 * width),
+      heads=heads,
+      kv_heads=heads,
+      head_size=fields.head_size(width, heads, explicit=False),
+      vocab=fields.integer('vocab_size'),
+      max_positions=fields.integer('n_positions', 1024),
+      norm='layer',
+      norm_eps=fields.number('layer_norm_epsilon', 1e-5),
+      activation=fields.activation('activation_function', 'gelu_new'),
+      gated=False,
+      rotary='none',
+      learned_positions=True,
+      qkv_bias=True,
+      out_bias=True,
+      mlp_bias=True,
+      tied=fields.flag('tie_word_embeddings', True),
+      attn_scale=None if scaled else 1.0,
+  )
+  return fields.finish(spec, _HARMLESS)

@@ -1,0 +1,585 @@
+"""GGUF files of the llama architecture, turned into Hugging Face folders.
+
+A GGUF file is a header (keys and values, then a table of tensors) followed by
+aligned tensor data. Blocks of 32 weights share their constants:
+
+  Q8_0   w = d q                q in [-128, 127], d in half precision
+  Q4_0   w = d (q - 8)          q in [0, 15]
+  Q4_1   w = d q + m            q in [0, 15], m in half precision
+
+and F32, F16 and BF16 hold plain numbers. The rows of the q and k maps of a
+llama file are permuted: GGUF rotates neighbouring pairs, Hugging Face the two
+halves of a head, so row (head, pair, part) goes back to (head, part, pair).
+
+Every length in the header is checked against the file before it is used, so a
+damaged file yields a sentence. The values of Q4 and Q8 blocks are not exact in
+bfloat16; float32 keeps them.
+
+Sources: the GGUF format description of the ggml project; block layouts come
+from its `gguf` package. Not covered: other architectures, mixtures of experts,
+biases, K-quants, big-endian files, and frequency factors stored as a tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import pathlib
+import shutil
+import struct
+import uuid
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from jaxedit import types
+from jaxedit.models import tokenizer as tokenizer_lib
+
+TENSOR_TYPES = ('F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1')
+
+_SCALARS = {
+    0: 'u1', 1: 'i1', 2: '<u2', 3: '<i2', 4: '<u4', 5: '<i4', 6: '<f4',
+    7: '?', 10: '<u8', 11: '<i8', 12: '<f8',
+}  # fmt: skip
+_STRING, _ARRAY = 8, 9
+
+_OUTPUTS = {
+    'float32': ('F32', np.dtype(np.float32)),
+    'bfloat16': ('BF16', np.dtype(ml_dtypes.bfloat16)),
+}
+
+_LAYER_NAMES = {
+    'attn_norm': 'input_layernorm',
+    'attn_q': 'self_attn.q_proj',
+    'attn_k': 'self_attn.k_proj',
+    'attn_v': 'self_attn.v_proj',
+    'attn_output': 'self_attn.o_proj',
+    'ffn_norm': 'post_attention_layernorm',
+    'ffn_gate': 'mlp.gate_proj',
+    'ffn_up': 'mlp.up_proj',
+    'ffn_down': 'mlp.down_proj',
+}
+
+# The `llama.*` keys that the config below accounts for. Any other key might
+# change the mathematics, so it is refused.
+_KNOWN_KEYS = frozenset({
+    'vocab_size', 'context_length', 'block_count', 'embedding_length',
+    'feed_forward_length', 'attention.head_count', 'attention.head_count_kv',
+    'attention.layer_norm_rms_epsilon', 'attention.key_length',
+    'attention.value_length', 'rope.dimension_count', 'rope.freq_base',
+    'rope.scaling.type', 'rope.scaling.factor',
+    'rope.scaling.original_context_length', 'rope.scaling.finetuned',
+    'expert_count', 'expert_used_count',
+})  # fmt: skip
+
+
+class TensorInfo(NamedTuple):
+  """One row of a GGUF file's table of tensors.
+
+  Attributes:
+    shape: outermost axis first, as numpy has it.
+    kind: the number of the ggml type.
+    start: bytes from the beginning of the tensor data.
+  """
+
+  shape: tuple[int, ...]
+  kind: int
+  start: int
+
+
+class Header(NamedTuple):
+  """What precedes the tensor data.
+
+  Attributes:
+    metadata: keys and values; arrays are lists.
+    tensors: name -> `TensorInfo`.
+    data_start: bytes from the beginning of the file to the tensor data.
+  """
+
+  metadata: dict[str, Any]
+  tensors: dict[str, TensorInfo]
+  data_start: int
+
+
+class _Damaged(Exception):
+  """A header that cannot be read on; the message is half a sentence."""
+
+
+class _Cursor:
+  """Reads a buffer front to back and never past its end."""
+
+  def __init__(self, data: mmap.mmap):
+    self.data = data
+    self.at = 0
+
+  def take(self, size: int) -> bytes:
+    if size > len(self.data) - self.at:
+      raise _Damaged(f'it ends inside the header, at byte {len(self.data)}')
+    self.at += size
+    return self.data[self.at - size : self.at]
+
+  def scalar(self, code: str) -> Any:
+    return np.frombuffer(self.take(np.dtype(code).itemsize), code)[0].item()
+
+  def string(self) -> str:
+    raw = self.take(self.scalar('<u8'))
+    try:
+      return raw.decode('utf-8')
+    except UnicodeDecodeError as error:
+      raise _Damaged(f'the text before byte {self.at} is not UTF-8') from error
+
+  def value(self, kind: int) -> Any:
+    if kind in _SCALARS:
+      return self.scalar(_SCALARS[kind])
+    if kind == _STRING:
+      return self.string()
+    if kind != _ARRAY:
+      raise _Damaged(f'there is no value type {kind} (before byte {self.at})')
+    kind, count = self.scalar('<u4'), self.scalar('<u8')
+    if kind in _SCALARS:
+      dtype = np.dtype(_SCALARS[kind])
+      return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
+    if kind == _STRING:
+      return [self.string() for _ in range(count)]
+    raise _Damaged(f'there are no arrays of type {kind} (byte {self.at})')
+
+
+def _read_header(data: mmap.mmap) -> Header:
+  """Parses the header; raises _Damaged."""
+  cursor = _Cursor(data)
+  cursor.take(4)  # the magic, checked by the caller
+  version = cursor.scalar('<u4')
+  if version & 0xFFFF == 0:
+    raise _Damaged('it is big-endian, which is not supported')
+  if version not in (2, 3):
+    raise _Damaged(f'its format version is {version}; known are 2 and 3')
+  tensor_count, key_count = cursor.scalar('<u8'), cursor.scalar('<u8')
+  metadata: dict[str, Any] = {}
+  for _ in range(key_count):
+    key = cursor.string()
+    metadata[key] = cursor.value(cursor.scalar('<u4'))
+  tensors: dict[str, TensorInfo] = {}
+  for _ in range(tensor_count):
+    name = cursor.string()
+    if name in tensors:
+      raise _Damaged(f'tensor {name!r} is listed twice')
+    axes = cursor.scalar('<u4')
+    if not 1 <= axes <= 4:
+      raise _Damaged(f'tensor {name!r} claims {axes} axes')
+    shape = tuple(reversed([cursor.scalar('<u8') for _ in range(axes)]))
+    tensors[name] = TensorInfo(
+        shape, cursor.scalar('<u4'), cursor.scalar('<u8')
+    )
+  alignment = metadata.get('general.alignment', 32)
+  if not isinstance(alignment, int) or alignment <= 0:
+    raise _Damaged(f'its alignment is {alignment!r}')
+  return Header(metadata, tensors, -(-cursor.at // alignment) * alignment)
+
+
+def _import_gguf() -> Any:
+  """Imports the optional package that knows the block layouts."""
+  try:
+    import gguf
+  except ImportError as error:
+    raise types.InputError(
+        'Reading a .gguf file needs the package gguf: run pip install'
+        " 'jaxedit[gguf]'."
+    ) from error
+  return gguf
+
+
+def _size_faults(path: pathlib.Path, header: Header, size: int) -> list[str]:
+  """Lists tensors of unknown types and tensors that leave the file."""
+  gguf = _import_gguf()
+  names = {kind.value: kind.name for kind in gguf.GGMLQuantizationType}
+  problems = []
+  unknown: dict[str, list[str]] = {}
+  for name, info in header.tensors.items():
+    kind = names.get(info.kind, f'number {info.kind}')
+    if kind not in TENSOR_TYPES:
+      unknown.setdefault(kind, []).append(name)
+      continue
+    block, block_bytes = gguf.GGML_QUANT_SIZES[info.kind]
+    if info.shape[-1] % block:
+      problems.append(
+          f'{path}: tensor {name} has rows of {info.shape[-1]} weights, not'
+          f' whole {kind} blocks of {block}; the file is damaged.'
+      )
+      continue
+    count = 1
+    for length in info.shape:  # Python integers: a damaged shape must not wrap
+      count *= length
+    end = header.data_start + info.start + count // block * block_bytes
+    if end > size:
+      problems.append(
+          f'{path}: tensor {name} ends at byte {end} but the file has {size}'
+          ' bytes; it is truncated: fetch it again.'
+      )
+  for kind, members in unknown.items():
+    problems.append(
+        f'{path}: {len(members)} tensors (first: {members[0]}) are of type'
+        f' {kind}; readable are {", ".join(TENSOR_TYPES)}.'
+    )
+  return problems
+
+
+def _config(path: pathlib.Path, header: Header, dtype: str) -> dict[str, Any]:
+  """Derives the fields of a LlamaConfig; raises InputError."""
+  meta = header.metadata
+  problems = []
+
+  def number(key: str, kind: type = int, default: Any = None) -> Any:
+    value = meta.get(f'llama.{key}', default)
+    if type(value) is not kind or not 0 < value < float('inf'):
+      problems.append(
+          f'{path}: llama.{key} is {value!r}; a positive {kind.__name__} is'
+          ' needed.'
+      )
+      return kind(1)
+    return value
+
+  width, heads = number('embedding_length'), number('attention.head_count')
+  epsilon = number('attention.layer_norm_rms_epsilon', float)
+  embedding = header.tensors.get('token_embd.weight')
+  config = {
+      'architectures': ['LlamaForCausalLM'],
+      'model_type': 'llama',
+      'hidden_act': 'silu',
+      'hidden_size': width,
+      'intermediate_size': number('feed_forward_length'),
+      'num_hidden_layers': number('block_count'),
+      'num_attention_heads': heads,
+      'num_key_value_heads': number('attention.head_count_kv', int, heads),
+      'head_dim': number('attention.key_length', int, width // heads),
+      'max_position_embeddings': number('context_length'),
+      'rms_norm_eps': _decimal(epsilon),
+      'rope_theta': _decimal(number('rope.freq_base', float, 10000.0)),
+      'rope_scaling': _rope_scaling(path, meta, problems),
+      'attention_bias': False,
+      'mlp_bias': False,
+      'tie_word_embeddings': 'output.weight' not in header.tensors,
+      'dtype': dtype,
+      'vocab_size': embedding.shape[0] if embedding else 0,
+  }
+  for role, key in (('bos', 'bos'), ('eos', 'eos'), ('pad', 'padding')):
+    config[f'{role}_token_id'] = meta.get(f'tokenizer.ggml.{key}_token_id')
+  problems += _config_faults(path, header, config)
+  if problems:
+    raise types.InputError(*problems)
+  return config
+
+
+def _decimal(value: float) -> float:
+  """Returns the shortest decimal that is the same float32 (1e-05, say)."""
+  return float(str(np.float32(value)))
+
+
+def _rope_scaling(
+    path: pathlib.Path, meta: dict[str, Any], problems: list[str]
+) -> dict[str, Any] | None:
+  """Translates the rotary scaling; adds to the problems what it cannot."""
+  kind = meta.get('llama.rope.scaling.type', 'none')
+  factor = meta.get('llama.rope.scaling.factor', 1.0)
+  if kind == 'none':
+    return None
+  if kind == 'linear' and isinstance(factor, float) and factor > 0:
+    return {'rope_type': 'linear', 'factor': _decimal(factor)}
+  problems.append(
+      f'{path}: the rotary scaling {kind!r} with factor {factor!r} is not'
+      " supported; known are 'none' and 'linear'."
+  )
+  return None
+
+
+def _config_faults(
+    path: pathlib.Path, header: Header, config: dict[str, Any]
+) -> list[str]:
+  """Lists settings that a LlamaConfig cannot say or that disagree."""
+  meta = header.metadata
+  problems = [
+      f'{path}: the key {key} may change the computation and is not supported.'
+      for key in meta
+      if key.startswith('llama.') and key[len('llama.') :] not in _KNOWN_KEYS
+  ]
+  size, rows = config['head_dim'], config['vocab_size']
+  for key, needed in (
+      ('llama.attention.value_length', (size,)),
+      ('llama.rope.dimension_count', (size,)),
+      ('llama.vocab_size', (rows,)),
+      ('llama.expert_count', (0,)),
+      ('split.count', (1, 0)),  # both mean that all is in one file
+  ):
+    if meta.get(key, needed[0]) not in needed:
+      problems.append(
+          f'{path}: {key} is {meta[key]!r} where {needed[0]} is expected; such'
+          ' models are not supported.'
+      )
+  heads, kv_heads = config['num_attention_heads'], config['num_key_value_heads']
+  if heads % kv_heads or size % 2:
+    problems.append(
+        f'{path}: {heads} query heads, {kv_heads} key heads and head size'
+        f' {size} do not fit together.'
+    )
+  if config['num_hidden_layers'] > len(header.tensors):
+    problems.append(
+        f'{path}: {config["num_hidden_layers"]} layers but'
+        f' {len(header.tensors)} tensors; the file is damaged or incomplete.'
+    )
+  tokens = meta.get('tokenizer.ggml.tokens')
+  if isinstance(tokens, list) and len(tokens) > rows:
+    problems.append(
+        f'{path}: {len(tokens)} tokens but {rows} embedding rows; the file is'
+        ' damaged.'
+    )
+  return problems
+
+
+def _tensor_plan(
+    config: dict[str, Any],
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+  """Maps each GGUF tensor of such a model to its HF name and shape."""
+  width, inner = config['hidden_size'], config['intermediate_size']
+  queries = config['num_attention_heads'] * config['head_dim']
+  keys = config['num_key_value_heads'] * config['head_dim']
+  table = (config['vocab_size'], width)
+  shapes = {
+      'attn_norm': (width,),
+      'attn_q': (queries, width),
+      'attn_k': (keys, width),
+      'attn_v': (keys, width),
+      'attn_output': (width, queries),
+      'ffn_norm': (width,),
+      'ffn_gate': (inner, width),
+      'ffn_up': (inner, width),
+      'ffn_down': (width, inner),
+  }
+  plan = {'token_embd.weight': ('model.embed_tokens.weight', table)}
+  for layer in range(config['num_hidden_layers']):
+    for name, shape in shapes.items():
+      plan[f'blk.{layer}.{name}.weight'] = (
+          f'model.layers.{layer}.{_LAYER_NAMES[name]}.weight',
+          shape,
+      )
+  plan['output_norm.weight'] = ('model.norm.weight', (width,))
+  if not config['tie_word_embeddings']:
+    plan['output.weight'] = ('lm_head.weight', table)
+  return plan
+
+
+def _plan_faults(path: pathlib.Path, header: Header, plan: Any) -> list[str]:
+  """Lists tensors that are missing, misshapen or unaccounted for."""
+  problems = []
+  missing = [name for name in plan if name not in header.tensors]
+  extra = [name for name in header.tensors if name not in plan]
+  if missing:
+    problems.append(
+        f'{path}: {len(missing)} tensors are missing (first: {missing[0]}).'
+    )
+  if extra:
+    problems.append(
+        f'{path}: {len(extra)} tensors have no place in a plain llama model'
+        f' (first: {extra[0]}). Use the safetensors folder of this model.'
+    )
+  for name, (_, shape) in plan.items():
+    info = header.tensors.get(name)
+    if info is not None and info.shape != shape:
+      problems.append(
+          f'{path}: tensor {name} is {list(info.shape)}; the keys of the file'
+          f' say {list(shape)}.'
+      )
+  return problems
+
+
+def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
+  """Takes rows from (head, pair, part) order to (head, part, pair)."""
+  split = rows.reshape(heads, -1, 2, *rows.shape[1:])
+  return split.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _write_weights(
+    target: pathlib.Path,
+    plan: dict[str, tuple[str, tuple[int, ...]]],
+    read: Callable[[str], np.ndarray],
+    *,
+    dtype: str,
+    progress: types.Progress,
+) -> None:
+  """Writes a safetensors file one tensor at a time.
+
+  The format is an 8-byte length, that much JSON, and the tensors' bytes; all
+  offsets follow from the shapes, so one tensor is held at a time.
+  """
+  code, out = _OUTPUTS[dtype]
+  table: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+  end = 0
+  for name, shape in plan.values():
+    start, end = end, end + int(np.prod(shape)) * out.itemsize
+    table[name] = {
+        'dtype': code, 'shape': list(shape), 'data_offsets': [start, end],
+    }  # fmt: skip
+  text = json.dumps(table, separators=(',', ':')).encode()
+  text += b' ' * (-len(text) % 8)  # keeps the tensors aligned
+  with (
+      target.open('wb') as file,
+      progress('convert weights', len(plan), 'tensors') as done,
+  ):
+    file.write(struct.pack('<Q', len(text)) + text)
+    for source in plan:
+      array = np.ascontiguousarray(read(source).astype(out, copy=False))
+      file.write(array.view(np.uint8).data)
+      done(1)
+
+
+def _open(path: pathlib.Path) -> mmap.mmap:
+  """Maps a file that begins as a GGUF file does."""
+  try:
+    with path.open('rb') as file:
+      if file.read(4) != b'GGUF':
+        raise types.InputError(
+            f'{path}: is not a GGUF file (it does not begin with GGUF).'
+        )
+      return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+  except OSError as error:
+    raise types.InputError(
+        f'{path}: cannot be read ({error.strerror}).'
+    ) from error
+
+
+def _check(
+    path: pathlib.Path, data: mmap.mmap, dtype: str
+) -> tuple[Header, dict[str, Any], dict[str, tuple[str, tuple[int, ...]]]]:
+  """Reads the header, the config and the plan; raises InputError."""
+  try:
+    header = _read_header(data)
+  except _Damaged as error:
+    raise types.InputError(
+        f'{path}: cannot be read as GGUF: {error}.'
+    ) from error
+  name = header.metadata.get('general.architecture')
+  if name != 'llama':
+    raise types.InputError(
+        f'{path}: the architecture is {name!r}; only llama files can be'
+        ' converted. Use the safetensors folder of this model.'
+    )
+  config = _config(path, header, dtype)
+  plan = _tensor_plan(config)
+  problems = _size_faults(path, header, len(data))
+  problems += _plan_faults(path, header, plan)
+  if problems:
+    raise types.InputError(*problems)
+  return header, config, plan
+
+
+def _tensor_reader(
+    path: pathlib.Path,
+    data: mmap.mmap,
+    header: Header,
+    config: dict[str, Any],
+) -> Callable[[str], np.ndarray]:
+  """Returns a function from a GGUF name to float32 weights in HF order."""
+  gguf = _import_gguf()
+  heads = {
+      'attn_q': config['num_attention_heads'],
+      'attn_k': config['num_key_value_heads'],
+  }
+
+  def read(name: str) -> np.ndarray:
+    info = header.tensors[name]
+    block, block_bytes = gguf.GGML_QUANT_SIZES[info.kind]
+    stored = (*info.shape[:-1], info.shape[-1] // block * block_bytes)
+    start = header.data_start + info.start
+    # A copy of the bytes: a view would keep the map open after its file.
+    raw = data[start : start + int(np.prod(stored))]
+    weights = gguf.dequantize(
+        np.frombuffer(raw, np.uint8).reshape(stored),
+        gguf.GGMLQuantizationType(info.kind),
+    )
+    if not np.isfinite(weights).all():
+      raise types.InputError(
+          f'{path}: tensor {name} holds weights that are not finite; the file'
+          ' is damaged: fetch it again.'
+      )
+    part = name.split('.')[-2]
+    return _unpermute(weights, heads[part]) if part in heads else weights
+
+  return read
+
+
+def convert_gguf(
+    path: str | os.PathLike[str],
+    out_folder: str | os.PathLike[str],
+    dtype: str = 'float32',
+    *,
+    progress: types.Progress = types.silent,
+) -> pathlib.Path:
+  """Converts a llama GGUF file to a Hugging Face folder.
+
+  The folder appears under its name only when it is whole.
+
+  Args:
+    path: a .gguf file with tensors of `TENSOR_TYPES`.
+    out_folder: folder to create; it must not hold anything yet.
+    dtype: 'float32', exact for every tensor type, or 'bfloat16', half the
+      size, rounded to nearest even.
+    progress: shows the tensors converted.
+
+  Returns:
+    `out_folder`, with model.safetensors, config.json, generation_config.json
+    and the tokenizer's files.
+
+  Raises:
+    InputError: not a GGUF file, damaged, of another architecture or with a
+      tensor type or tokenizer that is not supported; `out_folder` is in use;
+      the package gguf is missing.
+  """
+  path, out_folder = pathlib.Path(path), pathlib.Path(out_folder)
+  if dtype not in _OUTPUTS:
+    raise types.InputError(
+        f'dtype is {dtype!r}; known are {", ".join(_OUTPUTS)}.'
+    )
+  if out_folder.exists() and (
+      not out_folder.is_dir() or any(out_folder.iterdir())
+  ):
+    raise types.InputError(
+        f'{out_folder}: exists already; name a new folder or remove it.'
+    )
+  _import_gguf()
+  with _open(path) as data:
+    header, config, plan = _check(path, data, dtype)
+    files = {
+        'config.json': _json(config),
+        'generation_config.json': _json(_generation(config)),
+        **tokenizer_lib.tokenizer_files(header.metadata, str(path)),
+    }
+    read = _tensor_reader(path, data, header, config)
+    part = out_folder.with_name(f'.{out_folder.name}.{uuid.uuid4().hex}')
+    try:
+      part.mkdir(parents=True)
+      for name, text in files.items():
+        (part / name).write_text(text, encoding='utf-8')
+      _write_weights(
+          part / 'model.safetensors', plan, read, dtype=dtype, progress=progress
+      )
+      os.replace(part, out_folder)
+    finally:
+      shutil.rmtree(part, ignore_errors=True)
+  return out_folder
+
+
+def _json(value: Any) -> str:
+  return json.dumps(value, indent=2) + '\n'
+
+
+def _generation(config: dict[str, Any]) -> dict[str, Any]:
+  """Returns the fields of generation_config.json."""
+  return {
+      '_from_model_config': True,
+      **{
+          key: config[key]
+          for key in ('bos_token_id', 'eos_token_id', 'pad_token_id')
+          if config[key] is not None
+      },
+  }

@@ -1,0 +1,337 @@
+"""Local Hugging Face folders into canonical parameters.
+
+Every upstream tensor goes through the device once: it is read from its
+safetensors file, turned into the canonical layout there, and written into its
+row of the stacked leaf, whose buffer is donated. So the host holds about one
+upstream tensor beside the parameters, and hashing reads no file twice.
+
+A folder is refused as a whole, with every fault named: tensors that are
+missing, unknown, misshapen or not finite, and config fields that would change
+the mathematics. Other sources (hub names, GGUF) are made local folders first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxedit.models import checkpoint, families, tensors
+from jaxedit.models import spec as spec_lib
+from jaxedit.types import Array, InputError, Params, Progress, silent
+
+DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A loaded model.
+
+  Attributes:
+    spec: what it computes.
+    params: canonical parameters, see `spec.param_shapes`.
+    folder: where it was read from.
+    hash: SHA-256 over its tensors' names, dtypes, shapes and bytes as they lie
+      upstream; the same for a copy that is sharded differently.
+    config: the parsed config.json.
+  """
+
+  spec: spec_lib.ModelSpec
+  params: Params
+  folder: pathlib.Path
+  hash: str
+  config: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """Which tensor of a folder fills which canonical leaves.
+
+  Attributes:
+    spec: the architecture.
+    slots: tensor name as in the folder -> what it fills.
+    full_names: tensor name as in the folder -> name with the family's prefix.
+    copies: name of a stored copy of a tied head -> name of the embedding.
+    ignored: tensors that nothing needs.
+  """
+
+  spec: spec_lib.ModelSpec
+  slots: Mapping[str, tuple[tensors.Slot, ...]]
+  full_names: Mapping[str, str]
+  copies: Mapping[str, str]
+  ignored: tuple[str, ...]
+
+
+def load_model(
+    folder: str | os.PathLike[str],
+    dtype: str = 'float32',
+    progress: Progress = silent,
+) -> Model:
+  """Loads a Hugging Face folder.
+
+  Args:
+    folder: has config.json and model.safetensors, or shards with their index.
+    dtype: 'float32' or 'bfloat16', of every parameter.
+    progress: is told upstream tensors.
+
+  Returns:
+    The model, its parameters on the default device.
+
+  Raises:
+    InputError: anything about the folder that cannot be used, all at once.
+  """
+  if dtype not in DTYPES:
+    raise InputError(
+        f'dtype {dtype!r} is not supported; use one of {", ".join(DTYPES)}'
+    )
+  folder = pathlib.Path(folder)
+  config, source, layout = open_model(folder)
+  params, digest = _read_params(source, layout, DTYPES[dtype], progress)
+  return Model(layout.spec, params, folder, digest, config)
+
+
+def open_model(
+    folder: str | os.PathLike[str],
+) -> tuple[dict[str, Any], checkpoint.Checkpoint, Layout]:
+  """Reads and checks everything but the weights.
+
+  Args:
+    folder: as for `load_model`.
+
+  Returns:
+    The config, the headers of the weight files, and what goes where.
+
+  Raises:
+    InputError: see `load_model`.
+  """
+  config = checkpoint.read_config(folder)
+  problems: list[str] = []
+  spec = source = None
+  try:
+    spec = families.spec_from_hf(config)
+  except InputError as error:
+    where = pathlib.Path(folder) / 'config.json'
+    problems += [f'{where}: {problem}' for problem in error.problems]
+  try:
+    source = checkpoint.open_folder(folder)
+  except InputError as error:
+    problems += error.problems
+  if spec is None or source is None:
+    raise InputError(*problems)
+  return config, source, match(spec, source)
+
+
+def match(spec: spec_lib.ModelSpec, source: checkpoint.Checkpoint) -> Layout:
+  """Assigns every tensor of a folder, and every leaf a tensor.
+
+  Args:
+    spec: the architecture.
+    source: headers of the folder.
+
+  Returns:
+    The assignment.
+
+  Raises:
+    InputError: tensors missing, left over, of the wrong shape or dtype.
+  """
+  family = families.get(spec.family)
+  slots, full_names, problems = {}, {}, []
+  for full, wanted in tensors.upstream_slots(spec, family.TENSORS).items():
+    name = tensors.find_name(full, family.PREFIX, source.tensors)
+    if name is None:
+      leaves = ', '.join(slot.path for slot in wanted)
+      problems.append(
+          f'{source.folder}: tensor {full} (for {leaves}) is missing; fetch '
+          'the complete checkpoint or correct config.json'
+      )
+      continue
+    slots[name], full_names[name] = wanted, full
+    problems += _misfit(source.tensors[name], wanted[0])
+  copies = _tied_copies(spec, source, slots)
+  ignored = []
+  for name in source.tensors:
+    if name in slots or name in copies:
+      continue
+    if tensors.is_ignored(name, family.PREFIX, family.IGNORED):
+      ignored.append(name)
+      continue
+    problems.append(
+        f'{source.tensors[name].path}: tensor {name} has no place in a '
+        f'{spec.family} model with this config; correct config.json, or '
+        'remove the tensor if the model does not use it'
+    )
+  if problems:
+    raise InputError(*problems)
+  return Layout(spec, slots, full_names, copies, tuple(ignored))
+
+
+def _misfit(tensor: checkpoint.Tensor, slot: tensors.Slot) -> list[str]:
+  """Compares a tensor with the place it goes to."""
+  shape, problems = tensors.upstream_shape(slot), []
+  if tensor.shape != shape:
+    problems.append(
+        f'{tensor.path}: tensor {tensor.name} has shape {list(tensor.shape)} '
+        f'where config.json asks for {list(shape)}'
+    )
+  if tensor.code not in checkpoint.FLOATS:
+    problems.append(
+        f'{tensor.path}: tensor {tensor.name} has dtype {tensor.code}; only '
+        f'{", ".join(checkpoint.FLOATS)} weights can be read, so give an '
+        'unquantised checkpoint'
+    )
+  return problems
+
+
+def _tied_copies(
+    spec: spec_lib.ModelSpec,
+    source: checkpoint.Checkpoint,
+    slots: Mapping[str, Sequence[tensors.Slot]],
+) -> dict[str, str]:
+  """Finds a stored head that a tied model takes from its embedding."""
+  family = families.get(spec.family)
+  head = family.TENSORS['head/kernel'].name
+  if not spec.tied or head not in source.tensors:
+    return {}
+  embedding = [
+      name
+      for name, (slot, *_) in slots.items()
+      if slot.path == 'embed/embedding'
+  ]
+  # Without an embedding there is a fault already, and nothing to compare.
+  return dict(zip([head], embedding))
+
+
+@functools.partial(
+    jax.jit, static_argnames=('form', 'part', 'heads'), donate_argnums=0
+)
+def _fill(
+    leaf: Array,
+    tensor: Array,
+    layer: Array,
+    *,
+    form: str,
+    part: int,
+    heads: int,
+) -> tuple[Array, Array]:
+  """Writes one upstream tensor into its row of a stacked leaf."""
+  value, finite = _convert(
+      tensor, dtype=leaf.dtype, form=form, part=part, heads=heads
+  )
+  return jax.lax.dynamic_update_index_in_dim(leaf, value, layer, 0), finite
+
+
+@functools.partial(jax.jit, static_argnames=('dtype', 'form', 'part', 'heads'))
+def _convert(
+    tensor: Array, *, dtype: Any, form: str, part: int, heads: int
+) -> tuple[Array, Array]:
+  """Makes a leaf, or a row of one, and tells whether it is finite."""
+  source = tensors.Source('', form, part)
+  value = tensors.to_canonical(tensor, source, heads).astype(dtype)
+  return value, jnp.isfinite(value).all()
+
+
+def _read_params(
+    source: checkpoint.Checkpoint,
+    layout: Layout,
+    dtype: Any,
+    progress: Progress,
+) -> tuple[Params, str]:
+  """Reads every used tensor in file order; returns the params and the hash."""
+  leaves = {
+      path: jnp.zeros(shape, dtype)
+      for path, shape in spec_lib.param_shapes(layout.spec).items()
+      if path.startswith('layers/')
+  }
+  digests: dict[str, bytes] = {}
+  problems: list[str] = []
+  with progress('loading', len(layout.slots), 'tensors') as advance:
+    for name, tensor in source.tensors.items():
+      if name not in layout.slots:
+        continue
+      full_name = layout.full_names[name]
+      value = tensor.read()
+      digests[full_name] = _digest(full_name, tensor, value)
+      if tensor.code == 'F64':
+        value = value.astype(np.float32)
+      value, sound = jnp.asarray(value), True
+      for slot in layout.slots[name]:
+        how = dict(
+            form=slot.source.form,
+            part=slot.source.part,
+            heads=layout.spec.heads,
+        )
+        if slot.layer is None:
+          leaf, finite = _convert(value, dtype=dtype, **how)
+        else:
+          # The stack leaves the dict so that its buffer can be donated.
+          stack = leaves.pop(slot.path)
+          leaf, finite = _fill(stack, value, jnp.int32(slot.layer), **how)
+        leaves[slot.path] = leaf
+        # Waiting here keeps one tensor on the host, not a queue of them.
+        sound = bool(finite) and sound
+      if not sound:
+        problems.append(
+            f'{tensor.path}: tensor {name} has values that are not finite in '
+            f'{jnp.dtype(dtype).name}; fetch the checkpoint again'
+        )
+      advance(1)
+  problems += _differing_copies(source, layout)
+  if problems:
+    raise InputError(*problems)
+  total = hashlib.sha256()
+  for name in sorted(digests):
+    total.update(digests[name])
+  # Leaves in the order of the forward pass, whatever the order of the file.
+  ordered = {path: leaves[path] for path in spec_lib.param_shapes(layout.spec)}
+  return nest(ordered), total.hexdigest()
+
+
+def _digest(name: str, tensor: checkpoint.Tensor, value: np.ndarray) -> bytes:
+  """Hashes one tensor with its name, dtype and shape."""
+  digest = hashlib.sha256(f'{name}|{tensor.code}|{tensor.shape}|'.encode())
+  digest.update(value.reshape(-1).view(np.uint8).data)
+  return digest.digest()
+
+
+def _differing_copies(
+    source: checkpoint.Checkpoint, layout: Layout
+) -> list[str]:
+  """Refuses a tied head whose stored copy is another matrix."""
+  problems = []
+  for copy, name in layout.copies.items():
+    one, other = source.tensors[copy], source.tensors[name]
+    same = one.shape == other.shape and one.code == other.code
+    if not same or not np.array_equal(one.read_bytes(), other.read_bytes()):
+      problems.append(
+          f'{one.path}: tensor {copy} differs from {name}, but config.json '
+          'ties them; set tie_word_embeddings to false to use it'
+      )
+  return problems
+
+
+def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
+  """Turns '/'-joined paths into a nested dict."""
+  tree: dict[str, Any] = {}
+  for path, leaf in leaves.items():
+    *parents, last = path.split('/')
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[last] = leaf
+  return tree
+
+
+def get_leaf(params: Params, path: str) -> Any:
+  """Looks up a '/'-joined path."""
+  node: Any = params
+  for part in path.split('/'):
+    node = node[part]
+  return node

@@ -1,0 +1,148 @@
+"""The architecture of a decoder, as one frozen, hashable value.
+
+A `ModelSpec` holds what changes the mathematics and nothing else. It is a
+static argument of every jitted function, so two models of one shape share
+compiled code. Families (`families/<hf model_type>.py`) build it from a Hugging
+Face config; `param_shapes` gives the canonical parameter tree that goes with it:
+
+  embed/embedding [V, D]                embed/position [max_positions, D]
+  layers/attn_norm/{scale, bias} [L, D]
+  layers/attn/{q, k, v}/kernel [L, D, heads * H]    layers/attn/out/kernel [L, N * H, D]
+  layers/mlp_norm/{scale, bias} [L, D]
+  layers/mlp/{gate, up}/kernel [L, D, F]            layers/mlp/down/kernel [L, F, D]
+  final_norm/{scale, bias} [D]          head/kernel [D, V]    head/bias [V]
+
+Leaves that an architecture lacks are absent: biases, the norm of a block with
+one shared norm, `gate` of a plain MLP, `head/kernel` of a tied head. Linear
+kernels are [in, out] in every family.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """Frequency scaling of rotary positions.
+
+  Attributes:
+    kind: 'linear' or 'llama3'.
+    factor: how much the context is stretched.
+    low_freq_factor: llama3: wavelengths longer than original/low are divided.
+    high_freq_factor: llama3: wavelengths shorter than original/high are kept.
+    original_max_positions: llama3: context length of pretraining, tokens.
+  """
+
+  kind: str
+  factor: float
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_max_positions: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+  """What a decoder computes.
+
+  Attributes:
+    family: Hugging Face model_type, the name of the file in `families`.
+    layers: number of blocks (L).
+    width: residual width (D).
+    mlp_width: inner width of the MLP (F).
+    heads: query heads (N).
+    kv_heads: key and value heads (G).
+    head_size: width of a head (H).
+    vocab: rows of the embedding (V).
+    max_positions: longest input, tokens.
+    norm: 'rms' or 'layer'.
+    norm_eps: added to the variance.
+    residual: 'sequential', 'parallel' (attention and MLP each with a norm of
+      its own) or 'parallel_shared' (both read one norm).
+    activation: 'silu', 'gelu' (exact) or 'gelu_tanh'.
+    gated: whether the MLP has a gate.
+    rotary: 'half' (rotates the two halves), 'interleaved' (neighbouring pairs)
+      or 'none'.
+    rotary_size: leading part of a head that is rotated.
+    rope_theta: base of the wavelengths.
+    rope_scaling: stretching of the wavelengths, or None.
+    learned_positions: whether the embedding adds a learned position table.
+    qkv_bias: bias on q, k and v.
+    out_bias: bias on the attention output.
+    mlp_bias: bias on the MLP's maps.
+    head_bias: bias on the head.
+    tied: whether the head is the embedding.
+    window: sliding attention window in tokens, or None.
+    attn_scale: factor on attention logits, or None for 1 / sqrt(H).
+  """
+
+  family: str
+  layers: int
+  width: int
+  mlp_width: int
+  heads: int
+  kv_heads: int
+  head_size: int
+  vocab: int
+  max_positions: int
+  norm: str = 'rms'
+  norm_eps: float = 1e-5
+  residual: str = 'sequential'
+  activation: str = 'silu'
+  gated: bool = True
+  rotary: str = 'half'
+  rotary_size: int = 0
+  rope_theta: float = 10000.0
+  rope_scaling: RopeScaling | None = None
+  learned_positions: bool = False
+  qkv_bias: bool = False
+  out_bias: bool = False
+  mlp_bias: bool = False
+  head_bias: bool = False
+  tied: bool = False
+  window: int | None = None
+  attn_scale: float | None = None
+
+
+def param_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+  """Lists the canonical leaves of a model.
+
+  Args:
+    spec: the architecture.
+
+  Returns:
+    '/'-joined path -> shape, in the order of the forward pass.
+  """
+  L, D, F = spec.layers, spec.width, spec.mlp_width
+  N, G = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
+  shapes: dict[str, tuple[int, ...]] = {'embed/embedding': (spec.vocab, D)}
+  if spec.learned_positions:
+    shapes['embed/position'] = (spec.max_positions, D)
+
+  def norm(path: str, lead: tuple[int, ...]) -> None:
+    shapes[f'{path}/scale'] = (*lead, D)
+    if spec.norm == 'layer':
+      shapes[f'{path}/bias'] = (*lead, D)
+
+  def linear(path: str, fan_in: int, fan_out: int, bias: bool) -> None:
+    shapes[f'layers/{path}/kernel'] = (L, fan_in, fan_out)
+    if bias:
+      shapes[f'layers/{path}/bias'] = (L, fan_out)
+
+  norm('layers/attn_norm', (L,))
+  linear('attn/q', D, N, spec.qkv_bias)
+  linear('attn/k', D, G, spec.qkv_bias)
+  linear('attn/v', D, G, spec.qkv_bias)
+  linear('attn/out', N, D, spec.out_bias)
+  if spec.residual != 'parallel_shared':
+    norm('layers/mlp_norm', (L,))
+  if spec.gated:
+    linear('mlp/gate', D, F, spec.mlp_bias)
+  linear('mlp/up', D, F, spec.mlp_bias)
+  linear('mlp/down', F, D, spec.mlp_bias)
+  norm('final_norm', ())
+  if not spec.tied:
+    shapes['head/kernel'] = (D, spec.vocab)
+  if spec.head_bias:
+    shapes['head/bias'] = (spec.vocab,)
+  return shapes

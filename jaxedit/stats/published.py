@@ -1,0 +1,149 @@
+"""Second moments that ROME and MEMIT publish.
+
+One .npz archive a layer, `<module>_float32_mom2_<n>.npz`, n the number of
+documents. Its entry `mom2.mom2` is the *sum* of k k^T over tokens and
+`mom2.count` the number of tokens (upstream divides when it uses them):
+
+  C = mom2.mom2 / mom2.count
+
+Archives are read without pickle, so they can run no code. Nothing is downloaded
+here.
+
+Source: Meng et al. 2022 (ROME, arXiv 2202.05262) and 2022b (MEMIT, arXiv
+2210.07229), the archives as their code writes them.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import zipfile
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxedit.stats.storage import Moments
+from jaxedit.types import InputError
+
+_ARCHIVE = re.compile(
+    r'(?P<module>.+)_(?P<precision>float\d+)_mom2(?:_t\d+)?(?:_(?P<n>\d+))?\.npz'
+)
+# The linear map that a published module name means, by its last part.
+_SITES = {
+    ('mlp', 'c_proj'): 'mlp/down',
+    ('mlp', 'fc_out'): 'mlp/down',
+    ('mlp', 'dense_4h_to_h'): 'mlp/down',
+    ('mlp', 'down_proj'): 'mlp/down',
+    ('attn', 'c_proj'): 'attn/out',
+    ('attn', 'out_proj'): 'attn/out',
+    ('attention', 'dense'): 'attn/out',
+    ('self_attn', 'o_proj'): 'attn/out',
+}
+
+
+def _archives(
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    site: str,
+) -> dict[int, list[pathlib.Path]]:
+  """Finds published archives of a site: layer -> files."""
+  if isinstance(source, (str, os.PathLike)):
+    root = pathlib.Path(source)
+    paths = sorted(root.glob('*.npz')) if root.is_dir() else [root]
+  else:
+    paths = [pathlib.Path(path) for path in source]
+  found: dict[int, list[pathlib.Path]] = {}
+  for path in paths:
+    match = _ARCHIVE.fullmatch(path.name)
+    parts = match['module'].split('.') if match else []
+    numbers = [int(part) for part in parts if part.isdigit()]
+    if len(numbers) == 1 and _SITES.get(tuple(parts[-2:])) == site:
+      found.setdefault(numbers[0], []).append(path)
+  return found
+
+
+def _read_archive(
+    path: pathlib.Path, width: int | None
+) -> tuple[np.ndarray, int]:
+  """Reads one archive: the average [F, F] in float64 and the token count."""
+  try:
+    with np.load(path, allow_pickle=False) as archive:
+      count = int(archive['mom2.count'])
+      total = np.asarray(archive['mom2.mom2'], np.float64)
+  except (
+      OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile
+  ) as error:  # fmt: skip
+    raise InputError(
+        f'{path}: has no readable mom2.count and mom2.mom2 ({error}); download'
+        ' it again'
+    ) from error
+  size = total.shape[0] if total.ndim else 0
+  if total.shape != (size, size) or (width or size) != size or not size:
+    raise InputError(
+        f'{path}: mom2.mom2 has shape {list(total.shape)}; the model needs'
+        f' {[width or "F"] * 2}: take the archive of this very model'
+    )
+  if count < 1 or not np.all(np.isfinite(total)):
+    raise InputError(
+        f'{path}: counts {count} tokens or holds numbers that are not finite;'
+        ' download it again'
+    )
+  # An f32 running sum is symmetric up to rounding only.
+  return (total + total.T) / (2 * count), count
+
+
+def load_npz(
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    layers: Sequence[int],
+    width: int | None = None,
+    model_hash: str = '',
+    site: str = 'mlp/down',
+) -> Moments:
+  """Reads the archives that ROME and MEMIT publish.
+
+  Args:
+    source: folder with the archives, one archive, or several.
+    layers: layers wanted.
+    width: key width F that the model needs; None takes any.
+    model_hash: the archives name no model; this is the one the caller vouches
+      for, kept in the provenance.
+    site: linear map; other archives of the folder are left alone.
+
+  Returns:
+    The moments, in float64. `count` is the smallest of the layers.
+
+  Raises:
+    InputError: a layer without an archive or with several, a damaged archive,
+      a wrong shape; all faults at once.
+  """
+  found = _archives(source, site)
+  problems, grams, counts = [], [], []
+  for layer in layers:
+    paths = found.get(layer, [])
+    if len(paths) != 1:
+      problems.append(
+          f'{source}: {len(paths)} archives of {site} in layer {layer}'
+          ' (<module>_float32_mom2_<n>.npz); give exactly one a layer, or'
+          ' collect the moments'
+      )
+      continue
+    try:
+      gram, count = _read_archive(paths[0], width)
+    except InputError as error:
+      problems += error.problems
+      continue
+    grams.append(gram)
+    counts.append(count)
+  if problems:
+    raise InputError(*problems)
+  provenance = {
+      'model': model_hash,
+      'corpus': 'published archives',
+      'files': [found[layer][0].name for layer in layers],
+      'counts': counts,
+      'layers': list(layers),
+      'site': site,
+      'dtype': 'float32',
+  }
+  return Moments(tuple(layers), np.stack(grams), min(counts), provenance)

@@ -1,0 +1,240 @@
+"""Second moments on disk.
+
+The file is safetensors: one F64 [F, F] matrix a layer, named `gram/<layer>`,
+and in the header a JSON record with the token count, the provenance and a
+checksum a matrix. A file that is of another model, lacks a layer, or is cut
+short or altered is refused with what to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from jaxedit.types import InputError
+
+_MOMENTS = 'jaxedit second moments 1'
+_COLLECT = (
+    'collect them with `python -m experiments.collect_moments'
+    ' --model=... --layers={layers} --out={path}`'
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Moments:
+  """Average second moments of the input of one linear map in some layers.
+
+  Attributes:
+    layers: layer numbers, in the order of `gram`.
+    gram: [n, F, F] float64, C = (1 / count) sum over tokens of k k^T,
+      uncentred; exactly symmetric.
+    count: tokens averaged over.
+    provenance: what the numbers come from: model (hash), corpus (name),
+      corpus_sha256, seed, dtype, layers, site, width, texts, padding_share.
+  """
+
+  layers: tuple[int, ...]
+  gram: np.ndarray
+  count: int
+  provenance: Mapping[str, Any]
+
+  def layer(self, layer: int) -> np.ndarray:
+    """Returns [F, F] float64 of one layer.
+
+    Raises:
+      InputError: that layer was not collected.
+    """
+    if layer not in self.layers:
+      have = ', '.join(map(str, self.layers))
+      raise InputError(
+          f'there are no second moments of layer {layer}, only of {have}:'
+          ' collect again with every layer that is edited'
+      )
+    return self.gram[self.layers.index(layer)]
+
+
+def write(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, np.ndarray],
+    *,
+    kind: str,
+    record: Mapping[str, Any],
+) -> None:
+  """Writes a safetensors file in one step: it is whole or it is not there.
+
+  Args:
+    path: file to create or replace; its folder is made.
+    tensors: name -> array.
+    kind: what the file is, checked by `read`.
+    record: JSON for the header.
+
+  Raises:
+    InputError: the file cannot be written.
+  """
+  path = pathlib.Path(path)
+  draft = path.with_name(f'.{path.name}.{os.getpid()}')
+  sums = {k: zlib.crc32(np.ascontiguousarray(v)) for k, v in tensors.items()}
+  header = {'kind': kind, 'record': json.dumps({**record, 'crc32': sums})}
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    safetensors.numpy.save_file(dict(tensors), str(draft), header)
+    draft.chmod(0o644)
+    os.replace(draft, path)
+  except (OSError, safetensors.SafetensorError) as error:
+    raise InputError(
+        f'{path}: cannot be written ({error}); choose another place or make'
+        ' room there'
+    ) from error
+  finally:
+    with contextlib.suppress(OSError):
+      draft.unlink(missing_ok=True)
+
+
+def read_record(
+    path: str | os.PathLike[str], kind: str, advice: str
+) -> dict[str, Any]:
+  """Reads the header of a file that `write` made.
+
+  Args:
+    path: the file.
+    kind: what it must be.
+    advice: ends every error message.
+
+  Returns:
+    The record.
+
+  Raises:
+    InputError: missing, unreadable, cut short or of another kind.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise InputError(f'{path}: there is no such file; {advice}')
+  try:
+    with safetensors.safe_open(path, framework='numpy') as source:
+      header = source.metadata() or {}
+    if header.get('kind') != kind:
+      raise InputError(f'{path}: is not a file of {kind!r}; {advice}')
+    return json.loads(header['record'])
+  except (OSError, safetensors.SafetensorError, ValueError) as error:
+    if isinstance(error, InputError):
+      raise
+    raise InputError(
+        f'{path}: is cut short or damaged ({error}); {advice}'
+    ) from error
+
+
+def read_tensors(
+    path: str | os.PathLike[str], record: Mapping[str, Any], advice: str
+) -> dict[str, np.ndarray]:
+  """Reads the arrays whose checksums a record lists.
+
+  Args:
+    path: the file.
+    record: from `read_record`; drop names from its 'crc32' to read less.
+    advice: ends every error message.
+
+  Returns:
+    Name -> array.
+
+  Raises:
+    InputError: an array is missing or altered.
+  """
+  found = {}
+  with safetensors.safe_open(path, framework='numpy') as source:
+    present = set(source.keys())
+    for name, crc in record['crc32'].items():
+      if name in present:
+        found[name] = source.get_tensor(name)
+      if name not in found or zlib.crc32(found[name]) != crc:
+        raise InputError(f'{path}: {name} is missing or damaged; {advice}')
+  return found
+
+
+def save(path: str | os.PathLike[str], moments: Moments) -> None:
+  """Writes second moments.
+
+  Args:
+    path: file to create or replace.
+    moments: what to write.
+
+  Raises:
+    InputError: the file cannot be written.
+  """
+  tensors = {
+      f'gram/{layer}': gram for layer, gram in zip(moments.layers, moments.gram)
+  }
+  record = {
+      'layers': list(moments.layers),
+      'count': moments.count,
+      'provenance': dict(moments.provenance),
+  }
+  write(path, tensors, kind=_MOMENTS, record=record)
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    model_hash: str | None = None,
+    layers: Sequence[int] | None = None,
+    site: str = 'mlp/down',
+) -> Moments:
+  """Reads second moments and checks that they are the ones wanted.
+
+  Args:
+    path: file that `save` wrote.
+    model_hash: hash of the model they must come from; None takes any.
+    layers: layers wanted; only these are read. None reads all.
+    site: linear map whose input they must be of.
+
+  Returns:
+    The moments of `layers`, in that order.
+
+  Raises:
+    InputError: missing or damaged, of another model or site, or without a
+      layer; all faults at once.
+  """
+  wanted = '...' if layers is None else ','.join(map(str, layers))
+  advice = _COLLECT.format(layers=wanted, path=path)
+  record = read_record(path, _MOMENTS, advice)
+  provenance, have = record['provenance'], record['layers']
+  problems = []
+  model = provenance.get('model')
+  if model_hash is not None and model != model_hash:
+    problems.append(
+        f'{path}: these second moments are of the model with hash {model!r},'
+        f' not of {model_hash!r}; {advice}'
+    )
+  if provenance.get('site') != site:
+    problems.append(
+        f'{path}: these second moments are of the input of'
+        f' {provenance.get("site")!r}, not of {site!r}; {advice} --site={site}'
+    )
+  missing = [n for n in layers or () if n not in have]
+  if missing:
+    problems.append(
+        f'{path}: has second moments of layers {_listed(have)}, not of'
+        f' {_listed(missing)}; {advice}'
+    )
+  if problems:
+    raise InputError(*problems)
+  chosen = tuple(have if layers is None else layers)
+  names = [f'gram/{layer}' for layer in chosen]
+  sums = {name: record['crc32'].get(name) for name in names}
+  tensors = read_tensors(path, {'crc32': sums}, advice)
+  gram = np.stack([tensors[name] for name in names])
+  return Moments(chosen, gram, record['count'], provenance)
+
+
+def _listed(layers: Sequence[int]) -> str:
+  """'4, 5, 6'."""
+  return ', '.join(map(str, layers))

@@ -1,0 +1,249 @@
+"""Pytrees and plain records that cross module borders, and the axis letters.
+
+Axis letters, used in every docstring of the library:
+
+  E edits            C contexts an edit     K chunks an edit
+  B rows (E * C)     T tokens (columns)     P prefix columns   S suffix columns
+  L layers           U layers above the edited one
+  D width            F MLP inner (key) width
+  N query heads      G key/value heads      H head size
+  V vocabulary       M key-value rows of one solve
+
+Nothing here computes: functions over these types live in the packages that own
+them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import flax
+import jax
+
+Array = jax.Array
+Params = Mapping[str, Any]
+
+# Segment ids of `Columns`. Padding is seen by nobody; the trunk is seen by every
+# later column of its row; any other id is seen by columns of the same id alone.
+PADDING = 0
+TRUNK = 1
+
+
+class InputError(ValueError):
+  """Input that cannot be used, told in sentences a user can act on.
+
+  Attributes:
+    problems: one sentence a fault. Several faults are collected and raised
+      once; programs print them and exit with code 2.
+  """
+
+  def __init__(self, *problems: str):
+    self.problems = tuple(problems)
+    super().__init__('\n'.join(problems))
+
+
+class Progress(Protocol):
+  """Opens a progress display; the library itself never prints."""
+
+  def __call__(
+      self, stage: str, total: int, unit: str
+  ) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+    """Returns a context whose value is called with the units just done."""
+
+
+@contextlib.contextmanager
+def silent(stage: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+  """The `Progress` that shows nothing, the default of every library function."""
+  del stage, total, unit
+  yield lambda done: None
+
+
+@flax.struct.dataclass
+class Columns:
+  """What each column of a token array is; attention follows from it alone.
+
+  A query column sees a key column of its row when the key's position is not
+  after its own and the key's segment is `TRUNK` or its own. So left padding,
+  right padding, packed texts (segments 2, 3, ...) and answers that branch from
+  one shared prompt (trunk, then branches 2, 3, ...) are the same computation.
+
+  Attributes:
+    position: [B, T] int32, rotary or learned position of the token.
+    segment: [B, T] int32, `PADDING`, `TRUNK` or an id from 2 up.
+  """
+
+  position: Array
+  segment: Array
+
+
+@flax.struct.dataclass
+class KV:
+  """Keys and values of earlier columns for a run of layers.
+
+  Attributes:
+    key: [n, B, P, G, H] rotated keys of n consecutive layers.
+    value: [n, B, P, G, H].
+    columns: the P columns they stand for.
+  """
+
+  key: Array
+  value: Array
+  columns: Columns
+
+
+@flax.struct.dataclass
+class LowRank:
+  """Kernel changes of one site in some layers, as exact factors.
+
+  The change of layer `layers[i]` is `key[i].T @ value[i]`, [in, out] like the
+  kernel itself. With the extra axis B every row of a batch has a change of its
+  own.
+
+  Attributes:
+    layers: ascending layer numbers, static.
+    site: path of the linear map inside a layer, e.g. 'mlp/down', static.
+    key: [n, M, in] or [n, B, M, in].
+    value: [n, M, out] or [n, B, M, out].
+  """
+
+  layers: tuple[int, ...] = flax.struct.field(pytree_node=False)
+  site: str = flax.struct.field(pytree_node=False)
+  key: Array
+  value: Array
+
+
+@flax.struct.dataclass
+class Dense:
+  """Kernel changes of one site in some layers, as full matrices.
+
+  Attributes:
+    layers: ascending layer numbers, static.
+    site: path of the linear map inside a layer, static.
+    kernel: [n, in, out].
+  """
+
+  layers: tuple[int, ...] = flax.struct.field(pytree_node=False)
+  site: str = flax.struct.field(pytree_node=False)
+  kernel: Array
+
+
+Delta = LowRank | Dense
+
+
+@flax.struct.dataclass
+class Patch:
+  """One intervention on activations: one column a row, in one layer.
+
+  Attributes:
+    site: 'block', 'attn' or 'mlp' (the output of that part), static.
+    mode: 'add' or 'set', static.
+    layer: [] int32; traced, so that a sweep over layers compiles once.
+    column: [B] int32 column of the run's own tokens.
+    value: [B, D].
+  """
+
+  site: str = flax.struct.field(pytree_node=False)
+  mode: str = flax.struct.field(pytree_node=False)
+  layer: Array
+  column: Array
+  value: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Tap:
+  """One observation: what to keep of an activation as the layers run.
+
+  Attributes:
+    site: 'block', 'attn', 'mlp' (outputs, [B, T, D]), 'kv' (keys and values,
+      a pair of [B, T, G, H]), or the path of a linear map, e.g. 'mlp/down' (its
+      input, [B, T, F]).
+    layers: layers to observe.
+    read: reduces the activation before it is stacked over layers, e.g. picks
+      the anchor column or forms a Gram matrix.
+  """
+
+  site: str
+  layers: tuple[int, ...]
+  read: Callable[[Any], Any] = lambda activation: activation
+
+
+@flax.struct.dataclass
+class Edited:
+  """A change to a model: the product of every editor.
+
+  Attributes:
+    deltas: kernel changes; at most one a (site, layer).
+    adaptor: for methods that act on activations.
+    prompt: for methods that act on the input text, static.
+  """
+
+  deltas: tuple[Delta, ...] = ()
+  adaptor: Any = None
+  prompt: Any = flax.struct.field(pytree_node=False, default=None)
+
+
+@flax.struct.dataclass
+class Targets:
+  """Optimised hidden states.
+
+  Attributes:
+    z: [E, D] wanted state at the anchor, f32 or wider.
+    z0: [E, D] state of the unedited model there.
+    loss: [E] loss at z, in nats (likelihood, KL and decay terms together).
+    likelihood: [E] mean negative log-likelihood a target token at z, in nats.
+    steps: [E] int32 losses evaluated.
+    finite: [E] bool, False where the loss stopped being finite.
+  """
+
+  z: Array
+  z0: Array
+  loss: Array
+  likelihood: Array
+  steps: Array
+  finite: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+  """A prompt with the answer that counts as right."""
+
+  prompt: str
+  answer: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+  """One fact to edit, with what it is judged by.
+
+  Attributes:
+    number: place in its file, counted from 1; error messages use it.
+    id: the data set's own identifier.
+    prompt: cloze with exactly one '{}' where the subject goes.
+    subject: the subject's text.
+    target_new: the object to write, without leading space.
+    target_true: the object that the model should hold now, if known.
+    paraphrases: prompts, subject filled in, that should yield `target_new`.
+    neighbours: prompts about other subjects, each with its own right answer.
+    portability: kind -> probes that follow from the new fact ('alias',
+      'reversed', 'one_hop').
+  """
+
+  number: int
+  id: str
+  prompt: str
+  subject: str
+  target_new: str
+  target_true: str | None = None
+  paraphrases: tuple[str, ...] = ()
+  neighbours: tuple[Probe, ...] = ()
+  portability: Mapping[str, tuple[Probe, ...]] = dataclasses.field(
+      default_factory=dict
+  )
+
+  @property
+  def question(self) -> str:
+    """The prompt with its subject."""
+    return self.prompt.replace('{}', self.subject)

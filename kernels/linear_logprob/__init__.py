@@ -1,0 +1,1 @@
+"""Log-probability of given labels under a linear head."""

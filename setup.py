@@ -1,0 +1,63 @@
+"""Installs jaxedit; the top-level `kernels` folder becomes `jaxedit.kernels`."""
+
+import pathlib
+
+import setuptools
+
+ROOT = pathlib.Path(__file__).parent
+
+GGUF = ['gguf>=0.17']
+PLOT = ['matplotlib>=3.8']
+DATA = ['datasets>=3.0']
+TEST = [
+    'torch==2.13.0',
+    'chex>=0.1.90',
+    'pytest>=8',
+    'ruff>=0.9',
+    *GGUF,
+]
+
+
+def packages() -> list[str]:
+  """Lists the import packages, kernels under their installed name."""
+  found = setuptools.find_packages(include=['jaxedit', 'jaxedit.*'])
+  kernels = setuptools.find_packages(include=['kernels', 'kernels.*'])
+  experiments = setuptools.find_packages(include=['experiments'])
+  return found + [f'jaxedit.{name}' for name in kernels] + experiments
+
+
+setuptools.setup(
+    name='jaxedit',
+    version='0.1.0',
+    description='Knowledge editing for language models in JAX.',
+    long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    python_requires='>=3.11',
+    packages=packages(),
+    package_dir={'jaxedit.kernels': 'kernels'},
+    package_data={
+        'jaxedit.eval': ['*.jsonl'],
+        'experiments': ['flagfiles/*.flags'],
+    },
+    install_requires=[
+        'jax>=0.8',
+        'flax>=0.10',
+        'optax>=0.2.4',
+        'transformers>=4.56,<6',
+        'numpy>=1.26',
+        'orbax-checkpoint>=0.11',
+        'absl-py>=2.1',
+        'safetensors>=0.5',
+        'tokenizers>=0.21',
+        'jinja2>=3.1',
+        'tqdm>=4.66',
+    ],
+    extras_require={
+        'gguf': GGUF,
+        'plot': PLOT,
+        'data': DATA,
+        'demo': GGUF,
+        'test': TEST,
+    },
+)

@@ -1,0 +1,439 @@
+"""Every format loads, and every fault of a file is told with its record."""
+
+import collections
+import hashlib
+import json
+import os
+import pathlib
+import tempfile
+
+from absl.testing import absltest, parameterized
+
+from jaxedit import testing
+from jaxedit.eval import datasets
+from jaxedit.types import InputError, Probe
+
+OWN = {
+    'id': 'ada',
+    'prompt': '{} plays the',
+    'subject': 'Ada',
+    'target_new': 'oboe',
+    'target_true': 'harp',
+    'paraphrases': ['The instrument of Ada is the'],
+    'neighbours': ['Ben plays the', {'prompt': 'Cy has a', 'answer': 'cat'}],
+    'portability': {'alias': [{'prompt': 'A. plays the', 'answer': 'oboe'}]},
+}
+FLAT = {
+    'case_id': 4,
+    'prompt': 'Ada plays the',
+    'subject': 'Ada',
+    'target_new': 'oboe',
+    'ground_truth': 'harp',
+    'rephrase_prompt': 'Ada is good at the',
+    'locality_prompt': 'Ben plays the',
+    'locality_ground_truth': 'harp',
+}
+NESTED = {
+    'case_id': 5,
+    'requested_rewrite': {
+        'prompt': '{} plays the',
+        'subject': 'Ada',
+        'target_new': {'str': 'oboe', 'id': 'Q1'},
+        'target_true': {'str': 'harp', 'id': 'Q2'},
+    },
+    'paraphrase_prompts': ['Rain. Ada plays the', 'Ada is good at the '],
+    'neighborhood_prompts': ['Ben plays the', 'Cy plays the'],
+    'attribute_prompts': ['Di plays the'],
+}
+ZSRE = {
+    'subject': 'Ada',
+    'src': 'What does Ada play?',
+    'pred': 'lute',
+    'rephrase': 'Which instrument does Ada play?',
+    'alt': ' oboe',
+    'answers': ['harp', 'the harp'],
+    'loc': 'nq question: who sings',
+    'loc_ans': 'Ben',
+    'cond': 'lute >> oboe || What does Ada play?',
+}
+
+
+def _without(data, name):
+  return {key: value for key, value in data.items() if key != name}
+
+
+def _people(*names, **changes):
+  return [
+      {'prompt': '{} is', 'subject': name, 'target_new': 'x'} | changes
+      for name in names
+  ]
+
+
+class Base(parameterized.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    folder = self.enterContext(tempfile.TemporaryDirectory())
+    self.path = os.path.join(folder, 'facts.jsonl')
+
+  def write(self, text):
+    mode = 'wb' if isinstance(text, bytes) else 'w'
+    with open(self.path, mode) as file:
+      file.write(text)
+
+  def load(self, *objects, as_list=False, **options):
+    self.write(
+        json.dumps(objects, indent=1)
+        if as_list
+        else '\n'.join(map(json.dumps, objects)) + '\n'
+    )
+    return datasets.load_records(self.path, **options)
+
+  def problems(self, *objects, **options):
+    with self.assertRaises(InputError) as caught:
+      self.load(*objects, **options)
+    return caught.exception.problems
+
+
+class FormatTest(Base):
+
+  def test_own(self):
+    for data in (OWN, OWN | {'prompt': 'Ada plays the '}):
+      loaded = self.load(data)
+      (record,) = loaded.records
+      self.assertEqual(loaded.format, 'jaxedit')
+      self.assertEqual((record.number, record.id), (1, 'ada'))
+      self.assertEqual(record.prompt, '{} plays the')
+      self.assertEqual(record.question, 'Ada plays the')
+      self.assertEqual(record.target_true, 'harp')
+      self.assertEqual(
+          record.neighbours,
+          (Probe('Ben plays the', 'harp'), Probe('Cy has a', 'cat')),
+      )
+      self.assertEqual(
+          record.portability, {'alias': (Probe('A. plays the', 'oboe'),)}
+      )
+
+  def test_own_needs_three_fields(self):
+    (record,) = self.load(*_people('Ada')).records
+    self.assertIsNone(record.target_true)
+    self.assertEqual(record.id, '1')
+    self.assertEqual(record.paraphrases + record.neighbours, ())
+    self.assertEqual(record.portability, {})
+
+  def test_counterfact_flat(self):
+    loaded = self.load(FLAT)
+    (record,) = loaded.records
+    self.assertEqual(loaded.format, 'counterfact_flat')
+    self.assertEqual(record.id, '4')
+    self.assertEqual(record.prompt, '{} plays the')
+    self.assertEqual(record.target_true, 'harp')
+    self.assertEqual(record.paraphrases, ('Ada is good at the',))
+    self.assertEqual(record.neighbours, (Probe('Ben plays the', 'harp'),))
+
+  @parameterized.parameters(True, False)
+  def test_counterfact(self, as_list):
+    loaded = self.load(NESTED, as_list=as_list)
+    (record,) = loaded.records
+    self.assertEqual(loaded.format, 'counterfact')
+    self.assertEqual((record.id, record.subject), ('5', 'Ada'))
+    self.assertEqual((record.target_new, record.target_true), ('oboe', 'harp'))
+    self.assertEqual(
+        record.paraphrases, ('Rain. Ada plays the', 'Ada is good at the')
+    )
+    self.assertEqual(
+        record.neighbours,
+        (Probe('Ben plays the', 'harp'), Probe('Cy plays the', 'harp')),
+    )
+
+  def test_zsre(self):
+    loaded = self.load(ZSRE)
+    (record,) = loaded.records
+    self.assertEqual(loaded.format, 'zsre')
+    self.assertEqual(record.prompt, 'What does {} play?')
+    self.assertEqual((record.target_new, record.target_true), ('oboe', 'harp'))
+    self.assertEqual(record.neighbours, (Probe('who sings?', 'Ben'),))
+    (record,) = self.load(ZSRE, zsre_target='answers').records
+    self.assertEqual((record.target_new, record.target_true), ('harp', None))
+
+  def test_format_is_told_by_the_first_known_object(self):
+    loaded = self.load({'odd': 1}, FLAT, on_bad_record='skip')
+    self.assertEqual(loaded.format, 'counterfact_flat')
+    self.assertEqual(loaded.records[0].number, 2)
+
+  def test_a_format_can_be_forced(self):
+    problems = self.problems(FLAT, format='zsre')
+    self.assertLen(problems, 6)
+    self.assertIn("field 'src' is missing", ' '.join(problems))
+
+  def test_source_and_hash(self):
+    loaded = self.load(OWN)
+    blob = pathlib.Path(self.path).read_bytes()
+    self.assertEqual(loaded.sha256, hashlib.sha256(blob).hexdigest())
+    self.assertEqual(loaded.source, self.path)
+
+  def test_demo(self):
+    folder = pathlib.Path(datasets.__file__).parent
+    if not (folder / 'demo_facts.jsonl').exists():
+      self.skipTest('the package has no demo facts')
+    loaded = datasets.load_records('demo')
+    self.assertEqual((loaded.source, loaded.format), ('demo', 'jaxedit'))
+    self.assertNotEmpty(loaded.records)
+
+
+class FileTest(Base):
+
+  def test_missing_file_and_folder(self):
+    for path in (self.path, os.path.dirname(self.path)):
+      with self.assertRaises(InputError) as caught:
+        datasets.load_records(path)
+      self.assertIn(path, caught.exception.problems[0])
+
+  @parameterized.parameters(b'', b'\n\n', b'[]')
+  def test_no_records(self, blob):
+    self.write(blob)
+    for kind in ('auto', 'zsre'):
+      with self.assertRaisesRegex(InputError, 'holds no records'):
+        datasets.load_records(self.path, format=kind)
+
+  def test_bad_line_is_told_with_the_other_faults(self):
+    lines = [json.dumps(OWN), '', '{"prompt": ', json.dumps({'prompt': 'x'})]
+    self.write('\n'.join(lines))
+    with self.assertRaises(InputError) as caught:
+      datasets.load_records(self.path)
+    problems = caught.exception.problems
+    self.assertStartsWith(problems[0], 'record 2 (id 2): not JSON at line 3')
+    self.assertStartsWith(problems[1], 'record 3 (id 3): field')
+
+  def test_only_bad_lines(self):
+    self.write('{\n "prompt": 1\n}')
+    with self.assertRaisesRegex(InputError, 'not JSON at line 1'):
+      datasets.load_records(self.path)
+
+  def test_broken_list(self):
+    self.write('[\n{"prompt": "x"},\n{"prompt"}]')
+    with self.assertRaisesRegex(InputError, 'not JSON at line 3'):
+      datasets.load_records(self.path)
+
+  def test_deep_nesting_is_no_crash(self):
+    self.write('{"a":' * 100_000)
+    with self.assertRaisesRegex(InputError, 'not JSON at line 1'):
+      datasets.load_records(self.path)
+
+  def test_encoding(self):
+    self.write(b'{"prompt": "x"}\n{"prompt": "\xff"}')
+    with self.assertRaisesRegex(InputError, 'line 2 is not UTF-8'):
+      datasets.load_records(self.path)
+    self.write(b'\xef\xbb\xbf' + json.dumps(OWN).encode())
+    self.assertLen(datasets.load_records(self.path).records, 1)
+
+  def test_unknown_fields(self):
+    (problem,) = self.problems({'question': 'a', 'answer': 'b'})
+    self.assertIn("'question', 'answer'", problem)
+    for kind in datasets.FORMATS:
+      self.assertIn(kind, problem)
+
+  def test_options(self):
+    problems = self.problems(
+        OWN, format='csv', limit=0, on_bad_record='drop', zsre_target='pred'
+    )
+    self.assertLen(problems, 4)
+    self.assertIn('counterfact', problems[0])
+
+  def test_line_separators_inside_a_text(self):
+    data = OWN | {'paraphrases': ['a\u2028b\u0085c']}
+    self.write(json.dumps(data, ensure_ascii=False))
+    (record,) = datasets.load_records(self.path).records
+    self.assertEqual(record.paraphrases, ('a\u2028b\u0085c',))
+
+
+class FaultTest(Base):
+
+  @parameterized.parameters(
+      (_without(OWN, 'prompt'), "'prompt' is missing"),
+      (_without(OWN, 'subject'), "'subject' is missing"),
+      (OWN | {'subject': 3}, "'subject' holds a number; it must be text"),
+      (OWN | {'subject': None}, "'subject' holds null"),
+      (OWN | {'subject': ' '}, "'subject' is empty"),
+      (OWN | {'target_new': ''}, "'target_new' is empty"),
+      (OWN | {'target_new': '\n'}, "'target_new' is empty"),
+      (OWN | {'prompt': '{} and {}'}, 'has 2 placeholders'),
+      (OWN | {'prompt': 'Ben plays the'}, 'nowhere in the prompt'),
+      (OWN | {'prompt': 'Adam plays'}, 'only inside a longer word'),
+      (OWN | {'target_new': ' harp'}, "are both 'harp'"),
+      (OWN | {'paraphrases': 'x'}, "'paraphrases' holds text; .* a list"),
+      (OWN | {'paraphrases': ['x', 1]}, r"'paraphrases\[2\]' holds a number"),
+      (OWN | {'neighbours': [[]]}, r"'neighbours\[1\]' holds a list"),
+      (
+          OWN | {'neighbours': [{'prompt': 'x'}]},
+          r"'neighbours\[1\].answer' is missing",
+      ),
+      (_without(OWN, 'target_true'), r"'neighbours\[1\]' has no answer"),
+      (OWN | {'portability': []}, "'portability' holds a list"),
+      (
+          OWN | {'portability': {'alias': [{'prompt': 'x', 'answer': ''}]}},
+          r"'portability.alias\[1\].answer' is empty",
+      ),
+      (OWN | {'paraphrase': []}, "'paraphrase' is unknown"),
+      (_without(FLAT, 'ground_truth'), "'ground_truth' is missing"),
+      (_without(FLAT, 'locality_prompt'), "'locality_prompt' is missing"),
+      (FLAT | {'target_new': 'harp'}, 'nothing to edit'),
+      (ZSRE | {'alt': ''}, "'alt' is empty"),
+      (ZSRE | {'answers': []}, "'answers' is an empty list"),
+      (ZSRE | {'answers': 'harp'}, "'answers' holds text"),
+      (ZSRE | {'loc': 1}, "'loc' holds a number"),
+      (NESTED | {'requested_rewrite': []}, "'requested_rewrite' holds a list"),
+  )
+  def test_one_fault_one_sentence(self, data, pattern):
+    (problem,) = self.problems(data)
+    self.assertRegex(problem, r'^record 1 \(id \w+\): .*' + pattern)
+    self.assertEndsWith(problem, '.')
+
+  def test_nested_target(self):
+    rewrite = NESTED['requested_rewrite']
+    for target, pattern in (
+        ('oboe', 'target_new. holds text; it must be an object'),
+        ({'id': 'Q1'}, "'requested_rewrite.target_new.str' is missing"),
+        ({'str': ''}, "'requested_rewrite.target_new.str' is empty"),
+    ):
+      (problem,) = self.problems(
+          NESTED | {'requested_rewrite': rewrite | {'target_new': target}}
+      )
+      self.assertRegex(problem, pattern)
+
+  def test_no_object(self):
+    problems = self.problems(OWN, 3, None, 'x')
+    self.assertLen(problems, 3)
+    self.assertIn('the record is a number', problems[0])
+
+  def test_all_faults_of_all_records(self):
+    problems = self.problems(
+        OWN | {'subject': '', 'target_new': 1}, *_people('a', prompt='b')
+    )
+    self.assertLen(problems, 3)
+    self.assertStartsWith(problems[2], 'record 2 (id 2)')
+
+  def test_twenty_are_listed(self):
+    bad = _people(*'abcdefghijklmnopqrstuvwxy', target_new='')
+    problems = self.problems(*bad)
+    self.assertLen(problems, 21)
+    self.assertIn('25 faults in all', problems[-1])
+    self.assertIn(self.path, problems[-1])
+    self.assertLen(self.problems(*bad[:20]), 20)
+
+  def test_odd_characters_are_fine(self):
+    odd = 'A\x00\u200b\x1b'
+    self.write(
+        '{"prompt": "{} is", "subject": "\\ud83d", "target_new": "b\\udc00"}\n'
+        + json.dumps(*_people(odd))
+    )
+    first, second = datasets.load_records(self.path).records
+    self.assertEqual((first.subject, first.target_new), ('\ufffd', 'b\ufffd'))
+    self.assertEqual(second.subject, odd)
+
+  def test_duplicates_name_both_records(self):
+    problems = self.problems(
+        *_people('Ada', 'Ben'),
+        *_people('Ada', target_new='y'),
+        *_people('Ben', prompt='Ben  is'),
+        *_people('ben'),
+    )
+    self.assertLen(problems, 2)
+    self.assertRegex(
+        problems[0], r"^record 3 \(id 3\): .*'y' .*record 1 \(id 1\).*'x'"
+    )
+    self.assertRegex(
+        problems[1], r'^record 4 \(id 4\): .*same edit as record 2 \(id 2\)'
+    )
+
+
+class SkipTest(Base):
+
+  def test_the_next_record_takes_the_place(self):
+    good = _people('a', 'b', 'c', 'd')
+    bad = _people('z', target_new='')[0] | {'id': 'bad'}
+    loaded = self.load(
+        good[0], bad, good[0], *good[1:], limit=3, on_bad_record='skip'
+    )
+    self.assertEqual([r.subject for r in loaded.records], ['a', 'b', 'c'])
+    self.assertEqual([r.number for r in loaded.records], [1, 4, 5])
+    self.assertEqual(
+        [(s.number, s.id) for s in loaded.skipped], [(2, 'bad'), (3, '3')]
+    )
+    self.assertIn("'target_new' is empty", loaded.skipped[0].reason)
+    self.assertIn('record 1', loaded.skipped[1].reason)
+
+  def test_a_skipped_record_does_not_block_its_repetition(self):
+    first, second = _people('a', 'a')
+    loaded = self.load(first | {'paraphrases': 3}, second, on_bad_record='skip')
+    self.assertEqual([r.number for r in loaded.records], [2])
+
+  def test_bad_lines_are_skipped(self):
+    self.write('{"prompt"\n' + json.dumps(OWN))
+    loaded = datasets.load_records(self.path, on_bad_record='skip')
+    self.assertLen(loaded.records, 1)
+    self.assertIn('not JSON', loaded.skipped[0].reason)
+
+  def test_nothing_left(self):
+    bad = _people('a', 'b', target_new='')
+    self.assertLen(self.problems(*bad, on_bad_record='skip'), 2)
+
+  def test_fail_looks_at_the_first_records_alone(self):
+    loaded = self.load(
+        *_people('a', 'b'), *_people('c', target_new=''), limit=2
+    )
+    self.assertLen(loaded.records, 2)
+    self.assertEmpty(loaded.skipped)
+    self.assertLen(self.load(*_people('a', 'b'), limit=9).records, 2)
+
+  def test_check_comes_through_the_same_door(self):
+    def check(record):
+      return ['it is b; leave b out.'] if record.subject == 'b' else []
+
+    people = _people('a', 'b', 'c')
+    (problem,) = self.problems(*people, check=check)
+    self.assertEqual(problem, 'record 2 (id 2): it is b; leave b out.')
+    loaded = self.load(*people, check=check, limit=2, on_bad_record='skip')
+    self.assertEqual([r.subject for r in loaded.records], ['a', 'c'])
+    self.assertEqual(loaded.skipped[0].reason, 'it is b; leave b out.')
+
+
+class RealRecordsTest(absltest.TestCase):
+
+  def test_counterfact_train(self):
+    path = testing.data_path('counterfact_train.jsonl')
+    loaded = datasets.load_records(path, on_bad_record='skip')
+    raw = [json.loads(line) for line in path.read_text().splitlines()]
+    # Oracle: pairs counted without the loader.
+    pairs = collections.Counter((r['subject'], r['prompt']) for r in raw)
+    self.assertEqual(sum(n > 1 for n in pairs.values()), 62)
+    self.assertLen(loaded.records, len(pairs))
+    self.assertLen(loaded.skipped, len(raw) - len(pairs))
+    for record in loaded.records:
+      self.assertEqual(record.question, raw[record.number - 1]['prompt'])
+      self.assertEqual(record.prompt.count('{}'), 1)
+
+  def test_counterfact_train_fails_whole(self):
+    path = testing.data_path('counterfact_train.jsonl')
+    with self.assertRaisesRegex(InputError, '77 faults in all'):
+      datasets.load_records(path)
+    self.assertLen(datasets.load_records(path, limit=1000).records, 1000)
+
+  def test_zsre(self):
+    path = testing.data_path('zsre.jsonl')
+    loaded = datasets.load_records(path, on_bad_record='skip')
+    reasons = ' '.join(s.reason for s in loaded.skipped)
+    self.assertLen(loaded.records, 493)
+    self.assertEqual(reasons.count('nothing to edit'), 6)
+    self.assertEqual(reasons.count("'alt' is empty"), 1)
+    loaded = datasets.load_records(path, zsre_target='answers')
+    self.assertLen(loaded.records, 500)
+
+  def test_sets_without_single_edits_are_refused(self):
+    for name in ('unke.jsonl', 'editevery.jsonl'):
+      with self.assertRaisesRegex(InputError, 'no known format'):
+        datasets.load_records(testing.data_path(name))
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,139 @@
+"""The program that collects second moments."""
+
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from unittest import mock
+
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from experiments import collect_moments
+from jaxedit.models import decode, loading
+from jaxedit.stats import moments
+from jaxedit.testing import models
+from jaxedit.types import InputError
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+class Tokenizer:
+  """Bytes, folded into a small vocabulary."""
+
+  bos_token_id, eos_token_id, chat_template = 1, 2, None
+
+  def __call__(self, text, **settings):
+    del settings
+    if isinstance(text, str):
+      return {'input_ids': [3 + byte % 90 for byte in text.encode()]}
+    return {'input_ids': [self(one)['input_ids'][:16] for one in text]}
+
+
+class ProgramTest(parameterized.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    folder = tempfile.TemporaryDirectory()
+    self.addCleanup(folder.cleanup)
+    self.folder = pathlib.Path(folder.name)
+    spec = models.tiny_spec('llama', mlp_width=8)
+    params = models.random_params(spec, 0)
+    self.model = loading.Model(spec, params, self.folder, 'abc', {})
+    text = self.folder / 'text.txt'
+    text.write_text('\n'.join(f'{i} is followed by {i + 1}' for i in range(40)))
+    self.config = collect_moments.Config(
+        layers=(0, 2),
+        out=self.folder / 'out' / 'm.safetensors',
+        corpus=f'file:{text}',
+        width=16,
+    )
+
+  def collect(self, **changes):
+    config = dataclasses.replace(self.config, **changes)
+    return collect_moments.collect(config, self.model, Tokenizer())
+
+  def test_writes_what_can_be_loaded(self):
+    report = self.collect()
+    found = moments.load(self.config.out, model_hash='abc', layers=[0, 2])
+    np.testing.assert_array_equal(found.gram, report.moments.gram)
+    self.assertBetween(found.count, 160, 176)
+    for key in ('model', 'corpus', 'corpus_sha256', 'seed', 'dtype', 'layers',
+                'site', 'width', 'tokens', 'padding_share', 'texts'):  # fmt: skip
+      self.assertIn(key, found.provenance)
+    self.assertRegex(
+        report.line(),
+        r'^1\d\d tokens, [\d,]+ tokens/s, padding \d.*, condition .*,'
+        r' .*m.safetensors$',
+    )
+    self.assertEmpty(list(report.warnings()))
+    self.assertLen(list(self.config.out.parent.iterdir()), 1)
+
+  def test_order_is_of_the_seed(self):
+    sums = [
+        self.collect(seed=seed, overwrite=True).moments.provenance
+        for seed in (0, 0, 1)
+    ]
+    sums = [provenance['corpus_sha256'] for provenance in sums]
+    self.assertEqual(sums[0], sums[1])
+    self.assertNotEqual(sums[0], sums[2])
+
+  def test_keeps_an_existing_output(self):
+    self.collect()
+    with self.assertRaisesRegex(InputError, 'exists.*--overwrite'):
+      self.collect()
+
+  def test_warns_of_a_short_corpus_and_singular_moments(self):
+    short = list(self.collect(tokens=10**6).warnings())
+    self.assertLen(short, 1)
+    self.assertIn('ended after 6', short[0])
+    report = self.collect(tokens=5, width=5, overwrite=True)
+    self.assertIn('singular', list(report.warnings())[0])
+    self.assertIn('infinite (singular)', report.line())
+
+  def test_interrupted_self_corpus_goes_on(self):
+    whole = self.collect(corpus='self').moments
+    generate, add = decode.generate, moments.add_batch
+    stop = mock.Mock(side_effect=KeyboardInterrupt)
+    with mock.patch.object(moments, 'add_batch', stop):
+      with self.assertRaises(KeyboardInterrupt):
+        self.collect(corpus='self', overwrite=True)
+    again = mock.Mock(wraps=generate)
+    with mock.patch.object(decode, 'generate', again):
+      got = self.collect(corpus='self', overwrite=True).moments
+    again.assert_not_called()
+    self.assertIs(moments.add_batch, add)
+    np.testing.assert_array_equal(got.gram, whole.gram)
+    self.assertEqual(dict(got.provenance), dict(whole.provenance))
+    self.assertLen(list(self.config.out.parent.iterdir()), 1)
+
+  def test_settings_are_checked_before_sampling(self):
+    with mock.patch.object(decode, 'generate') as generate:
+      with self.assertRaisesRegex(InputError, 'between 0 and 2'):
+        self.collect(corpus='self', layers=(9,))
+    generate.assert_not_called()
+
+  def test_condition_of_known_moments(self):
+    gram = np.diag([1.0, 2.0, 50.0])[None]
+    found = moments.Moments((0,), gram, 9, {})
+    self.assertEqual(collect_moments.condition(found), '5.00e+01')
+
+  def test_wrong_flags_are_told_at_once(self):
+    done = subprocess.run(
+        [sys.executable, '-m', 'experiments.collect_moments', '--layers=a'],
+        cwd=ROOT,
+        env={**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    self.assertEqual(done.returncode, 2, done.stderr)
+    self.assertIn('error: --layers=', done.stderr)
+    self.assertIn('error: --out: name the file to write', done.stderr)
+    self.assertNotIn('Traceback', done.stderr)
+
+
+if __name__ == '__main__':
+  absltest.main()

@@ -1,0 +1,268 @@
+"""Slow, obvious versions of the editing core, in plain torch and numpy.
+
+No padding, no batching of edits, no caching: every row is a full forward of a
+transformers model, changes of activations are hooks, changes of weights are
+really written, and linear systems are dense. Used by tests only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import hf_oracle
+import numpy as np
+import torch
+
+from jaxedit.models import loading
+from jaxedit.text.batching import EncodedEdit
+from jaxedit.values import Schedule
+
+
+class Pair(NamedTuple):
+  """One random model on both sides."""
+
+  torch: Any
+  spec: Any
+  params: Any
+
+
+@functools.cache
+def pair(family: str, **changes: Any) -> Pair:
+  """Makes a random torch model and loads it as canonical parameters."""
+  # Rows are tiny; threads only wait for each other.
+  torch.set_num_threads(1)
+  model = hf_oracle.make(family, **changes)
+  with tempfile.TemporaryDirectory() as folder:
+    hf_oracle.save(model, folder)
+    ours = loading.load_model(folder, 'float32')
+  for parameter in model.parameters():
+    parameter.requires_grad_(False)
+  return Pair(model, ours.spec, ours.params)
+
+
+def block(model: Any, layer: int) -> Any:
+  """The module of one transformer block."""
+  for path in ('model.layers', 'transformer.h', 'gpt_neox.layers'):
+    with contextlib.suppress(AttributeError):
+      return model.get_submodule(path)[layer]
+  raise ValueError('unknown layout')
+
+
+def down(model: Any, layer: int) -> Any:
+  """The module of the second MLP matrix of one block."""
+  for name in ('down_proj', 'fc_out', 'c_proj', 'dense_4h_to_h'):
+    with contextlib.suppress(AttributeError):
+      return block(model, layer).mlp.get_submodule(name)
+  raise ValueError('unknown layout')
+
+
+@contextlib.contextmanager
+def hooked(module: Any, function: Any) -> Iterator[None]:
+  """Applies a function to the [1, T, D] output of a module while open."""
+
+  def hook(_, inputs, output):
+    del inputs
+    if isinstance(output, tuple):
+      return (function(output[0]), *output[1:])
+    return function(output)
+
+  handle = module.register_forward_hook(hook)
+  try:
+    yield
+  finally:
+    handle.remove()
+
+
+def run(model: Any, ids: Sequence[int]) -> torch.Tensor:
+  """Logits [T, V] of one unpadded row."""
+  tokens = torch.tensor(np.asarray(ids)[None].astype(np.int64))
+  return model(input_ids=tokens, use_cache=False).logits[0]
+
+
+class Found(NamedTuple):
+  """What the optimisation of one edit gave."""
+
+  z: np.ndarray
+  z0: np.ndarray
+  losses: list[float]  # of every forward
+  likelihood: float  # at z
+  clamped: int  # updates after which the change was too long
+
+
+def optimize(
+    model: Any, edit: EncodedEdit, layer: int, schedule: Schedule
+) -> Found:
+  """Optimises the output of one block at the anchor, for one edit.
+
+  Args:
+    model: the transformers model.
+    edit: rows, anchors, target and KL row as ids.
+    layer: block whose output is changed.
+    schedule: settings.
+
+  Returns:
+    The wanted state, and what happened.
+
+  Source: Meng et al. 2022b (MEMIT, arXiv 2210.07229), section 4.2 and its
+  published settings.
+  """
+  module = block(model, layer)
+  target = torch.tensor(edit.target.astype(np.int64))
+  seen = []
+
+  def shifted(ids, column, change):
+    def add(h):
+      seen.append(h[0, column].detach().clone())
+      h = h.clone()
+      h[0, column] += change
+      return h
+
+    with hooked(module, add):
+      return torch.log_softmax(run(model, ids), dim=-1)
+
+  with torch.no_grad():
+    shifted(edit.rows[0], edit.anchors[0], 0.0)
+    z0 = seen[0]
+    if len(edit.kl):
+      base = shifted(edit.kl, len(edit.kl) - 1, 0.0)[-1]
+  delta = torch.zeros_like(z0, requires_grad=True)
+  adam = torch.optim.Adam([delta], lr=schedule.rate)
+  losses, clamped = [], 0
+  for step in range(schedule.steps):
+    nlls = []
+    for row, anchor in zip(edit.rows, edit.anchors):
+      ids = np.concatenate([row, edit.target[:-1]])
+      logprob = shifted(ids, anchor, delta)[len(row) - 1 :]
+      nlls.append(-logprob.gather(1, target[:, None]).mean())
+    likelihood = torch.stack(nlls).mean()
+    loss = likelihood + schedule.decay * delta.norm() / z0.norm() ** 2
+    if len(edit.kl):
+      now = shifted(edit.kl, len(edit.kl) - 1, delta)[-1]
+      loss = loss + schedule.kl * (now.exp() * (now - base)).sum()
+    losses.append(loss.item())
+    if loss.item() < schedule.threshold or step == schedule.steps - 1:
+      break
+    adam.zero_grad()
+    loss.backward()
+    adam.step()
+    with torch.no_grad():
+      radius = schedule.clamp * z0.norm()
+      if delta.norm() > radius:
+        clamped += 1
+        delta.mul_(radius / delta.norm())
+  z = (z0 + delta).detach().numpy()
+  return Found(z, z0.numpy(), losses, likelihood.item(), clamped)
+
+
+def dense_update(
+    system: np.ndarray, keys: np.ndarray, residuals: np.ndarray
+) -> np.ndarray:
+  """Solves (B + K^T K) X = K^T R as it is written, in extended precision.
+
+  Args:
+    system: [F, F] B, for MEMIT lambda C.
+    keys: [M, F] K.
+    residuals: [M, D] R.
+
+  Returns:
+    [F, D] X, the change of a kernel that is stored [in, out].
+
+  Source: Meng et al. 2022b (MEMIT), equation 14.
+  """
+  keys, residuals = (x.astype(np.longdouble) for x in (keys, residuals))
+  matrix = system.astype(np.longdouble) + keys.T @ keys
+  return _solve(matrix, keys.T @ residuals)
+
+
+def _solve(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+  """Gaussian elimination with pivoting; numpy's own ends at float64."""
+  a, b = a.copy(), b.copy()
+  for i in range(len(a)):
+    pivot = i + np.argmax(np.abs(a[i:, i]))
+    a[[i, pivot]], b[[i, pivot]] = a[[pivot, i]], b[[pivot, i]]
+    ratio = a[i + 1 :, i] / a[i, i]
+    a[i + 1 :] -= ratio[:, None] * a[i]
+    b[i + 1 :] -= ratio[:, None] * b[i]
+  for i in reversed(range(len(a))):
+    b[i] = (b[i] - a[i, i + 1 :] @ b[i + 1 :]) / a[i, i]
+  return b
+
+
+def memit(
+    model: Any,
+    edits: Sequence[EncodedEdit],
+    layers: Sequence[int],
+    *,
+    z: np.ndarray,
+    grams: Sequence[np.ndarray],
+    weight: float,
+) -> tuple[list[np.ndarray], np.ndarray]:
+  """MEMIT's second half: writes wanted states into a copy of a model.
+
+  Args:
+    model: the transformers model; not changed.
+    edits: E edits.
+    layers: layers to edit, ascending.
+    z: [E, D] wanted output of the last of them at the anchor.
+    grams: [F, F] average second moments, one a layer.
+    weight: lambda.
+
+  Returns:
+    (the change of every layer's kernel, [F, D] float64; [n + 1, E] distance to
+    z before each layer and after the last, as a multiple of the first).
+
+  Source: Meng et al. 2022b (MEMIT), algorithm 1, with the published weights
+  of the contexts in a key (1/2 for the bare prompt).
+  """
+  model = copy.deepcopy(model)
+  changes, gaps = [], []
+
+  def gap():
+    now = np.stack([_state(model, edit, layers[-1]) for edit in edits])
+    gaps.append(z.astype(np.float64) - now)
+    return gaps[-1]
+
+  for i, layer in enumerate(layers):
+    keys = np.stack([_key(model, edit, layer) for edit in edits])
+    residuals = gap() / (len(layers) - i)
+    change = dense_update(weight * grams[i], keys, residuals)
+    changes.append(change.astype(np.float64))
+    kernel = down(model, layer)
+    written = torch.tensor(changes[-1])
+    # Linear stores [out, in], Conv1D [in, out].
+    linear = isinstance(kernel, torch.nn.Linear)
+    with torch.no_grad():
+      kernel.weight += (written.T if linear else written).to(torch.float32)
+  gap()
+  length = np.linalg.norm(gaps, axis=-1)
+  return changes, length / length[0]
+
+
+def _key(model: Any, edit: EncodedEdit, layer: int) -> np.ndarray:
+  """Averages the input of the second MLP matrix at the anchor, [F]."""
+  seen = []
+
+  def keep(_, inputs):
+    seen.append(inputs[0][0].detach().double().numpy())
+
+  handle = down(model, layer).register_forward_pre_hook(keep)
+  with torch.no_grad():
+    for row in edit.rows:
+      run(model, row)
+  handle.remove()
+  bare, *others = [x[anchor] for x, anchor in zip(seen, edit.anchors)]
+  return (bare + np.mean(others, axis=0)) / 2 if others else bare
+
+
+def _state(model: Any, edit: EncodedEdit, layer: int) -> np.ndarray:
+  """Output of a block at the anchor of the bare prompt, [D]."""
+  seen = []
+  keep = lambda h: seen.append(h[0, edit.anchors[0]].double().numpy()) or h
+  with hooked(block(model, layer), keep), torch.no_grad():
+    run(model, edit.rows[0])
+  return seen[0]

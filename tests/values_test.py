@@ -1,0 +1,245 @@
+"""Value optimisation equals a naive loop of full forwards, edit by edit."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import naive_oracle
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from jaxedit import values
+from jaxedit.testing import facts
+from jaxedit.text import batching
+
+PLAIN = values.Schedule(
+    steps=5, rate=0.1, decay=0.5, clamp=5.0, kl=0.0625, threshold=0.0
+)
+EDITS, SLOTS, LAYER = 4, 8, 1
+# A window shorter than the rows makes 'mistral' differ from 'llama'.
+WINDOW = {'mistral': dict(sliding_window=4)}
+
+
+def model(family: str) -> naive_oracle.Pair:
+  return naive_oracle.pair(family, **WINDOW.get(family, {}))
+
+
+@functools.cache
+def edits(kind: str = 'plain') -> tuple[batching.EncodedEdit, ...]:
+  """Random edits; 'no_kl' ones lack the KL row, 'short' end at the anchor."""
+  some = facts.random_edits(EDITS, seed=1, contexts=2, kl=kind != 'no_kl')
+  if kind == 'short':
+    cut = lambda e: tuple(r[: a + 1] for r, a in zip(e.rows, e.anchors))
+    some = [dataclasses.replace(edit, rows=cut(edit)) for edit in some]
+  return tuple(some)
+
+
+def tile(some, slots: int = SLOTS, ladder=(8, 16)) -> batching.Tile:
+  """The one tile of a few edits."""
+  tiles = batching.make_tiles(some, slots=slots, ladder=ladder)
+  assert len(tiles) == 1, len(tiles)
+  return tiles[0]
+
+
+def optimize(pair, some, schedule, layer=LAYER, **shape):
+  """Targets of edits in their own order, as numpy arrays, without empty slots."""
+  one = tile(some, **shape)
+  found = values.optimize(
+      pair.spec, pair.params, one, layer=layer, schedule=schedule
+  )
+  order = np.argsort(one.edit[one.edit >= 0])
+  return jax.tree.map(lambda x: np.asarray(x)[: len(order)][order], found)
+
+
+@functools.cache
+def naive(family, kind='plain', schedule=PLAIN, layer=LAYER):
+  return [
+      naive_oracle.optimize(model(family).torch, edit, layer, schedule)
+      for edit in edits(kind)
+  ]
+
+
+def split_threshold(found) -> float:
+  """A threshold that some edits reach early, after an update, and others never.
+
+  It lies in the middle of the widest gap between losses, so that rounding does
+  not decide.
+  """
+  losses = np.sort(np.concatenate([f.losses for f in found]))
+  best = (0.0, 0.0)
+  for low, high in zip(losses, losses[1:]):
+    middle = (low + high) / 2
+    early = [min(f.losses[:-1]) < middle for f in found]
+    # Not at once, and not only at the last loss.
+    late = all(f.losses[0] > middle or not e for f, e in zip(found, early))
+    never = any(min(f.losses) > middle for f in found)
+    if late and any(early) and never:
+      best = max(best, (high / low - 1, float(middle)))
+  assert best[0] > 1e-3, best
+  return best[1]
+
+
+class OracleTest(parameterized.TestCase):
+  """The oracle is naive_oracle.optimize, which runs the whole of every row."""
+
+  def _check(self, family, schedule=PLAIN, kind='plain', layer=LAYER):
+    want = naive(family, kind, schedule, layer)
+    got = optimize(model(family), edits(kind), schedule, layer)
+    self.assertEqual(got.steps.tolist(), [len(f.losses) for f in want])
+    self.assertTrue(got.finite.all())
+    for i, f in enumerate(want):
+      error = np.linalg.norm(got.z[i] - f.z) / np.linalg.norm(f.z)
+      self.assertLess(error, 1e-5)
+      # The change is small beside the state: hold it to a bound of its own.
+      error = np.linalg.norm((got.z - got.z0)[i] - (f.z - f.z0))
+      self.assertLessEqual(error, 1e-4 * np.linalg.norm(f.z - f.z0))
+      np.testing.assert_allclose(got.z0[i], f.z0, rtol=1e-4, atol=1e-5)
+      np.testing.assert_allclose(got.loss[i], f.losses[-1], rtol=2e-5)
+      np.testing.assert_allclose(got.likelihood[i], f.likelihood, rtol=2e-5)
+    return want
+
+  @parameterized.parameters('llama', 'gptj', 'gpt2', 'mistral')
+  def test_plain(self, family):
+    want = self._check(family)
+    self.assertLess(
+        sum(f.losses[-1] for f in want), sum(f.losses[0] for f in want)
+    )
+    for f in want:
+      self.assertEqual(f.clamped, 0)
+      self.assertLen(f.losses, PLAIN.steps)
+
+  def test_the_window_matters(self):
+    found = [naive(f)[1].z for f in ('mistral', 'llama')]
+    self.assertGreater(np.abs(found[0] - found[1]).max(), 1e-2)
+
+  @parameterized.parameters('llama', 'gptj', 'gpt2')
+  def test_some_edits_stop_early(self, family):
+    threshold = split_threshold(naive(family))
+    want = self._check(family, PLAIN._replace(threshold=threshold))
+    steps = [len(f.losses) for f in want]
+    self.assertBetween(min(steps), 2, PLAIN.steps - 1)
+    self.assertEqual(max(steps), PLAIN.steps)
+
+  @parameterized.parameters('llama', 'gptj', 'gpt2')
+  def test_clamp_from_the_first_step(self, family):
+    schedule = PLAIN._replace(clamp=0.02)
+    for f in self._check(family, schedule):
+      self.assertEqual(f.clamped, schedule.steps - 1)
+      moved = np.linalg.norm(f.z - f.z0)
+      self.assertAlmostEqual(moved / np.linalg.norm(f.z0), 0.02, places=5)
+
+  def test_no_kl_row(self):
+    self._check('llama', kind='no_kl')
+
+  @parameterized.parameters(dict(kl=2.0), dict(decay=30.0))
+  def test_every_term_matters(self, **weights):
+    strong = self._check('llama', PLAIN._replace(**weights))
+    plain = naive('llama')
+    self.assertGreater(np.abs(strong[1].z - plain[1].z).max(), 1e-2)
+
+  def test_one_step_only_evaluates(self):
+    for f in self._check('llama', PLAIN._replace(steps=1)):
+      np.testing.assert_array_equal(f.z, f.z0)
+
+  def test_last_layer(self):
+    # Nothing runs above the last block: only the anchor's own logits change,
+    # so the label must stand there.
+    self._check('llama', kind='short', layer=2)
+
+
+class InvarianceTest(parameterized.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.pair = model('llama')
+    cls.base = optimize(cls.pair, edits(), PLAIN)
+
+  def _same(self, got, want):
+    np.testing.assert_array_equal(got.steps, want.steps)
+    for a, b in zip(got.z, want.z):
+      self.assertLess(np.linalg.norm(a - b) / np.linalg.norm(b), 1e-5)
+    np.testing.assert_allclose(got.loss, want.loss, rtol=2e-5)
+
+  def test_padding_and_slots(self):
+    got = optimize(self.pair, edits()[:2], PLAIN, slots=2, ladder=(16,))
+    self._same(got, jax.tree.map(lambda x: x[:2], self.base))
+
+  def test_order(self):
+    order = np.array([2, 0, 3, 1])
+    got = optimize(self.pair, [edits()[i] for i in order], PLAIN)
+    self._same(got, jax.tree.map(lambda x: x[order], self.base))
+
+  def test_neighbours_of_one_shape_change_no_bit(self):
+    first = tile(edits())
+    slot = int(np.flatnonzero(first.edit == 0)[0])
+    second = tile(facts.random_edits(EDITS, seed=7, contexts=2))
+    here = np.arange(SLOTS) == slot
+    mixed = jax.tree.map(
+        lambda new, old: np.where(
+            here.reshape(-1, *[1] * (old.ndim - 1)), old, new
+        ),
+        second,
+        first,
+    )
+    run = functools.partial(
+        values.optimize,
+        self.pair.spec,
+        self.pair.params,
+        layer=LAYER,
+        schedule=PLAIN,
+    )
+    before, after = run(first), run(mixed)
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after)):
+      np.testing.assert_array_equal(a[slot], b[slot])
+    changed = np.any(np.asarray(before.z) != np.asarray(after.z), axis=-1)
+    np.testing.assert_array_equal(changed[:EDITS], ~here[:EDITS])
+
+
+class FiniteTest(parameterized.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.pair = model('llama')
+    cls.base = optimize(cls.pair, edits(), PLAIN)
+
+  @parameterized.product(
+      value=(np.nan, np.inf), where=('subject', 'context', 'target')
+  )
+  def test_an_edit_that_is_not_finite_fails_alone(self, value, where):
+    bad, poison = 1, self.pair.spec.vocab - 1
+    table = self.pair.params['embed']['embedding']
+    params = self.pair.params | {
+        'embed': {'embedding': table.at[poison].set(value)}
+    }
+    some = list(edits())
+    some[bad] = poisoned(some[bad], where, poison)
+    got = optimize(self.pair._replace(params=params), some, PLAIN)
+    self.assertEqual(got.finite.tolist(), [i != bad for i in range(EDITS)])
+    self.assertEqual(got.steps[bad], 1)
+    good = got.finite
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(self.base)):
+      np.testing.assert_array_equal(a[good], b[good])
+
+
+def poisoned(edit, where: str, token: int):
+  """Puts a token into an edit: at the anchor, in one context or the target."""
+  rows = [row.copy() for row in edit.rows]
+  target = edit.target.copy()
+  if where == 'subject':
+    for row, anchor in zip(rows, edit.anchors):
+      row[anchor] = token
+  elif where == 'context':
+    rows[-1][0] = token
+  else:
+    target[0] = token
+  return batching.EncodedEdit(
+      edit.number, tuple(rows), edit.anchors, target, edit.kl
+  )
+
+
+if __name__ == '__main__':
+  absltest.main()
