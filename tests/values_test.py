@@ -44,7 +44,7 @@ def tile(some, slots: int = SLOTS, ladder=(8, 16)) -> batching.Tile:
 
 
 def optimize(pair, some, schedule, layer=LAYER, **shape):
-  """Targets of edits in their own order, as numpy arrays, without empty slots."""
+  """Targets of edits in their own order, without empty slots."""
   one = tile(some, **shape)
   found = values.optimize(
       pair.spec, pair.params, one, layer=layer, schedule=schedule
@@ -100,7 +100,7 @@ class OracleTest(parameterized.TestCase):
       np.testing.assert_allclose(got.likelihood[i], f.likelihood, rtol=2e-5)
     return want
 
-  @parameterized.parameters('llama', 'gptj', 'gpt2', 'mistral')
+  @parameterized.parameters('llama', 'gptj', 'gpt2')
   def test_plain(self, family):
     want = self._check(family)
     self.assertLess(
@@ -109,10 +109,6 @@ class OracleTest(parameterized.TestCase):
     for f in want:
       self.assertEqual(f.clamped, 0)
       self.assertLen(f.losses, PLAIN.steps)
-
-  def test_the_window_matters(self):
-    found = [naive(f)[1].z for f in ('mistral', 'llama')]
-    self.assertGreater(np.abs(found[0] - found[1]).max(), 1e-2)
 
   @parameterized.parameters('llama', 'gptj', 'gpt2')
   def test_some_edits_stop_early(self, family):
@@ -130,8 +126,10 @@ class OracleTest(parameterized.TestCase):
       moved = np.linalg.norm(f.z - f.z0)
       self.assertAlmostEqual(moved / np.linalg.norm(f.z0), 0.02, places=5)
 
-  def test_no_kl_row(self):
-    self._check('llama', kind='no_kl')
+  def test_no_kl_row_and_a_sliding_window(self):
+    want = self._check('mistral', kind='no_kl')
+    wide = naive('llama', 'no_kl')
+    self.assertGreater(np.abs(want[1].z - wide[1].z).max(), 1e-2)
 
   @parameterized.parameters(dict(kl=2.0), dict(decay=30.0))
   def test_every_term_matters(self, **weights):

@@ -1,8 +1,8 @@
 """Deltas on disk: one safetensors file with what is needed to trust it.
 
-Tensors are named `<site>/<layer>/key`, `.../value` or `.../kernel`; the header's
-metadata holds `format`, and as JSON the source model's hash and whatever the
-editor recorded (method, settings, data), and a checksum a tensor.
+Tensors are named `<site>/<layer>/key`, `.../value` or `.../kernel`; the
+header's metadata holds `format`, and as JSON the source model's hash and
+whatever the editor recorded (method, settings, data), and a checksum a tensor.
 """
 
 from __future__ import annotations

@@ -259,7 +259,7 @@ def insert(
     *,
     targets: Targets,
     active: np.ndarray,
-    solve: Callable[..., Factors],
+    each: bool,
     progress: Progress = silent,
 ) -> tuple[list[Factors], np.ndarray]:
   """Writes the targets into the edited layers, lowest first.
@@ -272,7 +272,7 @@ def insert(
     tiles: the batch.
     targets: wanted states of all slots.
     active: [slots] bool, slots to write.
-    solve: `_solve` or `_solve_each`.
+    each: solve for every edit alone instead of for all together.
     progress: progress display.
 
   Returns:
@@ -305,7 +305,7 @@ def insert(
       keys, gap = present(layer)
       share = recipe.spread(len(recipe.layers) - i)
       with jax.enable_x64(True):
-        exact = solve(
+        exact = (_solve_each if each else _solve)(
             state.metrics[i],
             jnp.asarray(keys, jnp.float64),
             jnp.asarray(gap * share, jnp.float64),
@@ -416,7 +416,7 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
       state: State,
       tiles: Sequence[Tile],
       progress: Progress,
-      solve: Callable[..., Factors],
+      each: bool,
   ) -> tuple[Edited, State, Info]:
     if not tiles:
       return Edited(), state, _nothing(spec, recipe)
@@ -433,7 +433,7 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
         tiles,
         targets=targets,
         active=active,
-        solve=solve,
+        each=each,
         progress=progress,
     )
     seconds = {
@@ -441,7 +441,7 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
         'insert': time.monotonic() - middle,
     }
     written = active[slot]
-    kept = slot if solve is _solve_each else slot[written]
+    kept = slot if each else slot[written]
     stacked = Factors(*(np.stack(x)[:, kept] for x in zip(*solved)))
     delta = LowRank(
         layers=recipe.layers,
@@ -454,10 +454,10 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
     return Edited(deltas=(delta,)), state, info
 
   def edit(params, state, tiles, progress=silent):
-    return run(params, state, tiles, progress, _solve)
+    return run(params, state, tiles, progress, each=False)
 
   def edit_each(params, state, tiles, progress=silent):
-    return run(params, state, tiles, progress, _solve_each)
+    return run(params, state, tiles, progress, each=True)
 
   return Editor(init, edit, edit_each)
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxedit.eval import generation, metrics, scoring
@@ -171,6 +171,32 @@ def evaluate(
   return _assemble(records, results, base=base, seed=seed)
 
 
+def record_check(
+    spec: ModelSpec, tokenizer: Any, *, max_new_tokens: int
+) -> Callable[[Record], list[str]]:
+  """Makes the check that finds what `evaluate` would refuse in a record.
+
+  Args:
+    spec: the architecture.
+    tokenizer: a fast transformers tokenizer.
+    max_new_tokens: length of generated texts, tokens; 0 generates none.
+
+  Returns:
+    record -> sentences that do not name the record, for the `check` argument
+    of a loader.
+  """
+
+  def check(record: Record) -> list[str]:
+    (keys,) = _keys([record], None)
+    encoded = scoring.encode_rows(tokenizer, [key[1:] for key in keys])
+    spoken = _spoken(keys, record) if max_new_tokens else {}
+    rows = dict(zip(keys, encoded))
+    faults = _faults(spec, rows, [spoken], max_new_tokens)
+    return [_sentence(key, fault) for key, fault in faults.items()]
+
+  return check
+
+
 def _keys(
     records: Sequence[Record], owner: Sequence[int] | None
 ) -> list[list[_Key]]:
@@ -245,14 +271,19 @@ def _check_rows(
 ) -> None:
   """Raises one error for all faulty rows, by record."""
   problems = [
-      f'record {record.number} (id {record.id}), prompt {key.prompt[:60]!r}:'
-      f' {faults[key]}.'
+      f'record {record.number} (id {record.id}), '
+      + _sentence(key, faults[key])
       for record, own in zip(records, keys)
       for key in own
       if key in faults
   ]
   if problems:
     raise InputError(*problems)
+
+
+def _sentence(key: _Key, fault: str) -> str:
+  """Says of a row what is wrong with it."""
+  return f'prompt {key.prompt[:60]!r}: {fault}.'
 
 
 def _spoken(keys: Sequence[_Key], record: Record) -> dict[str, _Key | None]:

@@ -63,7 +63,7 @@ def _pick(
   """
   greedy = jnp.argmax(logits, axis=-1)
   if top_k:
-    kept, names = jax.lax.top_k(logits, top_k)
+    kept, names = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))
   else:
     kept, names = logits, None
   scaled = kept / jnp.maximum(temperature, 1e-6)
@@ -182,6 +182,13 @@ def _refuse_faulty(
           f'prompt {i} has {len(prompt)} tokens; with {new} new ones the model'
           f' takes 1 to {room}: shorten it or ask for fewer new tokens'
       )
+    # Inside jit such an id would be read as another one without a word.
+    strange = sorted({t for t in prompt if not 0 <= t < spec.vocab})
+    if strange:
+      problems.append(
+          f'prompt {i} has token {strange[0]}, but the model knows 0 to'
+          f' {spec.vocab - 1}: use the tokenizer that belongs to the model'
+      )
   if problems:
     raise InputError(*problems)
 
@@ -219,8 +226,8 @@ def generate(
     New tokens of every prompt, in order.
 
   Raises:
-    InputError: a prompt is empty or, with the new tokens, longer than the model
-      allows.
+    InputError: a prompt is empty, has a token that the model lacks or, with the
+      new tokens, is longer than the model allows.
   """
   _refuse_faulty(spec, prompts, max_new_tokens)
   if not prompts:

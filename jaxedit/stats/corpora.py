@@ -16,6 +16,7 @@ Not here: packing (`packing`), collecting (`moments`).
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -197,6 +198,34 @@ def hub_documents(
   for record in itertools.chain([first], stream):
     if record[field] and record[field].strip():
       yield record[field].strip()
+
+
+def fingerprint(corpus: str) -> str:
+  """Names what the text of a corpus is, for whoever keeps what came of it.
+
+  Args:
+    corpus: see the module head.
+
+  Returns:
+    SHA-256 of the name and of the file's bytes, where the corpus is a file.
+
+  Raises:
+    InputError: the name is not of these forms, or the file cannot be read.
+  """
+  kind, _, rest = corpus.partition(':')
+  path = {'file': rest, 'jsonl': rest.rpartition(':')[0]}.get(kind)
+  if not path and corpus != 'self' and (kind != 'hf' or not rest):
+    raise InputError(f'the corpus {corpus!r} is unknown; give {KINDS}')
+  digest = hashlib.sha256(corpus.encode())
+  if path:
+    try:
+      with open(path, 'rb') as source:
+        digest.update(hashlib.file_digest(source, 'sha256').digest())
+    except OSError as error:
+      raise InputError(
+          f'{path}: cannot be read ({error.strerror}); check the path'
+      ) from error
+  return digest.hexdigest()
 
 
 def open_documents(corpus: str, *, seed: int) -> Iterable[str]:

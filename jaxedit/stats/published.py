@@ -26,9 +26,7 @@ import numpy as np
 from jaxedit.stats.storage import Moments
 from jaxedit.types import InputError
 
-_ARCHIVE = re.compile(
-    r'(?P<module>.+)_(?P<precision>float\d+)_mom2(?:_t\d+)?(?:_(?P<n>\d+))?\.npz'
-)
+_ARCHIVE = re.compile(r'(?P<module>.+)_float\d+_mom2(?:_.*)?\.npz')
 # The linear map that a published module name means, by its last part.
 _SITES = {
     ('mlp', 'c_proj'): 'mlp/down',

@@ -181,30 +181,29 @@ def save(path: str | os.PathLike[str], moments: Moments) -> None:
   write(path, tensors, kind=_MOMENTS, record=record)
 
 
-def load(
+def check(
     path: str | os.PathLike[str],
     *,
     model_hash: str | None = None,
     layers: Sequence[int] | None = None,
     site: str = 'mlp/down',
-) -> Moments:
-  """Reads second moments and checks that they are the ones wanted.
+) -> dict[str, Any]:
+  """Reads the header of second moments and checks that they are those wanted.
 
   Args:
     path: file that `save` wrote.
     model_hash: hash of the model they must come from; None takes any.
-    layers: layers wanted; only these are read. None reads all.
+    layers: layers wanted; None takes what there is.
     site: linear map whose input they must be of.
 
   Returns:
-    The moments of `layers`, in that order.
+    The header's record.
 
   Raises:
-    InputError: missing or damaged, of another model or site, or without a
+    InputError: missing or cut short, of another model or site, or without a
       layer; all faults at once.
   """
-  wanted = '...' if layers is None else ','.join(map(str, layers))
-  advice = _COLLECT.format(layers=wanted, path=path)
+  advice = _advice(path, layers)
   record = read_record(path, _MOMENTS, advice)
   provenance, have = record['provenance'], record['layers']
   problems = []
@@ -227,12 +226,45 @@ def load(
     )
   if problems:
     raise InputError(*problems)
-  chosen = tuple(have if layers is None else layers)
+  return record
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    model_hash: str | None = None,
+    layers: Sequence[int] | None = None,
+    site: str = 'mlp/down',
+) -> Moments:
+  """Reads second moments and checks that they are the ones wanted.
+
+  Args:
+    path: file that `save` wrote.
+    model_hash: hash of the model they must come from; None takes any.
+    layers: layers wanted; only these are read. None reads all.
+    site: linear map whose input they must be of.
+
+  Returns:
+    The moments of `layers`, in that order.
+
+  Raises:
+    InputError: as for `check`, or damaged.
+  """
+  record = check(path, model_hash=model_hash, layers=layers, site=site)
+  chosen = tuple(record['layers'] if layers is None else layers)
   names = [f'gram/{layer}' for layer in chosen]
   sums = {name: record['crc32'].get(name) for name in names}
-  tensors = read_tensors(path, {'crc32': sums}, advice)
+  tensors = read_tensors(path, {'crc32': sums}, _advice(path, layers))
   gram = np.stack([tensors[name] for name in names])
-  return Moments(chosen, gram, record['count'], provenance)
+  return Moments(chosen, gram, record['count'], record['provenance'])
+
+
+def _advice(
+    path: str | os.PathLike[str], layers: Sequence[int] | None
+) -> str:
+  """What to do about moments that cannot be used."""
+  wanted = '...' if layers is None else ','.join(map(str, layers))
+  return _COLLECT.format(layers=wanted, path=path)
 
 
 def _listed(layers: Sequence[int]) -> str:

@@ -1,0 +1,248 @@
+"""Enforces who may import whom, by reading the code and not by running it.
+
+Every import counts, also one inside a function or under TYPE_CHECKING, and an
+import by name through importlib.
+"""
+
+from __future__ import annotations
+
+import ast
+import pathlib
+import sys
+from collections.abc import Iterator
+
+from absl.testing import absltest, parameterized
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FOLDERS = ('jaxedit', 'kernels', 'experiments')
+
+# Package -> what its modules may import beside their own package and `types`.
+# A package's name allows all of its modules, a dotted name that module alone.
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    'types': (),
+    'kernels': (),
+    'ops': ('kernels',),
+    'models': ('ops',),
+    'text': (),
+    'stats': ('models',),
+    'trace': ('models',),
+    'values': ('models', 'text.batching'),
+    'solve': (),
+    'edit': ('values', 'solve', 'stats', 'models', 'text'),
+    'delta': ('models',),
+    'eval': ('edit.forward', 'delta', 'models', 'text'),
+    'testing': ('models',),
+}
+# What the files of edit/ may import of edit/: a method never another method.
+SHARED_BY_EDITORS = tuple(
+    f'edit.{name}' for name in ('base', 'closed_form', 'forward', 'anyedit')
+)
+# transformers looks for a package of this name, so ours is never called so.
+HIDDEN = 'kernels'
+
+
+def own_modules() -> dict[str, pathlib.Path]:
+  """Finds every module of the repository by its installed name."""
+  found = {}
+  for folder in FOLDERS:
+    for path in sorted((ROOT / folder).rglob('*.py')):
+      parts = path.relative_to(ROOT).with_suffix('').parts
+      parts = ('jaxedit', *parts) if folder == 'kernels' else parts
+      parts = parts[:-1] if parts[-1] == '__init__' else parts
+      found['.'.join(parts)] = path
+  return found
+
+
+def imported(tree: ast.Module, package: str) -> Iterator[tuple[int, str]]:
+  """Lists what a module imports.
+
+  Args:
+    tree: the module.
+    package: the package that relative imports start from.
+
+  Yields:
+    (line, dotted name); `from a import b` is a.b, which may be a name in a.
+    A name that is made at run time is given as '?'.
+  """
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      for alias in node.names:
+        yield node.lineno, alias.name
+    elif isinstance(node, ast.ImportFrom):
+      base = node.module or ''
+      if node.level:
+        parents = package.split('.')[: len(package.split('.')) - node.level + 1]
+        base = '.'.join([*parents, base] if base else parents)
+      for alias in node.names:
+        yield node.lineno, f'{base}.{alias.name}'
+    elif isinstance(node, ast.Call):
+      called = ast.unparse(node.func).rsplit('.', 1)[-1]
+      if called in ('import_module', '__import__') and node.args:
+        yield node.lineno, _named_at_run_time(node.args[0], package)
+
+
+def _named_at_run_time(argument: ast.expr, package: str) -> str:
+  """What a call imports: a literal name, or something in its own package."""
+  if isinstance(argument, ast.Constant):
+    return str(argument.value)
+  if ast.unparse(argument).startswith(("f'{__name__}.", "f'{__package__}.")):
+    return f'{package}.?'
+  return '?'
+
+
+def _short(module: str) -> str:
+  """A module's name as the table has it, without the leading jaxedit."""
+  return module.removeprefix('jaxedit.')
+
+
+def _row(module: str) -> str:
+  return _short(module).split('.')[0]
+
+
+def faults(module: str, source: str, package: str) -> list[str]:
+  """Lists the imports of a module that the table forbids.
+
+  Args:
+    module: installed name, e.g. 'jaxedit.models.decoder'.
+    source: its text.
+    package: the package that its relative imports start from.
+
+  Returns:
+    A sentence a fault.
+  """
+  problems = []
+  for line, name in imported(ast.parse(source), package):
+    fault = _fault(module, name)
+    if fault:
+      problems.append(f'{module}, line {line}: imports {name}; {fault}')
+  return problems
+
+
+def _fault(module: str, name: str) -> str:
+  """Says what is wrong with one import, or nothing."""
+  top = name.split('.')[0]
+  if name == '?':
+    return 'name the module, so that this test can read it'
+  if top == HIDDEN:
+    return 'our package is called jaxedit.kernels'
+  if module.split('.')[0] == 'experiments':
+    return ''
+  if top == 'experiments':
+    return 'only experiments import experiments'
+  if top == 'torch':
+    return 'nothing here needs torch'
+  row = _row(module)
+  if top != 'jaxedit':
+    if row == 'kernels' and top not in ('jax', *sys.stdlib_module_names):
+      return 'kernels import jax only'
+    return ''
+  return _own_fault(module, row, _short(name))
+
+
+def _own_fault(module: str, row: str, target: str) -> str:
+  """Says what is wrong with an import of ours, or nothing."""
+  if row == 'jaxedit' or target == 'jaxedit':
+    return 'the package itself stays empty'
+  within = lambda allowed: any(
+      target == part or target.startswith(f'{part}.') for part in allowed
+  )
+  if within(('types',)):
+    return ''
+  if row == 'edit' and module != 'jaxedit.edit' and _row(target) == 'edit':
+    if within(SHARED_BY_EDITORS):
+      return ''
+    return 'a method does not import another: move down what they share'
+  if within((row, *MAY_IMPORT.get(row, ()))):
+    return ''
+  allowed = ', '.join(MAY_IMPORT.get(row, ())) or 'nothing of ours but types'
+  return f'{row} may import {allowed}'
+
+
+class ImportGraphTest(parameterized.TestCase):
+
+  def test_every_package_has_a_row(self):
+    for module in own_modules():
+      if module == 'jaxedit' or module.split('.')[0] == 'experiments':
+        continue
+      self.assertIn(
+          _row(module), MAY_IMPORT,
+          f'{module}: decide what {_row(module)} may import and add a row',
+      )  # fmt: skip
+
+  def test_all_modules(self):
+    modules = own_modules()
+    for known in ('jaxedit.models.decoder', 'jaxedit.kernels', 'experiments'):
+      self.assertIn(known, modules)
+    problems = []
+    for module, path in modules.items():
+      is_package = path.name == '__init__.py'
+      package = module if is_package else module.rpartition('.')[0]
+      problems += faults(module, path.read_text('utf-8'), package)
+    self.assertEmpty(problems, '\n'.join(problems))
+
+  @parameterized.parameters(
+      ('models.decoder', 'from jaxedit import ops, types'),
+      ('models.decoder', 'from . import blocks'),
+      ('models.decoder', 'from ..ops import linear_logprob'),
+      ('models.families.llama', 'from ...models import spec'),
+      ('models.families', "import_module(f'{__name__}.{model_type}')"),
+      ('values', 'from jaxedit.text.batching import Tile'),
+      ('values', 'from jaxedit.text import batching'),
+      ('edit.memit', 'from jaxedit.edit import base, closed_form'),
+      ('edit.memit', 'import jaxedit.edit.anyedit, jaxedit.stats.moments'),
+      ('edit', 'from jaxedit.edit import memit'),
+      ('eval.scoring', 'from jaxedit.edit.forward import hidden'),
+      ('eval.scoring', 'from jaxedit.edit import forward'),
+      ('kernels.topk.reference', 'import functools\nimport jax.numpy as jnp'),
+      ('kernels.topk.api', 'from jaxedit.kernels.topk import reference'),
+      ('text.locate', 'import numpy as np\nimport transformers'),
+  )
+  def test_allowed(self, module, source):
+    self.assertEmpty(self.check(module, source))
+
+  @parameterized.parameters(
+      ('models.decoder', 'import jaxedit.values', 'models may import ops'),
+      ('models.decoder', 'def f():\n  from jaxedit import text', 'may import'),
+      ('models.decoder', 'from .. import eval', 'may import ops'),
+      ('models.decoder', 'from jaxedit.models_old import x', 'may import ops'),
+      ('models.decoder', 'import jaxedit', 'stays empty'),
+      ('models.hub', 'if x:\n  import torch.nn as nn', 'needs torch'),
+      ('models.hub', 'def f():\n  from torch import nn', 'needs torch'),
+      ('models.hub', "import_module('torch')", 'needs torch'),
+      ('models.hub', 'importlib.import_module(name)', 'name the module'),
+      ('models.hub', "__import__('jaxedit.edit')", 'may import ops'),
+      ('testing', 'import experiments.common', 'only experiments'),
+      ('testing', 'from jaxedit import edit', 'testing may import models'),
+      ('ops', 'from kernels.x import y', 'called jaxedit.kernels'),
+      ('text.locate', 'from jaxedit.models import spec', 'nothing of ours'),
+      ('solve.ridge', 'from jaxedit.models import blocks', 'nothing of ours'),
+      ('values', 'from jaxedit.text import locate', 'text.batching'),
+      ('values', 'from jaxedit import text', 'text.batching'),
+      ('edit.memit', 'from jaxedit.edit import rome', 'another'),
+      ('edit.memit', 'from . import rome', 'another'),
+      ('edit.memit', 'from jaxedit import edit', 'another'),
+      ('edit.memit', 'from jaxedit import delta', 'edit may import values'),
+      ('eval.scoring', 'from jaxedit.edit import memit', 'edit.forward'),
+      ('eval.scoring', 'from jaxedit import stats', 'edit.forward'),
+      ('kernels.topk.api', 'import numpy', 'jax only'),
+      ('kernels.topk.api', 'from jaxedit import ops', 'kernels may import'),
+      ('types', 'from jaxedit.models import spec', 'nothing of ours'),
+  )
+  def test_forbidden(self, module, source, words):
+    (problem,) = self.check(module, source)
+    self.assertIn(words, problem)
+
+  def test_experiments(self):
+    source = 'import torch\nfrom experiments import common\nimport jaxedit.eval'
+    self.assertEmpty(faults('experiments.x', source, 'experiments'))
+    self.assertLen(faults('experiments.x', 'import kernels', 'experiments'), 1)
+
+  def check(self, module, source):
+    packages = ('models.families', 'edit', 'testing')
+    name = f'jaxedit.{module}'
+    package = name if module in packages else name.rpartition('.')[0]
+    return faults(name, source, package)
+
+
+if __name__ == '__main__':
+  absltest.main()
