@@ -7,13 +7,13 @@ import setuptools
 ROOT = pathlib.Path(__file__).parent
 
 GGUF = ['gguf>=0.17']
-PLOT = ['matplotlib>=3.8']
 DATA = ['datasets>=3.0']
 TEST = [
     'torch==2.13.0',
     'chex>=0.1.90',
     'pytest>=8',
     'ruff>=0.9',
+    'setuptools>=64',
     *GGUF,
 ]
 
@@ -55,7 +55,6 @@ setuptools.setup(
     ],
     extras_require={
         'gguf': GGUF,
-        'plot': PLOT,
         'data': DATA,
         'demo': GGUF,
         'test': TEST,

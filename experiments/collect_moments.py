@@ -216,6 +216,8 @@ def define_flags() -> None:
       'batch_rows', 4, 'Rows computed at once; more on an accelerator.'
   )
   flags.DEFINE_bool('overwrite', False, 'Replace an existing output.')
+  # Those that `common` defined are shown by --help too.
+  flags.adopt_module_key_flags(common)
 
 
 def config_from_flags() -> Config:

@@ -266,7 +266,9 @@ def collect(
         f'{kept.parent}: second moments cannot be kept there ({e.strerror});'
         ' let JAXEDIT_CACHE name another folder'
     ) from e
-  if not kept.exists():
+  try:
+    found = load_moments(model, recipe, kept)
+  except InputError:  # not there yet, or damaged
     config = collect_moments.Config(
         layers=layers,
         out=kept,
@@ -274,10 +276,12 @@ def collect(
         tokens=tokens,
         seed=seed,
         site=recipe.site,
+        overwrite=True,
     )
     collect_moments.collect(config, model, bench.tokenizer, progress)
+    found = load_moments(model, recipe, kept)
   common.link(kept, folder / 'moments.safetensors')
-  return load_moments(model, recipe, kept)
+  return found
 
 
 def edit_in_sequence(

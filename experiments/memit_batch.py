@@ -45,7 +45,6 @@ _LISTED = 5  # skipped records that are told at once; results.json has all
 def define_flags() -> None:
   """Defines this program's flags; published values cite MEMIT's appendix B."""
   common.define_model_flags()
-  flags.adopt_module_key_flags(common)
   flags.DEFINE_string(
       'moments',
       None,
@@ -162,6 +161,8 @@ def define_flags() -> None:
   flags.DEFINE_integer(
       'show', 4, 'Texts before and after to print.', lower_bound=0
   )
+  # Those that `common` defined are shown by --help too.
+  flags.adopt_module_key_flags(common)
 
 
 def recipe_of_flags() -> closed_form.Recipe:

@@ -16,6 +16,9 @@ import safetensors.torch
 import torch
 import transformers
 
+# Threads cost tiny models more than they gain, far more on busy cores.
+torch.set_num_threads(1)
+
 _LLAMA = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=3,
     num_attention_heads=4, num_key_value_heads=2, vocab_size=97,

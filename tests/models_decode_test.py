@@ -236,7 +236,7 @@ class SamplingTest(parameterized.TestCase):
     self.assert_drawn(second[first == best], chance([3, 1, best]))
 
   def assert_drawn(self, tokens, chance):
-    """Counts are within 4.5 standard deviations; what has no chance is absent."""
+    """Counts are within 4.5 deviations; what has no chance is absent."""
     counts = np.bincount(tokens, minlength=len(chance))
     deviation = np.sqrt(len(tokens) * chance * (1 - chance))
     self.assertGreater(len(tokens), self.TEXTS // 10)

@@ -76,7 +76,7 @@ def oracle_rotary(spec, x):
 
 
 def oracle_attention(spec, leaf, x, seen):
-  """Attention of every token to itself and the tokens before it, head by head."""
+  """Attention of every token to itself and those before it, by heads."""
   size = len(x)
   q, k, v = (
       oracle_linear(leaf, f'attn/{name}', x, seen).reshape(

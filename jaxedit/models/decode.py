@@ -10,7 +10,7 @@ Not here: beam search, nucleus sampling, repetition penalties.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -171,11 +171,25 @@ def _continue(
 
 
 def _refuse_faulty(
-    spec: ModelSpec, prompts: Sequence[Sequence[int]], new: int
+    spec: ModelSpec,
+    prompts: Sequence[Sequence[int]],
+    stop_ids: Sequence[int],
+    sizes: Mapping[str, float],
 ) -> None:
-  """Raises one error for all prompts that cannot be continued."""
+  """Raises one error for all settings and prompts that cannot be used."""
+  least = {'max_new_tokens': 1, 'batch_size': 1, 'temperature': 0, 'top_k': 0}
+  problems = [
+      f'{name} is {size}; it must be at least {least[name]}'
+      for name, size in sizes.items()
+      if size < least[name]
+  ]
+  if unknown := [t for t in stop_ids if not 0 <= t < spec.vocab]:
+    problems.append(
+        f'stop token {unknown[0]} is unknown; the model knows 0 to'
+        f' {spec.vocab - 1}'
+    )
+  new = int(sizes['max_new_tokens'])
   room = spec.max_positions - new
-  problems = []
   for i, prompt in enumerate(prompts):
     if not 1 <= len(prompt) <= room:
       problems.append(
@@ -226,10 +240,16 @@ def generate(
     New tokens of every prompt, in order.
 
   Raises:
-    InputError: a prompt is empty, has a token that the model lacks or, with the
+    InputError: a setting is out of range, or a prompt is empty, has a token that the model lacks or, with the
       new tokens, is longer than the model allows.
   """
-  _refuse_faulty(spec, prompts, max_new_tokens)
+  sizes = {
+      'max_new_tokens': max_new_tokens,
+      'batch_size': batch_size,
+      'temperature': temperature,
+      'top_k': top_k,
+  }
+  _refuse_faulty(spec, prompts, stop_ids, sizes)
   if not prompts:
     return []
   stop = np.zeros(spec.vocab, bool)

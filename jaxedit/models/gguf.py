@@ -456,7 +456,7 @@ def _check(
     header = _read_header(data)
   except _Damaged as error:
     raise types.InputError(
-        f'{path}: cannot be read as GGUF: {error}.'
+        f'{path}: cannot be read as GGUF: {error}; fetch the file again.'
     ) from error
   name = header.metadata.get('general.architecture')
   if name != 'llama':

@@ -1,0 +1,164 @@
+"""What setup.py installs is there, and nothing needs torch or the extras."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.resources
+import importlib.util
+import json
+import pathlib
+import runpy
+import subprocess
+import sys
+from unittest import mock
+
+from absl.testing import absltest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+# Packages of the extras, by the name they are imported under.
+EXTRAS = ('gguf', 'matplotlib', 'datasets')
+
+# Reads the names of modules; writes those that cannot be imported, with why.
+IMPORT_ALL = """
+import importlib, json, sys
+blocked, names = json.loads(sys.stdin.read())
+for name in blocked:
+  sys.modules[name] = None
+faults = {}
+for name in names:
+  try:
+    importlib.import_module(name)
+  except Exception as error:
+    faults[name] = (getattr(error, 'name', None), repr(error))
+print('\\n' + json.dumps(faults))
+"""
+# transformers asks whether there is a package called kernels, and which
+# version, when the code of a model is imported.
+TRANSFORMERS = """
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import import_utils
+assert not import_utils.is_kernels_available()
+if import_utils.is_torch_available():
+  from transformers import LlamaForCausalLM
+import jaxedit.ops
+import kernels
+print(kernels.__file__)
+"""
+
+
+def modules(folder: str, name: str) -> list[str]:
+  """Names every module in a folder, as it is imported."""
+  found = []
+  for path in sorted((ROOT / folder).rglob('*.py')):
+    parts = path.relative_to(ROOT / folder).with_suffix('').parts
+    parts = parts[:-1] if parts[-1] == '__init__' else parts
+    found.append('.'.join([name, *parts]))
+  return found
+
+
+def run_python(program: str, text: str = '') -> str:
+  """Runs a program in the repository's root; returns what it prints."""
+  result = subprocess.run(
+      [sys.executable, '-c', program],
+      cwd=ROOT,
+      input=text,
+      capture_output=True,
+      text=True,
+      check=False,
+  )
+  if result.returncode:
+    raise AssertionError(result.stderr)
+  return result.stdout
+
+
+def setup_arguments() -> dict[str, object]:
+  """What setup.py tells setuptools."""
+  with contextlib.chdir(ROOT), mock.patch('setuptools.setup') as setup:
+    runpy.run_path('setup.py')
+  return setup.call_args.kwargs
+
+
+class KernelsTest(absltest.TestCase):
+
+  def test_transformers_beside_the_folder(self):
+    # Python finds the folder of that name first, and it does no harm.
+    found = run_python(TRANSFORMERS).split()[-1]
+    self.assertEqual(pathlib.Path(found), ROOT / 'kernels' / '__init__.py')
+
+  def test_installed_under_our_name(self):
+    kernels = importlib.import_module('jaxedit.kernels')
+    (folder,) = kernels.__path__
+    self.assertEqual(pathlib.Path(folder).resolve(), ROOT / 'kernels')
+    reference = importlib.import_module(
+        'jaxedit.kernels.linear_logprob.reference'
+    )
+    self.assertEqual(
+        reference.linear_logprob.__module__,
+        'jaxedit.kernels.linear_logprob.reference',
+    )
+
+
+@absltest.skipIf(
+    importlib.util.find_spec('setuptools') is None, 'setuptools is missing'
+)
+class SetupTest(absltest.TestCase):
+
+  def test_every_package_is_listed(self):
+    listed = setup_arguments()['packages']
+    self.assertCountEqual(listed, set(listed))
+    wanted = []
+    for folder, name in (
+        ('jaxedit', 'jaxedit'),
+        ('kernels', 'jaxedit.kernels'),
+        ('experiments', 'experiments'),
+    ):
+      for path in (ROOT / folder).rglob('*.py'):
+        parts = path.parent.relative_to(ROOT / folder).parts
+        wanted.append('.'.join([name, *parts]))
+    # A folder with code and without __init__.py would be left out.
+    self.assertCountEqual(listed, set(wanted))
+    for package in listed:
+      importlib.import_module(package)
+
+  def test_package_data(self):
+    data = setup_arguments()['package_data']
+    self.assertIn('*.jsonl', data['jaxedit.eval'])
+    self.assertIn('flagfiles/*.flags', data['experiments'])
+    facts = importlib.resources.files('jaxedit.eval') / 'demo_facts.jsonl'
+    lines = facts.read_text('utf-8').splitlines()
+    self.assertNotEmpty(lines)
+    for line in lines:
+      self.assertIsInstance(json.loads(line), dict)
+
+  def test_torch_is_for_tests(self):
+    arguments = setup_arguments()
+    needed = ' '.join(arguments['install_requires'])
+    self.assertNotIn('torch', needed)
+    for name, packages in arguments['extras_require'].items():
+      self.assertEqual('torch' in ' '.join(packages), name == 'test', name)
+
+
+class ImportTest(absltest.TestCase):
+
+  def test_without_torch_and_extras(self):
+    names = [
+        *modules('jaxedit', 'jaxedit'),
+        *modules('kernels', 'jaxedit.kernels'),
+        *modules('experiments', 'experiments'),
+    ]
+    for known in ('jaxedit.models.decoder', 'jaxedit.eval.harness'):
+      self.assertIn(known, names)
+    out = run_python(IMPORT_ALL, json.dumps([['torch', *EXTRAS], names]))
+    faults = {
+        name: reason
+        for name, (missing, reason) in json.loads(out.splitlines()[-1]).items()
+        # Programs that draw or download may ask for their extra at once.
+        if not (name.startswith('experiments.') and missing in EXTRAS)
+    }
+    self.assertEqual(faults, {})
+
+
+if __name__ == '__main__':
+  absltest.main()
