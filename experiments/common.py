@@ -148,7 +148,7 @@ def parse(arguments: Sequence[str]) -> list[str]:
   try:
     return flags.FLAGS(list(arguments))
   except (flags.Error, OSError, UnicodeDecodeError) as e:
-    text = str(e).removeprefix('ERROR:: ').removesuffix('.')
+    text = re.sub(r'^ERROR:: |\[Errno \d+\] ', '', str(e)).removesuffix('.')
     text = re.sub(r'invalid literal for int.*', 'give a whole number', text)
     text = re.sub(r'could not convert .* float.*', 'give a number', text)
     print(f'error: {text}; --help lists the flags', file=sys.stderr)

@@ -249,28 +249,13 @@ def collect(
   Raises:
     InputError: the corpus cannot be read, or the cache cannot be used.
   """
-  model, layers = bench.model, recipe.layers
-  dtype = model.params['embed']['embedding'].dtype.name
-  text = corpora.fingerprint(corpus)
-  what = (
-      (model.hash, model.spec, dtype),
-      (layers, recipe.site),
-      (text, tokens, seed),
-  )
-  name = hashlib.sha256(repr(what).encode()).hexdigest()
-  kept = common.cache_dir() / 'moments' / f'{name[:24]}.safetensors'
-  try:
-    kept.parent.mkdir(parents=True, exist_ok=True)
-  except OSError as e:
-    raise InputError(
-        f'{kept.parent}: second moments cannot be kept there ({e.strerror});'
-        ' let JAXEDIT_CACHE name another folder'
-    ) from e
+  model = bench.model
+  kept = _place(model, recipe, (corpora.fingerprint(corpus), tokens, seed))
   try:
     found = load_moments(model, recipe, kept)
   except InputError:  # not there yet, or damaged
     config = collect_moments.Config(
-        layers=layers,
+        layers=recipe.layers,
         out=kept,
         corpus=corpus,
         tokens=tokens,
@@ -282,6 +267,28 @@ def collect(
     found = load_moments(model, recipe, kept)
   common.link(kept, folder / 'moments.safetensors')
   return found
+
+
+def _place(
+    model: loading.Model, recipe: Recipe, sample: tuple[Any, ...]
+) -> pathlib.Path:
+  """Names a cached file by all that its moments depend on; makes its folder."""
+  dtype = model.params['embed']['embedding'].dtype.name
+  what = (
+      (model.hash, model.spec, dtype),
+      (recipe.layers, recipe.site),
+      sample,
+  )
+  name = hashlib.sha256(repr(what).encode()).hexdigest()
+  folder = common.cache_dir() / 'moments'
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as e:
+    raise InputError(
+        f'{folder}: second moments cannot be kept there ({e.strerror}); let'
+        ' JAXEDIT_CACHE name another folder'
+    ) from e
+  return folder / f'{name[:24]}.safetensors'
 
 
 def edit_in_sequence(
