@@ -28,7 +28,15 @@ from absl import app, flags, logging
 
 from jaxedit.types import InputError
 
-_PACKAGES = ('jaxedit', 'jax', 'jaxlib', 'flax', 'optax', 'transformers', 'numpy')
+_PACKAGES = (
+    'jaxedit',
+    'jax',
+    'jaxlib',
+    'flax',
+    'optax',
+    'transformers',
+    'numpy',
+)
 
 DTYPES = ('float32', 'bfloat16')
 

@@ -2,8 +2,8 @@
 
   prepare -> edit (sequential batches, or independent ones) -> judge -> write
 
-Nothing here reads a flag. Every stage takes a `types.Progress` and adds its wall
-time to `Clock`.
+Nothing here reads a flag. Stages take a `types.Progress`; programs time
+them with `Clock`.
 """
 
 from __future__ import annotations
@@ -314,7 +314,7 @@ def edit_in_sequence(
     total = delta_lib.add(total, edited)
     infos.append(info)
     if i + 1 < len(batches):
-      # From the base each time: bf16 weights are rounded once, not once a batch.
+      # From the base each time: bf16 weights are rounded once in all.
       params = delta_lib.apply(bench.model.params, total)
   total = Edited(deltas=tuple(delta_lib.compact(d) for d in total.deltas))
   return Outcome(total, None, _join(infos))
@@ -448,7 +448,7 @@ def save_folder(
     bench: what to work on.
     outcome: a change that all records share.
     folder: the folder to write.
-    keep_float32: write edited matrices in float32 instead of the source's dtype.
+    keep_float32: write edited matrices in float32, not the source's dtype.
     keep_original: keep the replaced matrices beside, for an exact restore.
 
   Returns:
@@ -485,21 +485,23 @@ def record_rows(
     drop = lambda entry: {
         k: v for k, v in entry.items() if k not in ('number', 'id')
     }
-    rows.append({
-        'number': record.number,
-        'id': record.id,
-        'prompt': record.prompt,
-        'subject': record.subject,
-        'target_new': record.target_new,
-        'target_true': record.target_true,
-        'written': bool(info.written[i]),
-        'loss': finite(info.targets.loss[i]),
-        'likelihood': finite(info.targets.likelihood[i]),
-        'steps': int(info.targets.steps[i]),
-        'distance': [finite(x) for x in info.distance[:, i]],
-        'before': drop(pre.per_record[i]),
-        'after': drop(post.per_record[i]),
-    })
+    rows.append(
+        {
+            'number': record.number,
+            'id': record.id,
+            'prompt': record.prompt,
+            'subject': record.subject,
+            'target_new': record.target_new,
+            'target_true': record.target_true,
+            'written': bool(info.written[i]),
+            'loss': finite(info.targets.loss[i]),
+            'likelihood': finite(info.targets.likelihood[i]),
+            'steps': int(info.targets.steps[i]),
+            'distance': [finite(x) for x in info.distance[:, i]],
+            'before': drop(pre.per_record[i]),
+            'after': drop(post.per_record[i]),
+        }
+    )
   return rows
 
 
@@ -516,7 +518,9 @@ def metric_tables(
     95% bootstrap over records) and 'counts' (name -> id -> records).
   """
   tables: dict[str, dict[str, Any]] = {
-      'metrics': {}, 'intervals': {}, 'counts': {}
+      'metrics': {},
+      'intervals': {},
+      'counts': {},
   }
   for name, evaluation in evaluations.items():
     items = evaluation.summary.items()
@@ -549,8 +553,4 @@ def write_delta(
 ) -> None:
   """Writes the change with what it was made for."""
   independent = outcome.owner is not None
-  delta_lib.save(
-      path, outcome.edited, {**metadata, 'independent': independent}
-  )
-
-
+  delta_lib.save(path, outcome.edited, {**metadata, 'independent': independent})

@@ -1,16 +1,17 @@
 """Edits facts with MEMIT and measures what it did.
 
-  python -m experiments.memit_batch --flagfile=experiments/flagfiles/quickstart.flags
+  python -m experiments.memit_batch \
+    --flagfile=experiments/flagfiles/quickstart.flags
 
-Loads a model, second moments (collected if none are given) and records; edits in
-batches; evaluates the same records before and after. In --output_dir:
+Loads a model, second moments (collected if none are given) and records; edits
+in batches; evaluates the same records before and after. In --output_dir:
 
   delta.safetensors   the change: factors, or dense where that is smaller
   results.json        metrics, protocol, versions, seconds by stage
   records.jsonl       one line a record: before, after, loss, steps
   templates.json      the context templates that were used
   moments.safetensors the second moments, if they were collected
-  model/              with --save_model, the edited model as a Hugging Face folder
+  model/              with --save_model, the edited model, a Hugging Face folder
 """
 
 from __future__ import annotations
@@ -64,14 +65,19 @@ def define_flags() -> None:
   flags.DEFINE_string(
       'data',
       'demo',
-      'Records: "demo", or a file: CounterFact (nested JSON or flat JSONL), zsRE,'
-      ' or the JSONL described in jaxedit/eval/datasets.py.',
+      'Records: "demo", or a file: CounterFact (nested JSON or flat JSONL),'
+      ' zsRE, or the JSONL described in jaxedit/eval/datasets.py.',
   )
   flags.DEFINE_enum(
-      'zsre_target', 'alt', datasets.ZSRE_TARGETS, 'Which zsRE field is written.'
+      'zsre_target',
+      'alt',
+      datasets.ZSRE_TARGETS,
+      'Which zsRE field is written.',
   )
   flags.DEFINE_integer(
-      'num_edits', None, 'Take the first N good records; all unless given.',
+      'num_edits',
+      None,
+      'Take the first N good records; all unless given.',
       lower_bound=1,
   )
   flags.DEFINE_enum(

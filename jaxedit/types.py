@@ -55,8 +55,10 @@ class Progress(Protocol):
 
 
 @contextlib.contextmanager
-def silent(stage: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-  """The `Progress` that shows nothing, the default of every library function."""
+def silent(
+    stage: str, total: int, unit: str
+) -> Iterator[Callable[[int], None]]:
+  """The `Progress` that shows nothing, the default everywhere."""
   del stage, total, unit
   yield lambda done: None
 

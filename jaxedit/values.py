@@ -162,7 +162,7 @@ def _cut(
     prefix: int,
     layer: int,
 ) -> _Rows:
-  """Runs what is constant for [B, T] rows with `prefix` columns before the anchor."""
+  """Runs what is constant for [B, T] rows whose anchor is column `prefix`."""
   h = lower(spec, params, tokens, columns, layer)
   left, right = (
       jax.tree.map(lambda x: x[:, part], columns)

@@ -3,8 +3,8 @@
   state                  = editor.init(params, moments)
   edited, state, info    = editor.edit(params, state, batch)
 
-`edit` never changes `params`: it returns a delta (`types.Edited`). What lasts from
-one batch to the next is explicit in `state`.
+`edit` never changes `params`: it returns a delta (`types.Edited`). What lasts
+from one batch to the next is explicit in `state`.
 """
 
 from __future__ import annotations

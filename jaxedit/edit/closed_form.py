@@ -1,7 +1,7 @@
 """Locate-and-edit methods with a closed form; each is a row (`Recipe`).
 
-For every edit a wanted state z at its anchor is optimised once (`values`). Then,
-layer by layer from the first edited one to the last (whose output z describes),
+For every edit a wanted state z at its anchor is optimised once (`values`).
+Then, layer by layer from the first edited one to the last (whose output z describes),
 
   K   keys: input of the edited map at the anchor, averaged over contexts
   R   residuals: (z - z_now) * share, z_now under the changes made so far
@@ -12,7 +12,8 @@ that goes up with the edits: h before layer l is kept for all rows, no run start
 at the embedding again, and neither the layers above the last edited one nor the
 head are touched.
 
-Axes: E edits, C contexts, P prefix columns, F key width, D width, n edited layers.
+Axes: E edits, C contexts, P prefix columns, F key width, D width, n edited
+layers.
 
 Source: Meng et al. 2022b (MEMIT, arXiv 2210.07229), algorithm 1. Unlike upstream,
 templates are inputs, solves are M x M in f64, and params never change.
@@ -292,10 +293,10 @@ def insert(
   )
 
   def present(layer: int) -> tuple[np.ndarray, np.ndarray]:
-    seen = [
-        measure(r, layer=layer, last=last, site=recipe.site) for r in rows
-    ]
-    keys, now = (np.concatenate([np.asarray(x) for x in xs]) for xs in zip(*seen))
+    seen = [measure(r, layer=layer, last=last, site=recipe.site) for r in rows]
+    keys, now = (
+        np.concatenate([np.asarray(x) for x in xs]) for xs in zip(*seen)
+    )
     gap = np.linalg.norm(targets.z - now, axis=-1)
     distance.append(gap / np.maximum(length, 1e-30))
     return keys, targets.z - now
@@ -332,7 +333,7 @@ def _climb(
     factors: Factors,
     sizes: np.ndarray,
 ) -> list[_Rows]:
-  """Takes all rows past edited layer i, and past unedited ones up to the next."""
+  """Takes all rows past edited layer i and on to the next edited one."""
   layers = recipe.layers
   each = factors.key.ndim == 3
   parts = [np.split(x, sizes) for x in factors] if each else None
@@ -375,7 +376,9 @@ def check_layers(spec: ModelSpec, layers: Sequence[int]) -> None:
         ' choose from these'
     )
   if list(layers) != sorted(set(layers)):
-    raise InputError(f'layers {list(layers)}: list each once, in ascending order')
+    raise InputError(
+        f'layers {list(layers)}: list each once, in ascending order'
+    )
 
 
 def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:

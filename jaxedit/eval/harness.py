@@ -271,8 +271,7 @@ def _check_rows(
 ) -> None:
   """Raises one error for all faulty rows, by record."""
   problems = [
-      f'record {record.number} (id {record.id}), '
-      + _sentence(key, faults[key])
+      f'record {record.number} (id {record.id}), ' + _sentence(key, faults[key])
       for record, own in zip(records, keys)
       for key in own
       if key in faults

@@ -240,8 +240,9 @@ def generate(
     New tokens of every prompt, in order.
 
   Raises:
-    InputError: a setting is out of range, or a prompt is empty, has a token that the model lacks or, with the
-      new tokens, is longer than the model allows.
+    InputError: a setting is out of range, or a prompt is empty, has a token
+      that the model lacks or, with the new tokens, is longer than the model
+      allows.
   """
   sizes = {
       'max_new_tokens': max_new_tokens,

@@ -259,9 +259,7 @@ def load(
   return Moments(chosen, gram, record['count'], record['provenance'])
 
 
-def _advice(
-    path: str | os.PathLike[str], layers: Sequence[int] | None
-) -> str:
+def _advice(path: str | os.PathLike[str], layers: Sequence[int] | None) -> str:
   """What to do about moments that cannot be used."""
   wanted = '...' if layers is None else ','.join(map(str, layers))
   return _COLLECT.format(layers=wanted, path=path)
