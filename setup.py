@@ -13,6 +13,7 @@ TEST = [
     'chex>=0.1.90',
     'pytest>=8',
     'ruff>=0.9',
+    'pyink',
     'setuptools>=64',
     *GGUF,
 ]

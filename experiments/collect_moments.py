@@ -247,7 +247,12 @@ def main() -> None:
   config = config_from_flags()
   common.use_compilation_cache(flags.FLAGS.compilation_cache)
   bar = common.progress_bar
-  folder = hub.resolve(flags.FLAGS.model, wheel=flags.FLAGS.wheel, progress=bar)
+  folder = hub.resolve(
+      flags.FLAGS.model,
+      wheel=flags.FLAGS.wheel,
+      revision=flags.FLAGS.revision,
+      progress=bar,
+  )
   model = loading.load_model(folder, flags.FLAGS.dtype, progress=bar)
   tokenizer = tokenizer_lib.load_tokenizer(folder)
   report = collect(config, model, tokenizer, bar)

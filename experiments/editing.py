@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import pathlib
 import time
@@ -19,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from experiments import collect_moments, common
 from jaxedit import delta as delta_lib
@@ -96,8 +98,21 @@ class Workbench:
 
   def tiles(self, indices: Sequence[int]) -> tuple[batching.Tile, ...]:
     """Encodes some records for an editor."""
-    slots = min(self.slots, len(indices))
-    return batching.make_tiles(self.encode(indices), slots=slots)
+    slots = min(self.slots, self.batch_size)
+    prefix, kl = self.widths
+    return batching.make_tiles(
+        self.encode(indices), slots=slots, prefix=prefix, kl=kl
+    )
+
+  @functools.cached_property
+  def widths(self) -> tuple[int, int]:
+    """Columns before the anchor, of edit and KL rows, that fit all records.
+
+    Every batch is laid out for them, so that small batches share their shapes.
+    """
+    everything = self.encode(range(len(self.records)))
+    prefix = max(max(edit.anchors) for edit in everything)
+    return prefix, max(len(edit.kl) for edit in everything)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +278,9 @@ def collect(
         site=recipe.site,
         overwrite=True,
     )
-    collect_moments.collect(config, model, bench.tokenizer, progress)
+    report = collect_moments.collect(config, model, bench.tokenizer, progress)
+    for warning in report.warnings():
+      logging.warning(warning)
     found = load_moments(model, recipe, kept)
   common.link(kept, folder / 'moments.safetensors')
   return found
@@ -336,7 +353,8 @@ def edit_apart(
   """
   batches = bench.batches()
   if bench.batch_size == 1:
-    everything = bench.tiles(range(len(bench.records)))
+    whole = dataclasses.replace(bench, batch_size=len(bench.records))
+    everything = whole.tiles(range(len(bench.records)))
     edited, _, info = editor.edit_each(
         bench.model.params, state, everything, progress
     )
@@ -346,8 +364,10 @@ def edit_apart(
     edited, _, info = editor.edit(
         bench.model.params, state, bench.tiles(indices), progress
     )
-    edits.append(_pad(edited, bench.batch_size))
+    edits.append(edited)
     infos.append(info)
+  rank = max(edited.deltas[0].key.shape[1] for edited in edits)
+  edits = [_pad(edited, rank) for edited in edits]
   owner = tuple(b for b, indices in enumerate(batches) for _ in indices)
   return Outcome(delta_lib.stack(edits), owner, _join(infos))
 
@@ -394,7 +414,7 @@ def judge(
   Returns:
     The evaluation of all records, each under the change it belongs to.
   """
-  evaluate = lambda edited, records, **more: harness.evaluate(
+  evaluate = lambda edited, records, base, **more: harness.evaluate(
       bench.model.spec,
       bench.model.params,
       edited,
@@ -405,12 +425,22 @@ def judge(
       **more,
   )
   if outcome is None:
-    return evaluate(Edited(), bench.records)
+    return evaluate(Edited(), bench.records, base)
   if outcome.owner is None:
-    return evaluate(outcome.edited, bench.records)
-  return evaluate(
-      Edited(), bench.records, stack=outcome.edited, owner=outcome.owner
-  )
+    return evaluate(outcome.edited, bench.records, base)
+  if bench.batch_size == 1:
+    stack = dict(stack=outcome.edited, owner=outcome.owner)
+    return evaluate(Edited(), bench.records, base, **stack)
+  # A change of many facts a row would not fit; one a batch is shared by its rows.
+  parts = [
+      evaluate(
+          delta_lib.one(outcome.edited, batch),
+          [bench.records[i] for i in indices],
+          harness.select(base, indices) if base else None,
+      )
+      for batch, indices in enumerate(bench.batches())
+  ]
+  return harness.join(parts, seed=settings.get('seed', 0))
 
 
 def knowledge(

@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import os
 import pathlib
 import sys
 import time
@@ -39,7 +41,7 @@ from jaxedit.values import Schedule
 FLAGS = flags.FLAGS
 
 # What --overwrite removes; the moments may be this run's own input.
-_RESULTS = ('results.json', 'records.jsonl', 'delta.safetensors', 'model')
+_RESULTS = ('results.json', 'records.jsonl', 'delta.safetensors')
 _LISTED = 5  # skipped records that are told at once; results.json has all
 
 
@@ -180,7 +182,7 @@ def recipe_of_flags() -> closed_form.Recipe:
   problems, layers = [], ()
   if not FLAGS.output_dir:
     problems.append('--output_dir is missing: name a folder for the results')
-  elif pathlib.Path(FLAGS.model).resolve() == _model_folder().resolve():
+  elif _holds(_model_folder(), FLAGS.model):
     problems.append(
         f'--model={FLAGS.model} lies where --output_dir={FLAGS.output_dir}'
         ' would replace it; choose another --output_dir'
@@ -214,6 +216,32 @@ def _model_folder() -> pathlib.Path:
   return pathlib.Path(FLAGS.output_dir) / 'model'
 
 
+def _holds(folder: pathlib.Path, name: str) -> bool:
+  """Says whether a model's path is a folder or lies in it."""
+  path = pathlib.Path(os.path.expanduser(name)).resolve()
+  return folder.resolve() in (path, *path.parents)
+
+
+def stale_results(folder: pathlib.Path) -> list[str]:
+  """Lists what an earlier run left that this one replaces.
+
+  Raises:
+    InputError: --save_model would replace a folder that no run has written.
+  """
+  try:
+    earlier = json.loads((folder / 'results.json').read_text('utf-8'))
+  except (OSError, ValueError):
+    earlier = {}
+  if 'saved' in earlier:
+    return [*_RESULTS, 'model']
+  if FLAGS.save_model and _model_folder().exists():
+    raise InputError(
+        f'{_model_folder()}: exists, and no run in this folder has saved it;'
+        ' move it away or choose another --output_dir'
+    )
+  return list(_RESULTS)
+
+
 def load_bench(
     recipe: closed_form.Recipe, clock: editing.Clock
 ) -> editing.Workbench:
@@ -242,7 +270,10 @@ def load_bench(
     if not pathlib.Path(FLAGS.model).is_dir():
       read_records(None)
     folder = hub.resolve(
-        FLAGS.model, wheel=FLAGS.wheel, progress=common.progress_bar
+        FLAGS.model,
+        wheel=FLAGS.wheel,
+        revision=FLAGS.revision,
+        progress=common.progress_bar,
     )
     _, _, layout = loading.open_model(folder)
     closed_form.check_layers(layout.spec, recipe.layers)
@@ -343,6 +374,7 @@ def protocol(
   loaded = bench.loaded
   return {
       'model': FLAGS.model,
+      'revision': FLAGS.revision,
       'model_hash': bench.model.hash,
       'dtype': FLAGS.dtype,
       'method': recipe.name,
@@ -391,10 +423,13 @@ def save_and_judge(
       keep_float32=FLAGS.edited_dtype == 'float32',
       keep_original=FLAGS.keep_original,
   )
-  again = loading.load_model(saved.folder, FLAGS.dtype)
+  # In bf16 the matrices that were kept in float32 would be rounded after all.
+  dtype = 'float32' if FLAGS.edited_dtype == 'float32' else FLAGS.dtype
+  again = loading.load_model(saved.folder, dtype)
   bench = editing.replace_model(bench, again)
   facts = {
       'folder': str(saved.folder),
+      'evaluated_in': dtype,
       'model_hash': again.hash,
       'merge_error': saved.merge_error,
       'dtypes': sorted({t.dtype for t in saved.tensors.values()}),
@@ -458,6 +493,7 @@ def main() -> None:
   begin = time.monotonic()
   recipe = recipe_of_flags()
   folder = common.claim_folder(FLAGS.output_dir, FLAGS.overwrite)
+  stale = stale_results(folder)
   common.use_compilation_cache(FLAGS.compilation_cache)
   clock, bar = editing.Clock(), common.progress_bar
   bench = load_bench(recipe, clock)
@@ -467,7 +503,7 @@ def main() -> None:
   editor = closed_form.closed_form(bench.model.spec, recipe)
   with clock('factor'):
     state = editor.init(bench.model.params, moments)
-  common.clear(folder, _RESULTS)
+  common.clear(folder, stale)
   common.write_json(folder / 'templates.json', bench.templates)
   judge = functools.partial(
       editing.judge,

@@ -690,8 +690,17 @@ class OutputTest(Case):
     # Bad input must not cost the results that are there.
     self.refuse('layers', overwrite=True, layers='9', output_dir=place)
     self.assertEqual((place / 'results.json').read_text(), 'old')
-    done = self.succeed(overwrite=True, save_model=True, **settings)
-    self.assertIn('saved', done.results)
+    # A folder called model that no run has written is somebody's own.
+    self.refuse(
+        'model: exists, and no run .*; move it away',
+        overwrite=True, save_model=True, **settings,
+    )  # fmt: skip
+    self.succeed(overwrite=True, **settings)
+    self.assertEqual((place / 'model' / 'config.json').read_text(), 'old')
+    shutil.rmtree(place / 'model')
+    for _ in range(2):
+      done = self.succeed(overwrite=True, save_model=True, **settings)
+      self.assertIn('saved', done.results)
     self.assertEqual((place / 'keep.txt').read_text(), 'old')
     # A later run without --save_model leaves no model that is not its own.
     self.succeed(overwrite=True, **settings)

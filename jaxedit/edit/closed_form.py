@@ -149,7 +149,8 @@ def _measure(
   h = decoder.sweep_layers(
       spec, params, bare.h, bare.columns, start=layer, stop=last + 1
   )
-  return jnp.einsum('ecf,c->ef', key.astype(wide(key.dtype)), weights), h[:, -1]
+  key = jnp.sum(key.astype(wide(key.dtype)) * weights[:, None], axis=1)
+  return key, h[:, -1]
 
 
 @functools.partial(jax.jit, static_argnames=('spec', 'site'))
@@ -315,7 +316,7 @@ def insert(
         )
         factors = Factors(*(np.asarray(x, targets.z.dtype) for x in exact))
       solved.append(factors)
-      rows = _climb(spec, params, recipe, rows, i, factors, sizes)
+      _climb(spec, params, recipe, rows, i, factors, sizes)
       advance(1)
     # Past the last edited layer the rows hold the final state themselves.
     now = np.concatenate([np.asarray(r.h[:, 0, -1]) for r in rows])
@@ -328,16 +329,18 @@ def _climb(
     spec: ModelSpec,
     params: Params,
     recipe: Recipe,
-    rows: Sequence[_Rows],
+    rows: list[_Rows],
     i: int,
     factors: Factors,
     sizes: np.ndarray,
-) -> list[_Rows]:
-  """Takes all rows past edited layer i and on to the next edited one."""
+) -> None:
+  """Takes all rows past edited layer i and on to the next edited one, in place.
+
+  One tile at a time gives its old rows up, so there is one copy of them.
+  """
   layers = recipe.layers
   each = factors.key.ndim == 3
   parts = [np.split(x, sizes) for x in factors] if each else None
-  moved = []
   for t, r in enumerate(rows):
     mine = Factors(*(part[t] for part in parts)) if each else factors
     r = _advance(
@@ -345,8 +348,7 @@ def _climb(
     )
     for layer in range(layers[i] + 1, (layers + (layers[-1] + 1,))[i + 1]):
       r = _pass(spec, params, r, layer=layer)
-    moved.append(r)
-  return moved
+    rows[t] = r
 
 
 @functools.partial(jax.jit, static_argnames=('spec',))

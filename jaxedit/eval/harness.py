@@ -171,6 +171,36 @@ def evaluate(
   return _assemble(records, results, base=base, seed=seed)
 
 
+def select(evaluation: Evaluation, indices: Sequence[int]) -> Evaluation:
+  """Picks some records of an evaluation, e.g. as the base of a part.
+
+  Args:
+    evaluation: of all records.
+    indices: which to keep.
+
+  Returns:
+    Their entries, without a summary.
+  """
+  return Evaluation(
+      [evaluation.per_record[i] for i in indices],
+      {},
+      tuple(evaluation.preferred[i] for i in indices),
+  )
+
+
+def join(parts: Sequence[Evaluation], *, seed: int) -> Evaluation:
+  """Puts evaluations of different records end to end and sums them up anew.
+
+  Args:
+    parts: one or more.
+    seed: of the intervals.
+  """
+  entries = [entry for part in parts for entry in part.per_record]
+  preferred = tuple(p for part in parts for p in part.preferred)
+  summary = metrics.aggregate([e['metrics'] for e in entries], seed)
+  return Evaluation(entries, summary, preferred)
+
+
 def record_check(
     spec: ModelSpec, tokenizer: Any, *, max_new_tokens: int
 ) -> Callable[[Record], list[str]]:

@@ -101,10 +101,10 @@ def resolve(
       )
     return path
   if text.lower().endswith('.gguf'):
-    return _from_gguf(path, _cache_folder(cache), progress)
+    return _from_gguf(path, cache_folder(cache), progress)
   if text == DEMO_MODEL:
     found = None if wheel is None else _path(wheel)
-    return _from_wheel(found, _cache_folder(cache), progress)
+    return _from_wheel(found, cache_folder(cache), progress)
   if is_id:
     return _from_hub(text, revision, progress)
   raise types.InputError(
@@ -124,7 +124,7 @@ def demo_folder(
   Returns:
     The folder that `resolve` would return, or None where it is not there yet.
   """
-  folder = _cache_folder(cache) / _demo_entry()
+  folder = cache_folder(cache) / _demo_entry()
   return folder if _is_complete(folder) else None
 
 
@@ -137,7 +137,14 @@ def _path(name: str | os.PathLike[str]) -> pathlib.Path:
   return pathlib.Path(os.path.expanduser(name))
 
 
-def _cache_folder(cache: str | os.PathLike[str] | None) -> pathlib.Path:
+def cache_folder(
+    cache: str | os.PathLike[str] | None = None,
+) -> pathlib.Path:
+  """Says where things are kept between runs.
+
+  Args:
+    cache: a folder, or None for `$JAXEDIT_CACHE`, else ~/.cache/jaxedit.
+  """
   if cache is None:
     cache = os.environ.get('JAXEDIT_CACHE') or '~/.cache/jaxedit'
   return _path(cache).absolute()

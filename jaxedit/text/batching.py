@@ -312,7 +312,12 @@ def _length_faults(edit: EncodedEdit, max_tokens: int) -> list[str]:
 
 
 def make_tiles(
-    encoded: Sequence[EncodedEdit], *, slots: int, ladder: Ladder = LADDER
+    encoded: Sequence[EncodedEdit],
+    *,
+    slots: int,
+    ladder: Ladder = LADDER,
+    prefix: int = 0,
+    kl: int = 0,
 ) -> tuple[Tile, ...]:
   """Packs edits into tiles of static shape.
 
@@ -323,6 +328,8 @@ def make_tiles(
     encoded: edits with one number of contexts; none gives no tiles.
     slots: edits a tile (E), at least 1.
     ladder: ascending lengths for P and S.
+    prefix: the least P, tokens, so that several batches share their shapes.
+    kl: the least length of KL rows, tokens, likewise.
 
   Returns:
     Tiles by ascending S; only the last one has empty slots.
@@ -336,8 +343,9 @@ def make_tiles(
     return ()
   if len({(len(edit.rows), not len(edit.kl)) for edit in encoded}) > 1:
     raise ValueError('edits differ in their contexts; encode them together')
-  prefix = round_up(max(max(edit.anchors) for edit in encoded), ladder)
-  kl = max(len(edit.kl) for edit in encoded)
+  longest = max(max(edit.anchors) for edit in encoded)
+  prefix = round_up(max(longest, prefix), ladder)
+  kl = max(kl, *(len(edit.kl) for edit in encoded))
   kl = round_up(kl - 1, ladder) + 1 if kl else 0
   tiles = []
   for suffix, chosen in _groups(encoded, slots, ladder):
