@@ -87,32 +87,32 @@ class Workbench:
     count, size = len(self.records), self.batch_size
     return [list(range(i, min(i + size, count))) for i in range(0, count, size)]
 
-  def encode(self, indices: Sequence[int]) -> list[batching.EncodedEdit]:
-    """Encodes some records; raises InputError for all that are too long."""
+  @functools.cached_property
+  def encoded(self) -> list[batching.EncodedEdit]:
+    """All records under the templates.
+
+    Raises:
+      InputError: records that are too long under them, all at once.
+    """
     return batching.encode_edits(
         self.tokenizer,
-        [self.records[i] for i in indices],
+        self.records,
         self.templates,
         max_tokens=self.model.spec.max_positions,
     )
 
   def tiles(self, indices: Sequence[int]) -> tuple[batching.Tile, ...]:
-    """Encodes some records for an editor."""
-    slots = min(self.slots, self.batch_size)
-    prefix, kl = self.widths
-    return batching.make_tiles(
-        self.encode(indices), slots=slots, prefix=prefix, kl=kl
-    )
+    """Lays some records out for an editor.
 
-  @functools.cached_property
-  def widths(self) -> tuple[int, int]:
-    """Columns before the anchor, of edit and KL rows, that fit all records.
-
-    Every batch is laid out for them, so that small batches share their shapes.
+    Every batch has the slots and columns that fit all records, so that small
+    batches share their shapes.
     """
-    everything = self.encode(range(len(self.records)))
-    prefix = max(max(edit.anchors) for edit in everything)
-    return prefix, max(len(edit.kl) for edit in everything)
+    return batching.make_tiles(
+        [self.encoded[i] for i in indices],
+        slots=min(self.slots, self.batch_size, len(self.records)),
+        prefix=max(max(edit.anchors) for edit in self.encoded),
+        kl=max(len(edit.kl) for edit in self.encoded),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

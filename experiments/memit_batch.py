@@ -332,7 +332,8 @@ def complete(
           bench.model, bench.tokenizer, FLAGS.seed
       )
       bench = dataclasses.replace(bench, templates=chosen)
-    bench.encode(range(len(bench.records)))
+    # Records that are too long under the templates are told before more is run.
+    _ = bench.encoded
   if moments is None:
     with clock('moments'):
       moments = editing.collect(

@@ -1,7 +1,8 @@
 """Locate-and-edit methods with a closed form; each is a row (`Recipe`).
 
 For every edit a wanted state z at its anchor is optimised once (`values`).
-Then, layer by layer from the first edited one to the last (whose output z describes),
+Then, layer by layer from the first edited one to the last (whose output z
+describes),
 
   K   keys: input of the edited map at the anchor, averaged over contexts
   R   residuals: (z - z_now) * share, z_now under the changes made so far
