@@ -56,6 +56,7 @@ setuptools.setup(
     ],
     extras_require={
         'gguf': GGUF,
+        'plot': ['matplotlib>=3.8'],
         'data': DATA,
         'demo': GGUF,
         'test': TEST,

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import operator
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,18 +25,20 @@ from absl import logging
 
 from experiments import collect_moments, common
 from jaxedit import delta as delta_lib
+from jaxedit import values
 from jaxedit.edit.base import Editor, Info
 from jaxedit.edit.closed_form import Recipe
-from jaxedit.eval import datasets, generation, harness
+from jaxedit.eval import datasets, generation, harness, perplexity
 from jaxedit.models import decode, loading, saving
 from jaxedit.models.spec import ModelSpec
 from jaxedit.stats import corpora, storage
 from jaxedit.stats import moments as moments_lib
-from jaxedit.text import batching, templates
+from jaxedit.text import batching, seating, templates
 from jaxedit.types import Edited, InputError, Progress, Record
 
 # Tokens that a sampled context and its full stop may add to a prompt.
 _CONTEXT_TOKENS = 16
+_PERPLEXITY_ROW = 512  # tokens a window
 
 
 class Clock:
@@ -68,7 +71,8 @@ class Workbench:
     loaded: the records to edit.
     templates: context templates, the bare '{}' first.
     batch_size: edits a batch.
-    slots: edits optimised side by side in one tile.
+    slots: edits optimised side by side; None for as many as are of use and
+      have room in memory.
   """
 
   model: loading.Model
@@ -76,7 +80,7 @@ class Workbench:
   loaded: datasets.Loaded
   templates: tuple[str, ...]
   batch_size: int
-  slots: int
+  slots: int | None
 
   @property
   def records(self) -> Sequence[Record]:
@@ -101,18 +105,20 @@ class Workbench:
         max_tokens=self.model.spec.max_positions,
     )
 
-  def tiles(self, indices: Sequence[int]) -> tuple[batching.Tile, ...]:
-    """Lays some records out for an editor.
-
-    Every batch has the slots and columns that fit all records, so that small
-    batches share their shapes.
-    """
-    return batching.make_tiles(
-        [self.encoded[i] for i in indices],
-        slots=min(self.slots, self.batch_size, len(self.records)),
-        prefix=max(max(edit.anchors) for edit in self.encoded),
-        kl=max(len(edit.kl) for edit in self.encoded),
+  @functools.cached_property
+  def frame(self) -> seating.Frame:
+    """The static shapes that all batches share."""
+    return values.frame_for(
+        self.model.spec,
+        self.model.params,
+        self.encoded,
+        slots=self.slots,
+        batch=self.batch_size,
     )
+
+  def edits(self, indices: Sequence[int]) -> list[batching.EncodedEdit]:
+    """Some records, encoded."""
+    return [self.encoded[i] for i in indices]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,7 +332,11 @@ def edit_in_sequence(
   batches = bench.batches()
   for i, indices in enumerate(batches):
     edited, state, info = editor.edit(
-        params, state, bench.tiles(indices), progress
+        params,
+        state,
+        bench.edits(indices),
+        frame=bench.frame,
+        progress=progress,
     )
     total = delta_lib.add(total, edited)
     infos.append(info)
@@ -354,15 +364,22 @@ def edit_apart(
   batches = bench.batches()
   if bench.batch_size == 1:
     whole = dataclasses.replace(bench, batch_size=len(bench.records))
-    everything = whole.tiles(range(len(bench.records)))
     edited, _, info = editor.edit_each(
-        bench.model.params, state, everything, progress
+        bench.model.params,
+        state,
+        whole.encoded,
+        frame=whole.frame,
+        progress=progress,
     )
     return Outcome(edited, tuple(range(len(bench.records))), info)
   edits, infos = [], []
   for indices in batches:
     edited, _, info = editor.edit(
-        bench.model.params, state, bench.tiles(indices), progress
+        bench.model.params,
+        state,
+        bench.edits(indices),
+        frame=bench.frame,
+        progress=progress,
     )
     edits.append(edited)
     infos.append(info)
@@ -389,6 +406,7 @@ def _join(infos: Sequence[Info]) -> Info:
       np.concatenate([i.written for i in infos]),
       np.concatenate([i.distance for i in infos], axis=1),
       seconds,
+      functools.reduce(operator.add, (i.work for i in infos)),
   )
 
 
@@ -500,6 +518,58 @@ def save_folder(
       dtype='float32' if keep_float32 else None,
       keep_original=keep_original,
   )
+
+
+def read_perplexity(
+    bench: Workbench,
+    path: str,
+    tokens: int,
+    progress: Progress,
+    outcome: Outcome | None,
+) -> dict[str, Any]:
+  """Measures the perplexity of a text file.
+
+  Args:
+    bench: what to work on.
+    path: plain text in UTF-8.
+    tokens: how many are scored at most.
+    progress: progress display.
+    outcome: a change that all text is read under; None for no change.
+
+  Returns:
+    'value', 'nats' a token, 'tokens', 'protocol'.
+
+  Raises:
+    InputError: the file cannot be read, or holds nothing to score.
+  """
+  try:
+    text = pathlib.Path(path).read_text('utf-8')
+  except (OSError, UnicodeDecodeError) as e:
+    raise InputError(
+        f'{path}: cannot be read as UTF-8 text ({e}); name a plain text'
+    ) from None
+  found = perplexity.perplexity(
+      bench.model.spec,
+      bench.model.params,
+      outcome.edited if outcome else Edited(),
+      [text],
+      bench.tokenizer,
+      row_tokens=min(_PERPLEXITY_ROW, bench.model.spec.max_positions),
+      limit=tokens,
+      progress=progress,
+  )
+  return found._asdict()
+
+
+def work_report(work: values.Work) -> dict[str, Any]:
+  """What the optimiser ran, for results.json."""
+  return {
+      'steps': work.steps,
+      'places_run': work.computed,
+      'tokens_needed': work.needed,
+      'wasted': work.waste,
+      'seconds': dict(work.seconds),
+  }
 
 
 def record_rows(

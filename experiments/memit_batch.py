@@ -98,7 +98,11 @@ def define_flags() -> None:
       ' of the model that the last batch left.',
   )
   flags.DEFINE_integer(
-      'slots', 16, 'Edits optimised side by side; bounds memory.', lower_bound=1
+      'slots',
+      None,
+      'Edits optimised side by side; as many as are of use and have room in'
+      ' memory unless given.',
+      lower_bound=1,
   )
   flags.DEFINE_list(
       'layers', ['3', '4', '5', '6', '7', '8'], 'Layers to edit (GPT-J: 3-8).'
@@ -166,6 +170,17 @@ def define_flags() -> None:
   flags.DEFINE_integer(
       'eval_batch_size', 64, 'Rows an evaluation batch.', lower_bound=1
   )
+  flags.DEFINE_string(
+      'perplexity_text',
+      None,
+      'Plain text file whose perplexity is measured before and after.',
+  )
+  flags.DEFINE_integer(
+      'perplexity_tokens',
+      20000,
+      'Tokens of it that are scored at most.',
+      lower_bound=1,
+  )
   flags.DEFINE_integer(
       'show', 4, 'Texts before and after to print.', lower_bound=0
   )
@@ -191,6 +206,19 @@ def recipe_of_flags() -> closed_form.Recipe:
     problems.append(
         '--save_model needs one edited model; --reset makes one a batch: leave'
         ' one of them out'
+    )
+  if FLAGS.perplexity_text and FLAGS.reset:
+    problems.append(
+        '--perplexity_text needs one edited model; --reset makes one a batch:'
+        ' leave one of them out'
+    )
+  if (
+      FLAGS.perplexity_text
+      and not pathlib.Path(FLAGS.perplexity_text).is_file()
+  ):
+    problems.append(
+        f'--perplexity_text={FLAGS.perplexity_text}: no such file; name a plain'
+        ' text'
     )
   try:
     layers = common.layer_list(FLAGS.layers, 'layers')
@@ -516,14 +544,30 @@ def main() -> None:
   )
   with clock('evaluate_before'):
     pre = judge(bench, None, None)
+  text = FLAGS.perplexity_text
+  read = functools.partial(
+      editing.read_perplexity, bench, text, FLAGS.perplexity_tokens, bar
+  )
+  fluency = {}
+  if text:
+    with clock('perplexity'):
+      fluency['pre'] = read(None)
   edit = editing.edit_apart if FLAGS.reset else editing.edit_in_sequence
   outcome = edit(bench, editor, state, bar)
   clock.add(outcome.info.seconds)
   editing.require_some(outcome.info)
   with clock('evaluate_after'):
     post = judge(bench, outcome, pre)
+  if text:
+    with clock('perplexity'):
+      fluency['post'] = read(outcome)
   evaluations = {'pre': pre, 'post': post}
-  results: dict[str, Any] = {'protocol': protocol(bench, recipe, moments)}
+  results: dict[str, Any] = {
+      'protocol': protocol(bench, recipe, moments),
+      'work': editing.work_report(outcome.info.work),
+  }
+  if fluency:
+    results['perplexity'] = fluency
   editing.write_delta(
       folder / 'delta.safetensors', outcome, results['protocol']
   )
@@ -537,6 +581,12 @@ def main() -> None:
       folder, bench, outcome, evaluations, results=results, clock=clock
   )
   print('\n'.join(summary_lines(bench, pre, post, outcome.info)))
+  if fluency:
+    before, after = (fluency[k]['value'] for k in ('pre', 'post'))
+    print(
+        f'perplexity of {text}: {before:.2f} before, {after:.2f} after'
+        f' ({fluency["post"]["tokens"]} tokens)'
+    )
   print(
       f'\n{len(bench.records)} edits in {clock.seconds["total"]:.0f} s; results'
       f' in {folder}'

@@ -82,6 +82,42 @@ class Columns:
 
 
 @flax.struct.dataclass
+class Ragged:
+  """Rows of different lengths, end to end on one axis of N places.
+
+  What works on each token alone (linear maps, norms) runs on the places, so a
+  short row costs nothing for the sake of a long one; attention alone looks at
+  rows. Stands wherever `Columns` do, for activations of shape [1, N, ...].
+
+  Attributes:
+    columns: [R, T] columns of the rows.
+    index: [R, T] int32 place of a column; N (no place) where there is no token.
+    row: [N] int32 row of a place; R where the place is empty.
+    column: [N] int32 column of a place in its row.
+  """
+
+  columns: Columns
+  index: Array
+  row: Array
+  column: Array
+
+
+@flax.struct.dataclass
+class Keep:
+  """Places at which the last layer of a run is wanted.
+
+  The layer then computes keys and values for all places, all else for these.
+
+  Attributes:
+    index: [K] int32 kept places; N where none.
+    rows: the kept places as rows of their own, [R, Q] with R as before.
+  """
+
+  index: Array
+  rows: Ragged
+
+
+@flax.struct.dataclass
 class KV:
   """Keys and values of earlier columns for a run of layers.
 

@@ -1,5 +1,10 @@
 """Fused operations: each has a reference in plain JAX and shared tests.
 
+An operation is a folder: `reference.py` says in plain JAX what is computed,
+`pallas_gpu.py` computes the same in one kernel, `api.py` checks the arguments
+and calls the one that is named, `bench.py` times both on the shapes of real
+runs. `jaxedit.ops` decides which one a model uses.
+
 The folder stays at the top level of the repository and is installed as
 `jaxedit.kernels` (`kernels` alone is a name that transformers looks for).
 """

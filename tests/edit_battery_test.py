@@ -20,11 +20,12 @@ from absl.testing import absltest, parameterized
 
 from jaxedit import delta as delta_lib
 from jaxedit import values
-from jaxedit.edit import closed_form, forward, memit
+from jaxedit.edit import closed_form, forward, insertion, memit
 from jaxedit.models import decoder
 from jaxedit.testing import facts
-from jaxedit.text import batching
-from jaxedit.types import Columns, InputError, Targets
+from jaxedit.text import batching, seating
+from jaxedit.types import InputError, Targets
+from jaxedit.values import pool
 
 WEIGHT = 0.1
 RECIPES: dict[str, Callable[..., closed_form.Recipe]] = {
@@ -35,14 +36,18 @@ VALUE = values.Schedule(
 )
 LAYERS = (0, 1)
 EDITS, SLOTS = 4, 8
+SEEDS = (1, 5, 6, 7)
 STAGES = (
-    values.optimize,
-    closed_form._enter,
-    closed_form._measure,
-    closed_form._advance,
-    closed_form._pass,
-    closed_form._solve,
-    closed_form._solve_each,
+    pool.prepare,
+    pool.seat,
+    pool.advance,
+    insertion._enter,
+    insertion._halt,
+    insertion._read_keys,
+    insertion._foresee,
+    insertion._write,
+    insertion._solve_factors,
+    insertion._solve_each,
 )
 every_recipe = parameterized.named_parameters((name, name) for name in RECIPES)
 run = jax.jit(forward.forward, static_argnums=0)
@@ -54,10 +59,11 @@ def edits(seed: int = 1, **options: Any) -> list[batching.EncodedEdit]:
   return facts.random_edits(EDITS, **options)
 
 
-def tiles(
-    some: Sequence[batching.EncodedEdit], slots: int = SLOTS
-) -> tuple[batching.Tile, ...]:
-  return batching.make_tiles(some, slots=slots, ladder=(8, 16))
+def frame(some: Sequence[batching.EncodedEdit], slots: int) -> seating.Frame:
+  """One frame for all batches of a test."""
+  if len(some[0].rows) == len(edits()[0].rows):
+    some = [edit for seed in SEEDS for edit in edits(seed)]
+  return seating.frame(some, slots=slots, batch=EDITS)
 
 
 class Bench(NamedTuple):
@@ -76,7 +82,8 @@ class Bench(NamedTuple):
   def edit(self, some, params=None, each=False, slots=SLOTS):
     call = self.editor.edit_each if each else self.editor.edit
     given = self.params if params is None else params
-    edited, state, info = call(given, self.state, tiles(some, slots))
+    shapes = frame(some, slots) if some else None
+    edited, state, info = call(given, self.state, some, frame=shapes)
     return Bench(self.pair, self.editor, state, edited, info)
 
   def kernels(self, edited=None) -> np.ndarray:
@@ -243,12 +250,8 @@ class BatteryTest(parameterized.TestCase):
   def test_dtype_is_kept(self, name):
     b = bench(name)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), b.params)
-    found = jax.eval_shape(
-        functools.partial(
-            values.optimize, b.pair.spec, layer=LAYERS[-1], schedule=VALUE
-        ),
-        half,
-        tiles(edits())[0],
+    found, _ = values.optimize(
+        b.pair.spec, half, edits(), layer=LAYERS[-1], schedule=VALUE
     )
     self.assertEqual((found.z.dtype, found.loss.dtype), (jnp.float32,) * 2)
     with mock.patch.object(values, 'optimize', random_targets):
@@ -325,19 +328,24 @@ class BatteryTest(parameterized.TestCase):
 _lower = jax.jit(values.lower, static_argnames=('spec', 'layer'))
 
 
-def random_targets(spec, params, tile, *, layer, schedule, scale=0.5):
+def random_targets(spec, params, some, *, layer, scale=0.5, **ignored):
   """Stands for `values.optimize`: a random wanted state for every edit."""
-  del schedule
-  columns = Columns(tile.position[:, 0], tile.segment[:, 0])
-  h = _lower(spec, params, tile.tokens[:, 0], columns, layer=layer)
-  z0 = np.asarray(h[:, tile.prefix])
-  moves = [
-      np.random.default_rng(abs(int(i))).standard_normal(z0.shape[-1])
-      for i in tile.edit
-  ]
+  del ignored
+  z0, moves = [], []
+  for edit in some:
+    row, anchor = edit.rows[0], edit.anchors[0]
+    tokens = np.zeros([1, 16], np.int32)
+    tokens[0, : len(row)] = row
+    columns = decoder.token_columns(np.arange(16)[None] < len(row))
+    h = _lower(spec, params, tokens, columns, layer=layer)
+    z0.append(np.asarray(h)[0, anchor])
+    rng = np.random.default_rng(int(row.sum()))
+    moves.append(rng.standard_normal(h.shape[-1]))
+  z0 = np.stack(z0)
   z = z0 + scale * np.stack(moves).astype(np.float32)
   none = np.zeros(len(z), np.float32)
-  return Targets(z, z0, none, none, none.astype(np.int32), none == 0)
+  targets = Targets(z, z0, none, none, none.astype(np.int32), none == 0)
+  return targets, values.Work()
 
 
 def near_identity(b: Bench, each: bool) -> np.ndarray:
@@ -366,7 +374,9 @@ class MemitTest(parameterized.TestCase):
     editor = closed_form.closed_form(pair.spec, recipe)
     moments = facts.random_moments(pair.spec, layers, seed=2, scale=0.3)
     state = editor.init(pair.params, moments)
-    edited, _, info = editor.edit(pair.params, state, tiles(some, slots))
+    edited, _, info = editor.edit(
+        pair.params, state, some, frame=seating.frame(some, slots=slots)
+    )
     want, distance = naive_oracle.memit(
         pair.torch,
         some,

@@ -407,8 +407,7 @@ class DeltaTest(Case):
         max_tokens=model.spec.max_positions,
     )
     for batch in (encoded[:2], encoded[2:]):
-      tiles = batching.make_tiles(batch, slots=2)
-      edited, state, _ = editor.edit(params, state, tiles)
+      edited, state, _ = editor.edit(params, state, batch)
       params = delta.apply(params, edited)
     summed = delta.apply(model.params, SETUP.whole.delta()[0])
     one_by_one = logits(model, params, TEXTS)
@@ -417,6 +416,19 @@ class DeltaTest(Case):
     )
     before = logits(model, model.params, TEXTS)
     self.assertGreater(np.abs(one_by_one - before).max(), 0.5)
+
+  def test_perplexity_before_and_after(self):
+    done = self.succeed(perplexity_text=SETUP.text, perplexity_tokens=300)
+    found = done.results['perplexity']
+    for name in ('pre', 'post'):
+      self.assertGreater(found[name]['value'], 1)
+      self.assertLessEqual(found[name]['tokens'], 300)
+      self.assertIn('token', found[name]['protocol'])
+    self.assertNotEqual(found['pre']['value'], found['post']['value'])
+    self.assertIn(f'perplexity of {SETUP.text}: ', done.out)
+    work = done.results['work']
+    self.assertBetween(work['wasted'], 0, 1)
+    self.assertLessEqual(work['tokens_needed'], work['places_run'])
 
   def test_reset_starts_every_batch_anew(self):
     apart = self.succeed(reset=True)
@@ -624,6 +636,10 @@ class BadFlagTest(Case):
       ('layer_below', dict(layers='-1'), 'has layers 0 to 2; choose'),
       ('layer_twice', dict(layers='1,1'), 'once, in ascending order'),
       ('no_output', dict(output_dir=None), 'output_dir is missing: name a'),
+      ('perplexity_and_reset', dict(perplexity_text=__file__, reset=True),
+       '--perplexity_text needs one edited model; .*leave one of them out'),
+      ('no_such_text', dict(perplexity_text='nowhere.txt'),
+       '--perplexity_text=nowhere.txt: no such file; name a plain text'),
       ('save_and_reset', dict(save_model=True, reset=True),
        'save_model needs one edited model; --reset'),
       ('corpus', dict(moments_corpus='wiki'), "'wiki' is unknown; give self"),

@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     'text': (),
     'stats': ('models',),
     'trace': ('models',),
-    'values': ('models', 'text.batching'),
+    'values': ('models', 'text.batching', 'text.seating'),
     'solve': (),
     'edit': ('values', 'solve', 'stats', 'models', 'text'),
     'delta': ('models',),
@@ -35,7 +35,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }
 # What the files of edit/ may import of edit/: a method never another method.
 SHARED_BY_EDITORS = tuple(
-    f'edit.{name}' for name in ('base', 'closed_form', 'forward', 'anyedit')
+    f'edit.{name}'
+    for name in (
+        'base',
+        'recipe',
+        'insertion',
+        'closed_form',
+        'forward',
+        'anyedit',
+    )
 )
 # transformers looks for a package of this name, so ours is never called so.
 HIDDEN = 'kernels'
@@ -186,7 +194,7 @@ class ImportGraphTest(parameterized.TestCase):
       ('models.decoder', 'from ..ops import linear_logprob'),
       ('models.families.llama', 'from ...models import spec'),
       ('models.families', "import_module(f'{__name__}.{model_type}')"),
-      ('values', 'from jaxedit.text.batching import Tile'),
+      ('values.run', 'from jaxedit.text.seating import Tile'),
       ('values', 'from jaxedit.text import batching'),
       ('edit.memit', 'from jaxedit.edit import base, closed_form'),
       ('edit.memit', 'import jaxedit.edit.anyedit, jaxedit.stats.moments'),

@@ -159,6 +159,82 @@ def optimize(
   return Found(z, z0.numpy(), losses, likelihood.item(), clamped)
 
 
+def chain(
+    model: Any, edit: EncodedEdit, layer: int, schedule: Schedule
+) -> list[Found]:
+  """Optimises the chunks of one edit's target, one after the other.
+
+  The changes of earlier chunks are applied again in every forward, and a row
+  ends with the last input that a chunk needs. The KL term is the first chunk's.
+
+  Args:
+    model: the transformers model.
+    edit: rows, anchors, target, chunks and KL row as ids.
+    layer: block whose output is changed.
+    schedule: settings, of every chunk.
+
+  Returns:
+    What happened to every chunk; `z0` is the unedited model's state.
+
+  Source: Jiang et al. 2025 (AnyEdit, arXiv 2502.05628), section 4.
+  """
+
+  def forward(ids, changes):
+    seen = []
+
+    def add(h):
+      seen.append(h[0].detach().clone())
+      h = h.clone()
+      for column, change in changes.items():
+        h[0, column] += change
+      return h
+
+    with hooked(block(model, layer), add):
+      return torch.log_softmax(run(model, ids), dim=-1), seen[0]
+
+  def evaluate(k, delta):
+    nlls = []
+    for c, changes in enumerate(earlier):
+      stage, labels = edit.stage(k, c), torch.tensor(edit.stage(k, c).labels)
+      changes = {**changes, stage.anchor: delta}
+      logprob = forward(edit.text(c)[: stage.end], changes)[0][stage.first :]
+      nlls.append(-logprob.gather(1, labels[:, None].long()).mean())
+    loss = likelihood = torch.stack(nlls).mean()
+    if len(edit.kl) and k == 0:
+      now = forward(edit.kl, {len(edit.kl) - 1: delta})[0][-1]
+      loss = loss + schedule.kl * (now.exp() * (now - base)).sum()
+    return likelihood, loss + schedule.decay * delta.norm() / size**2
+
+  with torch.no_grad():
+    unedited = forward(edit.text(0), {})[1]
+    base = forward(edit.kl, {})[0][-1] if len(edit.kl) else None
+  earlier, found = [{} for _ in edit.rows], []
+  for k in range(edit.stages):
+    z0 = unedited[edit.stage(k, 0).anchor]
+    size = z0.norm()
+    delta = torch.zeros_like(z0, requires_grad=True)
+    adam = torch.optim.Adam([delta], lr=schedule.rate)
+    losses, clamped = [], 0
+    while True:
+      likelihood, loss = evaluate(k, delta)
+      losses.append(loss.item())
+      if losses[-1] < schedule.threshold or len(losses) == schedule.steps:
+        break
+      adam.zero_grad()
+      loss.backward()
+      adam.step()
+      with torch.no_grad():
+        if delta.norm() > schedule.clamp * size:
+          clamped += 1
+          delta.mul_(schedule.clamp * size / delta.norm())
+    delta = delta.detach()
+    for c, changes in enumerate(earlier):
+      changes[edit.stage(k, c).anchor] = delta
+    z = (z0 + delta).numpy()
+    found.append(Found(z, z0.numpy(), losses, likelihood.item(), clamped))
+  return found
+
+
 def dense_update(
     system: np.ndarray, keys: np.ndarray, residuals: np.ndarray
 ) -> np.ndarray:

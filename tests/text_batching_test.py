@@ -1,5 +1,6 @@
-"""Tiles hold every edit once, with anchors and labels in their columns."""
+"""Edits hold the filled contexts, their anchors, targets and stages."""
 
+import dataclasses
 import time
 
 import numpy as np
@@ -8,7 +9,7 @@ from absl.testing import absltest, parameterized
 
 from jaxedit import testing, types
 from jaxedit.eval import datasets
-from jaxedit.text import batching, locate
+from jaxedit.text import batching, locate, seating
 
 TEMPLATES = ('{}', 'The guitar in Paris. {}', 'You. {}')
 RECORDS = tuple(
@@ -30,14 +31,6 @@ def _encode(records=RECORDS, **options):
   options = {'max_tokens': 200} | options
   tokenizer = text_tokenizers.byte_level(begin=True)
   return batching.encode_edits(tokenizer, records, TEMPLATES, **options)
-
-
-def _rows(tile, e):
-  """Reads the rows of a slot back, as ids without padding."""
-  return [
-      tile.tokens[e, c][tile.segment[e, c] == types.TRUNK].tolist()
-      for c in range(tile.tokens.shape[1])
-  ]
 
 
 class LadderTest(parameterized.TestCase):
@@ -92,7 +85,10 @@ class EncodeTest(parameterized.TestCase):
   def test_prompt_last(self):
     for edit in _encode(anchor='prompt_last'):
       self.assertEqual(edit.anchors, tuple(len(row) - 1 for row in edit.rows))
-      self.assertEqual(edit.suffix, len(edit.target))
+      for c in range(len(TEMPLATES)):
+        stage = edit.stage(0, c)
+        self.assertEqual(stage.first, stage.anchor)
+        self.assertEqual(stage.end - stage.anchor, len(edit.target))
 
   def test_all_faults_name_their_records(self):
     records = [
@@ -145,135 +141,43 @@ class EncodeTest(parameterized.TestCase):
       batching.edit_check(tokenizer, [], max_tokens=9)
 
 
-class TileTest(parameterized.TestCase):
+class StageTest(parameterized.TestCase):
+  """Columns are those of the row that `text` returns."""
 
-  @parameterized.product(
-      slots=[1, 2, 8], anchor=list(batching.ANCHORS), kl=['{} is a', None]
+  EDIT = batching.EncodedEdit(
+      number=1,
+      rows=(np.arange(5), np.arange(20, 28)),
+      anchors=(2, 5),
+      target=np.arange(100, 109),
+      kl=np.zeros(0, np.int32),
   )
-  def test_every_edit_can_be_read_back(self, slots, anchor, kl):
-    encoded = _encode(anchor=anchor, kl_template=kl)
-    tiles = batching.make_tiles(encoded, slots=slots)
-    seen = []
-    for tile in tiles:
-      for e, i in enumerate(tile.edit):
-        if i < 0:
-          continue
-        seen.append(int(i))
-        edit = encoded[i]
-        wanted = [[*row, *edit.target[:-1]] for row in edit.rows]
-        self.assertEqual(_rows(tile, e), wanted)
-        for c, (row, column) in enumerate(zip(edit.rows, edit.anchors)):
-          self.assertEqual(tile.tokens[e, c, tile.prefix], row[column])
-          self.assertEqual(tile.position[e, c, tile.prefix], column)
-        real = tile.kl_segment[e] == types.TRUNK
-        np.testing.assert_array_equal(tile.kl_tokens[e][real], edit.kl)
-        if kl:
-          self.assertEqual(tile.kl_position[e, -1], len(edit.kl) - 1)
-    self.assertCountEqual(seen, range(len(encoded)))
 
-  def test_labels_follow_their_columns(self):
-    encoded = _encode()
-    for tile in batching.make_tiles(encoded, slots=2):
-      for e, i in enumerate(tile.edit):
-        if i < 0:
-          continue
-        target = encoded[i].target
-        n = len(target)
-        for c, row in enumerate(encoded[i].rows):
-          columns = tile.score_column[e, c, :n] + tile.prefix
-          np.testing.assert_array_equal(tile.label[e, c, :n], target)
-          np.testing.assert_array_equal(
-              tile.position[e, c, columns], len(row) - 1 + np.arange(n)
-          )
-          # The next column holds the label itself, save for the last label.
-          np.testing.assert_array_equal(
-              tile.tokens[e, c, columns[:-1] + 1], target[:-1]
-          )
-          self.assertEqual(tile.label_mask[e, c].sum(), n)
-        self.assertLess(tile.score_column[e].max(), tile.suffix)
+  def test_one_stage_is_the_whole_target(self):
+    edit = self.EDIT
+    self.assertEqual(edit.stages, 1)
+    for c, row in enumerate(edit.rows):
+      stage = edit.stage(0, c)
+      self.assertEqual(stage.anchor, edit.anchors[c])
+      self.assertEqual(stage.first, len(row) - 1)
+      self.assertEqual(stage.end, len(edit.text(c)))
+      np.testing.assert_array_equal(stage.labels, edit.target)
 
-  def test_positions_count_real_tokens(self):
-    for tile in batching.make_tiles(_encode(), slots=4):
-      real = tile.segment == types.TRUNK
-      counted = np.where(real, np.cumsum(real, -1) - 1, 0)
-      np.testing.assert_array_equal(tile.position, counted)
-      np.testing.assert_array_equal(tile.tokens[~real], 0)
-
-  def test_empty_slots(self):
-    tiles = batching.make_tiles(_encode(), slots=4)
-    empty = 0
-    for tile in tiles:
-      vacant = tile.edit < 0
-      empty += vacant.sum()
-      self.assertFalse(tile.segment[vacant].any())
-      self.assertFalse(tile.kl_segment[vacant].any())
-      self.assertFalse(tile.label_mask[vacant].any())
-      self.assertFalse(tile.score_column[vacant].any())
-    self.assertEqual(empty, 4 * len(tiles) - len(RECORDS))
-
-  def test_shapes_and_dtypes(self):
-    tiles = batching.make_tiles(_encode(), slots=2)
-    self.assertLen({tile.prefix for tile in tiles}, 1)
-    for tile in tiles:
-      longest = int(tile.label_mask.sum(axis=-1).max())
-      self.assertEqual(
-          tile.label.shape[-1],
-          batching.round_up(longest, batching.LABEL_LADDER),
-      )
-    self.assertLen({tile.kl_tokens.shape for tile in tiles}, 1)
-    suffixes = [tile.suffix for tile in tiles]
-    self.assertEqual(suffixes, sorted(suffixes))
-    self.assertContainsSubset(suffixes, batching.LADDER)
-    for tile in tiles:
-      self.assertIn(tile.prefix, batching.LADDER)
-      self.assertIn(tile.label.shape[-1], batching.LABEL_LADDER)
-      for name, leaf in vars(tile).items():
-        if name != 'prefix':
-          wanted = np.float32 if name == 'label_mask' else np.int32
-          self.assertEqual(leaf.dtype, wanted, name)
-
-  def test_order_changes_slots_alone(self):
-    encoded = _encode()
-    order = [3, 1, 4, 0, 2]
-    shuffled = [encoded[i] for i in order]
-
-    def content(edits, names):
-      found = {}
-      for tile in batching.make_tiles(edits, slots=2):
-        for e, i in enumerate(tile.edit):
-          if i >= 0:
-            found[names[i]] = [
-                np.asarray(leaf)[e].tolist()
-                for name, leaf in vars(tile).items()
-                if name not in ('prefix', 'edit')
-            ]
-      return found
-
-    self.assertEqual(content(encoded, range(5)), content(shuffled, order))
-
-  def test_no_edits_no_tiles(self):
-    self.assertEqual(batching.make_tiles([], slots=2), ())
-    self.assertEqual(batching.padding_waste([]), (0.0, 0.0))
-
-  def test_misuse(self):
-    encoded = _encode()
-    with self.assertRaisesRegex(ValueError, 'slot'):
-      batching.make_tiles(encoded, slots=0)
-    mixed = encoded[:1] + _encode(RECORDS[1:2], kl_template=None)
-    with self.assertRaisesRegex(ValueError, 'contexts'):
-      batching.make_tiles(mixed, slots=1)
-
-  def test_padding_waste(self):
-    encoded = _encode(RECORDS[:1])
-    (tile,) = batching.make_tiles(encoded, slots=4)
-    columns = [
-        len(row) - a + len(encoded[0].target) - 1
-        for row, a in zip(encoded[0].rows, encoded[0].anchors)
-    ]
-    used = sum(columns) / (len(columns) * tile.suffix)
-    waste = batching.padding_waste([tile])
-    self.assertAlmostEqual(waste.rows, 1 - used)
-    self.assertAlmostEqual(waste.slots, 1 - used / 4)
+  @parameterized.parameters(
+      (((0, 9),),), (((0, 4), (4, 8), (8, 9)),), (((0, 4), (3, 7), (6, 9)),)
+  )  # fmt: skip
+  def test_chunks(self, chunks):
+    edit = dataclasses.replace(self.EDIT, chunks=chunks)
+    self.assertEqual(edit.stages, len(chunks))
+    for k, (begin, end) in enumerate(chunks):
+      for c, row in enumerate(edit.rows):
+        stage = edit.stage(k, c)
+        np.testing.assert_array_equal(stage.labels, edit.target[begin:end])
+        # The column before a label is the one that foretells it.
+        whole = np.concatenate([row, edit.target])
+        self.assertEqual(whole[stage.first + 1], edit.target[begin])
+        self.assertEqual(stage.end, stage.first + end - begin)
+        wanted = stage.first if k else edit.anchors[c]
+        self.assertEqual(stage.anchor, wanted)
 
 
 class SpeedTest(absltest.TestCase):
@@ -286,10 +190,15 @@ class SpeedTest(absltest.TestCase):
     )
     begin = time.perf_counter()
     encoded = _encode(loaded.records)
-    tiles = batching.make_tiles(encoded, slots=64)
+    frame = seating.frame(encoded, slots=64)
+    seen = []
+    for number, room in enumerate(frame.rooms):
+      order = [i for i, e in enumerate(encoded) if frame.room(e) == number]
+      for tile in seating.row_tiles(encoded, order, frame, room):
+        seen.extend(tile.edit[tile.edit >= 0].tolist())
     # Twenty times what it takes: this only finds work that grows too fast.
     self.assertLess(time.perf_counter() - begin, 10)
-    self.assertEqual(sum((t.edit >= 0).sum() for t in tiles), 1000)
+    self.assertCountEqual(seen, range(1000))
 
 
 if __name__ == '__main__':

@@ -12,7 +12,7 @@ from absl.testing import absltest, parameterized
 
 from jaxedit import values
 from jaxedit.testing import facts
-from jaxedit.text import batching
+from jaxedit.text import batching, seating
 
 PLAIN = values.Schedule(
     steps=5, rate=0.1, decay=0.5, clamp=5.0, kl=0.0625, threshold=0.0
@@ -36,21 +36,18 @@ def edits(kind: str = 'plain') -> tuple[batching.EncodedEdit, ...]:
   return tuple(some)
 
 
-def tile(some, slots: int = SLOTS, ladder=(8, 16)) -> batching.Tile:
-  """The one tile of a few edits."""
-  tiles = batching.make_tiles(some, slots=slots, ladder=ladder)
-  assert len(tiles) == 1, len(tiles)
-  return tiles[0]
-
-
 def optimize(pair, some, schedule, layer=LAYER, **shape):
-  """Targets of edits in their own order, without empty slots."""
-  one = tile(some, **shape)
-  found = values.optimize(
-      pair.spec, pair.params, one, layer=layer, schedule=schedule
+  """Targets of edits in a frame of their own."""
+  frame = seating.frame(some, **{'slots': SLOTS, **shape})
+  found, _ = values.optimize(
+      pair.spec,
+      pair.params,
+      some,
+      layer=layer,
+      schedule=schedule,
+      frame=frame,
   )
-  order = np.argsort(one.edit[one.edit >= 0])
-  return jax.tree.map(lambda x: np.asarray(x)[: len(order)][order], found)
+  return found
 
 
 @functools.cache
@@ -161,39 +158,118 @@ class InvarianceTest(parameterized.TestCase):
       self.assertLess(np.linalg.norm(a - b) / np.linalg.norm(b), 1e-5)
     np.testing.assert_allclose(got.loss, want.loss, rtol=2e-5)
 
-  def test_padding_and_slots(self):
-    got = optimize(self.pair, edits()[:2], PLAIN, slots=2, ladder=(16,))
+  @parameterized.parameters(
+      dict(slots=1),
+      dict(slots=2),
+      dict(slots=None, places=24),
+      dict(share=False),
+      dict(widths=(3, 5)),
+      dict(slots=1, share=False, widths=(4,)),
+  )
+  def test_shapes(self, **shape):
+    got = optimize(self.pair, edits(), PLAIN, **shape)
+    self._same(got, self.base)
+
+  def test_a_frame_of_more_edits(self):
+    frame = seating.frame(
+        [*edits(), *facts.random_edits(9, seed=5, contexts=2)], slots=3
+    )
+    got, _ = values.optimize(
+        self.pair.spec,
+        self.pair.params,
+        edits()[:2],
+        layer=LAYER,
+        schedule=PLAIN,
+        frame=frame,
+    )
     self._same(got, jax.tree.map(lambda x: x[:2], self.base))
+
+  @parameterized.parameters(False, True)
+  def test_the_last_edits_move_to_a_smaller_room(self, chunked):
+    some = facts.random_edits(
+        9, seed=3, contexts=2, kl=not chunked, targets=(4, 6, 5)
+    )
+    if chunked:
+      cut = lambda n: tuple((i, min(i + 2, n)) for i in range(0, n, 2))
+      some = [dataclasses.replace(e, chunks=cut(len(e.target))) for e in some]
+    run = functools.partial(
+        values.autoregressive,
+        self.pair.spec,
+        self.pair.params,
+        some,
+        layer=LAYER,
+        schedule=PLAIN,
+    )
+    frame = seating.frame(some, slots=6)
+    (got, work) = run(frame=frame)
+    want, _ = run(frame=seating.frame(some, slots=1))
+    self.assertLess(work.computed, work.steps * frame.rooms[0].places)
+    for a, b in zip(got, want):
+      self._same(a, b)
 
   def test_order(self):
     order = np.array([2, 0, 3, 1])
     got = optimize(self.pair, [edits()[i] for i in order], PLAIN)
     self._same(got, jax.tree.map(lambda x: x[order], self.base))
 
-  def test_neighbours_of_one_shape_change_no_bit(self):
-    first = tile(edits())
-    slot = int(np.flatnonzero(first.edit == 0)[0])
-    second = tile(facts.random_edits(EDITS, seed=7, contexts=2))
-    here = np.arange(SLOTS) == slot
-    mixed = jax.tree.map(
-        lambda new, old: np.where(
-            here.reshape(-1, *[1] * (old.ndim - 1)), old, new
-        ),
-        second,
-        first,
+  def test_leaving_early_and_f64(self):
+    # Edits that stop at different steps leave slots to others; in f64 nothing
+    # but the shapes can differ.
+    schedule = PLAIN._replace(
+        threshold=split_threshold(naive('llama')), steps=PLAIN.steps
     )
+    with jax.enable_x64(True):
+      params = jax.tree.map(
+          lambda x: np.asarray(x, np.float64), self.pair.params
+      )
+      pair = self.pair._replace(params=params)
+      want = optimize(pair, edits(), schedule, slots=EDITS)
+      self.assertGreater(len(set(want.steps.tolist())), 1)
+      self.assertEqual(want.z.dtype, np.float64)
+      for shape in (dict(slots=1), dict(slots=2, share=False)):
+        got = optimize(pair, edits()[::-1], schedule, **shape)
+        np.testing.assert_array_equal(got.steps[::-1], want.steps)
+        np.testing.assert_allclose(got.z[::-1], want.z, rtol=1e-10, atol=1e-10)
+
+  def test_neighbours_of_one_shape_change_no_bit(self):
+    first, others = edits(), facts.random_edits(EDITS, seed=7, contexts=2)
+    mixed = [first[0], *others[1:]]
+    frame = seating.frame([*first, *mixed], slots=EDITS, share=False)
     run = functools.partial(
         values.optimize,
         self.pair.spec,
         self.pair.params,
         layer=LAYER,
         schedule=PLAIN,
+        frame=frame,
     )
-    before, after = run(first), run(mixed)
+    (before, _), (after, _) = run(first), run(mixed)
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after)):
-      np.testing.assert_array_equal(a[slot], b[slot])
+      np.testing.assert_array_equal(a[0], b[0])
     changed = np.any(np.asarray(before.z) != np.asarray(after.z), axis=-1)
-    np.testing.assert_array_equal(changed[:EDITS], ~here[:EDITS])
+    self.assertEqual(changed.tolist(), [False, *[True] * (EDITS - 1)])
+
+  def test_work_is_counted(self):
+    frame = seating.frame(edits(), slots=2)
+    _, work = values.optimize(
+        self.pair.spec,
+        self.pair.params,
+        edits(),
+        layer=LAYER,
+        schedule=PLAIN,
+        frame=frame,
+    )
+    suffix = sum(
+        len(row) + len(edit.target) - 1 - anchor
+        for edit in edits()
+        for row, anchor in zip(edit.rows, edit.anchors)
+    )
+    labels = sum(len(edit.target) * len(edit.rows) for edit in edits())
+    self.assertEqual(work.last, suffix)
+    self.assertEqual(work.needed, PLAIN.steps * suffix)
+    self.assertEqual(work.scored, PLAIN.steps * labels)
+    self.assertEqual(work.computed, work.steps * frame.rooms[0].places)
+    self.assertBetween(work.waste, 0, 0.6)
 
 
 class FiniteTest(parameterized.TestCase):
@@ -220,7 +296,7 @@ class FiniteTest(parameterized.TestCase):
     self.assertEqual(got.steps[bad], 1)
     good = got.finite
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(self.base)):
-      np.testing.assert_array_equal(a[good], b[good])
+      np.testing.assert_allclose(a[good], b[good], rtol=1e-5, atol=1e-5)
 
 
 def poisoned(edit, where: str, token: int):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxedit.types import Targets
+from jaxedit.values import Work
 
 
 class Info(NamedTuple):
@@ -27,12 +28,14 @@ class Info(NamedTuple):
     distance: [n + 1, E] |z - z_now| / |z - z0| before each of the n edited
       layers was written and after the last.
     seconds: wall time of 'optimize' and 'insert'.
+    work: what the optimisation ran.
   """
 
   targets: Targets
   written: np.ndarray
   distance: np.ndarray
   seconds: dict[str, float]
+  work: Work
 
 
 class Editor(NamedTuple):
@@ -40,7 +43,7 @@ class Editor(NamedTuple):
 
   Attributes:
     init: (params, moments) -> state.
-    edit: (params, state, tiles) -> (edited, state, info): all edits of the
+    edit: (params, state, edits) -> (edited, state, info): all edits of the
       batch together, as one change.
     edit_each: same, every edit alone: the factors have an edit axis
       [n, E, M, .], and row e is the model in which only edit e was made.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jaxedit.edit.closed_form import Recipe
+from jaxedit.edit.recipe import Recipe
 from jaxedit.solve.metric import covariance
 from jaxedit.values import Schedule
 

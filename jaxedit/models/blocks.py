@@ -17,14 +17,15 @@ Not here: dropout, training-only parts, the loop over layers (`decoder`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxedit.models import ragged
 from jaxedit.models.spec import ModelSpec
-from jaxedit.types import Array
+from jaxedit.types import Array, Keep, Ragged
 
 # Stands for minus infinity: a row with no visible column stays finite.
 MASKED = -1e30
@@ -53,13 +54,16 @@ def einsum(equation: str, x: Array, y: Array) -> Array:
   )
 
 
-def change(x: Array, delta: tuple[Array, ...]) -> Array:
+def change(
+    x: Array, delta: tuple[Array, ...], rows: Ragged | None = None
+) -> Array:
   """Applies one kernel change, in f32 or wider.
 
   Args:
     x: [B, T, in] input of the linear map.
     delta: (kernel [in, out],), or factors (key [M, in], value [M, out]), or
-      (key [B, M, in], value [B, M, out]) for a change of its own a row.
+      (key [R, M, in], value [R, M, out]) for a change of its own a row.
+    rows: how x [1, N, in] forms rows; None if its B are the rows.
 
   Returns:
     [B, T, out] what the change adds to the map's output.
@@ -68,9 +72,11 @@ def change(x: Array, delta: tuple[Array, ...]) -> Array:
   if len(delta) == 1:
     return einsum('btf,fd->btd', x, delta[0])
   key, value = delta
-  rows = 'b' if key.ndim == 3 else ''
-  scores = einsum(f'btf,{rows}mf->btm', x, key)
-  return einsum(f'btm,{rows}md->btd', scores, value)
+  if key.ndim == 2:
+    return einsum('btm,md->btd', einsum('btf,mf->btm', x, key), value)
+  if rows is not None:
+    return ragged.to_places(rows, change(ragged.to_rows(rows, x), delta))
+  return einsum('btm,bmd->btd', einsum('btf,bmf->btm', x, key), value)
 
 
 class Norm(nn.Module):
@@ -98,7 +104,12 @@ class Linear(nn.Module):
   use_bias: bool
 
   @nn.compact
-  def __call__(self, x: Array, delta: tuple[Array, ...] | None) -> Array:
+  def __call__(
+      self,
+      x: Array,
+      delta: tuple[Array, ...] | None,
+      rows: Ragged | None = None,
+  ) -> Array:
     kernel = self.param(
         'kernel',
         nn.initializers.lecun_normal(),
@@ -107,7 +118,7 @@ class Linear(nn.Module):
     y = einsum('btf,fd->btd', x, kernel)
     if self.use_bias:
       y = y + self.param('bias', nn.initializers.zeros, (self.features,))
-    return y if delta is None else y + change(x, delta)
+    return y if delta is None else y + change(x, delta, rows)
 
 
 def rotate(x: Array, angles: Array, style: str) -> Array:
@@ -170,54 +181,103 @@ def attend(
   return mixed.reshape(batch, columns, -1)
 
 
+class Sight(NamedTuple):
+  """What a block knows of the columns it runs on.
+
+  Attributes:
+    mask: [R, Q, P + T] bool, which keys a query sees.
+    angles: [B, T, rotated / 2] rotary angles of the activations, or None.
+    rows: how activations [1, N, ...] form rows; None if they are rows already.
+    keep: places to go on with; None for all.
+  """
+
+  mask: Array
+  angles: Array | None
+  rows: Ragged | None = None
+  keep: Keep | None = None
+
+
 class Block(nn.Module):
   """One block; see the module head for its three shapes.
 
-  Call arguments:
-    h: [B, T, D] residual.
-    mask: [B, T, P + T] bool.
-    angles: [B, T, R / 2] rotary angles, or None.
-    prefix: keys and values of P earlier columns, or None.
-    deltas: site -> kernel change, as `change` takes it.
-    intervene: (site, activation) -> activation, applied to the outputs 'attn',
-      'mlp' and 'block'.
-
-  Returns:
-    ([B, T, D] residual, what was seen: 'attn', 'mlp', 'block', 'kv' and the
-    input of every linear map by its site).
+  `__call__` is `mix` and then `write`. Called apart, the MLP can run again under
+  another kernel without its attention. Activations are [B, T, D], or [1, N, D]
+  where `sight.rows` says which rows they form.
   """
 
   spec: ModelSpec
 
-  @nn.compact
-  def __call__(self, h, mask, angles, prefix, deltas, intervene):
-    spec = self.spec
-    seen: dict[str, Any] = {}
-    run = _Recorder(deltas, seen)
-    x = Norm(spec, name='attn_norm')(h)
-    a = _Attention(spec, name='attn')(x, mask, angles, prefix, run)
-    seen['attn'] = a = intervene('attn', a)
-    if spec.residual == 'sequential':
-      h = h + a
-      x = Norm(spec, name='mlp_norm')(h)
-    elif spec.residual == 'parallel':
-      x = Norm(spec, name='mlp_norm')(h)
-    m = _Mlp(spec, name='mlp')(x, run)
-    seen['mlp'] = m = intervene('mlp', m)
-    h = h + m if spec.residual == 'sequential' else h + a + m
-    seen['block'] = h = intervene('block', h)
-    return h, seen
+  def setup(self):
+    self.attn_norm = Norm(self.spec)
+    self.attn = _Attention(self.spec)
+    self.mlp_norm = Norm(self.spec)
+    self.mlp = _Mlp(self.spec)
+
+  def __call__(self, h, sight, prefix, deltas, intervene):
+    """Runs the block.
+
+    Args:
+      h: [B, T, D] residual.
+      sight: the columns.
+      prefix: keys and values of P earlier columns, or None.
+      deltas: site -> kernel change, as `change` takes it.
+      intervene: (site, activation) -> activation, applied to the outputs 'attn',
+        'mlp' and 'block'.
+
+    Returns:
+      ([B, T, D] residual, what was seen: 'attn', 'mlp', 'block', 'kv' and the
+      input of every linear map by its site).
+    """
+    run = _Recorder(deltas, sight.rows)
+    h, x = self._mix(h, sight, prefix, run, intervene)
+    m = self.mlp(x, run)
+    run.seen['mlp'] = m = intervene('mlp', m)
+    run.seen['block'] = h = intervene('block', h + m)
+    return h, run.seen
+
+  def mix(self, h, sight, prefix, deltas):
+    """Runs the attention half.
+
+    Returns:
+      (residual without the MLP, input of the MLP, (keys, values) as rows).
+    """
+    run = _Recorder(deltas, sight.rows)
+    h, x = self._mix(h, sight, prefix, run, lambda site, x: x)
+    return h, x, run.seen['kv']
+
+  def write(self, x, rows, deltas):
+    """Runs the MLP half.
+
+    Returns:
+      (what it adds to the residual, what was seen).
+    """
+    run = _Recorder(deltas, rows)
+    return self.mlp(x, run), run.seen
+
+  def _mix(self, h, sight, prefix, run, intervene):
+    kept = lambda x: x if sight.keep is None else ragged.take(x, sight.keep)
+    x = self.attn_norm(h)
+    a = self.attn(kept(x), x, sight, prefix, run)
+    run.seen['attn'] = a = intervene('attn', a)
+    h = kept(h)
+    if self.spec.residual == 'parallel_shared':
+      return h + a, kept(x)
+    if self.spec.residual == 'parallel':
+      return h + a, self.mlp_norm(h)
+    h = h + a
+    return h, self.mlp_norm(h)
 
 
 class _Recorder:
   """Hands linear maps their change and keeps what they were given."""
 
-  def __init__(self, deltas: Mapping[str, Any], seen: dict[str, Any]):
-    self.deltas, self.seen = deltas, seen
+  def __init__(self, deltas: Mapping[str, Any], rows: Ragged | None):
+    self.deltas, self.rows = deltas, rows
+    self.seen: dict[str, Any] = {}
 
   def __call__(self, site: str, linear: Linear, x: Array) -> Array:
     self.seen[site] = x
-    return linear(x, self.deltas.get(site))
+    return linear(x, self.deltas.get(site), self.rows)
 
 
 class _Attention(nn.Module):
@@ -226,24 +286,34 @@ class _Attention(nn.Module):
   spec: ModelSpec
 
   @nn.compact
-  def __call__(self, x, mask, angles, prefix, run):
-    spec = self.spec
+  def __call__(self, x, context, sight, prefix, run):
+    spec, rows, keep = self.spec, sight.rows, sight.keep
 
-    def project(name: str, heads: int) -> Array:
+    def project(name: str, heads: int, x: Array) -> Array:
       linear = Linear(heads * spec.head_size, spec.qkv_bias, name=name)
       y = run(f'attn/{name}', linear, x)
       return y.reshape(*x.shape[:2], heads, spec.head_size)
 
-    q = project('q', spec.heads)
-    k, v = (project(name, spec.kv_heads) for name in ('k', 'v'))
-    if angles is not None:
-      q, k = (rotate(y, angles, spec.rotary) for y in (q, k))
+    q = project('q', spec.heads, x)
+    k, v = (project(name, spec.kv_heads, context) for name in ('k', 'v'))
+    if sight.angles is not None:
+      angles = sight.angles
+      k = rotate(k, angles, spec.rotary)
+      q = rotate(
+          q, angles if keep is None else ragged.take(angles, keep), spec.rotary
+      )
     # Keys and values are stored, and contracted, in the dtype of the weights.
     store = self.variables['params']['k']['kernel'].dtype
     kv = (k.astype(store), v.astype(store))
+    asking = rows if keep is None else keep.rows
+    if rows is not None:
+      kv = tuple(ragged.to_rows(rows, y) for y in kv)
+      q = ragged.to_rows(asking, q)
     run.seen['kv'] = kv
     scale = spec.attn_scale or spec.head_size**-0.5
-    mixed = attend(q, kv, prefix, mask=mask, scale=scale)
+    mixed = attend(q, kv, prefix, mask=sight.mask, scale=scale)
+    if rows is not None:
+      mixed = ragged.to_places(asking, mixed)
     out = Linear(spec.width, spec.out_bias, name='out')
     return run('attn/out', out, mixed)
 

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxedit import ops
-from jaxedit.models.blocks import Block, Norm, einsum, wide
+from jaxedit.models import ragged
+from jaxedit.models.blocks import Block, Norm, Sight, einsum, wide
 from jaxedit.models.spec import ModelSpec, RopeScaling
 from jaxedit.types import (
     KV,
@@ -33,9 +34,11 @@ from jaxedit.types import (
     Array,
     Columns,
     Delta,
+    Keep,
     LowRank,
     Params,
     Patch,
+    Ragged,
     Tap,
 )
 
@@ -114,15 +117,50 @@ def _angles(spec: ModelSpec, position: Array, dtype: Any) -> Array | None:
   return position[..., None].astype(dtype) * jnp.asarray(freq, dtype)
 
 
+def _row_columns(columns: Columns | Ragged) -> Columns:
+  """[R, T] columns as attention sees them."""
+  return columns.columns if isinstance(columns, Ragged) else columns
+
+
+def _positions(columns: Columns | Ragged) -> Array:
+  """[B, T] positions as activations have them."""
+  if isinstance(columns, Ragged):
+    return ragged.to_places(columns, columns.columns.position)
+  return columns.position
+
+
+def _sight(
+    spec: ModelSpec,
+    columns: Columns | Ragged,
+    prefix: KV | None,
+    *,
+    dtype: Any,
+    keep: Keep | None = None,
+) -> Sight:
+  """What blocks need to know of their columns."""
+  keys = _row_columns(columns)
+  queries = keys if keep is None else keep.rows.columns
+  mask = visible(queries, keys, spec.window)
+  if prefix is not None:
+    before = visible(queries, prefix.columns, spec.window)
+    mask = jnp.concatenate([before, mask], axis=-1)
+  return Sight(
+      mask=mask,
+      angles=_angles(spec, _positions(columns), dtype),
+      rows=columns if isinstance(columns, Ragged) else None,
+      keep=keep,
+  )
+
+
 def embed(
-    spec: ModelSpec, params: Params, tokens: Array, columns: Columns
+    spec: ModelSpec, params: Params, tokens: Array, columns: Columns | Ragged
 ) -> Array:
   """Looks up token (and learned position) embeddings.
 
   Args:
     spec: the architecture.
     params: canonical parameters.
-    tokens: [B, T] int32.
+    tokens: [B, T] int32; [1, N] for `Ragged` columns.
     columns: [B, T] columns.
 
   Returns:
@@ -131,7 +169,8 @@ def embed(
   table = params['embed']['embedding']
   h = table[tokens].astype(wide(table.dtype))
   if spec.learned_positions:
-    h += params['embed']['position'][columns.position].astype(h.dtype)
+    table = params['embed']['position']
+    h += table[_positions(columns)].astype(h.dtype)
   return h
 
 
@@ -214,9 +253,10 @@ def run_layer(
     spec: ModelSpec,
     params: Params,
     h: Array,
-    columns: Columns,
+    columns: Columns | Ragged,
     *,
     layer: Array | int,
+    prefix: tuple[Array, Array, Columns] | None = None,
     deltas: Mapping[str, tuple[Array, ...]] | None = None,
 ) -> tuple[Array, dict[str, Any]]:
   """Runs one layer whose number may be traced.
@@ -227,21 +267,88 @@ def run_layer(
     h: [B, T, D] residual.
     columns: [B, T] columns.
     layer: layer number.
+    prefix: keys and values of P earlier columns in this layer, or None.
     deltas: site -> factors of this layer, as `blocks.change` takes them.
 
   Returns:
     ([B, T, D] residual, what the block saw, see `blocks.Block`).
   """
-  mask = visible(columns, columns, spec.window)
+  sight, kv = _one_layer(spec, columns, prefix, h.dtype)
   return Block(spec).apply(
       {'params': layer_params(params, layer)},
       h,
-      mask,
-      _angles(spec, columns.position, h.dtype),
-      None,
+      sight,
+      kv,
       deltas or {},
       lambda site, x: x,
   )
+
+
+def _one_layer(
+    spec: ModelSpec,
+    columns: Columns | Ragged,
+    prefix: tuple[Array, Array, Columns] | None,
+    dtype: Any,
+) -> tuple[Sight, tuple[Array, Array] | None]:
+  """Sight and earlier keys and values for a run of one layer."""
+  if prefix is None:
+    return _sight(spec, columns, None, dtype=dtype), None
+  key, value, before = prefix
+  kv = KV(key[None], value[None], before)
+  return _sight(spec, columns, kv, dtype=dtype), (key, value)
+
+
+def mix_layer(
+    spec: ModelSpec,
+    params: Params,
+    h: Array,
+    columns: Columns | Ragged,
+    *,
+    layer: Array | int,
+    prefix: tuple[Array, Array, Columns] | None = None,
+) -> tuple[Array, Array, tuple[Array, Array]]:
+  """Runs the attention half of one layer, up to the input of its MLP.
+
+  Args:
+    spec: the architecture.
+    params: canonical parameters.
+    h: [B, T, D] residual.
+    columns: [B, T] columns.
+    layer: layer number, may be traced.
+    prefix: keys and values of P earlier columns in this layer, or None.
+
+  Returns:
+    (residual without the MLP, input of the MLP, (keys, values) as rows).
+  """
+  sight, kv = _one_layer(spec, columns, prefix, h.dtype)
+  weights = {'params': layer_params(params, layer)}
+  return Block(spec).apply(weights, h, sight, kv, {}, method='mix')
+
+
+def write_layer(
+    spec: ModelSpec,
+    params: Params,
+    x: Array,
+    *,
+    layer: Array | int,
+    rows: Ragged | None = None,
+    deltas: Mapping[str, tuple[Array, ...]] | None = None,
+) -> tuple[Array, dict[str, Any]]:
+  """Runs the MLP of one layer.
+
+  Args:
+    spec: the architecture.
+    params: canonical parameters.
+    x: [B, T, D] its input, as `mix_layer` gives it.
+    layer: layer number, may be traced.
+    rows: how x [1, N, D] forms rows, for changes of their own a row.
+    deltas: site -> factors of this layer.
+
+  Returns:
+    ([B, T, D] what it adds to the residual, what it saw).
+  """
+  weights = {'params': layer_params(params, layer)}
+  return Block(spec).apply(weights, x, rows, deltas or {}, method='write')
 
 
 def sweep_layers(
@@ -301,7 +408,7 @@ def run_layers(
     spec: ModelSpec,
     params: Params,
     h: Array,
-    columns: Columns,
+    columns: Columns | Ragged,
     *,
     start: int,
     stop: int,
@@ -309,6 +416,7 @@ def run_layers(
     patches: Sequence[Patch] = (),
     deltas: Sequence[Delta] = (),
     taps: Sequence[Tap] = (),
+    keep: Keep | None = None,
     remat: Callable | None = None,
 ) -> tuple[Array, tuple[Any, ...]]:
   """Runs layers start to stop - 1.
@@ -317,37 +425,47 @@ def run_layers(
     spec: the architecture.
     params: canonical parameters.
     h: [B, T, D] residual before layer `start`.
-    columns: [B, T] columns of h.
+    columns: [B, T] columns of h. `Ragged` ones go with h [1, N, D]; what is
+      said of B below then holds for rows, and patches are not supported.
     start: first layer, static.
     stop: one past the last layer, static.
     prefix: keys and values of earlier columns for exactly these layers.
     patches: interventions on activations.
     deltas: kernel changes, applied lazily; those of other layers are ignored.
     taps: what to observe.
+    keep: places of `Ragged` columns at which the last of these layers is
+      wanted; h is [1, K, D] then.
     remat: a checkpoint policy (e.g. `SAVE_PRODUCTS`) where gradients flow.
 
   Returns:
     ([B, T, D] residual after layer stop - 1; for every tap its readings, stacked
     over those of its layers that were run).
   """
-  mask = visible(columns, columns, spec.window)
-  if prefix is not None:
-    before = visible(columns, prefix.columns, spec.window)
-    mask = jnp.concatenate([before, mask], axis=-1)
-  angles = _angles(spec, columns.position, h.dtype)
+  everywhere = _sight(spec, columns, prefix, dtype=h.dtype)
+  if keep is not None:
+    kept = _sight(spec, columns, prefix, dtype=h.dtype, keep=keep)
   readings: list[list[Any]] = [[] for _ in taps]
   marked = [d.layers for d in deltas] + [t.layers for t in taps]
+  marked += [] if keep is None else [(stop - 1,)]
   for first, end, sets in _pieces(start, stop, marked):
     changes = [deltas[i] for i in sets if i < len(deltas)]
-    watching = [i - len(deltas) for i in sets if i >= len(deltas)]
+    watching = [i - len(deltas) for i in sets]
+    watching = [i for i in watching if 0 <= i < len(taps)]
+    sight = everywhere if keep is None or end < stop else kept
 
-    def body(h, xs, changes=changes, watching=watching):
-      layer, kv, factors = xs
+    def body(h, xs, changes=changes, watching=watching, sight=sight):
+      layer, factors = xs
+      kv = None
+      if prefix is not None:
+        # An index, not a slice of the stack: that would be a copy.
+        kv = tuple(
+            jax.lax.dynamic_index_in_dim(x, layer - start, 0, keepdims=False)
+            for x in (prefix.key, prefix.value)
+        )
       h, seen = Block(spec).apply(
           {'params': layer_params(params, layer)},
           h,
-          mask,
-          angles,
+          sight,
           kv,
           {d.site: f for d, f in zip(changes, factors)},
           _intervene(patches, layer),
@@ -357,18 +475,22 @@ def run_layers(
     def part(array: Array, offset: int, first=first, end=end) -> Array:
       return array[first - offset : end - offset]
 
-    kv = None
-    if prefix is not None:
-      kv = (part(prefix.key, start), part(prefix.value, start))
     factors = [
         tuple(part(f, first - d.layers.index(first)) for f in _factors(d))
         for d in changes
     ]
     if remat is not None:
       body = jax.checkpoint(body, policy=remat)
-    h, seen = jax.lax.scan(body, h, (jnp.arange(first, end), kv, factors))
+    xs = (jnp.arange(first, end), factors)
+    if keep is not None and end == stop:  # changes the shape of h: no scan
+      h, seen = body(h, jax.tree.map(lambda x: x[0], xs))
+      seen = jax.tree.map(lambda x: x[None], seen)
+    else:
+      h, seen = jax.lax.scan(body, h, xs)
     for i, reading in zip(watching, seen):
       readings[i].append(reading)
+  if keep is not None and start == stop:
+    h = ragged.take(h, keep)
   join = lambda *parts: jnp.concatenate(parts, axis=0)
   return h, tuple(jax.tree.map(join, *r) if r else None for r in readings)
 

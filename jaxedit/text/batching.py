@@ -1,23 +1,17 @@
-"""Turns records into arrays of a few static shapes for value optimisation.
+"""Turns records into rows of ids for value optimisation.
 
 A row is one context with one edit's prompt, followed by all target tokens but
-the last. Left padding puts the anchor (the edited position) of every row into
-one column, right padding evens out the rest:
+the last:
 
-              prefix P            suffix S
-  . . t t t t t t t t | A t t t t y y y . . .
-                        0 1 2 3 4 5 6           score columns count from A
-                                ^ ^ ^ ^         score columns of labels y_0..y_3
+  t t t t t t t t A t t t t y y y
+                  |     first label is foretold here: ^ ^ ^ ^
+                  anchor
 
-Everything left of the anchor is constant while its value is optimised, so a
-long P costs once and only S costs at every step: edits are bucketed by S, and
-all tiles of a batch share one P. Lengths are rounded up on a short ladder, so
-that a data set compiles a handful of shapes.
+What lies left of the anchor A (the edited position) is constant while its value
+is optimised. `seating` lays rows out for a device.
 
 The KL row is the subject in a neutral cloze; only its columns up to its anchor
 matter, because the distribution compared is the one at the anchor.
-
-Axis letters: E edits, C contexts, P prefix columns, S suffix columns, N labels.
 
 Source: the rows and labels of MEMIT (Meng et al. 2023, arXiv 2210.07229);
 published code turns the target back into text and tokenises the whole again,
@@ -30,11 +24,9 @@ templates or read files.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import flax
 import numpy as np
 
 from jaxedit import types
@@ -43,16 +35,33 @@ from jaxedit.text.templates import template_faults
 
 Ladder = tuple[int, ...]
 
-# Every suffix column is paid for in every step of the optimisation, a further
-# shape once: steps of one while lengths are small, of a quarter at most beyond.
+# Steps of one while lengths are small, of a quarter at most beyond.
 LADDER: Ladder = (
     2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96,
     112, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024,
 )  # fmt: skip
-LABEL_LADDER: Ladder = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512)
 ANCHORS = ('subject_last', 'prompt_last')
 # Records tokenised at once: bounds the memory that character offsets take.
 _CHUNK = 512
+
+
+class Stage(NamedTuple):
+  """One optimised state of one row.
+
+  Attributes:
+    anchor: column of the state.
+    first: column whose next token is the first label.
+    labels: [n] int32 tokens to foretell.
+  """
+
+  anchor: int
+  first: int
+  labels: np.ndarray
+
+  @property
+  def end(self) -> int:
+    """One past the last column that is an input."""
+    return self.first + len(self.labels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +75,9 @@ class EncodedEdit:
     target: [n] int32 ids of the new object.
     kl: [T] int32 ids of the KL row up to and including its anchor; empty if
       there is none.
+    chunks: (begin, end) of the target's chunks, for states that are optimised
+      one after the other: the state of a later chunk stands on the token before
+      it. Empty for one state, at the anchor, that foretells the whole target.
   """
 
   number: int
@@ -73,67 +85,23 @@ class EncodedEdit:
   anchors: tuple[int, ...]
   target: np.ndarray
   kl: np.ndarray
+  chunks: tuple[tuple[int, int], ...] = ()
 
   @property
-  def suffix(self) -> int:
-    """Columns that the longest row needs from its anchor on."""
-    extra = len(self.target) - 1
-    return max(
-        len(row) + extra - anchor
-        for row, anchor in zip(self.rows, self.anchors)
-    )
+  def stages(self) -> int:
+    """K, how many states are optimised one after the other."""
+    return max(1, len(self.chunks))
 
+  def stage(self, k: int, row: int) -> Stage:
+    """Where the k-th state of a row acts and what it must foretell."""
+    begin, end = self.chunks[k] if self.chunks else (0, len(self.target))
+    first = len(self.rows[row]) + begin - 1
+    anchor = first if k else self.anchors[row]
+    return Stage(anchor, first, self.target[begin:end])
 
-@flax.struct.dataclass
-class Tile:
-  """Edits in one static shape; the anchor is column `prefix` of every row.
-
-  Empty slots have edit -1, segment 0 in every column and label mask 0.
-
-  Attributes:
-    prefix: P, columns before the anchor, static.
-    edit: [E] int32 index into the encoded edits, or -1.
-    tokens: [E, C, P + S] int32, 0 where padded.
-    position: [E, C, P + S] int32, 0 at the row's first token and where padded.
-    segment: [E, C, P + S] int32, `types.PADDING` or `types.TRUNK`.
-    score_column: [E, C, N] int32 in 0..S-1, columns from the anchor on whose
-      next-token distribution is scored.
-    label: [E, C, N] int32 token that should follow that column.
-    label_mask: [E, C, N] float32, 1 for a label and 0 for padding.
-    kl_tokens: [E, P_kl + 1] int32, the anchor in the last column; no columns
-      where the edits have no KL row.
-    kl_position: [E, P_kl + 1] int32.
-    kl_segment: [E, P_kl + 1] int32.
-  """
-
-  prefix: int = flax.struct.field(pytree_node=False)
-  edit: np.ndarray
-  tokens: np.ndarray
-  position: np.ndarray
-  segment: np.ndarray
-  score_column: np.ndarray
-  label: np.ndarray
-  label_mask: np.ndarray
-  kl_tokens: np.ndarray
-  kl_position: np.ndarray
-  kl_segment: np.ndarray
-
-  @property
-  def suffix(self) -> int:
-    """S, columns from the anchor on."""
-    return self.tokens.shape[-1] - self.prefix
-
-
-class Waste(NamedTuple):
-  """Fractions of suffix columns that carry no token.
-
-  Attributes:
-    rows: over the rows of real edits.
-    slots: over all rows, those of empty slots included.
-  """
-
-  rows: float
-  slots: float
+  def text(self, row: int) -> np.ndarray:
+    """A row's inputs: context, prompt and all target tokens but the last."""
+    return np.concatenate([self.rows[row], self.target[:-1]])
 
 
 def round_up(n: int, ladder: Ladder = LADDER) -> int:
@@ -309,152 +277,3 @@ def _length_faults(edit: EncodedEdit, max_tokens: int) -> list[str]:
         ' shorten the subject.'
     )
   return faults
-
-
-def make_tiles(
-    encoded: Sequence[EncodedEdit],
-    *,
-    slots: int,
-    ladder: Ladder = LADDER,
-    prefix: int = 0,
-    kl: int = 0,
-) -> tuple[Tile, ...]:
-  """Packs edits into tiles of static shape.
-
-  Shapes depend on the set of edits alone; their order decides only which slot
-  an edit takes among those of its suffix length.
-
-  Args:
-    encoded: edits with one number of contexts; none gives no tiles.
-    slots: edits a tile (E), at least 1.
-    ladder: ascending lengths for P and S.
-    prefix: the least P, tokens, so that several batches share their shapes.
-    kl: the least length of KL rows, tokens, likewise.
-
-  Returns:
-    Tiles by ascending S; only the last one has empty slots.
-
-  Raises:
-    ValueError: no slots, or edits with differing numbers of contexts.
-  """
-  if slots < 1:
-    raise ValueError(f'a tile needs at least one slot, got {slots}')
-  if not encoded:
-    return ()
-  if len({(len(edit.rows), not len(edit.kl)) for edit in encoded}) > 1:
-    raise ValueError('edits differ in their contexts; encode them together')
-  longest = max(max(edit.anchors) for edit in encoded)
-  prefix = round_up(max(longest, prefix), ladder)
-  kl = max(kl, *(len(edit.kl) for edit in encoded))
-  kl = round_up(kl - 1, ladder) + 1 if kl else 0
-  tiles = []
-  for suffix, chosen in _groups(encoded, slots, ladder):
-    index = np.full([slots], -1, np.int32)
-    index[: len(chosen)] = chosen
-    labels = max(len(encoded[i].target) for i in chosen)
-    labels = round_up(labels, LABEL_LADDER)
-    tiles.append(_tile(encoded, index, (prefix, suffix, labels, kl)))
-  return tuple(tiles)
-
-
-def _groups(
-    encoded: Sequence[EncodedEdit], slots: int, ladder: Ladder
-) -> list[tuple[int, list[int]]]:
-  """Chooses the edits of every tile, and its S.
-
-  Edits go by suffix length and, within one, by the number of their labels, as
-  the head is computed for the longest target of a tile. What does not fill a
-  tile moves up to the next suffix length: a slot that stays empty costs as much
-  as an edit, a longer suffix costs less.
-  """
-  size = lambda i: (round_up(encoded[i].suffix, ladder), len(encoded[i].target))
-  order = sorted(range(len(encoded)), key=size)
-  groups = []
-  waiting: list[int] = []
-  for suffix, members in itertools.groupby(order, key=lambda i: size(i)[0]):
-    waiting += members
-    waiting.sort(key=lambda i: len(encoded[i].target))
-    while len(waiting) >= slots:
-      groups.append((suffix, waiting[:slots]))
-      waiting = waiting[slots:]
-  if waiting:
-    longest = max(round_up(encoded[i].suffix, ladder) for i in waiting)
-    groups.append((longest, waiting))
-  return groups
-
-
-def _tile(
-    encoded: Sequence[EncodedEdit],
-    index: np.ndarray,
-    shape: tuple[int, int, int, int],
-) -> Tile:
-  """Fills one tile; `shape` is (P, S, N, P_kl + 1)."""
-  prefix, suffix, labels, kl = shape
-  lead = (len(index), len(encoded[0].rows))
-  tokens = np.zeros([*lead, prefix + suffix], np.int32)
-  span = np.zeros([*lead, 2], np.int32)
-  score_column = np.zeros([*lead, labels], np.int32)
-  label = np.zeros([*lead, labels], np.int32)
-  label_mask = np.zeros([*lead, labels], np.float32)
-  kl_tokens = np.zeros([len(index), kl], np.int32)
-  kl_span = np.zeros([len(index), 2], np.int32)
-  for e, i in enumerate(index[index >= 0]):
-    edit = encoded[i]
-    n = len(edit.target)
-    for c, (row, anchor) in enumerate(zip(edit.rows, edit.anchors)):
-      start = prefix - anchor
-      end = start + len(row)
-      tokens[e, c, start:end] = row
-      tokens[e, c, end : end + n - 1] = edit.target[:-1]
-      span[e, c] = start, end + n - 1
-      first = end - 1 - prefix  # the last prompt token foretells label 0
-      score_column[e, c, :n] = np.arange(first, first + n)
-    label[e, :, :n] = edit.target
-    label_mask[e, :, :n] = 1
-    kl_tokens[e, kl - len(edit.kl) :] = edit.kl
-    kl_span[e] = kl - len(edit.kl), kl
-  position, segment = _columns(span, prefix + suffix)
-  kl_position, kl_segment = _columns(kl_span, kl)
-  return Tile(
-      prefix=prefix,
-      edit=index,
-      tokens=tokens,
-      position=position,
-      segment=segment,
-      score_column=score_column,
-      label=label,
-      label_mask=label_mask,
-      kl_tokens=kl_tokens,
-      kl_position=kl_position,
-      kl_segment=kl_segment,
-  )
-
-
-def _columns(span: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns position and segment [..., width] of spans [..., (start, stop)]."""
-  column = np.arange(width, dtype=np.int32)
-  start, stop = span[..., :1], span[..., 1:]
-  real = (column >= start) & (column < stop)
-  position = np.where(real, column - start, 0).astype(np.int32)
-  segment = np.where(real, types.TRUNK, types.PADDING).astype(np.int32)
-  return position, segment
-
-
-def padding_waste(tiles: Sequence[Tile]) -> Waste:
-  """Measures how much of the optimiser's work falls on padding.
-
-  Args:
-    tiles: any number of tiles.
-
-  Returns:
-    Fractions of suffix columns without a token, 0 for no tiles.
-  """
-  used = rows = slots = 0
-  for tile in tiles:
-    segment = tile.segment[..., tile.prefix :]
-    used += int((segment != types.PADDING).sum())
-    slots += segment.size
-    rows += segment[tile.edit >= 0].size
-  if not rows:
-    return Waste(0.0, float(slots > 0))
-  return Waste(1 - used / rows, 1 - used / slots)

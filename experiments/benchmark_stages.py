@@ -1,0 +1,339 @@
+"""Times the stages of an editing run and sets them against the machine.
+
+A stage is called once to compile and warm up, and then as often as is asked
+for; compile time is the first call less the median of the others. What it is
+measured by is the time that its counted FLOPs (`costs`) take at the rate of
+large square products in the same process, dtype by dtype.
+
+Peaks of memory are those of the process so far: neither the allocator's nor the
+operating system's mark can be set back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import costs
+from experiments.benchmark_setup import Setup, items
+from jaxedit import delta as delta_lib
+from jaxedit.edit.base import Editor, Info
+from jaxedit.eval import scoring
+from jaxedit.stats import moments as moments_lib
+from jaxedit.stats import packing
+from jaxedit.text.seating import Frame
+from jaxedit.types import TRUNK, Edited, Progress
+
+# Columns of the products that give the ceiling.
+_SIZES = {'cpu': 2048, 'gpu': 8192, 'tpu': 8192}
+_TRIES = 5
+# Tokens of a row of text; moments are collected from such rows.
+_TEXT = 512
+
+
+@dataclasses.dataclass
+class Stage:
+  """One stage's times and counts; counts are those of one call.
+
+  Attributes:
+    name: of the stage.
+    unit: what `count` counts: 'edit', 'token' or 'layer'.
+    count: units a call.
+    seconds: wall time of every call, the first one compiles.
+    flops: dtype of the ceiling -> FLOPs that the stage cannot do without.
+    bytes: bytes of weights and metrics that it reads at least.
+    peak: peak memory of the process after it, bytes.
+    more: further counts, by name.
+  """
+
+  name: str
+  unit: str
+  count: int
+  seconds: list[float] = dataclasses.field(default_factory=list)
+  flops: dict[str, float] = dataclasses.field(default_factory=dict)
+  bytes: float = 0.0
+  peak: int = 0
+  more: dict[str, float] = dataclasses.field(default_factory=dict)
+
+  @property
+  def median(self) -> float:
+    """Seconds of a warm call."""
+    return statistics.median(self.seconds[1:] or self.seconds)
+
+  @property
+  def spread(self) -> tuple[float, float]:
+    """Least and most seconds of a warm call."""
+    warm = self.seconds[1:] or self.seconds
+    return min(warm), max(warm)
+
+  @property
+  def compile(self) -> float:
+    """Seconds that the first call took longer."""
+    return max(self.seconds[0] - self.median, 0.0)
+
+  def share(
+      self, ceilings: Mapping[str, float], flops: Mapping[str, float]
+  ) -> float:
+    """Fraction of the ceiling at which some FLOPs were done."""
+    ideal = sum(count / ceilings[dtype] for dtype, count in flops.items())
+    return ideal / self.median
+
+  def facts(self, ceilings: Mapping[str, float]) -> dict[str, Any]:
+    """The stage as plain numbers, for results.json."""
+    return {
+        **dataclasses.asdict(self),
+        'median_seconds': self.median,
+        'compile_seconds': self.compile,
+        'ceiling_share': self.share(ceilings, self.flops),
+    }
+
+
+def peak_bytes() -> int:
+  """Peak memory of the process so far: the device's, or on CPU the host's."""
+  device = jax.devices()[0]
+  stats = device.memory_stats() or {}
+  if device.platform != 'cpu' and 'peak_bytes_in_use' in stats:
+    return int(stats['peak_bytes_in_use'])
+  # Linux counts in KiB.
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def timed(call: Callable[[], Any]) -> tuple[Any, float]:
+  """Calls a function and waits for its arrays; returns both."""
+  begin = time.perf_counter()
+  result = jax.block_until_ready(call())
+  return result, time.perf_counter() - begin
+
+
+def ceilings(size: int | None = None) -> dict[str, float]:
+  """Measures large square products.
+
+  Args:
+    size: rows and columns, or None for what fits the platform.
+
+  Returns:
+    'bfloat16', 'float32' (precision 'highest'), 'float64' and, where products
+    of f32 may be rounded to TF32, 'tf32': FLOPs a second, the best of a few.
+  """
+  platform = jax.devices()[0].platform
+  size = size or _SIZES.get(platform, 8192)
+  found = {
+      'bfloat16': _rate(size, jnp.bfloat16, None),
+      'float32': _rate(size, jnp.float32, 'highest'),
+  }
+  if platform == 'gpu':
+    found['tf32'] = _rate(size, jnp.float32, 'tensorfloat32')
+  with jax.enable_x64(True):
+    found['float64'] = _rate(size, jnp.float64, 'highest')
+  return found
+
+
+def _rate(size: int, dtype: Any, precision: str | None) -> float:
+  """FLOPs a second of [size, size] products, the best of a few."""
+  product = jax.jit(functools.partial(jnp.matmul, precision=precision))
+  one, two = (
+      jax.random.normal(key, (size, size), dtype)
+      for key in jax.random.split(jax.random.key(0))
+  )
+  jax.block_until_ready(product(one, two))
+  seconds = [timed(lambda: product(one, two))[1] for _ in range(_TRIES)]
+  # Short products are run several together: a single one waits for its launch.
+  many = max(1, min(16, round(0.02 / min(seconds))))
+  for _ in range(_TRIES if many > 1 else 0):
+    together = timed(lambda: [product(one, two) for _ in range(many)])[1]
+    seconds.append(together / many)
+  return 2 * size**3 / min(seconds)
+
+
+def dtype_of(setup: Setup) -> str:
+  """Dtype of the weights, which names their ceiling."""
+  return setup.model.params['embed']['embedding'].dtype.name
+
+
+def _itemsize(setup: Setup) -> int:
+  return setup.model.params['embed']['embedding'].dtype.itemsize
+
+
+def time_moments(
+    setup: Setup, *, rows: int, repeat: int, progress: Progress
+) -> Stage:
+  """Times second moments on rows of random tokens.
+
+  Args:
+    setup: what to run on.
+    rows: rows a batch.
+    repeat: warm calls.
+    progress: progress display.
+
+  Returns:
+    The stage, by the token.
+  """
+  spec, layers = setup.model.spec, setup.recipe.layers
+  width = min(_TEXT, spec.max_positions)
+  rng = np.random.default_rng(0)
+  shape = (rows, width)
+  batch = packing.Row(
+      rng.integers(0, len(setup.tokenizer), shape, np.int32),
+      np.broadcast_to(np.arange(width, dtype=np.int32), shape),
+      np.full(shape, TRUNK + 1, np.int32),
+  )
+  size = moments_lib.key_width(spec, setup.recipe.site)
+  total = jnp.zeros((len(layers), size, size), jnp.float32)
+  model, gram = costs.moment_flops(spec, layers, rows * width)
+  stage = Stage('moments', 'token', rows * width)
+  stage.flops = _flops((dtype_of(setup), model), ('float32', gram))
+  stage.bytes = costs.model_bytes(spec, layers[-1] + 1, _itemsize(setup))
+  stage.bytes += 2.0 * total.nbytes
+  with progress('moments', 1 + repeat, 'call') as advance:
+    for _ in range(1 + repeat):
+      total, seconds = timed(
+          lambda total=total: moments_lib.add_batch(
+              total,
+              spec,
+              setup.model.params,
+              batch,
+              layers=layers,
+              site=setup.recipe.site,
+          )
+      )
+      stage.seconds.append(seconds)
+      advance(1)
+  stage.peak = peak_bytes()
+  return stage
+
+
+def _flops(*parts: tuple[str, float]) -> dict[str, float]:
+  """Adds FLOPs up by dtype."""
+  found: dict[str, float] = {}
+  for dtype, count in parts:
+    found[dtype] = found.get(dtype, 0.0) + count
+  return found
+
+
+def time_factor(
+    setup: Setup, editor: Editor, *, repeat: int, progress: Progress
+) -> tuple[Stage, Any]:
+  """Times the factors of the metrics.
+
+  Returns:
+    (the stage, by the layer; the editor's state).
+  """
+  spec, layers = setup.model.spec, len(setup.recipe.layers)
+  stage = Stage('factor', 'layer', layers)
+  stage.flops = {'float64': costs.factor_flops(spec, layers)}
+  stage.bytes = 16.0 * layers * spec.mlp_width**2
+  state = None
+  with progress('factor', 1 + repeat, 'call') as advance:
+    for _ in range(1 + repeat):
+      state = None  # one at a time is in memory
+      state, seconds = timed(
+          lambda: editor.init(setup.model.params, setup.moments)
+      )
+      stage.seconds.append(seconds)
+      advance(1)
+  stage.peak = peak_bytes()
+  return stage, state
+
+
+def edit_stages(setup: Setup, frame: Frame) -> dict[str, Stage]:
+  """Makes the stages that one call of an editor runs, without times.
+
+  Args:
+    setup: what to run on.
+    frame: the editor's static shapes; says what the edits share.
+  """
+  spec, recipe = setup.model.spec, setup.recipe
+  count, dtype = len(setup.edits), dtype_of(setup)
+  trunk = [len(shared) for shared in frame.trunk]
+  sizes = costs.own(costs.lengths(setup.edits), trunk)
+  layers, last = recipe.layers, recipe.layers[-1]
+  lower = Stage('prepare', 'edit', count)
+  lower.flops = {dtype: costs.prepare_flops(spec, last, sizes)}
+  lower.bytes = costs.model_bytes(spec, spec.layers, _itemsize(setup))
+  optimize = Stage('optimize', 'edit', count)
+  insert = Stage('insert', 'edit', count)
+  insert.flops = _flops(
+      (dtype, costs.insert_flops(spec, layers, sizes)),
+      ('float64', costs.solve_flops(spec, len(layers), count)),
+  )
+  insert.bytes = costs.model_bytes(spec, last + 1, _itemsize(setup))
+  insert.bytes += 8.0 * len(layers) * spec.mlp_width**2
+  return {stage.name: stage for stage in (lower, optimize, insert)}
+
+
+def add_edit(setup: Setup, stages: dict[str, Stage], info: Info) -> None:
+  """Enters one call of an editor into its stages.
+
+  Args:
+    setup: what it ran on.
+    stages: of `edit_stages`.
+    info: what the editor reported.
+  """
+  spec, last, work = setup.model.spec, setup.recipe.layers[-1], info.work
+  seconds = {'insert': info.seconds['insert'], **work.seconds}
+  for name, stage in stages.items():
+    stage.seconds.append(seconds[name])
+    stage.peak = peak_bytes()
+  stage, dtype = stages['optimize'], dtype_of(setup)
+  floor = costs.value_flops(spec, last, work.needed, work.scored)
+  last_steps = costs.value_flops(spec, last, work.last, work.last_scored)
+  stage.flops = {dtype: floor}
+  stage.bytes = costs.value_bytes(spec, last, work.steps, _itemsize(setup))
+  stage.more = {
+      'strict_flops': floor - last_steps / 2,
+      'computed_flops': costs.value_flops(
+          spec, last, work.computed, work.scored_computed
+      ),
+      'pool_steps': work.steps,
+      'steps_an_edit': float(np.mean(info.targets.steps)),
+      'needed': work.needed,
+      'computed': work.computed,
+      'scored': work.scored,
+      'scored_computed': work.scored_computed,
+      'prepared': work.prepared,
+  }
+
+
+class Evaluation:
+  """The evaluation stage: edit prompts, paraphrases and neighbours scored."""
+
+  def __init__(self, setup: Setup, batch_size: int):
+    self._setup, self._batch = setup, batch_size
+    spec = setup.model.spec
+    self._rows = scoring.encode_rows(setup.tokenizer, items(setup.records))
+    tokens = sum(row.columns for row in self._rows)
+    scored = sum(row.scored for row in self._rows)
+    self.stage = Stage('evaluate', 'edit', len(setup.edits))
+    self.stage.flops = {
+        dtype_of(setup): costs.score_flops(spec, tokens, scored)
+    }
+    self.stage.bytes = costs.model_bytes(
+        spec, spec.layers, _itemsize(setup), head=True
+    )
+    self.stage.more = {'rows': len(self._rows), 'tokens': tokens}
+
+  def __call__(self, edited: Edited, progress: Progress) -> None:
+    """Scores all rows under a change, and times it."""
+    spec, params = self._setup.model.spec, self._setup.model.params
+    whole = Edited(deltas=tuple(map(delta_lib.compact, edited.deltas)))
+    _, seconds = timed(
+        lambda: scoring.score(
+            spec,
+            params,
+            whole,
+            self._rows,
+            batch_size=self._batch,
+            progress=progress,
+        )
+    )
+    self.stage.seconds.append(seconds)
+    self.stage.peak = peak_bytes()

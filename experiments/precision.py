@@ -1,0 +1,113 @@
+"""Compares bf16 arithmetic with f32 arithmetic on the same bf16 weights.
+
+  python -m experiments.precision \
+    --flagfile=experiments/flagfiles/counterfact_smollm2.flags \
+    --data=counterfact.json --output_dir=runs/precision
+
+Takes the flags of memit_batch. Both runs round the weights to bf16; one then
+computes with them in bf16 (residuals, norms, losses and solves in f32 or wider,
+as always), the other widens them and computes in f32. Prints how far apart the
+wanted states are and both tables, and writes precision.json to --output_dir.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from experiments import common, editing, memit_batch
+from jaxedit.edit import closed_form
+from jaxedit.types import InputError, Targets
+
+FLAGS = flags.FLAGS
+
+_SHOWN = ('es', 'ps', 'ns')
+
+
+def agreement(one: Targets, other: Targets) -> dict[str, Any]:
+  """Says how far wanted states are apart.
+
+  Args:
+    one: targets of E edits.
+    other: targets of the same edits.
+
+  Returns:
+    'z_cosine' and 'delta_cosine' (of z and of z - z0: median and lowest over
+    edits), 'equal_steps' (edits).
+  """
+
+  def spread(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
+    a, b = (x.astype(np.float64) for x in (a, b))
+    length = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    cosine = np.sum(a * b, axis=-1) / np.maximum(length, 1e-30)
+    return {'median': float(np.median(cosine)), 'lowest': float(cosine.min())}
+
+  return {
+      'z_cosine': spread(one.z, other.z),
+      'delta_cosine': spread(one.z - one.z0, other.z - other.z0),
+      'equal_steps': int((one.steps == other.steps).sum()),
+      'edits': len(one.steps),
+  }
+
+
+def main() -> None:
+  recipe = memit_batch.recipe_of_flags()
+  if FLAGS.dtype != 'bfloat16':
+    raise InputError(
+        f'--dtype={FLAGS.dtype}: this program rounds weights to bfloat16; pass'
+        ' --dtype=bfloat16'
+    )
+  folder = common.claim_folder(FLAGS.output_dir, FLAGS.overwrite)
+  common.use_compilation_cache(FLAGS.compilation_cache)
+  clock = editing.Clock()
+  bench = memit_batch.load_bench(recipe, clock)
+  bench, moments = memit_batch.complete(bench, recipe, clock, folder)
+  widen = lambda x: x.astype(jnp.float32)
+  wide = dataclasses.replace(
+      bench.model, params=jax.tree.map(widen, bench.model.params)
+  )
+  judge = functools.partial(
+      editing.judge,
+      max_new_tokens=FLAGS.max_new_tokens,
+      stop=editing.stop_tokens(bench),
+      batch_size=FLAGS.eval_batch_size,
+      seed=FLAGS.seed,
+      progress=common.progress_bar,
+  )
+  tables, targets = {}, {}
+  for name, model in (('bfloat16', bench.model), ('float32', wide)):
+    mine = editing.replace_model(bench, model)
+    editor = closed_form.closed_form(model.spec, recipe)
+    state = editor.init(model.params, moments)
+    outcome = editing.edit_in_sequence(mine, editor, state, common.progress_bar)
+    targets[name] = outcome.info.targets
+    tables[name] = judge(mine, outcome, None)
+  found = agreement(targets['bfloat16'], targets['float32'])
+  common.write_json(
+      folder / 'precision.json',
+      {
+          **found,
+          **editing.metric_tables(tables),
+          'protocol': memit_batch.protocol(bench, recipe, moments),
+          'versions': common.versions(),
+      },
+  )
+  print(
+      f'z cosine {found["z_cosine"]["median"]:.5f} median,'
+      f' {found["z_cosine"]["lowest"]:.5f} lowest of {found["edits"]};'
+      f' equal step counts for {found["equal_steps"]}'
+  )
+  for name, table in tables.items():
+    means = [f'{k} {table.summary[k]["mean"]:.3f}' for k in _SHOWN]
+    print(f'{name:9} {", ".join(means)}')
+
+
+if __name__ == '__main__':
+  memit_batch.define_flags()
+  common.run(main)

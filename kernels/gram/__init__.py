@@ -1,0 +1,1 @@
+"""Sum of the outer products of masked rows with themselves."""

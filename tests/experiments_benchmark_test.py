@@ -1,0 +1,394 @@
+"""The benchmark: its torch loop, its presets, and the whole program."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny_model
+from absl.testing import absltest, parameterized
+
+from experiments import (
+    benchmark,
+    benchmark_report,
+    benchmark_setup,
+    benchmark_stages,
+    torch_baseline,
+)
+from jaxedit.models import decoder, families
+from jaxedit.testing import facts, models
+from jaxedit.types import InputError, silent
+from jaxedit.values import Schedule
+
+try:
+  import naive_oracle
+  import torch
+except ImportError:
+  naive_oracle = torch = None
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+needs_torch = absltest.skipIf(torch is None, 'torch is missing')
+SCHEDULE = Schedule(steps=8, rate=0.3, clamp=0.6)
+
+
+@needs_torch
+class TorchLoopTest(parameterized.TestCase):
+  """Padded batches and one forward a step give what single rows give."""
+
+  @parameterized.parameters('llama', 'gptj', 'gpt2')
+  def test_optimize(self, family):
+    pair = naive_oracle.pair(family)
+    for edit in facts.random_edits(3, seed=1):
+      want = naive_oracle.optimize(pair.torch, edit, 1, SCHEDULE)
+      got = torch_baseline.optimize(
+          pair.torch, edit, layer=1, schedule=SCHEDULE
+      )
+      np.testing.assert_allclose(got.z0, want.z0, rtol=1e-5, atol=1e-6)
+      np.testing.assert_allclose(got.z, want.z, rtol=1e-4, atol=1e-5)
+      self.assertEqual(got.steps, len(want.losses))
+      self.assertAlmostEqual(got.loss, want.losses[-1], places=4)
+      longest = max(map(len, edit.rows)) + len(edit.target) - 1
+      self.assertEqual(got.shape, (4, longest))
+
+  def test_stops_and_goes_without_a_kl_row(self):
+    pair = naive_oracle.pair('llama')
+    (edit,) = facts.random_edits(1, seed=2, kl=False)
+    easy = SCHEDULE._replace(threshold=100.0)
+    got = torch_baseline.optimize(pair.torch, edit, layer=1, schedule=easy)
+    self.assertEqual((got.steps, got.shape[0]), (1, 3))
+    np.testing.assert_array_equal(got.z, got.z0)
+    want = naive_oracle.optimize(pair.torch, edit, 1, SCHEDULE)
+    got = torch_baseline.optimize(pair.torch, edit, layer=1, schedule=SCHEDULE)
+    np.testing.assert_allclose(got.z, want.z, rtol=1e-4, atol=1e-5)
+
+  @parameterized.parameters('llama', 'gpt2')
+  def test_insert(self, family):
+    pair, layers = naive_oracle.pair(family), (0, 1)
+    edits = facts.random_edits(5, seed=3)
+    moments = facts.random_moments(pair.spec, layers, seed=0)
+    rng = np.random.default_rng(0)
+    z = rng.standard_normal((5, pair.spec.width)).astype(np.float32)
+    before = torch_baseline.down(pair.torch, 0).weight.clone()
+    settings = dict(z=z, grams=list(moments.gram), weight=50.0)
+    want, _ = naive_oracle.memit(pair.torch, edits, layers, **settings)
+    with mock.patch.object(torch_baseline, '_ROWS', 4):
+      got = torch_baseline.insert(pair.torch, edits, layers=layers, **settings)
+    for one, other in zip(got.changes, want):
+      scale = np.abs(other).max()
+      np.testing.assert_allclose(one, other, atol=1e-5 * scale, rtol=1e-4)
+    after = torch_baseline.down(pair.torch, 0).weight
+    self.assertTrue(torch.equal(before, after))
+    rows = [len(row) for edit in edits for row in edit.rows]
+    bare = [len(edit.rows[0]) for edit in edits]
+    self.assertGreaterEqual(got.tokens, 2 * (sum(rows) + sum(bare)))
+
+  @parameterized.parameters('gptj-6b', 'gpt2-xl', 'llama3-8b', 'qwen2.5-7b')
+  def test_same_random_weights(self, name):
+    preset = benchmark_setup.PRESETS[name]
+    fields, _ = benchmark_setup.scaled(preset, 0.01, 0.01)
+    fields['vocab_size'] = 101
+    spec = families.spec_from_hf(fields)
+    params = benchmark_setup.random_params(spec, 0, 'float32')
+    model = torch_baseline.from_params(fields, spec, params, 'float32')
+    torch.set_num_threads(1)
+    ids = np.arange(7)
+    got = naive_oracle.run(model, ids).detach().numpy()
+    columns = decoder.token_columns(jnp.ones((1, 7), bool))
+    want = decoder.forward(spec, params, jnp.asarray(ids[None]), columns)[0]
+    np.testing.assert_allclose(got, want, atol=2e-4)
+
+
+class PresetTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      ('gptj-6b', 6.05e9, 28),
+      ('llama3-8b', 8.03e9, 32),
+      ('qwen2.5-7b', 7.62e9, 28),
+      ('gpt2-xl', 1.56e9, 48),
+  )
+  def test_true_sizes(self, name, parameters, layers):
+    preset = benchmark_setup.PRESETS[name]
+    fields, edited = benchmark_setup.scaled(preset, 1.0, 1.0)
+    self.assertEqual(fields, dict(preset.config))
+    self.assertEqual(edited, preset.layers)
+    spec = families.spec_from_hf(fields)
+    self.assertEqual(spec.layers, layers)
+    shapes = models.param_shapes(spec).values()
+    found = sum(float(np.prod(shape, dtype=np.float64)) for shape in shapes)
+    self.assertBetween(found / parameters, 0.99, 1.01)
+    self.assertEqual(preset.value.threshold, 0)
+
+  def test_scaled(self):
+    preset = benchmark_setup.PRESETS['llama3-8b']
+    fields, edited = benchmark_setup.scaled(preset, 0.25, 0.25)
+    spec = families.spec_from_hf(fields)
+    self.assertEqual((spec.layers, spec.width, spec.mlp_width), (8, 1024, 3584))
+    self.assertEqual((spec.heads, spec.kv_heads, spec.head_size), (8, 2, 128))
+    self.assertEqual(edited, (1, 2))
+
+  @parameterized.parameters('float32', 'bfloat16')
+  def test_random_params(self, dtype):
+    spec = models.tiny_spec('gptj')
+    params = benchmark_setup.random_params(spec, 0, dtype)
+    kernel = params['layers']['mlp']['down']['kernel']
+    self.assertEqual(kernel.dtype.name, dtype)
+    self.assertEqual(kernel.shape, (3, 128, 32))
+    std = np.std(np.asarray(kernel, np.float32)) * np.sqrt(128)
+    self.assertAlmostEqual(float(std), 1.0, delta=0.05)
+    self.assertFalse(bool(jnp.all(kernel[0] == kernel[1])))
+    want = jax.tree.structure(models.random_params(spec, 0))
+    self.assertEqual(jax.tree.structure(params), want)
+
+  def test_random_moments(self):
+    moments = benchmark_setup.RandomMoments(96, 0)
+    gram = moments.layer(3)
+    self.assertEqual((gram.dtype.name, gram.shape), ('float64', (96, 96)))
+    gram = np.asarray(gram)
+    np.testing.assert_array_equal(gram, np.asarray(moments.layer(3)))
+    values = np.linalg.eigvalsh(gram)
+    self.assertGreater(values[0], 0.99)
+    self.assertLess(values[-1], 10)
+
+
+class StageTest(absltest.TestCase):
+
+  def test_compile_time_apart(self):
+    stage = benchmark_stages.Stage('a', 'edit', 2, [5.0, 1.0, 3.0, 2.0])
+    stage.flops = {'float32': 4.0, 'float64': 1.0}
+    self.assertEqual((stage.median, stage.compile), (2.0, 3.0))
+    self.assertEqual(stage.spread, (1.0, 3.0))
+    share = stage.share({'float32': 4.0, 'float64': 1.0}, stage.flops)
+    self.assertEqual(share, 1.0)
+
+  def test_ceilings(self):
+    found = benchmark_stages.ceilings(64)
+    self.assertContainsSubset(('bfloat16', 'float32', 'float64'), found)
+    self.assertGreater(min(found.values()), 0)
+
+  def test_peak(self):
+    self.assertGreater(benchmark_stages.peak_bytes(), 2**20)
+
+
+class ReportTest(absltest.TestCase):
+
+  def test_append_keeps_what_was_there(self):
+    with tempfile.TemporaryDirectory() as folder:
+      path = pathlib.Path(folder) / 'b.md'
+      benchmark_report.append(path, '## One\n')
+      self.assertEqual(path.read_text(), '# Benchmarks\n\n## One\n')
+      benchmark_report.append(path, '## Two\n')
+      self.assertEqual(path.read_text(), '# Benchmarks\n\n## One\n\n## Two\n')
+      self.assertLen(list(path.parent.iterdir()), 1)
+
+  def test_without_matplotlib(self):
+    with mock.patch.dict(sys.modules, {'matplotlib': None}):
+      (note,) = benchmark_report.plot({}, pathlib.Path('.'))
+    self.assertIn('pip install', note)
+
+  def test_where_figures_come_from(self):
+    where = benchmark_report.origin(['--preset=gpt2-xl'])
+    self.assertEndsWith(where['command'], 'benchmark --preset=gpt2-xl')
+    self.assertIn('cores', where['hardware'])
+
+
+class TorchMissingTest(absltest.TestCase):
+
+  def test_says_what_to_install(self):
+    with mock.patch.dict(sys.modules, {'torch': None}):
+      with self.assertRaisesRegex(InputError, 'pip install torch'):
+        torch_baseline.require()
+
+
+# Suffixes of one length: one shape to compile.
+FACTS = [
+    ('Oslo', 'Asia', 'Norway'),
+    ('Rome', 'Peru', 'Italy'),
+    ('Lima', 'Iran', 'Peru'),
+]
+
+
+def write_facts(folder):
+  """Writes records; returns the file."""
+  path = folder / 'facts.jsonl'
+  rows = [
+      {
+          'prompt': '{} is in',
+          'subject': subject,
+          'target_new': new,
+          'target_true': true,
+          'paraphrases': [f'You find {subject} in'],
+          'neighbours': [{'prompt': 'Bern is in', 'answer': 'Europe'}],
+      }
+      for subject, new, true in FACTS
+  ]
+  path.write_text('\n'.join(map(json.dumps, rows)))
+  return path
+
+
+TINY = benchmark_setup.Preset(
+    config=dict(
+        model_type='llama', num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, hidden_size=32, intermediate_size=48,
+        max_position_embeddings=256, rms_norm_eps=1e-5, vocab_size=384,
+        tie_word_embeddings=False,
+    ),
+    layers=(1, 2),
+    moment_weight=5.0,
+    # One of the facts is below that from the start, one after a few steps.
+    value=Schedule(steps=12, rate=0.3, threshold=6.415),
+    source='nobody',
+)  # fmt: skip
+
+
+@needs_torch
+class BaselineTest(absltest.TestCase):
+
+  def test_agrees_with_ours(self):
+    folder = tempfile.TemporaryDirectory()
+    self.addCleanup(folder.cleanup)
+    folder = pathlib.Path(folder.name)
+    model, data = tiny_model.make(folder / 'model'), write_facts(folder)
+    config = benchmark_setup.Config('tiny', str(model), data=str(data))
+    with mock.patch.dict(benchmark_setup.PRESETS, tiny=TINY):
+      setup = benchmark_setup.prepare(config, model, silent)
+    # Threads cost tiny models far more than they gain.
+    with mock.patch.object(os, 'cpu_count', return_value=1):
+      stages, found = benchmark.measure(
+          setup, repeat=1, baseline=3, moments_rows=1
+      )
+    self.assertEqual(found['edits'], 3)
+    agree = found['agreement']
+    self.assertEqual(agree['steps'], agree['torch_steps'])
+    self.assertLen(set(agree['steps']), 3)
+    self.assertGreater(agree['z_cosine_min'], 1 - 1e-6)
+    self.assertGreater(agree['d_cosine_min'], 1 - 1e-5)
+    self.assertLess(agree['change_difference'], 1e-3)
+    self.assertLess(agree['change_difference_same_states'], 1e-4)
+    for name in ('optimize', 'insert'):
+      self.assertGreater(found[name]['flop_ratio'], 1, name)
+      self.assertGreater(found[name]['ratio'], 0, name)
+    ceilings = dict.fromkeys(('float32', 'float64'), 1e11)
+    section = benchmark_report.section(
+        {
+            'origin': benchmark_report.origin([]),
+            'workload': self.workload(config, setup),
+            'ceilings': ceilings,
+            'stages': [stage.facts(ceilings) for stage in stages],
+            'baseline': found,
+        }
+    )
+    self.assertIn('the published loop in PyTorch', section)
+    self.assertIn('equal step counts for 3 of 3 edits', section)
+
+  def workload(self, config, setup):
+    flags = mock.Mock(slots=None, repeat=1, cold=False)
+    with (
+        mock.patch.object(benchmark, 'FLAGS', flags),
+        mock.patch.dict(benchmark_setup.PRESETS, tiny=TINY),
+    ):
+      return benchmark.workload(config, setup)
+
+
+class ColdTest(absltest.TestCase):
+
+  def test_empty_cache_and_back(self):
+    before = jax.config.jax_compilation_cache_dir
+    with benchmark.compilation_cache(True):
+      folder = pathlib.Path(jax.config.jax_compilation_cache_dir)
+      self.assertEmpty(list(folder.iterdir()))
+    self.assertFalse(folder.exists())
+    self.assertEqual(jax.config.jax_compilation_cache_dir, before)
+
+
+class ProgramTest(parameterized.TestCase):
+
+  def run_program(self, folder, *arguments):
+    """Runs the program; returns its exit code and what it said."""
+    done = subprocess.run(
+        [sys.executable, '-m', 'experiments.benchmark', *arguments,
+         '--ceiling_size=64', f'--output_dir={folder / "out"}'],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            'PYTHONPATH': str(ROOT),
+            'JAX_PLATFORMS': 'cpu',
+            'JAXEDIT_CACHE': str(folder / 'cache'),
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )  # fmt: skip
+    return done
+
+  def folder(self):
+    folder = tempfile.TemporaryDirectory()
+    self.addCleanup(folder.cleanup)
+    return pathlib.Path(folder.name)
+
+  def check_results(self, folder):
+    results = json.loads((folder / 'out' / 'results.json').read_text())
+    stages = {stage['name']: stage for stage in results['stages']}
+    names = ('moments', 'factor', 'prepare', 'optimize', 'insert', 'evaluate')
+    self.assertEqual(tuple(stages), names)
+    for name, stage in stages.items():
+      self.assertLen(stage['seconds'], 2, name)
+      self.assertGreater(stage['median_seconds'], 0, name)
+      self.assertGreater(stage['ceiling_share'], 0, name)
+      self.assertGreater(stage['peak'], 0, name)
+      self.assertGreater(stage['bytes'], 0, name)
+    more = stages['optimize']['more']
+    floor = stages['optimize']['flops']['float32']
+    self.assertLess(more['strict_flops'], floor)
+    self.assertGreaterEqual(more['computed_flops'], floor)
+    return results, stages
+
+  def test_scaled_down_preset(self):
+    folder = self.folder()
+    model = tiny_model.make(folder / 'model')
+    done = self.run_program(
+        folder, '--preset=gpt2-xl', f'--model={model}',
+        f'--data={write_facts(folder)}',
+        '--scale_layers=0.07', '--scale_width=0.04', '--repeat=1',
+        '--moments_rows=1', f'--append={folder / "B.md"}',
+    )  # fmt: skip
+    self.assertEqual(done.returncode, 0, done.stderr)
+    results, stages = self.check_results(folder)
+    work = results['workload']
+    self.assertEqual((work['model_layers'], work['random']), (3, True))
+    self.assertEqual(stages['optimize']['more']['steps_an_edit'], 25)
+    suffix = work['suffix'] * 3 * work['contexts']
+    self.assertAlmostEqual(stages['optimize']['more']['needed'], 25 * suffix)
+    self.assertIsNone(results['baseline'])
+    section = (folder / 'out' / 'section.md').read_text()
+    self.assertEndsWith((folder / 'B.md').read_text(), section)
+    for word in ('--preset=gpt2-xl', 'GFLOP/s', 'optimize, an edit', 'jax'):
+      self.assertIn(word, section)
+    self.assertIn(section, done.stdout)
+    self.assertEqual(
+        (folder / 'out' / 'time.png').exists(), 'plot: ' in done.stdout
+    )
+
+  def test_wrong_flags_are_told_at_once(self):
+    done = subprocess.run(
+        [sys.executable, '-m', 'experiments.benchmark', '--scale_width=0.5'],
+        cwd=ROOT,
+        env={**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    self.assertEqual(done.returncode, 2, done.stderr)
+    self.assertIn('error: --output_dir is missing', done.stderr)
+    self.assertIn('error: --scale_layers and --scale_width', done.stderr)
+
+
+if __name__ == '__main__':
+  absltest.main()
