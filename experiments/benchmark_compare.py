@@ -202,7 +202,7 @@ def _insert(
   """Our insertion of the compared edits: the changes, and seconds."""
   setup = comparison.setup
   begin = time.perf_counter()
-  solved, _ = closed_form.insert(
+  solved, _, _ = closed_form.insert(
       setup.model.spec,
       setup.model.params,
       setup.recipe,

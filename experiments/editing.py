@@ -71,6 +71,7 @@ class Workbench:
     loaded: the records to edit.
     templates: context templates, the bare '{}' first.
     batch_size: edits a batch.
+    anchor: the edited token, as the method has it.
     slots: edits optimised side by side; None for as many as are of use and
       have room in memory.
   """
@@ -81,6 +82,7 @@ class Workbench:
   templates: tuple[str, ...]
   batch_size: int
   slots: int | None
+  anchor: str = 'subject_last'
 
   @property
   def records(self) -> Sequence[Record]:
@@ -103,6 +105,7 @@ class Workbench:
         self.records,
         self.templates,
         max_tokens=self.model.spec.max_positions,
+        anchor=self.anchor,
     )
 
   @functools.cached_property
@@ -142,6 +145,7 @@ def record_check(
     *,
     contexts: Sequence[str],
     max_new_tokens: int,
+    anchor: str = 'subject_last',
 ) -> Callable[[Record], list[str]]:
   """Makes the check of a loader: all that editing or judging would refuse.
 
@@ -151,6 +155,7 @@ def record_check(
     contexts: context templates; empty if they are sampled later, for which
       some room is left.
     max_new_tokens: length of generated texts, tokens.
+    anchor: the edited token.
 
   Returns:
     record -> sentences that do not name the record.
@@ -159,6 +164,7 @@ def record_check(
       tokenizer,
       contexts or (templates.BARE,),
       max_tokens=spec.max_positions - (0 if contexts else _CONTEXT_TOKENS),
+      anchor=anchor,
   )
   evaluation = harness.record_check(
       spec, tokenizer, max_new_tokens=max_new_tokens
@@ -561,9 +567,13 @@ def read_perplexity(
   return found._asdict()
 
 
-def work_report(work: values.Work) -> dict[str, Any]:
-  """What the optimiser ran, for results.json."""
+def work_report(bench: Workbench, work: values.Work) -> dict[str, Any]:
+  """What the optimiser ran and in what shapes, for results.json."""
+  shape = lambda room: {
+      name: getattr(room, name) for name in ('slots', 'places', 'width')
+  }
   return {
+      'rooms': [shape(room) for room in bench.frame.rooms],
       'steps': work.steps,
       'places_run': work.computed,
       'tokens_needed': work.needed,

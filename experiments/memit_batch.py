@@ -29,9 +29,11 @@ from typing import Any
 from absl import flags
 
 from experiments import common, editing
+from jaxedit.delta import algebra as delta_lib
 from jaxedit.edit import closed_form, memit
 from jaxedit.eval import datasets, harness, report
 from jaxedit.models import hub, loading, tokenizer
+from jaxedit.models.spec import ModelSpec
 from jaxedit.stats import corpora
 from jaxedit.stats import moments as moments_lib
 from jaxedit.text import templates
@@ -312,8 +314,10 @@ def load_bench(
             layout.spec,
             contexts=given,
             max_new_tokens=FLAGS.max_new_tokens,
+            anchor=recipe.anchor,
         )
     )
+    require_factors(layout.spec, len(loaded.records))
     model = loading.load_model(folder, FLAGS.dtype, common.progress_bar)
   return editing.Workbench(
       model=model,
@@ -322,7 +326,23 @@ def load_bench(
       templates=tuple(given),
       batch_size=FLAGS.batch_size,
       slots=FLAGS.slots,
+      anchor=recipe.anchor,
   )
+
+
+def require_factors(spec: ModelSpec, count: int) -> None:
+  """Refuses independent batches too large to be held side by side.
+
+  Raises:
+    InputError: with --reset, a batch's factors would outgrow the matrix.
+  """
+  limit = delta_lib.rank_limit(spec.mlp_width, spec.width)
+  if FLAGS.reset and min(FLAGS.batch_size, count) > limit:
+    raise InputError(
+        f'--batch_size={FLAGS.batch_size}: with --reset the changes of all'
+        ' batches are held side by side as factors, which pay off up to'
+        f' {limit} edits a batch in this model; lower it or leave --reset out'
+    )
 
 
 def read_records(
@@ -564,7 +584,7 @@ def main() -> None:
   evaluations = {'pre': pre, 'post': post}
   results: dict[str, Any] = {
       'protocol': protocol(bench, recipe, moments),
-      'work': editing.work_report(outcome.info.work),
+      'work': editing.work_report(bench, outcome.info.work),
   }
   if fluency:
     results['perplexity'] = fluency

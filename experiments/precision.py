@@ -39,19 +39,28 @@ def agreement(one: Targets, other: Targets) -> dict[str, Any]:
 
   Returns:
     'z_cosine' and 'delta_cosine' (of z and of z - z0: median and lowest over
-    edits), 'equal_steps' (edits).
+    'compared' edits, which are finite and have moved in both), 'equal_steps',
+    'edits'.
   """
 
+  moved = np.ones(len(one.steps), bool)
+  for targets in (one, other):
+    away = np.linalg.norm(targets.z - targets.z0, axis=-1)
+    moved &= np.isfinite(away) & (away > 0)
+
   def spread(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
-    a, b = (x.astype(np.float64) for x in (a, b))
+    if not moved.any():
+      return {'median': 1.0, 'lowest': 1.0}
+    a, b = (x[moved].astype(np.float64) for x in (a, b))
     length = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-    cosine = np.sum(a * b, axis=-1) / np.maximum(length, 1e-30)
+    cosine = np.sum(a * b, axis=-1) / length
     return {'median': float(np.median(cosine)), 'lowest': float(cosine.min())}
 
   return {
       'z_cosine': spread(one.z, other.z),
       'delta_cosine': spread(one.z - one.z0, other.z - other.z0),
       'equal_steps': int((one.steps == other.steps).sum()),
+      'compared': int(moved.sum()),
       'edits': len(one.steps),
   }
 
@@ -80,11 +89,12 @@ def main() -> None:
       seed=FLAGS.seed,
       progress=common.progress_bar,
   )
+  # Metrics hold no weights, so both runs share them.
+  editor = closed_form.closed_form(bench.model.spec, recipe)
+  state = editor.init(bench.model.params, moments)
   tables, targets = {}, {}
   for name, model in (('bfloat16', bench.model), ('float32', wide)):
     mine = editing.replace_model(bench, model)
-    editor = closed_form.closed_form(model.spec, recipe)
-    state = editor.init(model.params, moments)
     outcome = editing.edit_in_sequence(mine, editor, state, common.progress_bar)
     targets[name] = outcome.info.targets
     tables[name] = judge(mine, outcome, None)
@@ -104,7 +114,8 @@ def main() -> None:
       f' equal step counts for {found["equal_steps"]}'
   )
   for name, table in tables.items():
-    means = [f'{k} {table.summary[k]["mean"]:.3f}' for k in _SHOWN]
+    entries = {k: table.summary[k] for k in _SHOWN if k in table.summary}
+    means = [f'{k} {entry["mean"]:.3f}' for k, entry in entries.items()]
     print(f'{name:9} {", ".join(means)}')
 
 

@@ -23,8 +23,8 @@ class Info(NamedTuple):
 
   Attributes:
     targets: the optimised states.
-    written: [E] bool, False for an edit whose loss stopped being finite; it is
-      not part of the delta.
+    written: [E] bool, False for an edit whose loss, keys or residuals stopped
+      being finite; from there on it is not part of the delta.
     distance: [n + 1, E] |z - z_now| / |z - z0| before each of the n edited
       layers was written and after the last.
     seconds: wall time of 'optimize' and 'insert'.

@@ -275,7 +275,7 @@ class _Climb:
       frame: Frame,
   ):
     self._model, self._recipe = (spec, params), recipe
-    self._count = len(edits)
+    self._count, self._contexts = len(edits), frame.contexts
     self._sides = tuple(
         list(seating.key_tiles(edits, frame, bare=bare))
         for bare in (True, False)
@@ -307,18 +307,21 @@ class _Climb:
 
   def keys(self, layer: int) -> np.ndarray:
     """Keys of all edits, averaged over contexts, [E, F]."""
-    site, bare = self._recipe.site, self._recipe.bare
-    if not self._sides[1]:
-      bare = 1.0
+    read = functools.partial(
+        _read_keys, *self._model, layer=layer, site=self._recipe.site
+    )
+    bare = self._recipe.bare if self._sides[1] else 1.0
     total = 0.0
     for side, weight in enumerate((bare, 1 - bare)):
-      if self._sides[side]:
-        read = [
-            _read_keys(*self._model, at, tile, layer=layer, site=site)
-            for at, tile in zip(self._at[side], self._sides[side])
-        ]
+      # A tile at a time: the keys of all contexts would fill the memory.
+      for at, tile in zip(self._at[side], self._sides[side]):
+        found = np.asarray(read(at, tile))
+        if not isinstance(total, np.ndarray):
+          total = np.zeros((self._count, found.shape[-1]), found.dtype)
+        taken = tile.edit >= 0
         # Contexts other than the bare prompt share their weight evenly.
-        total += weight * self._by_edit(side, read).mean(axis=1)
+        share = weight / (1 if side == 0 else self._contexts - 1)
+        np.add.at(total, tile.edit[taken], share * found[taken])
     return total
 
   def _by_edit(self, side: int, parts: Sequence[Array]) -> np.ndarray:
@@ -350,7 +353,10 @@ class _Climb:
     if self._trunk is not None:
       h = put(*self._trunk.at, None, change=change)
       self._trunk = _Trunk(h, self._trunk.columns)
+    last = layer == self._recipe.layers[-1]
     for side, t, tile in self._each():
+      if last and side:  # nobody reads the contexts any more
+        continue
       mine = change
       if isinstance(change, Factors) and change.key.ndim == 3:
         own = np.maximum(tile.edit, 0)
@@ -359,9 +365,9 @@ class _Climb:
 
   def states(self) -> np.ndarray:
     """States of the bare prompts where the rows are now, [E, D]."""
-    pick = lambda h, tile: np.asarray(h[0])[
-        np.minimum(tile.anchor[:, 0], h.shape[1] - 1)
-    ]
+    pick = lambda h, tile: jnp.take(
+        h[0], tile.anchor[:, 0], axis=0, mode='fill', fill_value=0
+    )
     found = self._by_edit(
         0, [pick(h, tile) for h, tile in zip(self._at[0], self._sides[0])]
     )
@@ -380,7 +386,7 @@ def insert(
     each: bool = False,
     frame: Frame | None = None,
     progress: Progress = silent,
-) -> tuple[list[Change], np.ndarray]:
+) -> tuple[list[Change], np.ndarray, np.ndarray]:
   """Writes the targets into the edited layers, lowest first.
 
   Args:
@@ -396,9 +402,10 @@ def insert(
     progress: progress display.
 
   Returns:
-    (the change of every layer, as factors while they are smaller than the
-    matrix, of at least E rows, the edits' first; as a matrix beyond; [n + 1, E] distance to the target
-    before each layer and after the last, as a multiple of |z - z0|).
+    (the change of every layer: factors whose first E rows are the edits', or one
+    matrix where that is smaller; [n + 1, E] distance to the target before each
+    layer and after the last, as a multiple of |z - z0|; [E] bool, edits whose
+    keys and residuals stayed finite).
   """
   frame = frame or seating.frame(edits)
   if each:  # every edit changes the contexts in a way of its own
@@ -409,9 +416,8 @@ def insert(
   pad = lambda x: np.pad(x, [(0, rows - len(x)), *[(0, 0)] * (x.ndim - 1)])
   dtype = targets.z.dtype
   length = np.linalg.norm(targets.z - targets.z0, axis=-1)
-  solve = _solve_each if each else _solve_factors
-  if not each and not pays(rows, *_sizes(state, targets)):
-    solve = _solve_dense
+  dense = not each and not pays(rows, *_sizes(state, targets))
+  solve = _solve_each if each else _solve_dense if dense else _solve_factors
   distance, solved = [], []
 
   def gap(now: np.ndarray) -> np.ndarray:
@@ -427,21 +433,23 @@ def insert(
       if layer in recipe.layers:
         i = recipe.layers.index(layer)
         keys, away = climb.keys(layer), gap(climb.present(layer))
-        share = recipe.spread(len(recipe.layers) - i)
+        away = away * recipe.spread(len(recipe.layers) - i)
+        active = active & np.isfinite(keys).all(1) & np.isfinite(away).all(1)
         with jax.enable_x64(True):
+          # What solves for a matrix widens its keys block by block.
           exact = solve(
               state.metrics[i],
-              jnp.asarray(pad(keys), jnp.float64),
-              jnp.asarray(pad(away * share), jnp.float64),
+              jnp.asarray(pad(keys), keys.dtype if dense else jnp.float64),
+              jnp.asarray(pad(away), away.dtype if dense else jnp.float64),
               ridge=recipe.ridge,
               active=jnp.asarray(pad(active)),
           )
-          change = jax.tree.map(lambda x: np.asarray(x, dtype), exact)
-        solved.append(change)
+          solved.append(jax.tree.map(lambda x: np.asarray(x, dtype), exact))
+        change = jax.tree.map(jnp.asarray, solved[-1])
         advance(1)
       climb.write(layer, change)
   gap(climb.states())
-  return solved, np.stack(distance)
+  return solved, np.stack(distance), active
 
 
 def _sizes(state: State, targets: Targets) -> tuple[int, int]:

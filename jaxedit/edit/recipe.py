@@ -1,4 +1,4 @@
-"""A closed-form method as a row: what the parts of `closed_form` are called with."""
+"""A closed-form method as a row, and what its editor keeps."""
 
 from __future__ import annotations
 

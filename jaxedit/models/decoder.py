@@ -256,7 +256,6 @@ def run_layer(
     columns: Columns | Ragged,
     *,
     layer: Array | int,
-    prefix: tuple[Array, Array, Columns] | None = None,
     deltas: Mapping[str, tuple[Array, ...]] | None = None,
 ) -> tuple[Array, dict[str, Any]]:
   """Runs one layer whose number may be traced.
@@ -267,35 +266,19 @@ def run_layer(
     h: [B, T, D] residual.
     columns: [B, T] columns.
     layer: layer number.
-    prefix: keys and values of P earlier columns in this layer, or None.
     deltas: site -> factors of this layer, as `blocks.change` takes them.
 
   Returns:
     ([B, T, D] residual, what the block saw, see `blocks.Block`).
   """
-  sight, kv = _one_layer(spec, columns, prefix, h.dtype)
   return Block(spec).apply(
       {'params': layer_params(params, layer)},
       h,
-      sight,
-      kv,
+      _sight(spec, columns, None, dtype=h.dtype),
+      None,
       deltas or {},
       lambda site, x: x,
   )
-
-
-def _one_layer(
-    spec: ModelSpec,
-    columns: Columns | Ragged,
-    prefix: tuple[Array, Array, Columns] | None,
-    dtype: Any,
-) -> tuple[Sight, tuple[Array, Array] | None]:
-  """Sight and earlier keys and values for a run of one layer."""
-  if prefix is None:
-    return _sight(spec, columns, None, dtype=dtype), None
-  key, value, before = prefix
-  kv = KV(key[None], value[None], before)
-  return _sight(spec, columns, kv, dtype=dtype), (key, value)
 
 
 def mix_layer(
@@ -320,7 +303,11 @@ def mix_layer(
   Returns:
     (residual without the MLP, input of the MLP, (keys, values) as rows).
   """
-  sight, kv = _one_layer(spec, columns, prefix, h.dtype)
+  kv = before = None
+  if prefix is not None:
+    kv = prefix[:2]
+    before = KV(kv[0][None], kv[1][None], prefix[2])
+  sight = _sight(spec, columns, before, dtype=h.dtype)
   weights = {'params': layer_params(params, layer)}
   return Block(spec).apply(weights, h, sight, kv, {}, method='mix')
 
@@ -441,6 +428,12 @@ def run_layers(
     ([B, T, D] residual after layer stop - 1; for every tap its readings, stacked
     over those of its layers that were run).
   """
+  if isinstance(columns, Ragged) and patches:
+    raise ValueError('patches name columns of rows, not places: use `Columns`')
+  if keep is not None and any(
+      isinstance(d, LowRank) and d.key.ndim == 4 for d in deltas
+  ):
+    raise ValueError('kept places and changes of their own a row do not mix')
   everywhere = _sight(spec, columns, prefix, dtype=h.dtype)
   if keep is not None:
     kept = _sight(spec, columns, prefix, dtype=h.dtype, keep=keep)

@@ -274,7 +274,7 @@ def frame(
       trunk=trunk,
       kl=kl,
       rooms=tuple(rooms),
-      batch=batch or len(edits),
+      batch=min(batch or len(edits), len(edits)),
       key=_key_shape(edits, trunk, places),
       whole=_key_shape(edits, nothing, places),
   )

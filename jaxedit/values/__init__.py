@@ -4,7 +4,7 @@ A change d of the residual leaving layer l at the anchor column (the last token
 of the subject) is found by Adam on
 
   mean over contexts of [ mean over target tokens of -log P(y_j) ]
-  + kl * KL(P_d || P_0) of the next token after "{subject} is a"
+  + kl * KL(P_d || P_0) of the next token after the subject of "{subject} is a"
   + decay * |d| / |z0|^2          with |d| <= clamp * |z0|,
 
 and the wanted state is z = z0 + d. What lies below the layer, left of the anchor

@@ -106,9 +106,9 @@ def seat(
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def shift(pool: Pool, ready: Ready, move: Array) -> Pool:
+def shift(pool: Pool, h: Array, move: Array) -> Pool:
   """Copies the states of an edit's next chunk; its rows stay in their slot."""
-  return pool._replace(base=_move(pool.base, ready.h, move))
+  return pool._replace(base=_move(pool.base, h, move))
 
 
 def _move(base: Array, h: Array, move: Array) -> Array:
@@ -278,7 +278,7 @@ def advance(
     params: canonical parameters.
     pool: what stays constant.
     seats: who sits where.
-    state: as this function left it; at first, any.
+    state: as this function, or `start`, left it.
     fresh: [E] bool, slots that are new and start at the unedited state.
     schedule: settings.
     layer: the layer whose output is changed.

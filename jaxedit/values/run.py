@@ -128,7 +128,9 @@ def frame_for(
   free = _free_bytes(device)
   if free is not None:
     share = _MEMORY_SHARE * free
-    places = max(16, min(places, int(share // _place_bytes(spec, params))))
+    room = max(16, int(share // _place_bytes(spec, params)))
+    # A power of two, so that a little more or less memory changes no shape.
+    places = min(places, 2 ** int(np.log2(room)))
   return seating.frame(edits, slots=slots, batch=batch, places=places)
 
 
@@ -151,6 +153,8 @@ def _free_bytes(device: jax.Device) -> int | None:
   stats = device.memory_stats() or {}
   if 'bytes_limit' in stats:
     return stats['bytes_limit'] - stats['bytes_in_use']
+  if device.platform != 'cpu':
+    return None
   try:
     return os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
   except (AttributeError, ValueError, OSError):
@@ -180,7 +184,16 @@ def optimize(
 
   Returns:
     (targets of the E edits as numpy arrays, what was run).
+
+  Raises:
+    ValueError: an edit has several chunks, or does not fit the frame.
   """
+  for edit in edits:
+    if edit.stages > 1:
+      raise ValueError(
+          f'edit {edit.number} has {edit.stages} chunks; `autoregressive` is for'
+          ' those'
+      )
   found, work = autoregressive(
       spec,
       params,
@@ -229,6 +242,7 @@ def autoregressive(
   with progress('optimize', len(edits), 'edit') as advance:
     for number, room in enumerate(frame.rooms):
       order = [i for i, where in enumerate(home) if where == number]
+      run = None  # gives the last room's memory back
       if order:
         run = _Run(spec, params, edits, frame, room, trunk, layer, schedule)
         for key, result in run.results(order):
@@ -345,7 +359,8 @@ class _Run:
       if self._seating.fits(self._edits[who.edit], k):
         del self._parked[slot]
         self._take(slot, who, k)
-    while (slot := self._seating.idle) is not None:
+    # Who waits for places goes first, or small edits would take them for ever.
+    while not self._parked and (slot := self._seating.idle) is not None:
       fits = lambda who: self._seating.fits(self._edits[who.edit])
       who = next(filter(fits, self._waiting), None)
       if who is not None:
@@ -386,7 +401,10 @@ class _Run:
     if k == 0:
       self._pool = pool_lib.seat(self._pool, who.ready, slot, who.source, move)
     else:
-      self._pool = pool_lib.shift(self._pool, who.ready, move)
+      self._pool = pool_lib.shift(self._pool, who.ready.h, move)
+    # A tile's arrays are let go of as soon as nobody needs them.
+    kept = who.ready._replace(key=None, value=None)
+    who = who._replace(ready=kept if k + 1 < edit.stages else None)
     self._fresh[slot] = True
     self._seated[slot] = (who, k)
 
@@ -426,7 +444,7 @@ class _Run:
           (who.edit, k),
           _Result(
               z0[slot] + delta[slot],
-              z0[slot],
+              z0[slot].copy(),  # not a view of all slots
               loss[slot],
               likelihood[slot],
               steps[slot],
