@@ -136,6 +136,29 @@ def use_compilation_cache(enabled: bool) -> None:
 
 
 @contextlib.contextmanager
+def compile_seconds(seconds: dict[str, float]) -> Iterator[None]:
+  """Adds up the time spent compiling programs, as seconds['compile'].
+
+  It is part of the stages in which they are first run.
+
+  What comes from the persistent cache counts with the time it takes to load.
+  """
+  event = '/jax/core/compile/backend_compile_duration'
+  seconds['compile'] = 0.0
+
+  def listen(name: str, duration: float, **details: Any) -> None:
+    del details
+    if name == event:
+      seconds['compile'] += duration
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@contextlib.contextmanager
 def progress_bar(
     stage: str, total: int, unit: str
 ) -> Iterator[Callable[[int], None]]:

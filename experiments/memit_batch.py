@@ -539,12 +539,19 @@ def write_results(
 
 
 def main() -> None:
+  clock = editing.Clock()
+  with common.compile_seconds(clock.seconds):
+    edit_and_judge(clock)
+
+
+def edit_and_judge(clock: editing.Clock) -> None:
+  """Does the whole job; stages are timed by `clock`."""
   begin = time.monotonic()
   recipe = recipe_of_flags()
   folder = common.claim_folder(FLAGS.output_dir, FLAGS.overwrite)
   stale = stale_results(folder)
   common.use_compilation_cache(FLAGS.compilation_cache)
-  clock, bar = editing.Clock(), common.progress_bar
+  bar = common.progress_bar
   bench = load_bench(recipe, clock)
   for line in notes(bench.loaded):
     print(line, file=sys.stderr)

@@ -323,10 +323,12 @@ class WholeRunTest(Case):
         [
             'load', 'templates', 'moments', 'factor', 'evaluate_before',
             'optimize', 'insert', 'evaluate_after', 'save_model', 'total',
+            'compile',
         ],
     )  # fmt: skip
     self.assertTrue(all(seconds >= 0 for seconds in timing.values()))
     total = timing.pop('total')
+    self.assertLess(timing.pop('compile'), total)
     self.assertBetween(sum(timing.values()), 0.5 * total, total)
 
   def test_a_line_a_record_in_order(self):
