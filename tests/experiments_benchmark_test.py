@@ -372,9 +372,9 @@ class ProgramTest(parameterized.TestCase):
     for word in ('--preset=gpt2-xl', 'GFLOP/s', 'optimize, an edit', 'jax'):
       self.assertIn(word, section)
     self.assertIn(section, done.stdout)
-    self.assertEqual(
-        (folder / 'out' / 'time.png').exists(), 'plot: ' in done.stdout
-    )
+    drawn = (folder / 'out' / 'time.png').exists()
+    self.assertEqual(drawn, '\nplot: ' in done.stdout)
+    self.assertEqual(not drawn, '\nno plot: ' in done.stdout)
 
   def test_wrong_flags_are_told_at_once(self):
     done = subprocess.run(
