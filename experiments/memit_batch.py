@@ -29,7 +29,7 @@ from typing import Any
 from absl import flags
 
 from experiments import common, editing
-from jaxedit.delta import algebra as delta_lib
+from jaxedit import delta as delta_lib
 from jaxedit.edit import closed_form, memit
 from jaxedit.eval import datasets, harness, report
 from jaxedit.models import hub, loading, tokenizer
@@ -416,6 +416,18 @@ def notes(loaded: datasets.Loaded) -> list[str]:
   return lines
 
 
+def judge_of_flags(bench: editing.Workbench) -> Callable[..., Any]:
+  """The evaluation with the flags' settings; see `editing.judge`."""
+  return functools.partial(
+      editing.judge,
+      max_new_tokens=FLAGS.max_new_tokens,
+      stop=editing.stop_tokens(bench),
+      batch_size=FLAGS.eval_batch_size,
+      seed=FLAGS.seed,
+      progress=common.progress_bar,
+  )
+
+
 def protocol(
     bench: editing.Workbench, recipe: closed_form.Recipe, moments: Any
 ) -> dict[str, Any]:
@@ -561,14 +573,7 @@ def edit_and_judge(clock: editing.Clock) -> None:
     state = editor.init(bench.model.params, moments)
   common.clear(folder, stale)
   common.write_json(folder / 'templates.json', bench.templates)
-  judge = functools.partial(
-      editing.judge,
-      max_new_tokens=FLAGS.max_new_tokens,
-      stop=editing.stop_tokens(bench),
-      batch_size=FLAGS.eval_batch_size,
-      seed=FLAGS.seed,
-      progress=bar,
-  )
+  judge = judge_of_flags(bench)
   with clock('evaluate_before'):
     pre = judge(bench, None, None)
   text = FLAGS.perplexity_text

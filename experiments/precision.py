@@ -13,7 +13,6 @@ wanted states are and both tables, and writes precision.json to --output_dir.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -81,14 +80,7 @@ def main() -> None:
   wide = dataclasses.replace(
       bench.model, params=jax.tree.map(widen, bench.model.params)
   )
-  judge = functools.partial(
-      editing.judge,
-      max_new_tokens=FLAGS.max_new_tokens,
-      stop=editing.stop_tokens(bench),
-      batch_size=FLAGS.eval_batch_size,
-      seed=FLAGS.seed,
-      progress=common.progress_bar,
-  )
+  judge = memit_batch.judge_of_flags(bench)
   # Metrics hold no weights, so both runs share them.
   editor = closed_form.closed_form(bench.model.spec, recipe)
   state = editor.init(bench.model.params, moments)

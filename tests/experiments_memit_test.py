@@ -655,6 +655,15 @@ class BadFlagTest(Case):
   def test_one_sentence(self, changes, sentence):
     self.refuse(sentence, **changes)
 
+  def test_independent_batches_that_outgrow_their_matrices(self):
+    spec = SETUP.base.spec
+    limit = delta.rank_limit(spec.mlp_width, spec.width)
+    data = SETUP.write(*[record(f'Toko {i}') for i in range(limit + 1)])
+    self.refuse(
+        f'--batch_size=999: with --reset .* up to {limit} edits a batch',
+        data=data, reset=True, batch_size=999,
+    )  # fmt: skip
+
   def test_wrong_flags_are_told_at_once(self):
     self.refuse(
         'output_dir', 'save_model', 'layers',

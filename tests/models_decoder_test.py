@@ -320,26 +320,6 @@ class OracleTest(DecoderTestCase):
     self.assert_same(score, wanted[np.arange(WIDTH), labels] - total)
     np.testing.assert_array_equal(best, wanted.argmax(axis=-1))
 
-  def test_sweep_with_traced_bounds(self):
-    spec, params = model('gpt_neox')
-    traces = []
-
-    @jax.jit
-    def sweep(h, start, stop):
-      traces.append(None)
-      return decoder.sweep_layers(
-          spec, params, h, self.columns, start=start, stop=stop
-      )
-
-    h = np.asarray(params['embed']['embedding'])[self.tokens]
-    states = [h] + [np.asarray(sweep(h, 0, stop)) for stop in (1, 2, 3)]
-    for start in range(4):
-      self.assert_same(sweep(states[start], start, 3), states[3])
-    self.assertLen(traces, 1)
-    self.assert_rows(states[3], spec, params)
-    _, layers = oracle(spec, params, self.text(2))
-    self.assert_same(states[2][2, PADDING[2] :], layers[1]['block'])
-
   def test_no_layers(self):
     spec, params = model()
     h = self.draw(3, WIDTH, spec.width)

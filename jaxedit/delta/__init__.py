@@ -1,6 +1,15 @@
 """The delta is the product: apply, add, stack, save and load it."""
 
-from jaxedit.delta.algebra import add, apply, compact, kernel, one, rows, stack
+from jaxedit.delta.algebra import (
+    add,
+    apply,
+    compact,
+    kernel,
+    one,
+    rank_limit,
+    rows,
+    stack,
+)
 from jaxedit.delta.files import load, save
 
 __all__ = [
@@ -10,6 +19,7 @@ __all__ = [
     'kernel',
     'load',
     'one',
+    'rank_limit',
     'rows',
     'save',
     'stack',

@@ -220,7 +220,9 @@ def label_logprob(
   """
   kernel, bias = _head(spec, params)
   x = final_norm(spec, params, h).reshape(-1, spec.width).astype(kernel.dtype)
-  logprob, best = ops.linear_logprob(x, kernel, bias, labels.reshape(-1))
+  logprob, best = ops.linear_logprob(
+      x, kernel, bias, labels.reshape(-1), tied=spec.tied
+  )
   return logprob.reshape(labels.shape), best.reshape(labels.shape)
 
 
@@ -336,35 +338,6 @@ def write_layer(
   """
   weights = {'params': layer_params(params, layer)}
   return Block(spec).apply(weights, x, rows, deltas or {}, method='write')
-
-
-def sweep_layers(
-    spec: ModelSpec,
-    params: Params,
-    h: Array,
-    columns: Columns,
-    *,
-    start: Array | int,
-    stop: Array | int,
-) -> Array:
-  """Runs layers start to stop - 1, both traced; not differentiable.
-
-  Args:
-    spec: the architecture.
-    params: canonical parameters.
-    h: [B, T, D] residual before layer `start`.
-    columns: [B, T] columns.
-    start: first layer.
-    stop: one past the last layer.
-
-  Returns:
-    [B, T, D] residual after layer stop - 1.
-  """
-
-  def body(layer: Array, h: Array) -> Array:
-    return run_layer(spec, params, h, columns, layer=layer)[0]
-
-  return jax.lax.fori_loop(start, stop, body, h)
 
 
 def _factors(delta: Delta) -> tuple[Array, ...]:

@@ -99,6 +99,12 @@ class EncodedEdit:
     anchor = first if k else self.anchors[row]
     return Stage(anchor, first, self.target[begin:end])
 
+  def load(self, k: int) -> tuple[int, int]:
+    """(columns from the anchors on, labels) of the k-th state, all contexts."""
+    stages = [self.stage(k, row) for row in range(len(self.rows))]
+    columns = sum(stage.end - stage.anchor for stage in stages)
+    return columns, sum(len(stage.labels) for stage in stages)
+
   def text(self, row: int) -> np.ndarray:
     """A row's inputs: context, prompt and all target tokens but the last."""
     return np.concatenate([self.rows[row], self.target[:-1]])

@@ -194,14 +194,15 @@ def _stages(edit: EncodedEdit) -> Iterator[tuple[int, Stage]]:
       yield k, edit.stage(k, c)
 
 
-def _load(edit: EncodedEdit) -> tuple[int, int]:
-  """(places, scored places) of an edit's largest stage."""
-  places, scored = np.zeros([2, edit.stages], int)
-  for k, stage in _stages(edit):
-    places[k] += stage.end - stage.anchor
-    scored[k] += len(stage.labels)
-  places[0] += bool(len(edit.kl))
-  return int(places.max()), int(scored.max())
+def _need(edit: EncodedEdit, k: int) -> tuple[int, int]:
+  """(places, scored places) of a stage; the first has the KL row's place too."""
+  places, scored = edit.load(k)
+  return places + (k == 0 and len(edit.kl) > 0), scored
+
+
+def _load(edit: EncodedEdit) -> np.ndarray:
+  """(places, scored places) that serve every stage of an edit."""
+  return np.max([_need(edit, k) for k in range(edit.stages)], axis=0)
 
 
 def _trunk(edits: Sequence[EncodedEdit], c: int) -> np.ndarray:
@@ -571,14 +572,8 @@ class Seating:
 
   def fits(self, edit: EncodedEdit, k: int = 0) -> bool:
     """Says whether a stage finds enough places."""
-    places, scored = self._need(edit, k)
+    places, scored = _need(edit, k)
     return places <= len(self._places) and scored <= len(self._scored)
-
-  def _need(self, edit: EncodedEdit, k: int) -> tuple[int, int]:
-    stages = [edit.stage(k, c) for c in range(self._frame.contexts)]
-    extra = bool(self._frame.kl and k == 0)
-    places = sum(stage.end - stage.anchor for stage in stages) + extra
-    return places, sum(len(stage.labels) for stage in stages)
 
   def sit(self, slot: int, edit: EncodedEdit, k: int) -> np.ndarray:
     """Seats a stage of an edit.
@@ -632,7 +627,6 @@ class Seating:
     frame = self._frame
     for c in range(frame.rows):
       position, segment = self._before[:, slot * frame.rows + c]
-      segment[:] = PADDING
       trunk = len(frame.trunk[c]) if c < frame.contexts else 0
       anchor = edit.anchors[c] if c < frame.contexts else len(edit.kl) - 1
       for at, begin, end in ((0, 0, trunk), (frame.shared, trunk, anchor)):

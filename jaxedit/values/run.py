@@ -466,9 +466,7 @@ class _Run:
     self._parked[slot] = (who, k + 1)
 
   def _count(self, edit: EncodedEdit, k: int, steps: int) -> None:
-    stages = [edit.stage(k, c) for c in range(self._frame.contexts)]
-    tokens = sum(stage.end - stage.anchor for stage in stages)
-    scored = sum(len(stage.labels) for stage in stages)
+    tokens, scored = edit.load(k)
     self._counts['needed'] += steps * tokens
     self._counts['scored'] += steps * scored
     self._counts['last'] += tokens
