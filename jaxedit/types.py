@@ -155,17 +155,21 @@ class LowRank:
 
 @flax.struct.dataclass
 class Dense:
-  """Kernel changes of one site in some layers, as full matrices.
+  """Changes of one parameter of one site in some layers, in full.
 
   Attributes:
     layers: ascending layer numbers, static.
-    site: path of the linear map inside a layer, static.
-    kernel: [n, in, out].
+    site: path of the module inside a layer, e.g. 'mlp/down' or 'norm_mlp',
+      static.
+    kernel: [n, in, out], or [n, size] for a bias or a scale. With the extra axis
+      E after n, edits that know nothing of each other lie side by side.
+    leaf: which parameter, 'kernel', 'bias' or 'scale', static.
   """
 
   layers: tuple[int, ...] = flax.struct.field(pytree_node=False)
   site: str = flax.struct.field(pytree_node=False)
   kernel: Array
+  leaf: str = flax.struct.field(pytree_node=False, default='kernel')
 
 
 Delta = LowRank | Dense
@@ -285,3 +289,29 @@ class Record:
   def question(self) -> str:
     """The prompt with its subject."""
     return self.prompt.replace('{}', self.subject)
+
+
+@dataclasses.dataclass(frozen=True)
+class Passage:
+  """A question with an answer of any length and form to write.
+
+  Attributes:
+    number: place in its file, counted from 1; error messages use it.
+    id: the data set's own identifier.
+    question: the question as it is edited, without any chat template.
+    answer: the text to write, without end-of-turn token.
+    paraphrases: questions that should yield `answer` as well.
+    sub_questions: questions about the answer, each with its own short answer.
+    category: kind of text, e.g. 'code'; '' if the set has none.
+    case: passages of one case are one edit, e.g. the rewrites of a multi-hop
+      question; '' if the passage stands alone.
+  """
+
+  number: int
+  id: str
+  question: str
+  answer: str
+  paraphrases: tuple[str, ...] = ()
+  sub_questions: tuple[Probe, ...] = ()
+  category: str = ''
+  case: str = ''
