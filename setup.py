@@ -8,14 +8,17 @@ ROOT = pathlib.Path(__file__).parent
 
 GGUF = ['gguf>=0.17']
 DATA = ['datasets>=3.0']
+TEXT = ['sacrebleu>=2.4', 'rouge-score>=0.1.2']
 TEST = [
     'torch==2.13.0',
     'chex>=0.1.90',
     'pytest>=8',
+    'pytest-xdist>=3.5',
     'ruff>=0.9',
     'pyink',
     'setuptools>=64',
     *GGUF,
+    *TEXT,
 ]
 
 
@@ -58,7 +61,8 @@ setuptools.setup(
         'gguf': GGUF,
         'plot': ['matplotlib>=3.8'],
         'data': DATA,
-        'demo': GGUF,
+        'text': TEXT,
+        'demo': [*GGUF, *TEXT],
         'test': TEST,
     },
 )

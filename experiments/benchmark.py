@@ -3,11 +3,15 @@
   python -m experiments.benchmark \
     --flagfile=experiments/flagfiles/benchmark_smollm2.flags
 
+With --window long answers are edited by AnyEdit, each one alone, instead of
+facts by MEMIT as one batch (flagfiles/benchmark_anyedit_smollm2.flags).
+
 In one process: the rate of large matrix products (at the start and at the end,
 the better counts); second moments and factors; and, once to compile and
 --repeat times warm, what editing all records takes: prepare (all that stays
 constant), optimize (wanted states), insert (keys, solves) and evaluate (scores
-of prompts, paraphrases and neighbours). With --baseline=torch the published
+of prompts, paraphrases and neighbours), or answer (the questions of long
+answers, each by its own edited model). With --baseline=torch the published
 loop runs in between, on the first --baseline_edits of the same edits.
 
 In --output_dir: results.json, section.md, time.png and time.svg. With --append
@@ -25,22 +29,24 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
 
 from experiments import (
     benchmark_compare,
+    benchmark_flags,
+    benchmark_judges,
+    benchmark_lengths,
+    benchmark_presets,
     benchmark_report,
     benchmark_setup,
     benchmark_stages,
     common,
-    costs,
-    torch_baseline,
 )
 from jaxedit import values
 from jaxedit.edit import closed_form
 from jaxedit.models.spec import param_shapes
-from jaxedit.text import templates
-from jaxedit.types import InputError, Progress, silent
+from jaxedit.types import Progress, silent
 
 FLAGS = flags.FLAGS
 
@@ -49,137 +55,8 @@ _RESULTS = ('results.json', 'section.md', 'time.png', 'time.svg')
 
 def define_flags() -> None:
   """Defines this program's flags."""
-  common.define_model_flags()
-  flags.DEFINE_enum(
-      'preset',
-      'smollm2',
-      list(benchmark_setup.PRESETS),
-      'Shape and settings. smollm2 edits --model itself; the others have random'
-      ' weights and take only the tokenizer from --model.',
-  )
-  flags.DEFINE_string('data', 'demo', 'Records: "demo" or a file.')
-  flags.DEFINE_integer(
-      'num_edits', 32, 'Take the first N good records.', lower_bound=1
-  )
-  flags.DEFINE_enum(
-      'on_bad_record',
-      'fail',
-      ('fail', 'skip'),
-      'A faulty record stops the run, or the next one takes its place.',
-  )
-  flags.DEFINE_string(
-      'moments',
-      None,
-      'Second moments: "self" (sampled from the model, kept for the next run),'
-      ' "random", or a file of collect_moments. Default: "self" for smollm2,'
-      ' else "random".',
-  )
-  flags.DEFINE_integer(
-      'moments_rows',
-      4,
-      'Rows of 512 tokens a batch in the stage that times moments; more on an'
-      ' accelerator.',
-      lower_bound=1,
-  )
-  flags.DEFINE_string(
-      'context_templates',
-      None,
-      'JSON list of contexts with one {} each; six fixed ones unless given.',
-  )
-  flags.DEFINE_integer(
-      'slots',
-      None,
-      'Edits optimised side by side; what the library chooses unless given.',
-      lower_bound=1,
-  )
-  flags.DEFINE_integer(
-      'eval_batch_size', 64, 'Rows an evaluation batch.', lower_bound=1
-  )
-  flags.DEFINE_integer('repeat', 3, 'Warm calls of every stage.', lower_bound=1)
-  flags.DEFINE_bool(
-      'cold', False, 'Compile everything anew: use an empty compilation cache.'
-  )
-  flags.DEFINE_enum(
-      'baseline',
-      'none',
-      ('none', 'torch'),
-      'Also run the published loop in PyTorch. On a GPU leave it memory:'
-      ' XLA_PYTHON_CLIENT_PREALLOCATE=false.',
-  )
-  flags.DEFINE_integer(
-      'baseline_edits',
-      8,
-      'Edits that the baseline optimises and inserts.',
-      lower_bound=1,
-  )
-  flags.DEFINE_integer(
-      'ceiling_size',
-      None,
-      'Rows of the matrices that measure the ceiling (default: 2048 on CPU,'
-      ' 8192 elsewhere).',
-      lower_bound=8,
-  )
-  for name, what in (
-      ('layers', 'number of layers'),
-      ('width', 'heads, widths'),
-  ):
-    flags.DEFINE_float(
-        f'scale_{name}',
-        1.0,
-        f'Factor on the {what} of a random model; for trying the program out.',
-        lower_bound=1e-3,
-        upper_bound=1.0,
-    )
-  flags.DEFINE_string('output_dir', None, 'Folder for results.')
-  flags.DEFINE_bool('overwrite', False, 'Replace results in --output_dir.')
-  flags.DEFINE_string(
-      'append', None, 'File to add the section to, e.g. BENCHMARKS.md.'
-  )
-  # Those that `common` defined are shown by --help too.
-  flags.adopt_module_key_flags(common)
-
-
-def config_from_flags() -> benchmark_setup.Config:
-  """Builds the config; every unusable flag is told at once.
-
-  Raises:
-    InputError: flags that are missing or do not go together.
-  """
-  problems, contexts = [], benchmark_setup.TEMPLATES
-  if not FLAGS.output_dir:
-    problems.append('--output_dir is missing: name a folder for the results')
-  if FLAGS.preset == 'smollm2' and (FLAGS.scale_layers, FLAGS.scale_width) != (
-      1.0,
-      1.0,
-  ):
-    problems.append(
-        '--scale_layers and --scale_width shrink random models, and the weights'
-        ' of --preset=smollm2 are real: choose another preset or leave them out'
-    )
-  try:
-    if FLAGS.context_templates:
-      contexts = tuple(templates.load_templates(FLAGS.context_templates))
-    if FLAGS.baseline == 'torch':
-      torch_baseline.require()
-  except InputError as error:
-    problems += error.problems
-  if problems:
-    raise InputError(*problems)
-  return benchmark_setup.Config(
-      preset=FLAGS.preset,
-      model=FLAGS.model,
-      dtype=FLAGS.dtype,
-      data=FLAGS.data,
-      num_edits=FLAGS.num_edits,
-      on_bad_record=FLAGS.on_bad_record,
-      moments=FLAGS.moments or '',
-      contexts=contexts,
-      scale_layers=FLAGS.scale_layers,
-      scale_width=FLAGS.scale_width,
-      seed=FLAGS.seed,
-      wheel=FLAGS.wheel,
-      revision=FLAGS.revision,
-  )
+  benchmark_flags.define_flags()
+  flags.adopt_module_key_flags(benchmark_flags)
 
 
 @contextlib.contextmanager
@@ -206,6 +83,7 @@ def measure(
     baseline: int = 0,
     moments_rows: int = 4,
     eval_rows: int = 64,
+    max_new_tokens: int = 64,
     progress: Progress = silent,
 ) -> tuple[list[benchmark_stages.Stage], dict[str, Any] | None]:
   """Runs every stage.
@@ -217,27 +95,25 @@ def measure(
     baseline: edits that torch runs too; 0 for none.
     moments_rows: rows of text a batch of moments.
     eval_rows: rows of a batch of evaluation.
+    max_new_tokens: longest answer that is given to a passage.
     progress: progress display.
 
   Returns:
     (the stages with their times; the comparison as plain numbers, or None).
   """
-  model = setup.model
-  moments = benchmark_stages.time_moments(
-      setup, rows=moments_rows, repeat=repeat, progress=progress
-  )
+  model, often = setup.model, dict(repeat=repeat, progress=progress)
+  moments = benchmark_stages.time_moments(setup, rows=moments_rows, **often)
   editor = closed_form.closed_form(model.spec, setup.recipe)
-  factor, state = benchmark_stages.time_factor(
-      setup, editor, repeat=repeat, progress=progress
-  )
-  judge = benchmark_stages.Evaluation(setup, eval_rows)
+  factor, state = benchmark_stages.time_factor(setup, editor, **often)
+  edit = editor.edit_each if setup.apart else editor.edit
+  judge = benchmark_judges.judge(setup, eval_rows, max_new_tokens)
   # Chosen now, when the metrics have their place in memory.
   frame = values.frame_for(model.spec, model.params, setup.edits, slots=slots)
   stages = benchmark_stages.edit_stages(setup, frame)
   rival = benchmark_compare.build(setup, baseline) if baseline else None
-  info, facts = None, None
+  info = facts = None
   for turn in range(1 + repeat):
-    edited, _, info = editor.edit(
+    edited, _, info = edit(
         model.params, state, setup.edits, frame=frame, progress=progress
     )
     benchmark_stages.add_edit(setup, stages, info)
@@ -247,9 +123,7 @@ def measure(
       if turn:  # torch compiles nothing
         rival.theirs(progress)
   if rival:
-    rival.check(state, info.targets, progress)
-    facts = rival.facts(info.targets, stages)
-    facts['torch'] = torch_baseline.require().__version__
+    facts = rival.facts(state, info.targets, stages, progress=progress)
   return [moments, factor, *stages.values(), judge.stage], facts
 
 
@@ -257,11 +131,13 @@ def workload(
     config: benchmark_setup.Config, setup: benchmark_setup.Setup
 ) -> dict[str, Any]:
   """What was run, for readers of the figures."""
-  spec, sizes = setup.model.spec, costs.lengths(setup.edits)
-  contexts = len(setup.edits[0].rows)
-  rows = len(setup.edits) * contexts
+  spec, edits = setup.model.spec, setup.edits
+  sizes = benchmark_lengths.lengths(edits, setup.recipe.texts)
+  loads = benchmark_lengths.loads(edits)
+  contexts = len(edits[0].rows)
+  rows = len(edits) * contexts
   shapes = param_shapes(spec).values()
-  return {
+  found = {
       'preset': config.preset,
       'model': setup.model.hash,
       'random': setup.random,
@@ -269,26 +145,36 @@ def workload(
       'parameters': sum(map(math.prod, shapes)),
       'model_layers': spec.layers,
       'layers': ', '.join(map(str, setup.recipe.layers)),
-      'source': benchmark_setup.PRESETS[config.preset].source,
+      'source': benchmark_presets.PRESETS[config.preset].source,
       'settings': {
           'moment_weight': setup.moment_weight,
           **setup.recipe.value._asdict(),
       },
       'data': config.data,
-      'edits': len(setup.edits),
+      'edits': len(edits),
       'contexts': contexts,
       'tokens': float(sizes.tokens.sum()) / rows,
-      'suffix': float(sizes.suffix.sum()) / rows,
-      'labels': float(sizes.scored.sum()) / rows,
+      'suffix': float(loads.suffix.sum()) / rows,
+      'labels': float(loads.scored.sum()) / rows,
       'slots': FLAGS.slots,
       'repeat': FLAGS.repeat,
       'cold': FLAGS.cold,
       'seed': config.seed,
   }
+  if setup.recipe.chunks is None:
+    return found
+  answers = np.array([len(edit.target) for edit in edits])
+  return found | {
+      'chunks': setup.recipe.chunks._asdict(),
+      'states': float(sizes.states.mean()),
+      'question': float(sizes.left.mean()) + 1,
+      'answer': [int(answers.min()), int(answers.max())],
+      'max_answer_tokens': config.max_answer_tokens,
+  }
 
 
 def main() -> None:
-  config = config_from_flags()
+  config = benchmark_flags.config_from_flags()
   folder = common.claim_folder(FLAGS.output_dir, FLAGS.overwrite)
   bar, origin = common.progress_bar, benchmark_report.origin(sys.argv[1:])
   with compilation_cache(FLAGS.cold):
@@ -304,6 +190,7 @@ def main() -> None:
         baseline=FLAGS.baseline_edits if FLAGS.baseline == 'torch' else 0,
         moments_rows=FLAGS.moments_rows,
         eval_rows=FLAGS.eval_batch_size,
+        max_new_tokens=FLAGS.max_new_tokens,
         progress=bar,
     )
     # Whatever else the machine did, the ceiling is the most that it gave.

@@ -4,7 +4,8 @@ Both sides run in one process, turn and turn about, so that whatever else the
 machine does hits both. Optimisation is compared over the first few edits, which
 torch takes one at a time; we take all edits side by side, and of our seconds
 these few have the share that they have in the FLOPs that all need. Insertion of
-the few is one batch on both sides.
+the few is one batch on both sides; edits that are made alone torch inserts one
+at a time, and we side by side.
 
 Agreement is told apart by cause: wanted states where both took equally many
 steps, changes from each side's own states, and changes from torch's states on
@@ -22,11 +23,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import costs, torch_baseline
+from experiments import (
+    benchmark_lengths,
+    benchmark_torch,
+    costs,
+    torch_baseline,
+)
 from experiments.benchmark_setup import Setup
 from experiments.benchmark_stages import Stage, dtype_of
 from jaxedit.edit import closed_form
 from jaxedit.solve.ridge import Factors
+from jaxedit.text.batching import EncodedEdit
 from jaxedit.types import Progress, Targets
 
 
@@ -38,11 +45,11 @@ class Comparison:
     setup: what both run on.
     model: the torch model.
     count: edits compared, the first of all.
-    found: torch's wanted states of every turn.
-    inserted: torch's changes of every turn.
-    changes: ours, each [F, D], from our own states.
+    found: torch's wanted states of every turn, those of an edit in order.
+    inserted: torch's changes of every turn, a batch each.
+    changes: ours, each [F, D], from our own states; all layers of a batch, then
+      the next.
     insert_seconds: of ours for these edits; the first call compiles.
-    same: relative difference of the changes from torch's states.
   """
 
   setup: Setup
@@ -51,25 +58,33 @@ class Comparison:
   found: list[list[torch_baseline.Found]] = dataclasses.field(
       default_factory=list
   )
-  inserted: list[torch_baseline.Inserted] = dataclasses.field(
+  inserted: list[list[torch_baseline.Inserted]] = dataclasses.field(
       default_factory=list
   )
   changes: list[np.ndarray] = dataclasses.field(default_factory=list)
   insert_seconds: list[float] = dataclasses.field(default_factory=list)
-  same: float = float('nan')
+
+  @property
+  def edits(self) -> list[EncodedEdit]:
+    """The edits compared."""
+    return self.setup.edits[: self.count]
+
+  @property
+  def states(self) -> int:
+    """How many states they have."""
+    return sum(edit.stages for edit in self.edits)
 
   def ours(self, state: Any, targets: Targets, progress: Progress) -> None:
     """Times our insertion of these edits."""
-    part = jax.tree.map(lambda x: x[: self.count], targets)
+    part = jax.tree.map(lambda x: x[: self.states], targets)
     self.changes, seconds = _insert(self, state, part, progress)
     self.insert_seconds.append(seconds)
 
   def theirs(self, progress: Progress) -> None:
     """Takes torch's turn."""
-    setup, edits = self.setup, self.setup.edits[: self.count]
-    recipe, found = setup.recipe, []
-    with progress('torch optimize', len(edits), 'edit') as advance:
-      for edit in edits:
+    recipe, found = self.setup.recipe, []
+    with progress('torch optimize', self.count, 'edit') as advance:
+      for edit in self.edits:
         found.append(
             torch_baseline.optimize(
                 self.model,
@@ -79,38 +94,62 @@ class Comparison:
             )
         )
         advance(1)
-    self.found.append(found)
+    self.found.append([state for states in found for state in states])
+    grams = [np.array(self.setup.moments.layer(n)) for n in recipe.layers]
+    batches = [(self.edits, self.found[-1])]
+    if self.setup.apart:
+      batches = [([edit], states) for edit, states in zip(self.edits, found)]
     self.inserted.append(
-        torch_baseline.insert(
-            self.model,
-            edits,
-            layers=recipe.layers,
-            z=np.stack([one.z for one in found]),
-            grams=[np.array(setup.moments.layer(n)) for n in recipe.layers],
-            weight=setup.moment_weight,
-            progress=progress,
-        )
+        [
+            torch_baseline.insert(
+                self.model,
+                edits,
+                layers=recipe.layers,
+                z=np.stack([state.z for state in states]),
+                grams=grams,
+                weight=self.setup.moment_weight,
+                texts=recipe.texts,
+                progress=progress,
+            )
+            for edits, states in batches
+        ]
     )
 
-  def check(self, state: Any, targets: Targets, progress: Progress) -> None:
-    """Solves from torch's states on our side too."""
-    part = jax.tree.map(lambda x: x[: self.count], targets)
+  def _same(self, state: Any, targets: Targets, progress: Progress) -> float:
+    """Solves from torch's states on our side too; the largest difference."""
+    part = jax.tree.map(lambda x: x[: self.states], targets)
     part = part.replace(z=np.stack([one.z for one in self.found[-1]]))
     changes, _ = _insert(self, state, part, progress)
-    self.same = difference(changes, self.inserted[-1].changes)
+    return difference(changes, self._their_changes())
 
-  def facts(self, targets: Targets, stages: dict[str, Stage]) -> dict[str, Any]:
+  def _their_changes(self) -> list[np.ndarray]:
+    return [x for one in self.inserted[-1] for x in one.changes]
+
+  def facts(
+      self,
+      state: Any,
+      targets: Targets,
+      stages: dict[str, Stage],
+      *,
+      progress: Progress,
+  ) -> dict[str, Any]:
     """Everything that was found, as plain numbers."""
-    return {
-        'edits': self.count,
+    same = self._same(state, targets, progress)
+    parts = {
         'optimize': self._optimize(targets, stages),
         'insert': self._insertion(),
+    }
+    return {
+        'torch': benchmark_torch.require().__version__,
+        'edits': self.count,
+        **parts,
+        'both': _both(*parts.values()),
         'agreement': agreement(targets, self.found[-1])
         | {
             'change_difference': difference(
-                self.changes, self.inserted[-1].changes
+                self.changes, self._their_changes()
             ),
-            'change_difference_same_states': self.same,
+            'change_difference_same_states': same,
         },
     }
 
@@ -119,24 +158,21 @@ class Comparison:
   ) -> dict[str, float]:
     """Seconds an edit and FLOPs of both sides."""
     spec, last = self.setup.model.spec, self.setup.recipe.layers[-1]
-    needed = lambda count: costs.ours_flops(
-        spec,
-        last,
-        costs.lengths(self.setup.edits[:count]),
-        targets.steps[:count],
+    needed = lambda edits, states: costs.ours_flops(
+        spec, last, edits, targets.steps[:states]
     )
-    ours = needed(self.count)
+    ours = needed(self.edits, self.states)
     theirs = sum(
         costs.loop_flops(spec, last, *one.shape, one.steps)
         for one in self.found[-1]
     )
     # These edits may need more steps or fewer than the others.
-    share = ours / needed(len(self.setup.edits)) / self.count
+    share = ours / needed(self.setup.edits, None) / self.count
     parts = [stages['prepare'], stages['optimize']]
     warm = share * sum(stage.median for stage in parts)
     first = share * sum(stage.seconds[0] for stage in parts)
-    turns = [[one.seconds for one in turn] for turn in self.found]
-    torch = statistics.median(map(statistics.fmean, turns))
+    turns = [sum(one.seconds for one in turn) for turn in self.found]
+    torch = statistics.median(turns) / self.count
     return _sides(warm, first, torch) | {
         'flops': ours / self.count,
         'torch_flops': theirs / self.count,
@@ -146,18 +182,20 @@ class Comparison:
 
   def _insertion(self) -> dict[str, float]:
     """Seconds an edit and FLOPs of both sides."""
-    spec, layers = self.setup.model.spec, self.setup.recipe.layers
+    setup, n = self.setup, self.count
+    spec, layers = setup.model.spec, setup.recipe.layers
+    texts = setup.recipe.texts
     warm = statistics.median(self.insert_seconds[1:] or self.insert_seconds)
-    torch = statistics.median(one.seconds for one in self.inserted)
-    ours = costs.insert_flops(
-        spec, layers, costs.lengths(self.setup.edits[: self.count])
-    ) + costs.solve_flops(spec, len(layers), self.count)
-    theirs = sum(
-        costs.loop_insert_flops(
-            spec, len(layers), self.inserted[-1].tokens, self.count
-        )
+    turns = [sum(one.seconds for one in turn) for turn in self.inserted]
+    torch = statistics.median(turns)
+    solved = benchmark_lengths.systems(
+        self.edits, texts=texts, apart=setup.apart
     )
-    n = self.count
+    ours = costs.insert_flops(
+        spec, layers, benchmark_lengths.lengths(self.edits, texts)
+    ) + costs.solve_flops(spec, len(layers), solved)
+    tokens = sum(one.tokens for one in self.inserted[-1])
+    theirs = sum(costs.loop_insert_flops(spec, len(layers), tokens, solved))
     return _sides(warm / n, self.insert_seconds[0] / n, torch / n) | {
         'flops': ours / n,
         'torch_flops': theirs / n,
@@ -177,11 +215,11 @@ def build(setup: Setup, count: int) -> Comparison:
   """
   model, dtype = setup.model, dtype_of(setup)
   if setup.random:
-    torch = torch_baseline.from_params(
+    torch = benchmark_torch.from_params(
         model.config, model.spec, model.params, dtype
     )
   else:
-    torch = torch_baseline.load(model.folder, dtype)
+    torch = benchmark_torch.load(model.folder, dtype)
   return Comparison(setup, torch, min(count, len(setup.edits)))
 
 
@@ -196,25 +234,44 @@ def _sides(warm: float, first: float, torch: float) -> dict[str, float]:
   }
 
 
+def _both(*parts: dict[str, float]) -> dict[str, float]:
+  """The parts of an edit together."""
+  total = lambda name: sum(part[name] for part in parts)
+  sides = _sides(
+      total('seconds'), total('first_seconds'), total('torch_seconds')
+  )
+  flops, torch = total('flops'), total('torch_flops')
+  return sides | {
+      'flops': flops,
+      'torch_flops': torch,
+      'flop_ratio': torch / flops,
+  }
+
+
 def _insert(
     comparison: Comparison, state: Any, targets: Targets, progress: Progress
 ) -> tuple[list[np.ndarray], float]:
   """Our insertion of the compared edits: the changes, and seconds."""
-  setup = comparison.setup
+  setup, count = comparison.setup, comparison.count
   begin = time.perf_counter()
-  solved, _, _ = closed_form.insert(
+  written = closed_form.insert(
       setup.model.spec,
       setup.model.params,
       setup.recipe,
       state,
-      setup.edits[: comparison.count],
+      comparison.edits,
       targets=targets,
-      active=np.ones(comparison.count, bool),
+      active=np.ones(comparison.states, bool),
+      owner=np.arange(count) if setup.apart else None,
       progress=progress,
   )
-  solved = jax.block_until_ready(solved)
+  solved = jax.block_until_ready(written.changes)
   seconds = time.perf_counter() - begin
-  return [_matrix(change) for change in solved], seconds
+  if not setup.apart:
+    return list(map(_matrix, solved)), seconds
+  one = lambda change, group: Factors(*(x[group] for x in change))
+  changes = [_matrix(one(x, group)) for group in range(count) for x in solved]
+  return changes, seconds
 
 
 def _matrix(change: Any) -> np.ndarray:
@@ -243,13 +300,14 @@ def agreement(
     found: torch's.
 
   Returns:
-    How many edits took equally many steps, and over these the cosine of z and
+    How many states took equally many steps, and over these the cosine of z and
     of z - z0, each the least and the median (None where there are none).
   """
   steps = np.asarray([one.steps for one in found])
   mine = np.asarray(targets.steps[: len(found)])
   equal = np.flatnonzero(steps == mine)
   facts: dict[str, Any] = {
+      'states': len(found),
       'equal_steps': len(equal),
       'steps': mine.tolist(),
       'torch_steps': steps.tolist(),

@@ -101,7 +101,8 @@ def section(results: Mapping[str, Any]) -> str:
   """
   where, work = results['origin'], results['workload']
   versions = where['versions']
-  title = f'## Benchmark: {work["preset"]}, {work["edits"]} edits'
+  what = 'long answers' if 'chunks' in work else 'edits'
+  title = f'## Benchmark: {work["preset"]}, {work["edits"]} {what}'
   lines = [
       f'{title} ({where["commit"] or "no commit"}, {where["date"]})',
       '',
@@ -115,9 +116,10 @@ def section(results: Mapping[str, Any]) -> str:
       *_table(results),
       '',
       *_optimize_lines(results),
+      *_answer_lines(results),
   ]
   if results.get('baseline'):
-    lines += ['', *_baseline_lines(results['baseline'])]
+    lines += ['', *_baseline_lines(results['baseline'], 'chunks' in work)]
   return '\n'.join(lines) + '\n'
 
 
@@ -127,10 +129,28 @@ def _workload(work: Mapping[str, Any]) -> str:
   return (
       f'{work["parameters"] / _GIGA:.3g}B {weights} weights in {work["dtype"]},'
       f' edited layers {work["layers"]} of {work["model_layers"]}'
-      f' ({work["source"]}); {work["contexts"]} contexts an edit,'
-      f' {work["tokens"]:.1f} tokens and {work["suffix"]:.1f} suffix tokens a'
-      f' row, {work["labels"]:.1f} labels; compilation cache'
+      f' ({work["source"]}); {_rows(work)}; compilation cache'
       f' {"empty" if work["cold"] else "as found"}.'
+  )
+
+
+def _rows(work: Mapping[str, Any]) -> str:
+  """Describes the rows of an edit."""
+  if 'chunks' not in work:
+    return (
+        f'{work["contexts"]} contexts an edit, {work["tokens"]:.1f} tokens and'
+        f' {work["suffix"]:.1f} suffix tokens a row,'
+        f' {work["labels"]:.1f} labels'
+    )
+  least, most = work['answer']
+  chunks, settings = work['chunks'], work['settings']
+  shared = f', {chunks["overlap"]} shared' if chunks['overlap'] else ''
+  return (
+      f'AnyEdit on passages, each edited alone: {work["question"]:.1f} tokens a'
+      f' question with the chat template, {least} to {most} an answer with its'
+      f' end, in {work["states"]:.1f} chunks of {chunks["window"]}{shared};'
+      f' {settings["steps"]} steps a chunk at most, at a rate of'
+      f' {settings["rate"]:g}, down to {settings["threshold"]:g} nats'
   )
 
 
@@ -187,19 +207,35 @@ def _optimize_lines(results: Mapping[str, Any]) -> list[str]:
   share = stage['ceiling_share']
   strict = share * more['strict_flops'] / floor
   run = share * more['computed_flops'] / floor
+  what = 'a chunk' if 'chunks' in results['workload'] else 'an edit'
   return [
       'Of the ceiling: the FLOPs that a stage cannot do without, over what the'
       ' matmul rate gives in its seconds. For optimisation these are 4 FLOPs a'
       ' weight for every suffix token in the layers above and for every scored'
       f' position in the head, at each step: {share:.1%}. Without a backward'
-      f' pass in the last step of an edit: {strict:.1%}. Counting the KL row'
+      f' pass in the last step of {what}: {strict:.1%}. Counting the KL row'
       f' and unused places as they were run: {run:.1%}.'
-      f' {more["steps_an_edit"]:.1f} steps an edit in {more["pool_steps"]:.0f}'
+      f' {more["steps_a_state"]:.1f} steps {what} in {more["pool_steps"]:.0f}'
       ' steps of the pool.',
   ]
 
 
-def _baseline_lines(baseline: Mapping[str, Any]) -> list[str]:
+def _answer_lines(results: Mapping[str, Any]) -> list[str]:
+  """What lies behind the row of answers, if there is one."""
+  found = []
+  for stage in results['stages']:
+    if stage['name'] == 'answer' and stage['count']:
+      texts, count = stage['more']['texts'], stage['count']
+      rate = count / stage['median_seconds']
+      found += [
+          '',
+          f'Answers of {count / texts:.1f} tokens on average to {texts:.0f}'
+          f' questions, each under its own change: {rate:.1f} tokens a second.',
+      ]
+  return found
+
+
+def _baseline_lines(baseline: Mapping[str, Any], chunked: bool) -> list[str]:
   """The comparison with torch."""
   lines = [
       f'Against the published loop in PyTorch {baseline["torch"]} (one edit at'
@@ -211,14 +247,14 @@ def _baseline_lines(baseline: Mapping[str, Any]) -> list[str]:
       ' | ratio of FLOPs |',
       '|---|---|---|---|---|---|',
   ]
-  for name in ('optimize', 'insert'):
+  for name in ('optimize', 'insert', 'both'):
     part = baseline[name]
     lines.append(
         f'| {name} | {_seconds(part["seconds"])}'
         f' | {_seconds(part["torch_seconds"])} | {part["ratio"]:.1f}'
         f' | {part["ratio_with_compile"]:.1f} | {part["flop_ratio"]:.1f} |'
     )
-  agree = baseline['agreement']
+  agree, what = baseline['agreement'], 'chunks' if chunked else 'edits'
   rate = baseline['optimize']['torch_flops_a_second'] / _GIGA
   lines += [
       '',
@@ -226,7 +262,7 @@ def _baseline_lines(baseline: Mapping[str, Any]) -> list[str]:
       ' CPU, far below the ceiling means that its threads waited for a core.',
       '',
       f'Agreement: equal step counts for {agree["equal_steps"]} of'
-      f' {baseline["edits"]} edits{_cosines(agree)}; changes of the kernels'
+      f' {agree["states"]} {what}{_cosines(agree)}; changes of the kernels'
       f' differ by {agree["change_difference"]:.1e} relative (largest layer),'
       f' from the same wanted states by'
       f' {agree["change_difference_same_states"]:.1e}.',
@@ -308,14 +344,12 @@ def _bars(
 ) -> list[tuple[str, dict[str, float]]]:
   """(label, stage -> seconds an edit) of every bar."""
   stages = {s['name']: s for s in results['stages'] if s['name'] in _PER_EDIT}
-  warm = {
-      name: stages[name]['median_seconds'] / stages[name]['count']
+  an_edit = lambda key: {
+      name: stages[name][key] / stages[name]['count']
       for name in _PER_EDIT
+      if name in stages
   }
-  compiling = {
-      name: stages[name]['compile_seconds'] / stages[name]['count']
-      for name in _PER_EDIT
-  }
+  warm, compiling = an_edit('median_seconds'), an_edit('compile_seconds')
   bars = [('jaxedit', warm), ('compilation, once', compiling)]
   if results.get('baseline'):
     theirs = {

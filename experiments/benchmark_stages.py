@@ -23,15 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import costs
-from experiments.benchmark_setup import Setup, items
-from jaxedit import delta as delta_lib
+from experiments import benchmark_lengths, costs
+from experiments.benchmark_setup import Setup
 from jaxedit.edit.base import Editor, Info
-from jaxedit.eval import scoring
 from jaxedit.stats import moments as moments_lib
 from jaxedit.stats import packing
 from jaxedit.text.seating import Frame
-from jaxedit.types import TRUNK, Edited, Progress
+from jaxedit.types import TRUNK, Progress
 
 # Columns of the products that give the ceiling.
 _SIZES = {'cpu': 2048, 'gpu': 8192, 'tpu': 8192}
@@ -159,7 +157,8 @@ def dtype_of(setup: Setup) -> str:
   return setup.model.params['embed']['embedding'].dtype.name
 
 
-def _itemsize(setup: Setup) -> int:
+def itemsize(setup: Setup) -> int:
+  """Bytes a weight."""
   return setup.model.params['embed']['embedding'].dtype.itemsize
 
 
@@ -191,7 +190,7 @@ def time_moments(
   model, gram = costs.moment_flops(spec, layers, rows * width)
   stage = Stage('moments', 'token', rows * width)
   stage.flops = _flops((dtype_of(setup), model), ('float32', gram))
-  stage.bytes = costs.model_bytes(spec, layers[-1] + 1, _itemsize(setup))
+  stage.bytes = costs.model_bytes(spec, layers[-1] + 1, itemsize(setup))
   stage.bytes += 2.0 * total.nbytes
   with progress('moments', 1 + repeat, 'call') as advance:
     for _ in range(1 + repeat):
@@ -251,21 +250,25 @@ def edit_stages(setup: Setup, frame: Frame) -> dict[str, Stage]:
     setup: what to run on.
     frame: the editor's static shapes; says what the edits share.
   """
-  spec, recipe = setup.model.spec, setup.recipe
-  count, dtype = len(setup.edits), dtype_of(setup)
+  spec, layers = setup.model.spec, setup.recipe.layers
+  count, dtype, last = len(setup.edits), dtype_of(setup), layers[-1]
+  held = dict(texts=setup.recipe.texts)
   trunk = [len(shared) for shared in frame.trunk]
-  sizes = costs.own(costs.lengths(setup.edits), trunk)
-  layers, last = recipe.layers, recipe.layers[-1]
+  sizes = benchmark_lengths.lengths(setup.edits, **held)
+  shared = benchmark_lengths.own(sizes, trunk)
+  solved = benchmark_lengths.systems(setup.edits, apart=setup.apart, **held)
   lower = Stage('prepare', 'edit', count)
-  lower.flops = {dtype: costs.prepare_flops(spec, last, sizes)}
-  lower.bytes = costs.model_bytes(spec, spec.layers, _itemsize(setup))
+  lower.flops = {dtype: costs.prepare_flops(spec, last, shared)}
+  lower.bytes = costs.model_bytes(spec, spec.layers, itemsize(setup))
   optimize = Stage('optimize', 'edit', count)
   insert = Stage('insert', 'edit', count)
+  # Edits that are made alone share nothing from the first edited layer on.
+  climbing = sizes if setup.apart else shared
   insert.flops = _flops(
-      (dtype, costs.insert_flops(spec, layers, sizes)),
-      ('float64', costs.solve_flops(spec, len(layers), count)),
+      (dtype, costs.insert_flops(spec, layers, climbing)),
+      ('float64', costs.solve_flops(spec, len(layers), solved)),
   )
-  insert.bytes = costs.model_bytes(spec, last + 1, _itemsize(setup))
+  insert.bytes = costs.model_bytes(spec, last + 1, itemsize(setup))
   insert.bytes += 8.0 * len(layers) * spec.mlp_width**2
   return {stage.name: stage for stage in (lower, optimize, insert)}
 
@@ -287,53 +290,18 @@ def add_edit(setup: Setup, stages: dict[str, Stage], info: Info) -> None:
   floor = costs.value_flops(spec, last, work.needed, work.scored)
   last_steps = costs.value_flops(spec, last, work.last, work.last_scored)
   stage.flops = {dtype: floor}
-  stage.bytes = costs.value_bytes(spec, last, work.steps, _itemsize(setup))
+  stage.bytes = costs.value_bytes(spec, last, work.steps, itemsize(setup))
   stage.more = {
       'strict_flops': floor - last_steps / 2,
       'computed_flops': costs.value_flops(
           spec, last, work.computed, work.scored_computed
       ),
       'pool_steps': work.steps,
-      'steps_an_edit': float(np.mean(info.targets.steps)),
+      'steps_a_state': float(np.mean(info.targets.steps)),
+      'states': len(info.targets.steps),
       'needed': work.needed,
       'computed': work.computed,
       'scored': work.scored,
       'scored_computed': work.scored_computed,
       'prepared': work.prepared,
   }
-
-
-class Evaluation:
-  """The evaluation stage: edit prompts, paraphrases and neighbours scored."""
-
-  def __init__(self, setup: Setup, batch_size: int):
-    self._setup, self._batch = setup, batch_size
-    spec = setup.model.spec
-    self._rows = scoring.encode_rows(setup.tokenizer, items(setup.records))
-    tokens = sum(row.columns for row in self._rows)
-    scored = sum(row.scored for row in self._rows)
-    self.stage = Stage('evaluate', 'edit', len(setup.edits))
-    self.stage.flops = {
-        dtype_of(setup): costs.score_flops(spec, tokens, scored)
-    }
-    self.stage.bytes = costs.model_bytes(
-        spec, spec.layers, _itemsize(setup), head=True
-    )
-    self.stage.more = {'rows': len(self._rows), 'tokens': tokens}
-
-  def __call__(self, edited: Edited, progress: Progress) -> None:
-    """Scores all rows under a change, and times it."""
-    spec, params = self._setup.model.spec, self._setup.model.params
-    whole = Edited(deltas=tuple(map(delta_lib.compact, edited.deltas)))
-    _, seconds = timed(
-        lambda: scoring.score(
-            spec,
-            params,
-            whole,
-            self._rows,
-            batch_size=self._batch,
-            progress=progress,
-        )
-    )
-    self.stage.seconds.append(seconds)
-    self.stage.peak = peak_bytes()

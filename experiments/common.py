@@ -82,13 +82,13 @@ def define_model_flags() -> None:
 
 
 def define_number(
-    name: str, default: float, help_text: str, *, positive: bool = False
+    name: str, default: float | None, help_text: str, *, positive: bool = False
 ) -> None:
   """Defines a flag for a finite number that is not negative.
 
   Args:
     name: the flag.
-    default: its value unless given.
+    default: its value unless given; None leaves it unset.
     help_text: unit and source.
     positive: whether 0 is refused too.
   """
@@ -96,7 +96,9 @@ def define_number(
   what = 'above 0' if positive else '0 or above'
   flags.register_validator(
       name,
-      lambda x: math.isfinite(x) and (x > 0 or x == 0 and not positive),
+      lambda x: x is None
+      or math.isfinite(x)
+      and (x > 0 or x == 0 and not positive),
       message=f'give a finite number, {what}',
   )
 

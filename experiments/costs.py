@@ -6,110 +6,29 @@ step of value optimisation costs
 
   4 (suffix tokens * U * W + scored positions * weights of the head)
 
-and that, over all edits and steps, is the floor: no padding, no KL row, no
-attention, nothing that runs once. The last step of an edit only needs its loss;
-the strict floor takes its backward pass off.
+and that, over all states and steps, is the floor: no padding, no KL row, no
+attention, nothing that runs once. The last step of a state only needs its loss;
+the strict floor takes its backward pass off. An edit has one state, or one for
+every chunk of its target, whose suffix is the chunk alone.
 
 Axis letters as in `jaxedit.types`; W weights a layer. Biases, norms, softmax
 and other pointwise work are counted nowhere. Nothing here measures.
 
-Source of the published loop: Meng et al. 2022b (MEMIT, arXiv
-2210.07229), algorithm 1 and appendix B.
+Source of the published loops: Meng et al. 2022b (MEMIT, arXiv
+2210.07229), algorithm 1 and appendix B; for chunks Jiang et al. 2025 (AnyEdit,
+arXiv 2502.05628) and its code.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
+from experiments.benchmark_lengths import Lengths, System, lengths, loads
 from jaxedit.models.spec import ModelSpec, param_shapes
 from jaxedit.text.batching import EncodedEdit
-
-
-class Lengths(NamedTuple):
-  """What edits measure; each an [E] int64 array, contexts summed.
-
-  Attributes:
-    tokens: tokens of the rows, targets but their last token included.
-    left: tokens left of the anchors.
-    suffix: tokens from the anchors on.
-    scored: labels.
-    pairs: a suffix token and a token that it attends to.
-    kl: tokens of the KL row.
-    reach: tokens up to the anchors, the anchors included.
-    bare: those of the bare prompt alone.
-    anchors: anchors, one a context.
-  """
-
-  tokens: np.ndarray
-  left: np.ndarray
-  suffix: np.ndarray
-  scored: np.ndarray
-  pairs: np.ndarray
-  kl: np.ndarray
-  reach: np.ndarray
-  bare: np.ndarray
-  anchors: np.ndarray
-
-
-def lengths(edits: Sequence[EncodedEdit]) -> Lengths:
-  """Measures edits.
-
-  Args:
-    edits: E edits.
-
-  Returns:
-    Their lengths, in order.
-  """
-  found = []
-  for edit in edits:
-    sizes = [len(row) + len(edit.target) - 1 for row in edit.rows]
-    anchors = edit.anchors
-    found.append(
-        Lengths(
-            tokens=sum(sizes),
-            left=sum(anchors),
-            suffix=sum(sizes) - sum(anchors),
-            scored=len(edit.rows) * len(edit.target),
-            pairs=sum(_pairs(n) - _pairs(a) for n, a in zip(sizes, anchors)),
-            kl=len(edit.kl),
-            reach=sum(anchors) + len(anchors),
-            bare=anchors[0] + 1,
-            anchors=len(anchors),
-        )
-    )
-  return Lengths(
-      *np.asarray(found, np.int64).reshape(-1, len(Lengths._fields)).T
-  )
-
-
-def own(sizes: Lengths, trunk: Sequence[int]) -> Lengths:
-  """Takes off what all edits share at the head of their rows, but for one.
-
-  Args:
-    sizes: of E edits.
-    trunk: C lengths, tokens that a context shares over all edits.
-
-  Returns:
-    Lengths whose sums over the edits count shared tokens once.
-  """
-  spare = np.arange(len(sizes.tokens)) > 0
-  cut = lambda x, count: x - spare * count
-  whole = sum(trunk)
-  return sizes._replace(
-      tokens=cut(sizes.tokens, whole),
-      left=cut(sizes.left, whole),
-      reach=cut(sizes.reach, whole),
-      bare=cut(sizes.bare, trunk[0]),
-  )
-
-
-def _pairs(tokens: int) -> int:
-  """Query and key pairs of a causal row."""
-  return tokens * (tokens + 1) // 2
 
 
 def layer_weights(spec: ModelSpec, part: str = '') -> int:
@@ -202,10 +121,10 @@ def insert_flops(
 ) -> float:
   """FLOPs of one pass up through the edited layers, without the solves.
 
-  Columns up to the anchors climb once, as far as the attention of the last
-  edited layer and, at the anchors, its key. Before each write the bare prompts
-  are run on from where they are, to see what is left; of the last layer's MLP
-  only the anchor's column is needed.
+  What reaches up climbs once, as far as the attention of the last edited layer
+  and, where keys are read, its key. Before each write the bare prompts are run
+  on from where they are, to see what is left; of the last layer's MLP only the
+  anchors' columns are needed.
 
   Args:
     spec: the architecture.
@@ -214,28 +133,34 @@ def insert_flops(
   """
   last, weights = layers[-1], layer_weights(spec)
   mlp, down = layer_weights(spec, 'mlp'), spec.mlp_width * spec.width
-  edits, anchors = len(sizes.bare), float(sizes.anchors.sum())
+  states, keys = float(sizes.states.sum()), float(sizes.keys.sum())
   climbs = float(sizes.reach.sum()) * ((last + 1) * weights - mlp)
   looks = float(sizes.bare.sum()) * weights * sum(last - n for n in layers)
   return 2.0 * (
-      climbs + anchors * (mlp - down) + looks + len(layers) * edits * mlp
+      climbs + keys * (mlp - down) + looks + len(layers) * states * mlp
   )
 
 
-def solve_flops(spec: ModelSpec, layers: int, edits: int) -> float:
-  """FLOPs of the M x M closed forms, on factored metrics.
+def solve_flops(
+    spec: ModelSpec, layers: int, solved: Sequence[System]
+) -> float:
+  """FLOPs of the closed forms, on factored metrics.
 
-  Two triangular solves with M right-hand sides of F, their products with the
-  keys, a Cholesky factor and two solves for the residuals.
+  For M states and P held rows: a triangular solve of F for every row and one
+  more for every state, the products of all rows, a Cholesky factor of them,
+  held rows taken off the states', and two solves for the residuals.
 
   Args:
     spec: the architecture; the edited map is [F, D].
     layers: edited layers.
-    edits: M, key rows.
+    solved: the systems of a layer.
   """
-  f, d, m = float(spec.mlp_width), float(spec.width), float(edits)
-  one = 2 * f * f * m + 2 * f * m * m + m**3 / 3 + 2 * m * m * d
-  return layers * one
+  f, d, total = float(spec.mlp_width), float(spec.width), 0.0
+  for m, p in solved:
+    rows = float(m + p)
+    total += f * f * (rows + m) + 2 * f * rows**2 + rows**3 / 3
+    total += 2 * f * m * p + 2 * m * m * d
+  return layers * total
 
 
 def factor_flops(spec: ModelSpec, layers: int) -> float:
@@ -278,19 +203,23 @@ def model_bytes(
 
 
 def ours_flops(
-    spec: ModelSpec, layer: int, sizes: Lengths, steps: np.ndarray
+    spec: ModelSpec,
+    layer: int,
+    edits: Sequence[EncodedEdit],
+    steps: np.ndarray,
 ) -> float:
   """FLOPs that value optimisation needs, KL row and attention included.
 
   Args:
     spec: the architecture.
     layer: the layer whose output is optimised.
-    sizes: of E edits.
-    steps: [E] losses evaluated.
+    edits: E edits with M states.
+    steps: [M] losses evaluated.
 
   Returns:
     FLOPs of all steps, and of what is prepared once.
   """
+  sizes = loads(edits)
   kl = (sizes.kl > 0).astype(np.int64)  # one token of suffix, one scored
   every = lambda count: float((count * steps).sum())
   flops = value_flops(
@@ -298,13 +227,13 @@ def ours_flops(
   )
   pairs = every(sizes.pairs + sizes.kl)
   flops += 3 * attention_flops(spec, pairs, above(spec, layer))
-  return flops + prepare_flops(spec, layer, sizes)
+  return flops + prepare_flops(spec, layer, lengths(edits))
 
 
 def loop_flops(
     spec: ModelSpec, layer: int, rows: int, width: int, steps: int
 ) -> float:
-  """FLOPs of the published loop for one edit.
+  """FLOPs of the published loop for one state.
 
   Every step runs all layers and the head forward over a padded [rows, width]
   batch, and every step but the last goes back through the head and the layers
@@ -314,7 +243,7 @@ def loop_flops(
     spec: the architecture.
     layer: the layer whose output is optimised.
     rows: contexts and the KL row.
-    width: tokens of the longest.
+    width: tokens of the longest, up to the last input that a label needs.
     steps: losses evaluated.
   """
   tokens, pairs = float(rows * width), float(rows * width * width)
@@ -330,7 +259,7 @@ def loop_flops(
 
 
 def loop_insert_flops(
-    spec: ModelSpec, layers: int, tokens: int, edits: int
+    spec: ModelSpec, layers: int, tokens: int, solved: Sequence[System]
 ) -> tuple[float, float]:
   """FLOPs of the published insertion, attention left out.
 
@@ -338,12 +267,13 @@ def loop_insert_flops(
     spec: the architecture.
     layers: edited layers.
     tokens: padded tokens that all its full forwards run, over all layers.
-    edits: M, edits solved for together.
+    solved: the systems of a layer.
 
   Returns:
     (forwards in the weights' dtype; dense F x F solves and products in f64).
   """
-  f, d, m = float(spec.mlp_width), float(spec.width), float(edits)
+  f, d, dense = float(spec.mlp_width), float(spec.width), 0.0
+  for m, p in solved:
+    dense += 2 * f**3 / 3 + 2 * f * f * (2 * m + p) + 2 * f * m * d
   weights = spec.layers * layer_weights(spec) + head_weights(spec)
-  dense = 2 * f**3 / 3 + 4 * f * f * m + 2 * f * m * d
   return 2.0 * tokens * weights, layers * dense

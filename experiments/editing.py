@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
+import itertools
 import operator
 import pathlib
 import time
@@ -21,20 +21,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
-from experiments import collect_moments, common
 from jaxedit import delta as delta_lib
 from jaxedit import values
 from jaxedit.edit.base import Editor, Info
-from jaxedit.edit.closed_form import Recipe
 from jaxedit.eval import datasets, generation, harness, perplexity
-from jaxedit.models import decode, loading, saving
+from jaxedit.models import loading, saving
 from jaxedit.models.spec import ModelSpec
-from jaxedit.stats import corpora, storage
-from jaxedit.stats import moments as moments_lib
+from jaxedit.solve import shaping
 from jaxedit.text import batching, seating, templates
-from jaxedit.types import Edited, InputError, Progress, Record
+from jaxedit.types import Dense, Edited, InputError, LowRank, Progress, Record
 
 # Tokens that a sampled context and its full stop may add to a prompt.
 _CONTEXT_TOKENS = 16
@@ -68,60 +64,123 @@ class Workbench:
   Attributes:
     model: the unedited model; never changed.
     tokenizer: its tokenizer.
-    loaded: the records to edit.
-    templates: context templates, the bare '{}' first.
-    batch_size: edits a batch.
-    anchor: the edited token, as the method has it.
+    loaded: the records to edit, facts or passages.
+    batch_size: cases a batch.
+    apart: batches know nothing of each other.
     slots: edits optimised side by side; None for as many as are of use and
       have room in memory.
+    templates: context templates, the bare '{}' first; of facts.
+    encoded: the records as ids, once `encode` has run.
+    frame: the static shapes that all batches share, likewise.
   """
 
   model: loading.Model
   tokenizer: Any
   loaded: datasets.Loaded
-  templates: tuple[str, ...]
   batch_size: int
-  slots: int | None
-  anchor: str = 'subject_last'
+  apart: bool = False
+  slots: int | None = None
+  templates: tuple[str, ...] = ()
+  encoded: tuple[batching.EncodedEdit, ...] = ()
+  frame: seating.Frame | None = None
 
   @property
-  def records(self) -> Sequence[Record]:
+  def records(self) -> Sequence[Any]:
     return self.loaded.records
 
+  @functools.cached_property
+  def cases(self) -> tuple[int, ...]:
+    """Number of the case of every record; a fact is a case of its own."""
+    numbers: dict[Any, int] = {}
+    keys = (
+        getattr(record, 'case', '') or i
+        for i, record in enumerate(self.records)
+    )
+    return tuple(numbers.setdefault(key, len(numbers)) for key in keys)
+
+  @property
+  def each(self) -> bool:
+    """Whether every case is edited alone, all of them side by side."""
+    return self.apart and self.batch_size == 1
+
   def batches(self) -> list[list[int]]:
-    """Indices of the records of every batch."""
-    count, size = len(self.records), self.batch_size
-    return [list(range(i, min(i + size, count))) for i in range(0, count, size)]
-
-  @functools.cached_property
-  def encoded(self) -> list[batching.EncodedEdit]:
-    """All records under the templates.
-
-    Raises:
-      InputError: records that are too long under them, all at once.
-    """
-    return batching.encode_edits(
-        self.tokenizer,
-        self.records,
-        self.templates,
-        max_tokens=self.model.spec.max_positions,
-        anchor=self.anchor,
-    )
-
-  @functools.cached_property
-  def frame(self) -> seating.Frame:
-    """The static shapes that all batches share."""
-    return values.frame_for(
-        self.model.spec,
-        self.model.params,
-        self.encoded,
-        slots=self.slots,
-        batch=self.batch_size,
-    )
+    """Indices of the records of every batch; cases are never cut."""
+    found: dict[int, list[int]] = {}
+    for i, case in enumerate(self.cases):
+      found.setdefault(case // self.batch_size, []).append(i)
+    return list(found.values())
 
   def edits(self, indices: Sequence[int]) -> list[batching.EncodedEdit]:
     """Some records, encoded."""
     return [self.encoded[i] for i in indices]
+
+  def parts(self, side: int | None) -> list[list[int]]:
+    """Indices of the records whose changes are held at one time.
+
+    Args:
+      side: batches at a time, where they know nothing of each other; None for
+        all.
+    """
+    if side is None or not self.apart:
+      return [list(range(len(self.records)))]
+    batches = self.batches()
+    return [
+        list(itertools.chain(*batches[first : first + side]))
+        for first in range(0, len(batches), side)
+    ]
+
+  def part(self, indices: Sequence[int]) -> Workbench:
+    """The same bench with some of the records."""
+    loaded = dataclasses.replace(
+        self.loaded, records=[self.records[i] for i in indices]
+    )
+    encoded = tuple(self.edits(indices))
+    return dataclasses.replace(self, loaded=loaded, encoded=encoded)
+
+
+def encode(
+    bench: Workbench, encoded: Sequence[batching.EncodedEdit], side: int | None
+) -> Workbench:
+  """Adds the encoded records and the shapes that serve them.
+
+  Args:
+    bench: what to work on.
+    encoded: its records as ids.
+    side: batches whose changes are held side by side; None for all.
+
+  Returns:
+    The bench, complete.
+  """
+  batch = max(map(len, bench.batches()))
+  if bench.each:
+    batch = max(map(len, bench.parts(side)))
+  frame = values.frame_for(
+      bench.model.spec,
+      bench.model.params,
+      encoded,
+      slots=bench.slots,
+      batch=batch,
+  )
+  return dataclasses.replace(bench, encoded=tuple(encoded), frame=frame)
+
+
+def encode_facts(bench: Workbench, anchor: str) -> list[batching.EncodedEdit]:
+  """Encodes facts under the context templates.
+
+  Args:
+    bench: what to work on.
+    anchor: the edited token, as the method has it.
+
+  Raises:
+    InputError: records that are too long under them, all at once.
+  """
+  return batching.encode_edits(
+      bench.tokenizer,
+      bench.records,
+      bench.templates,
+      max_tokens=bench.model.spec.max_positions,
+      anchor=anchor,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +188,8 @@ class Outcome:
   """What editing gave.
 
   Attributes:
-    edited: the change; of independent batches, [n, batches, M, .] factors.
+    edited: the change; of independent batches with a batch axis, [n, batches,
+      ...].
     owner: batch of every record, for independent batches, else None.
     info: of all records together.
   """
@@ -171,153 +231,6 @@ def record_check(
   )
   # What both find is told once, by the one that says more.
   return lambda record: edit(record) or evaluation(record)
-
-
-def sample_templates(
-    model: loading.Model, tokenizer: Any, seed: int
-) -> tuple[str, ...]:
-  """Draws context templates from the model itself, as MEMIT does (top 5).
-
-  Args:
-    model: the unedited model.
-    tokenizer: its tokenizer.
-    seed: of the draw.
-
-  Returns:
-    The bare '{}' and five sampled templates.
-  """
-
-  def sample(prompts: list[str], seed: int, length: int) -> list[str]:
-    starts = [tokenizer(prompt)['input_ids'] for prompt in prompts]
-    texts = decode.generate(
-        model.spec,
-        model.params,
-        starts,
-        max_new_tokens=length - min(map(len, starts)),
-        temperature=1.0,
-        top_k=5,
-        seed=seed,
-    )
-    whole = [(s + t)[:length] for s, t in zip(starts, texts)]
-    return tokenizer.batch_decode(whole, skip_special_tokens=True)
-
-  return templates.sample_templates(
-      sample, seed=seed, special_tokens=tokenizer.all_special_tokens
-  )
-
-
-def check_moments(path: str, recipe: Recipe) -> None:
-  """Refuses what `load_moments` would, as far as needs no model.
-
-  Args:
-    path: as for `load_moments`.
-    recipe: the method.
-
-  Raises:
-    InputError: the file is missing, cut short, or lacks a layer.
-  """
-  if not pathlib.Path(path).is_dir():
-    storage.check(path, layers=recipe.layers, site=recipe.site)
-
-
-def load_moments(
-    model: loading.Model, recipe: Recipe, path: str | pathlib.Path
-) -> moments_lib.Moments:
-  """Loads the second moments of the layers to edit.
-
-  Args:
-    model: the model they must be of.
-    recipe: the method.
-    path: a file of collect_moments, or a folder of published .npz files.
-
-  Returns:
-    The moments.
-
-  Raises:
-    InputError: the file is damaged, of another model, or lacks a layer.
-  """
-  if not pathlib.Path(path).is_dir():
-    return moments_lib.load(
-        path, model_hash=model.hash, layers=recipe.layers, site=recipe.site
-    )
-  return moments_lib.load_npz(
-      path,
-      layers=recipe.layers,
-      width=moments_lib.key_width(model.spec, recipe.site),
-      model_hash=model.hash,
-      site=recipe.site,
-  )
-
-
-def collect(
-    bench: Workbench,
-    recipe: Recipe,
-    *,
-    corpus: str,
-    tokens: int | None,
-    seed: int,
-    folder: pathlib.Path,
-    progress: Progress,
-) -> moments_lib.Moments:
-  """Collects second moments, unless an earlier run has done so.
-
-  Args:
-    bench: what to work on.
-    recipe: the method; its layers are needed.
-    corpus: text to collect from, see `stats.corpora`.
-    tokens: how many, or None for 20 a key dimension.
-    seed: of the text.
-    folder: the moments appear here too, as moments.safetensors.
-    progress: progress display.
-
-  Returns:
-    The moments.
-
-  Raises:
-    InputError: the corpus cannot be read, or the cache cannot be used.
-  """
-  model = bench.model
-  kept = _place(model, recipe, (corpora.fingerprint(corpus), tokens, seed))
-  try:
-    found = load_moments(model, recipe, kept)
-  except InputError:  # not there yet, or damaged
-    config = collect_moments.Config(
-        layers=recipe.layers,
-        out=kept,
-        corpus=corpus,
-        tokens=tokens,
-        seed=seed,
-        site=recipe.site,
-        overwrite=True,
-    )
-    report = collect_moments.collect(config, model, bench.tokenizer, progress)
-    for warning in report.warnings():
-      logging.warning(warning)
-    found = load_moments(model, recipe, kept)
-  common.link(kept, folder / 'moments.safetensors')
-  return found
-
-
-def _place(
-    model: loading.Model, recipe: Recipe, sample: tuple[Any, ...]
-) -> pathlib.Path:
-  """Names a cached file by all that its moments depend on; makes its folder."""
-  dtype = model.params['embed']['embedding'].dtype.name
-  what = (
-      (model.hash, model.spec, dtype),
-      (recipe.layers, recipe.site),
-      sample,
-  )
-  name = hashlib.sha256(repr(what).encode()).hexdigest()
-  folder = common.cache_dir() / 'moments'
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as e:
-    raise InputError(
-        f'{folder}: second moments cannot be kept there ({e.strerror}); let'
-        ' JAXEDIT_CACHE name another folder'
-    ) from e
-  return folder / f'{name[:24]}.safetensors'
 
 
 def edit_in_sequence(
@@ -367,19 +280,18 @@ def edit_apart(
   Returns:
     The changes side by side, one a batch.
   """
-  batches = bench.batches()
-  if bench.batch_size == 1:
-    whole = dataclasses.replace(bench, batch_size=len(bench.records))
+  if bench.each:
     edited, _, info = editor.edit_each(
         bench.model.params,
         state,
-        whole.encoded,
-        frame=whole.frame,
+        bench.encoded,
+        owner=bench.cases,
+        frame=bench.frame,
         progress=progress,
     )
-    return Outcome(edited, tuple(range(len(bench.records))), info)
+    return Outcome(edited, bench.cases, info)
   edits, infos = [], []
-  for indices in batches:
+  for indices in bench.batches():
     edited, _, info = editor.edit(
         bench.model.params,
         state,
@@ -389,16 +301,20 @@ def edit_apart(
     )
     edits.append(edited)
     infos.append(info)
-  rank = max(edited.deltas[0].key.shape[1] for edited in edits)
-  edits = [_pad(edited, rank) for edited in edits]
-  owner = tuple(b for b, indices in enumerate(batches) for _ in indices)
-  return Outcome(delta_lib.stack(edits), owner, _join(infos))
+  owner = tuple(b for b, some in enumerate(bench.batches()) for _ in some)
+  return Outcome(delta_lib.stack(_even(edits)), owner, _join(infos))
 
 
-def _pad(edited: Edited, rank: int) -> Edited:
+def _even(edits: Sequence[Edited]) -> list[Edited]:
   """Fills factors with zero rows, so that batches of any size stack."""
-  grow = lambda x: jnp.pad(x, ((0, 0), (0, rank - x.shape[1]), (0, 0)))
-  return jax.tree.map(grow, edited)
+  ranks = [d.key.shape[1] for e in edits for d in e.deltas if _low_rank(d)]
+  grow = lambda x: jnp.pad(x, ((0, 0), (0, max(ranks) - x.shape[1]), (0, 0)))
+  pad = lambda d: jax.tree.map(grow, d) if _low_rank(d) else d
+  return [Edited(deltas=tuple(map(pad, edited.deltas))) for edited in edits]
+
+
+def _low_rank(delta: Any) -> bool:
+  return isinstance(delta, LowRank)
 
 
 def _join(infos: Sequence[Info]) -> Info:
@@ -407,13 +323,45 @@ def _join(infos: Sequence[Info]) -> Info:
   for info in infos:
     for stage, value in info.seconds.items():
       seconds[stage] = seconds.get(stage, 0.0) + value
+  before = np.cumsum([0] + [len(info.written) for info in infos])
   return Info(
       jax.tree.map(lambda *x: np.concatenate(x), *(i.targets for i in infos)),
+      np.concatenate([i.edit + n for i, n in zip(infos, before)]),
       np.concatenate([i.written for i in infos]),
       np.concatenate([i.distance for i in infos], axis=1),
       seconds,
       functools.reduce(operator.add, (i.work for i in infos)),
   )
+
+
+def join_outcomes(outcomes: Sequence[Outcome]) -> Outcome:
+  """Puts the reports of parts end to end; one part stays as it is."""
+  if len(outcomes) == 1:
+    return outcomes[0]
+  return Outcome(Edited(), None, _join([one.info for one in outcomes]))
+
+
+def prune(bench: Workbench, outcome: Outcome) -> Outcome:
+  """Lowers the singular values of a sequence's change (PRUNE).
+
+  Args:
+    bench: what to work on.
+    outcome: a change that all records share.
+
+  Returns:
+    The same with one matrix a layer.
+  """
+  pruned = []
+  for delta in outcome.edited.deltas:
+    kernel = bench.model.params['layers']
+    for name in (*delta.site.split('/'), 'kernel'):
+      kernel = kernel[name]
+    changes = [
+        shaping.prune(change, kernel[layer])
+        for change, layer in zip(delta_lib.kernel(delta), delta.layers)
+    ]
+    pruned.append(Dense(delta.layers, delta.site, jnp.stack(changes)))
+  return dataclasses.replace(outcome, edited=Edited(deltas=tuple(pruned)))
 
 
 def replace_model(bench: Workbench, model: loading.Model) -> Workbench:
@@ -425,7 +373,9 @@ def judge(
     bench: Workbench,
     outcome: Outcome | None,
     base: harness.Evaluation | None,
-    **settings: Any,
+    *,
+    evaluate: Callable[..., harness.Evaluation],
+    seed: int,
 ) -> harness.Evaluation:
   """Evaluates the edited model, or the unedited one.
 
@@ -433,38 +383,38 @@ def judge(
     bench: what to work on.
     outcome: what editing gave; None for the unedited model.
     base: the unedited model's evaluation.
-    **settings: of `harness.evaluate`.
+    evaluate: (spec, params, edited, records, tokenizer, base=, seed=, stack=,
+      owner=) -> evaluation, such as `harness.evaluate` with its settings.
+    seed: of the intervals.
 
   Returns:
     The evaluation of all records, each under the change it belongs to.
   """
-  evaluate = lambda edited, records, base, **more: harness.evaluate(
-      bench.model.spec,
-      bench.model.params,
-      edited,
-      records,
-      bench.tokenizer,
-      base=base,
-      **settings,
-      **more,
-  )
+
+  def call(edited: Edited, records: Sequence[Any], base: Any, **more: Any):
+    model, words = bench.model, bench.tokenizer
+    return evaluate(
+        model.spec, model.params, edited, records, words, base=base, seed=seed,
+        **more,
+    )  # fmt: skip
+
   if outcome is None:
-    return evaluate(Edited(), bench.records, base)
+    return call(Edited(), bench.records, base)
   if outcome.owner is None:
-    return evaluate(outcome.edited, bench.records, base)
-  if bench.batch_size == 1:
+    return call(outcome.edited, bench.records, base)
+  if bench.each:
     stack = dict(stack=outcome.edited, owner=outcome.owner)
-    return evaluate(Edited(), bench.records, base, **stack)
+    return call(Edited(), bench.records, base, **stack)
   # A change of many facts a row would not fit; one a batch is shared by its rows.
   parts = [
-      evaluate(
+      call(
           delta_lib.one(outcome.edited, batch),
           [bench.records[i] for i in indices],
           harness.select(base, indices) if base else None,
       )
       for batch, indices in enumerate(bench.batches())
   ]
-  return harness.join(parts, seed=settings.get('seed', 0))
+  return harness.join(parts, seed=seed)
 
 
 def knowledge(
@@ -511,7 +461,7 @@ def save_folder(
   model = bench.model
   merged = delta_lib.apply(model.params, outcome.edited, dtype=jnp.float32)
   changed = [
-      (f'layers/{delta.site}/kernel', layer)
+      (f'layers/{delta.site}/{getattr(delta, "leaf", "kernel")}', layer)
       for delta in outcome.edited.deltas
       for layer in delta.layers
   ]
@@ -590,29 +540,38 @@ def record_rows(
 ) -> list[dict[str, Any]]:
   """One JSON object a record: the edit, how it went, before and after."""
   finite = lambda x: float(x) if np.isfinite(x) else None
+  drop = lambda entry: {
+      k: v for k, v in entry.items() if k not in ('number', 'id')
+  }
   rows = []
   for i, record in enumerate(bench.records):
-    drop = lambda entry: {
-        k: v for k, v in entry.items() if k not in ('number', 'id')
-    }
+    mine = np.flatnonzero(info.edit == i)
     rows.append(
         {
             'number': record.number,
             'id': record.id,
-            'prompt': record.prompt,
-            'subject': record.subject,
-            'target_new': record.target_new,
-            'target_true': record.target_true,
+            **described(record),
             'written': bool(info.written[i]),
-            'loss': finite(info.targets.loss[i]),
-            'likelihood': finite(info.targets.likelihood[i]),
-            'steps': int(info.targets.steps[i]),
-            'distance': [finite(x) for x in info.distance[:, i]],
+            'states': len(mine),
+            # Of several states, the mean; the distance is the largest.
+            'loss': finite(info.targets.loss[mine].mean()),
+            'likelihood': finite(info.targets.likelihood[mine].mean()),
+            'steps': int(info.targets.steps[mine].sum()),
+            'distance': [finite(x) for x in info.distance[:, mine].max(axis=1)],
             'before': drop(pre.per_record[i]),
             'after': drop(post.per_record[i]),
         }
     )
   return rows
+
+
+def described(record: Any) -> dict[str, Any]:
+  """What a record asks to be written."""
+  names = ('prompt', 'subject', 'target_new', 'target_true')
+  names += ('question', 'answer', 'category', 'case')
+  fact = hasattr(record, 'target_new')
+  names = names[:4] if fact else names[4:]
+  return {name: getattr(record, name) for name in names}
 
 
 def metric_tables(
@@ -663,4 +622,6 @@ def write_delta(
 ) -> None:
   """Writes the change with what it was made for."""
   independent = outcome.owner is not None
+  with contextlib.suppress(OSError):  # the next line tells what is wrong
+    path.parent.mkdir(exist_ok=True)
   delta_lib.save(path, outcome.edited, {**metadata, 'independent': independent})

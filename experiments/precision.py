@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import common, editing, memit_batch
+from experiments import common, editing, job, memit_batch
 from jaxedit.edit import closed_form
 from jaxedit.types import InputError, Targets
 
@@ -65,7 +65,7 @@ def agreement(one: Targets, other: Targets) -> dict[str, Any]:
 
 
 def main() -> None:
-  recipe = memit_batch.recipe_of_flags()
+  recipe, settings = memit_batch.recipe_of_flags()
   if FLAGS.dtype != 'bfloat16':
     raise InputError(
         f'--dtype={FLAGS.dtype}: this program rounds weights to bfloat16; pass'
@@ -74,8 +74,10 @@ def main() -> None:
   folder = common.claim_folder(FLAGS.output_dir, FLAGS.overwrite)
   common.use_compilation_cache(FLAGS.compilation_cache)
   clock = editing.Clock()
-  bench = memit_batch.load_bench(recipe, clock)
-  bench, moments = memit_batch.complete(bench, recipe, clock, folder)
+  task = memit_batch.TASK
+  bench = job.load_bench(task, recipe, clock)
+  bench, moments, source = task.complete(bench, recipe, clock, folder)
+  bench = editing.encode(bench, task.encode(bench, recipe), None)
   widen = lambda x: x.astype(jnp.float32)
   wide = dataclasses.replace(
       bench.model, params=jax.tree.map(widen, bench.model.params)
@@ -96,7 +98,7 @@ def main() -> None:
       {
           **found,
           **editing.metric_tables(tables),
-          'protocol': memit_batch.protocol(bench, recipe, moments),
+          'protocol': job.protocol(task, bench, recipe, settings, source),
           'versions': common.versions(),
       },
   )

@@ -6,38 +6,40 @@ by layer, full forwards for keys and for the present state, a dense F x F solve
 in f64, and weights that are really written (and put back at the end).
 
   z = h + d,  d by Adam on  mean NLL + kl * KL + decay * |d| / |h|^2
-  X = (lambda C + K^T K)^-1 K^T (z - z_now) / (layers left)
+  X = (lambda C + K^T K + H^T H)^-1 K^T (z - z_now) / (layers left)
 
-Written from the description of the method: Meng et al. 2022b (MEMIT, arXiv
-2210.07229), algorithm 1 and appendix B. Unlike published code it takes ids, so
-that both sides run the same tokens, and it computes the head once a step, not
-twice. torch is imported when a function needs it, and nowhere else here.
+A target in chunks is foretold chunk by chunk (AnyEdit): every forward runs all
+that comes before and adds the changes of earlier chunks again. H are the keys
+at all other tokens of the text; without chunks there are none.
+
+Written from the description of the methods: Meng et al. 2022b (MEMIT, arXiv
+2210.07229), algorithm 1 and appendix B; Jiang et al. 2025 (AnyEdit, arXiv
+2502.05628), section 4. Unlike published code it takes ids, so that both sides
+run the same tokens, it computes the head once a step, not twice, and it sends
+no gradient to the changes of earlier chunks. torch is imported when a function
+needs it, and nowhere else here.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxedit.models import families, loading, tensors
-from jaxedit.models.spec import ModelSpec
+from experiments.benchmark_torch import block, down, require
 from jaxedit.text.batching import EncodedEdit
-from jaxedit.types import InputError, Params, Progress, silent
+from jaxedit.types import Progress, silent
 from jaxedit.values import Schedule
 
-_BLOCKS = ('model.layers', 'transformer.h', 'gpt_neox.layers')
-_DOWN = ('down_proj', 'fc_out', 'c_proj', 'dense_4h_to_h')
 # Rows of one forward for keys; MEMIT takes 128.
 _ROWS = 128
 
 
 class Found(NamedTuple):
-  """What the optimisation of one edit gave.
+  """What the optimisation of one state gave.
 
   Attributes:
     z: [D] wanted state, float32.
@@ -68,111 +70,6 @@ class Inserted(NamedTuple):
   changes: list[np.ndarray]
   seconds: float
   tokens: int
-
-
-def require() -> Any:
-  """Returns torch.
-
-  Raises:
-    InputError: it is not installed.
-  """
-  try:
-    import torch
-  except ImportError:
-    raise InputError(
-        '--baseline=torch needs PyTorch, which is not installed: run `pip'
-        ' install torch` (on a GPU the build for its CUDA version), or leave'
-        ' --baseline out'
-    ) from None
-  return torch
-
-
-def load(folder: str | os.PathLike[str], dtype: str) -> Any:
-  """Loads a Hugging Face folder as a transformers torch model.
-
-  Args:
-    folder: config.json and safetensors.
-    dtype: 'float32' or 'bfloat16'.
-
-  Returns:
-    The model, frozen, on the GPU if torch has one, with as many threads as
-    there are cores.
-
-  Raises:
-    InputError: torch is not installed.
-  """
-  torch = require()
-  import transformers
-
-  model = transformers.AutoModelForCausalLM.from_pretrained(
-      folder, dtype=getattr(torch, dtype)
-  )
-  return _ready(torch, model)
-
-
-def from_params(
-    config: Mapping[str, Any], spec: ModelSpec, params: Params, dtype: str
-) -> Any:
-  """Builds a transformers torch model with the weights of ours.
-
-  Args:
-    config: Hugging Face config fields, 'model_type' among them.
-    spec: the architecture that they describe.
-    params: canonical parameters.
-    dtype: 'float32' or 'bfloat16', of the torch model.
-
-  Returns:
-    As for `load`.
-
-  Raises:
-    InputError: torch is not installed.
-  """
-  torch = require()
-  import transformers
-
-  fields = dict(config)
-  described = transformers.AutoConfig.for_model(
-      fields.pop('model_type'), **fields
-  )
-  model = transformers.AutoModelForCausalLM.from_config(
-      described, dtype=getattr(torch, dtype)
-  )
-  own = dict(model.named_parameters())
-  slots = tensors.upstream_slots(spec, families.get(spec.family).TENSORS)
-  for name, parts in slots.items():
-    leaves = []
-    for slot in parts:
-      leaf = loading.get_leaf(params, slot.path)
-      leaf = leaf if slot.layer is None else leaf[slot.layer]
-      leaves.append(np.asarray(leaf, np.float32))
-    array = tensors.to_upstream(leaves, parts[0].source, spec.heads)
-    with torch.no_grad():
-      own[name].copy_(torch.tensor(array))
-  return _ready(torch, model)
-
-
-def _ready(torch: Any, model: Any) -> Any:
-  """Freezes a model and puts it where it runs."""
-  torch.set_num_threads(os.cpu_count() or 1)
-  for parameter in model.parameters():
-    parameter.requires_grad_(False)
-  return model.to('cuda' if torch.cuda.is_available() else 'cpu').eval()
-
-
-def block(model: Any, layer: int) -> Any:
-  """The module of one transformer block."""
-  for path in _BLOCKS:
-    with contextlib.suppress(AttributeError):
-      return model.get_submodule(path)[layer]
-  raise InputError(f'{type(model).__name__}: its blocks were not found')
-
-
-def down(model: Any, layer: int) -> Any:
-  """The module of the second MLP matrix of one block."""
-  for name in _DOWN:
-    with contextlib.suppress(AttributeError):
-      return block(model, layer).mlp.get_submodule(name)
-  raise InputError(f'{type(model).__name__}: its MLP was not found')
 
 
 @contextlib.contextmanager
@@ -208,24 +105,42 @@ def _wait(model: Any) -> None:
 
 def optimize(
     model: Any, edit: EncodedEdit, *, layer: int, schedule: Schedule
-) -> Found:
-  """Optimises the output of one block at the anchor, for one edit.
+) -> list[Found]:
+  """Optimises the output of one block at the anchors of one edit, in turn.
 
   Args:
-    model: of `load`.
-    edit: rows, anchors, target and KL row as ids.
+    model: of `benchmark_torch.load`.
+    edit: rows, anchors, target, chunks and KL row as ids.
     layer: block whose output is changed.
-    schedule: settings.
+    schedule: settings, of every state.
 
   Returns:
-    The wanted state, and what it took.
+    The wanted state of every chunk, or of the whole target, and what it took.
   """
-  torch = require()
-  begin = time.perf_counter()
-  rows, columns = _rows(edit)
+  found, earlier = [], []
+  for k in range(edit.stages):
+    state, change = _optimize_state(
+        model, (edit, k), earlier, layer=layer, schedule=schedule
+    )
+    found.append(state)
+    earlier.append(change)
+  return found
+
+
+def _optimize_state(
+    model: Any,
+    which: tuple[EncodedEdit, int],
+    earlier: Sequence[tuple[Any, Any]],
+    *,
+    layer: int,
+    schedule: Schedule,
+) -> tuple[Found, tuple[Any, Any]]:
+  """Optimises one state; gives its (columns a context, change [D]) too."""
+  torch, begin = require(), time.perf_counter()
+  rows, columns = _rows(*which)
   put = lambda x: torch.as_tensor(np.asarray(x, np.int64), device=model.device)
   every, anchors = put(range(len(rows))), put(columns)
-  loss_of = _loss(edit, schedule, put)
+  loss_of = _loss(*which, schedule, put)
   start, delta, base = None, None, None
 
   def add(_, inputs, output):
@@ -235,10 +150,12 @@ def optimize(
       start = h[0, columns[0]].detach().float().clone()
       delta = torch.zeros_like(start, requires_grad=True)
     h = h.clone()
+    for places, change in earlier:  # where there are, there is no KL row
+      h[every, places] += change.to(h.dtype)
     h[every, anchors] += delta.to(h.dtype)
     return (h, *output[1:]) if isinstance(output, tuple) else h
 
-  adam = None
+  adam = None  # made with `delta`, by the first forward
   with _hooked(block(model, layer).register_forward_hook, add):
     for step in range(1, schedule.steps + 1):
       logprob = torch.log_softmax(_forward(model, rows).float(), dim=-1)
@@ -254,32 +171,36 @@ def optimize(
       loss.backward()
       adam.step()
       _clamp(delta, schedule.clamp * start.norm())
-  z = (start + delta).detach().cpu().numpy()
+  change = delta.detach()
+  z = (start + change).cpu().numpy()
   _wait(model)
-  seconds = time.perf_counter() - begin
-  shape = len(rows), max(map(len, rows))
-  return Found(z, start.cpu().numpy(), step, value, seconds, shape)
+  seconds, shape = time.perf_counter() - begin, (len(rows), max(map(len, rows)))
+  state = Found(z, start.cpu().numpy(), step, value, seconds, shape)
+  return state, (anchors[: len(which[0].rows)], change)
 
 
-def _rows(edit: EncodedEdit) -> tuple[list[np.ndarray], list[int]]:
-  """Contexts with the target, and the KL row; the anchor of each."""
-  rows = [np.concatenate([row, edit.target[:-1]]) for row in edit.rows]
-  if not len(edit.kl):
-    return rows, list(edit.anchors)
-  return [*rows, edit.kl], [*edit.anchors, len(edit.kl) - 1]
+def _rows(edit: EncodedEdit, k: int) -> tuple[list[np.ndarray], list[int]]:
+  """Contexts up to a state's last input, and anchors; first the KL row too."""
+  stages = [edit.stage(k, c) for c in range(len(edit.rows))]
+  rows = [edit.text(c)[: stage.end] for c, stage in enumerate(stages)]
+  anchors = [stage.anchor for stage in stages]
+  if k or not len(edit.kl):
+    return rows, anchors
+  return [*rows, edit.kl], [*anchors, len(edit.kl) - 1]
 
 
-def _loss(edit: EncodedEdit, schedule: Schedule, put: Any) -> Any:
-  """Makes the loss of one edit, a function of all log-probabilities."""
-  n, contexts = len(edit.target), len(edit.rows)
-  rows = put(range(contexts))[:, None]
-  columns = put([np.arange(len(r) - 1, len(r) - 1 + n) for r in edit.rows])
-  labels = put(edit.target)[None]
+def _loss(edit: EncodedEdit, k: int, schedule: Schedule, put: Any) -> Any:
+  """Makes the loss of one state, a function of all log-probabilities."""
+  stages = [edit.stage(k, c) for c in range(len(edit.rows))]
+  n = np.arange(len(stages[0].labels))
+  rows = put(range(len(stages)))[:, None]
+  columns = put([stage.first + n for stage in stages])
+  labels = put(stages[0].labels)[None]
 
   def loss(logprob: Any, base: Any, delta: Any, start: Any) -> Any:
     total = -logprob[rows, columns, labels].mean()
     total = total + schedule.decay * delta.norm() / start.norm() ** 2
-    if len(edit.kl):
+    if len(edit.kl) and not k:
       now = logprob[-1, len(edit.kl) - 1]
       total = total + schedule.kl * (now.exp() * (now - base)).sum()
     return total
@@ -303,17 +224,19 @@ def insert(
     z: np.ndarray,
     grams: Sequence[np.ndarray],
     weight: float,
+    texts: bool = False,
     progress: Progress = silent,
 ) -> Inserted:
   """Writes wanted states into the model, and puts its weights back.
 
   Args:
-    model: of `load`.
-    edits: E edits.
+    model: of `benchmark_torch.load`.
+    edits: E edits with M states.
     layers: layers to edit, ascending.
-    z: [E, D] wanted output of the last of them at the anchor.
+    z: [M, D] wanted output of the last of them at the anchors.
     grams: [F, F] float64 average second moments, one a layer.
     weight: lambda, tokens.
+    texts: run whole texts and hold the keys of their other tokens.
     progress: is told layers.
 
   Returns:
@@ -327,17 +250,14 @@ def insert(
   changes, tokens = [], 0
   with torch.no_grad(), progress('torch insert', len(layers), 'layer') as tell:
     for i, layer in enumerate(layers):
-      keys, ran = _keys(model, edits, layer)
-      now, more = _states(model, edits, layers[-1])
+      keys, held, ran = _keys(model, edits, layer, texts)
+      now, more = _states(model, edits, layers[-1], texts)
       tokens += ran + more
       residuals = (wanted - now) / (len(layers) - i)
       gram = torch.as_tensor(grams[i], device=model.device).double()
-      system = weight * gram + keys.T @ keys
-      change = torch.linalg.solve(system, keys.T) @ residuals
-      changes.append(change)
-      # Linear stores [out, in], Conv1D [in, out].
-      linear = isinstance(down(model, layer), torch.nn.Linear)
-      kernels[i] += (change.T if linear else change).to(kernels[i].dtype)
+      system = weight * gram + held.T @ held + keys.T @ keys
+      changes.append(torch.linalg.solve(system, keys.T) @ residuals)
+      kernels[i] += _stored(down(model, layer), changes[-1])
       tell(1)
     _wait(model)
     seconds = time.perf_counter() - begin
@@ -346,47 +266,75 @@ def insert(
   return Inserted([x.cpu().numpy() for x in changes], seconds, tokens)
 
 
+def _stored(module: Any, change: Any) -> Any:
+  """A change [F, D] as a module's weight is stored."""
+  # Linear stores [out, in], Conv1D [in, out].
+  linear = isinstance(module, require().nn.Linear)
+  return (change.T if linear else change).to(module.weight.dtype)
+
+
+def _anchors(edit: EncodedEdit, c: int) -> list[int]:
+  return [edit.stage(k, c).anchor for k in range(edit.stages)]
+
+
+def _texts(edit: EncodedEdit, whole: bool) -> list[np.ndarray]:
+  """Contexts as insertion runs them, up to the last anchor at least."""
+  if whole:
+    return [np.concatenate([row, edit.target]) for row in edit.rows]
+  return [
+      edit.text(c)[: max(len(row), _anchors(edit, c)[-1] + 1)]
+      for c, row in enumerate(edit.rows)
+  ]
+
+
 def _keys(
-    model: Any, edits: Sequence[EncodedEdit], layer: int
-) -> tuple[Any, int]:
-  """Averages the input of the second MLP matrix at the anchors.
+    model: Any, edits: Sequence[EncodedEdit], layer: int, whole: bool
+) -> tuple[Any, Any, int]:
+  """Reads the input of the second MLP matrix.
 
   Returns:
-    ([E, F] float64 keys, half the weight on the bare prompt; tokens run).
+    ([M, F] float64 average at the anchors, half the weight on the bare prompt;
+    [P, F] at the other tokens of whole texts; tokens run).
   """
-  contexts = len(edits[0].rows)
-  rows = [row for edit in edits for row in edit.rows]
-  anchors = [anchor for edit in edits for anchor in edit.anchors]
-  seen, keep = _reader(anchors, lambda inputs, output: inputs[0])
+  rows = [row for edit in edits for row in _texts(edit, whole)]
+  anchors = [_anchors(e, c) for e in edits for c in range(len(e.rows))]
+  wanted = [range(len(row)) for row in rows] if whole else anchors
+  seen, keep = _reader(wanted, lambda inputs, output: inputs[0])
   tokens = _run(model, rows, down(model, layer), keep)
-  found = require().cat(seen).unflatten(0, (len(edits), contexts))
-  if contexts == 1:
-    return found[:, 0], tokens
-  return (found[:, 0] + found[:, 1:].mean(1)) / 2, tokens
+  held = [seen[0][:0]]
+  if whole:
+    for i, at in enumerate(anchors):
+      rest = np.setdiff1d(wanted[i], at)
+      held.append(seen[i][rest])
+      seen[i] = seen[i][at]
+  found, each = [], iter(seen)
+  for edit in edits:
+    bare, *others = [next(each) for _ in edit.rows]
+    found.append((bare + sum(others) / len(others)) / 2 if others else bare)
+  return require().cat(found), require().cat(held), tokens
 
 
 def _states(
-    model: Any, edits: Sequence[EncodedEdit], layer: int
+    model: Any, edits: Sequence[EncodedEdit], layer: int, whole: bool
 ) -> tuple[Any, int]:
-  """[E, D] float64 output of a block at the anchors of the bare prompts."""
+  """[M, D] float64 output of a block at the anchors of the bare prompts."""
   first = lambda x: x[0] if isinstance(x, tuple) else x
-  seen, keep = _reader(
-      [edit.anchors[0] for edit in edits], lambda inputs, output: first(output)
-  )
-  bare = [edit.rows[0] for edit in edits]
+  wanted = [_anchors(edit, 0) for edit in edits]
+  seen, keep = _reader(wanted, lambda inputs, output: first(output))
+  bare = [_texts(edit, whole)[0] for edit in edits]
   tokens = _run(model, bare, block(model, layer), keep)
   return require().cat(seen), tokens
 
 
-def _reader(anchors: Sequence[int], pick: Any) -> tuple[list[Any], Any]:
-  """A hook that keeps what lies at the anchors, batch after batch."""
+def _reader(
+    wanted: Sequence[Sequence[int]], pick: Any
+) -> tuple[list[Any], Any]:
+  """A hook that keeps columns of every row, in float64, batch after batch."""
   seen: list[Any] = []
 
   def keep(_, inputs, output):
-    x = pick(inputs, output)
-    at = sum(map(len, seen))
-    columns = anchors[at : at + len(x)]
-    seen.append(x[range(len(x)), columns].double())
+    for row in pick(inputs, output):
+      seen.append(row[list(wanted[len(seen)])].double())
 
   return seen, keep
 

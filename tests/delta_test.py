@@ -16,7 +16,7 @@ from absl.testing import absltest, parameterized
 from jaxedit import delta as delta_lib
 from jaxedit.delta import algebra
 from jaxedit.edit import forward
-from jaxedit.models import decoder
+from jaxedit.models import decoder, loading
 from jaxedit.testing import models
 from jaxedit.types import Dense, Edited, InputError, LowRank
 
@@ -35,6 +35,31 @@ def low_rank(seed: int, rank: int = 3, layers=LAYERS, site=SITE) -> Edited:
       jnp.float32,
   )
   return Edited(deltas=(LowRank(layers, site, draw(shape[0]), draw(shape[1])),))
+
+
+def whole_block(seed: int, edits: int | None = None) -> Edited:
+  """Random changes of a kernel, a bias and a scale, some of one site."""
+  rng = np.random.default_rng(seed)
+  lead = () if edits is None else (edits,)
+  sizes = {
+      ('attn/q', 'bias'): (SPEC.heads * SPEC.head_size,),
+      ('attn/q', 'kernel'): (D, SPEC.heads * SPEC.head_size),
+      ('mlp_norm', 'scale'): (D,),
+  }
+  return Edited(
+      deltas=tuple(
+          Dense(
+              LAYERS,
+              site,
+              jnp.asarray(
+                  0.3 * rng.standard_normal((len(LAYERS), *lead, *size)),
+                  jnp.float32,
+              ),
+              leaf,
+          )
+          for (site, leaf), size in sizes.items()
+      )
+  )
 
 
 def kernels(edited: Edited) -> list[np.ndarray]:
@@ -191,6 +216,114 @@ class StackTest(Base):
     self.assertEqual(got.deltas[0].layers, LAYERS)
 
 
+class LeafTest(parameterized.TestCase):
+  """Changes of parameters other than kernels."""
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.spec = models.tiny_spec('qwen2')
+    cls.params = models.random_params(cls.spec, 0)
+    tokens = np.random.default_rng(0).integers(0, cls.spec.vocab, (4, 9))
+    columns = decoder.token_columns(np.ones((4, 9), bool))
+    cls.rest = jnp.asarray(tokens, jnp.int32), columns
+
+  def logits(self, params, edited=forward.UNEDITED):
+    return np.asarray(run(self.spec, params, edited, *self.rest))
+
+  def test_apply(self):
+    edited = whole_block(1)
+    before = jax.tree.map(np.array, self.params)
+    merged = delta_lib.apply(self.params, edited)
+    for old, kept in zip(jax.tree.leaves(self.params), jax.tree.leaves(before)):
+      np.testing.assert_array_equal(old, kept)
+    self.assertEqual(
+        [algebra.path(d) for d in edited.deltas],
+        [
+            'layers/attn/q/bias',
+            'layers/attn/q/kernel',
+            'layers/mlp_norm/scale',
+        ],
+    )
+    for delta in edited.deltas:
+      old, new = (
+          np.asarray(loading.get_leaf(p, algebra.path(delta)))
+          for p in (before, merged)
+      )
+      np.testing.assert_array_equal(new[1], old[1])
+      np.testing.assert_array_equal(new[[0, 2]], old[[0, 2]] + delta.kernel)
+
+  def test_lazy_equals_merged(self):
+    edited = whole_block(1)
+    merged = self.logits(delta_lib.apply(self.params, edited))
+    np.testing.assert_allclose(
+        self.logits(self.params, edited), merged, atol=1e-4
+    )
+    base = self.logits(self.params)
+    for delta in edited.deltas:
+      part = self.logits(self.params, Edited(deltas=(delta,)))
+      self.assertGreater(np.abs(part - base).max(), 0.05)
+
+  def test_generation(self):
+    edited = whole_block(1)
+    prompts, settings = [[3, 4, 5]], {'max_new_tokens': 6}
+    merged = delta_lib.apply(self.params, edited)
+    self.assertEqual(
+        forward.generate(self.spec, self.params, edited, prompts, **settings),
+        forward.generate(
+            self.spec, merged, forward.UNEDITED, prompts, **settings
+        ),
+    )
+
+  def test_small_changes_are_not_rounded(self):
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), self.params)
+    tiny = Dense((0,), 'mlp_norm', jnp.full((1, D), 1e-5), 'scale')
+    params, kernels_left = forward.enter(half, Edited(deltas=(tiny,)))
+    scale = params['layers']['mlp_norm']['scale']
+    self.assertEmpty(kernels_left)
+    old = half['layers']['mlp_norm']['scale'].astype(jnp.float32)
+    np.testing.assert_allclose((scale - old)[0], 1e-5, rtol=0.05)
+
+  def test_sum(self):
+    first, second = whole_block(1), whole_block(2)
+    second = Edited(deltas=second.deltas[::-1])  # places count, not the order
+    both = delta_lib.add(first, second)
+    later = delta_lib.apply(delta_lib.apply(self.params, first), second)
+    once = delta_lib.apply(self.params, both)
+    for a, b in zip(jax.tree.leaves(once), jax.tree.leaves(later)):
+      np.testing.assert_allclose(a, b, atol=1e-6)
+    self.assertEqual([d.leaf for d in both.deltas], ['bias', 'kernel', 'scale'])
+    bias, kernel, _ = first.deltas
+    with self.assertRaisesRegex(ValueError, 'biases to biases'):
+      delta_lib.add(Edited(deltas=(bias,)), Edited(deltas=(kernel,)))
+
+  def test_side_by_side(self):
+    edits = [whole_block(seed) for seed in range(3)]
+    stacked = delta_lib.stack(edits)
+    for a, b in zip(
+        jax.tree.leaves(delta_lib.one(stacked, 1)), jax.tree.leaves(edits[1])
+    ):
+      np.testing.assert_array_equal(a, b)
+    self.assertEqual(
+        [
+            d.kernel.shape[1]
+            for d in delta_lib.rows(stacked, np.array([2, 0])).deltas
+        ],
+        [2, 2, 2],
+    )
+    for refuse in (
+        lambda: delta_lib.apply(self.params, stacked),
+        lambda: self.logits(self.params, stacked),
+    ):
+      with self.assertRaisesRegex(ValueError, 'side by side'):
+        refuse()
+
+  def test_compact(self):
+    for delta in whole_block(1).deltas:
+      self.assertIs(delta_lib.compact(delta), delta)
+      self.assertIs(delta_lib.kernel(delta), delta.kernel)
+
+
 class FileTest(Base):
 
   def setUp(self):
@@ -209,10 +342,15 @@ class FileTest(Base):
     # More than ten layers: names sort otherwise than numbers.
     many = low_rank(1, layers=tuple(range(12)))
     stacked = delta_lib.stack([low_rank(0), low_rank(1)])
+    *first, last = whole_block(2).deltas
+    mixed = Edited(deltas=(*first, *low_rank(1).deltas, last))
     for edited in (
         low_rank(1),
         Edited(deltas=(dense, *many.deltas)),
         stacked,
+        whole_block(1),
+        whole_block(1, edits=3),
+        mixed,
         Edited(),
     ):
       self._save(edited)

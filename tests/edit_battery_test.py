@@ -20,7 +20,17 @@ from absl.testing import absltest, parameterized
 
 from jaxedit import delta as delta_lib
 from jaxedit import values
-from jaxedit.edit import closed_form, forward, insertion, memit
+from jaxedit.edit import (
+    alphaedit,
+    climb,
+    closed_form,
+    emmet,
+    forward,
+    insertion,
+    memit,
+    pmet,
+    rome,
+)
 from jaxedit.models import decoder
 from jaxedit.testing import facts
 from jaxedit.text import batching, seating
@@ -41,13 +51,14 @@ STAGES = (
     pool.prepare,
     pool.seat,
     pool.advance,
-    insertion._enter,
-    insertion._halt,
-    insertion._read_keys,
-    insertion._foresee,
-    insertion._write,
+    climb._enter,
+    climb._halt,
+    climb._read_keys,
+    climb._measure,
+    climb._foresee,
+    climb._write,
     insertion._solve_factors,
-    insertion._solve_each,
+    insertion._solve_groups,
 )
 every_recipe = parameterized.named_parameters((name, name) for name in RECIPES)
 run = jax.jit(forward.forward, static_argnums=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -18,9 +19,11 @@ from absl.testing import absltest, parameterized
 
 from experiments import (
     benchmark,
+    benchmark_presets,
     benchmark_report,
     benchmark_setup,
     benchmark_stages,
+    benchmark_torch,
     torch_baseline,
 )
 from jaxedit.models import decoder, families
@@ -30,13 +33,25 @@ from jaxedit.values import Schedule
 
 try:
   import naive_oracle
+  import naive_rows
   import torch
 except ImportError:
-  naive_oracle = torch = None
+  naive_oracle = naive_rows = torch = None
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 needs_torch = absltest.skipIf(torch is None, 'torch is missing')
 SCHEDULE = Schedule(steps=8, rate=0.3, clamp=0.6)
+
+
+def chained(count, *, contexts=1, kl=False):
+  """Random edits with targets in chunks of three."""
+  some = facts.random_edits(
+      count, seed=4, contexts=contexts, targets=(7, 5, 3), kl=kl
+  )
+  cut = lambda n: tuple((i, min(i + 3, n)) for i in range(0, n, 3))
+  return [
+      dataclasses.replace(edit, chunks=cut(len(edit.target))) for edit in some
+  ]
 
 
 @needs_torch
@@ -48,7 +63,7 @@ class TorchLoopTest(parameterized.TestCase):
     pair = naive_oracle.pair(family)
     for edit in facts.random_edits(3, seed=1):
       want = naive_oracle.optimize(pair.torch, edit, 1, SCHEDULE)
-      got = torch_baseline.optimize(
+      (got,) = torch_baseline.optimize(
           pair.torch, edit, layer=1, schedule=SCHEDULE
       )
       np.testing.assert_allclose(got.z0, want.z0, rtol=1e-5, atol=1e-6)
@@ -62,12 +77,51 @@ class TorchLoopTest(parameterized.TestCase):
     pair = naive_oracle.pair('llama')
     (edit,) = facts.random_edits(1, seed=2, kl=False)
     easy = SCHEDULE._replace(threshold=100.0)
-    got = torch_baseline.optimize(pair.torch, edit, layer=1, schedule=easy)
+    (got,) = torch_baseline.optimize(pair.torch, edit, layer=1, schedule=easy)
     self.assertEqual((got.steps, got.shape[0]), (1, 3))
     np.testing.assert_array_equal(got.z, got.z0)
     want = naive_oracle.optimize(pair.torch, edit, 1, SCHEDULE)
-    got = torch_baseline.optimize(pair.torch, edit, layer=1, schedule=SCHEDULE)
+    (got,) = torch_baseline.optimize(
+        pair.torch, edit, layer=1, schedule=SCHEDULE
+    )
     np.testing.assert_allclose(got.z, want.z, rtol=1e-4, atol=1e-5)
+
+  @parameterized.parameters(('llama', True), ('gptj', False))
+  def test_chunks(self, family, kl):
+    pair = naive_oracle.pair(family)
+    for edit in chained(2, contexts=2, kl=kl):
+      want = naive_oracle.chain(pair.torch, edit, 1, SCHEDULE)
+      got = torch_baseline.optimize(
+          pair.torch, edit, layer=1, schedule=SCHEDULE
+      )
+      self.assertLen(got, edit.stages)
+      for k, (one, other) in enumerate(zip(got, want)):
+        np.testing.assert_allclose(one.z0, other.z0, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(one.z, other.z, rtol=1e-4, atol=2e-5)
+        self.assertEqual(one.steps, len(other.losses))
+        self.assertAlmostEqual(one.loss, other.losses[-1], places=4)
+        longest = max(edit.stage(k, c).end for c in range(2))
+        self.assertEqual(one.shape, (2 + (kl and k == 0), longest))
+
+  @parameterized.parameters((True, 1), (False, 2))
+  def test_insert_chunks(self, texts, contexts):
+    pair, layers = naive_oracle.pair('llama'), (0, 1)
+    edits = chained(3, contexts=contexts)
+    moments = facts.random_moments(pair.spec, layers, seed=0)
+    states = sum(edit.stages for edit in edits)
+    rng = np.random.default_rng(0)
+    z = rng.standard_normal((states, pair.spec.width)).astype(np.float32)
+    settings = dict(z=z, grams=list(moments.gram))
+    row = naive_rows.memit(50.0)
+    want, _, _ = naive_rows.write(
+        pair.torch, edits, layers, row, whole=texts, **settings
+    )
+    got = torch_baseline.insert(
+        pair.torch, edits, layers=layers, weight=50.0, texts=texts, **settings
+    )
+    for one, other in zip(got.changes, want):
+      scale = np.abs(other).max()
+      np.testing.assert_allclose(one, other, atol=1e-5 * scale, rtol=1e-4)
 
   @parameterized.parameters('llama', 'gpt2')
   def test_insert(self, family):
@@ -76,7 +130,7 @@ class TorchLoopTest(parameterized.TestCase):
     moments = facts.random_moments(pair.spec, layers, seed=0)
     rng = np.random.default_rng(0)
     z = rng.standard_normal((5, pair.spec.width)).astype(np.float32)
-    before = torch_baseline.down(pair.torch, 0).weight.clone()
+    before = benchmark_torch.down(pair.torch, 0).weight.clone()
     settings = dict(z=z, grams=list(moments.gram), weight=50.0)
     want, _ = naive_oracle.memit(pair.torch, edits, layers, **settings)
     with mock.patch.object(torch_baseline, '_ROWS', 4):
@@ -84,7 +138,7 @@ class TorchLoopTest(parameterized.TestCase):
     for one, other in zip(got.changes, want):
       scale = np.abs(other).max()
       np.testing.assert_allclose(one, other, atol=1e-5 * scale, rtol=1e-4)
-    after = torch_baseline.down(pair.torch, 0).weight
+    after = benchmark_torch.down(pair.torch, 0).weight
     self.assertTrue(torch.equal(before, after))
     rows = [len(row) for edit in edits for row in edit.rows]
     bare = [len(edit.rows[0]) for edit in edits]
@@ -92,12 +146,12 @@ class TorchLoopTest(parameterized.TestCase):
 
   @parameterized.parameters('gptj-6b', 'gpt2-xl', 'llama3-8b', 'qwen2.5-7b')
   def test_same_random_weights(self, name):
-    preset = benchmark_setup.PRESETS[name]
-    fields, _ = benchmark_setup.scaled(preset, 0.01, 0.01)
+    preset = benchmark_presets.PRESETS[name]
+    fields, _ = benchmark_presets.scaled(preset, 0.01, 0.01)
     fields['vocab_size'] = 101
     spec = families.spec_from_hf(fields)
-    params = benchmark_setup.random_params(spec, 0, 'float32')
-    model = torch_baseline.from_params(fields, spec, params, 'float32')
+    params = benchmark_presets.random_params(spec, 0, 'float32')
+    model = benchmark_torch.from_params(fields, spec, params, 'float32')
     torch.set_num_threads(1)
     ids = np.arange(7)
     got = naive_oracle.run(model, ids).detach().numpy()
@@ -115,8 +169,8 @@ class PresetTest(parameterized.TestCase):
       ('gpt2-xl', 1.56e9, 48),
   )
   def test_true_sizes(self, name, parameters, layers):
-    preset = benchmark_setup.PRESETS[name]
-    fields, edited = benchmark_setup.scaled(preset, 1.0, 1.0)
+    preset = benchmark_presets.PRESETS[name]
+    fields, edited = benchmark_presets.scaled(preset, 1.0, 1.0)
     self.assertEqual(fields, dict(preset.config))
     self.assertEqual(edited, preset.layers)
     spec = families.spec_from_hf(fields)
@@ -126,9 +180,17 @@ class PresetTest(parameterized.TestCase):
     self.assertBetween(found / parameters, 0.99, 1.01)
     self.assertEqual(preset.value.threshold, 0)
 
+  def test_settings_of_long_answers(self):
+    found = benchmark_presets.PRESETS['smollm2'].passage_value
+    want = (25, 25.0, 1e-3, 4.0, 0.0, 1e-2)
+    names = ('steps', 'rate', 'decay', 'clamp', 'kl', 'threshold')
+    self.assertEqual(tuple(getattr(found, name) for name in names), want)
+    found = benchmark_presets.PRESETS['llama3-8b'].passage_value
+    self.assertEqual((found.rate, found.threshold), (0.5, 0.0))
+
   def test_scaled(self):
-    preset = benchmark_setup.PRESETS['llama3-8b']
-    fields, edited = benchmark_setup.scaled(preset, 0.25, 0.25)
+    preset = benchmark_presets.PRESETS['llama3-8b']
+    fields, edited = benchmark_presets.scaled(preset, 0.25, 0.25)
     spec = families.spec_from_hf(fields)
     self.assertEqual((spec.layers, spec.width, spec.mlp_width), (8, 1024, 3584))
     self.assertEqual((spec.heads, spec.kv_heads, spec.head_size), (8, 2, 128))
@@ -137,7 +199,7 @@ class PresetTest(parameterized.TestCase):
   @parameterized.parameters('float32', 'bfloat16')
   def test_random_params(self, dtype):
     spec = models.tiny_spec('gptj')
-    params = benchmark_setup.random_params(spec, 0, dtype)
+    params = benchmark_presets.random_params(spec, 0, dtype)
     kernel = params['layers']['mlp']['down']['kernel']
     self.assertEqual(kernel.dtype.name, dtype)
     self.assertEqual(kernel.shape, (3, 128, 32))
@@ -148,7 +210,7 @@ class PresetTest(parameterized.TestCase):
     self.assertEqual(jax.tree.structure(params), want)
 
   def test_random_moments(self):
-    moments = benchmark_setup.RandomMoments(96, 0)
+    moments = benchmark_presets.RandomMoments(96, 0)
     gram = moments.layer(3)
     self.assertEqual((gram.dtype.name, gram.shape), ('float64', (96, 96)))
     gram = np.asarray(gram)
@@ -204,7 +266,7 @@ class TorchMissingTest(absltest.TestCase):
   def test_says_what_to_install(self):
     with mock.patch.dict(sys.modules, {'torch': None}):
       with self.assertRaisesRegex(InputError, 'pip install torch'):
-        torch_baseline.require()
+        benchmark_torch.require()
 
 
 # Suffixes of one length: one shape to compile.
@@ -233,7 +295,33 @@ def write_facts(folder):
   return path
 
 
-TINY = benchmark_setup.Preset(
+PASSAGES = [
+    ('Where is Oslo?', 'It lies by a fjord.'),
+    ('Who sang?', 'The old men did so.'),
+    ('What is long?', 'This text here is far longer than the others are.'),
+    ('And then?', 'Rain fell on us.'),
+]
+
+
+def write_passages(folder):
+  """Writes passages; returns the file."""
+  path = folder / 'passages.jsonl'
+  rows = [{'question': q, 'answer': a} for q, a in PASSAGES]
+  path.write_text('\n'.join(map(json.dumps, rows)))
+  return path
+
+
+def chat_model(folder):
+  """Writes a model whose tokenizer has a chat template; returns its folder."""
+  model = tiny_model.make(folder / 'model')
+  (model / 'chat_template.jinja').write_text(
+      "{% for m in messages %}{{ 'Q' if m.role == 'user' else 'A' }}:"
+      '{{ m.content }};{% endfor %}{% if add_generation_prompt %}A:{% endif %}'
+  )
+  return model
+
+
+TINY = benchmark_presets.Preset(
     config=dict(
         model_type='llama', num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, hidden_size=32, intermediate_size=48,
@@ -257,7 +345,7 @@ class BaselineTest(absltest.TestCase):
     folder = pathlib.Path(folder.name)
     model, data = tiny_model.make(folder / 'model'), write_facts(folder)
     config = benchmark_setup.Config('tiny', str(model), data=str(data))
-    with mock.patch.dict(benchmark_setup.PRESETS, tiny=TINY):
+    with mock.patch.dict(benchmark_presets.PRESETS, tiny=TINY):
       setup = benchmark_setup.prepare(config, model, silent)
     # Threads cost tiny models far more than they gain.
     with mock.patch.object(os, 'cpu_count', return_value=1):
@@ -272,27 +360,76 @@ class BaselineTest(absltest.TestCase):
     self.assertGreater(agree['d_cosine_min'], 1 - 1e-5)
     self.assertLess(agree['change_difference'], 1e-3)
     self.assertLess(agree['change_difference_same_states'], 1e-4)
-    for name in ('optimize', 'insert'):
+    for name in ('optimize', 'insert', 'both'):
       self.assertGreater(found[name]['flop_ratio'], 1, name)
       self.assertGreater(found[name]['ratio'], 0, name)
-    ceilings = dict.fromkeys(('float32', 'float64'), 1e11)
     section = benchmark_report.section(
-        {
-            'origin': benchmark_report.origin([]),
-            'workload': self.workload(config, setup),
-            'ceilings': ceilings,
-            'stages': [stage.facts(ceilings) for stage in stages],
-            'baseline': found,
-        }
+        self.results(config, setup, stages, found)
     )
     self.assertIn('the published loop in PyTorch', section)
     self.assertIn('equal step counts for 3 of 3 edits', section)
+
+  def test_long_answers_agree_with_ours(self):
+    folder = tempfile.TemporaryDirectory()
+    self.addCleanup(folder.cleanup)
+    folder = pathlib.Path(folder.name)
+    model, data = chat_model(folder), write_passages(folder)
+    config = benchmark_setup.Config(
+        'tiny', str(model), data=str(data), window=5, value_steps=6,
+        max_answer_tokens=24, on_bad_record='skip', num_edits=3,
+    )  # fmt: skip
+    with mock.patch.dict(benchmark_presets.PRESETS, tiny=TINY):
+      setup = benchmark_setup.prepare(config, model, silent)
+    self.assertTrue(setup.apart)
+    self.assertEqual([edit.number for edit in setup.edits], [1, 2, 4])
+    states = [edit.stages for edit in setup.edits]
+    self.assertGreater(min(states), 2)
+    with mock.patch.object(os, 'cpu_count', return_value=1):
+      stages, found = benchmark.measure(
+          setup, repeat=1, baseline=2, moments_rows=1, max_new_tokens=4
+      )
+    agree = found['agreement']
+    self.assertEqual(agree['states'], sum(states[:2]))
+    self.assertEqual(agree['steps'], agree['torch_steps'])
+    self.assertGreater(agree['z_cosine_min'], 1 - 1e-6)
+    self.assertGreater(agree['d_cosine_min'], 1 - 1e-4)
+    self.assertLess(agree['change_difference'], 1e-2)
+    self.assertLess(agree['change_difference_same_states'], 1e-4)
+    for name in ('optimize', 'insert', 'both'):
+      self.assertGreater(found[name]['flop_ratio'], 1, name)
+    named = {stage.name: stage for stage in stages}
+    self.assertNotIn('evaluate', named)
+    self.assertEqual(named['answer'].more['texts'], 3)
+    self.assertBetween(named['answer'].count, 3, 12)
+    more = named['optimize'].more
+    labels = sum(len(edit.target) for edit in setup.edits)
+    self.assertEqual(more['needed'], 6 * labels)
+    self.assertEqual(more['states'], sum(states))
+    results = self.results(config, setup, stages, found)
+    section = benchmark_report.section(results)
+    for words in (
+        f'equal step counts for {sum(states[:2])} of {sum(states[:2])} chunks',
+        'chunks of 5', 'tokens a second', '| both |', 'tiny, 3 long answers',
+    ):  # fmt: skip
+      self.assertIn(words, section)
+    self.assertNotIn('contexts', section)
+    self.assertLen(benchmark_report.plot(results, folder), 1)
+
+  def results(self, config, setup, stages, found):
+    ceilings = dict.fromkeys(('float32', 'float64'), 1e11)
+    return {
+        'origin': benchmark_report.origin([]),
+        'workload': self.workload(config, setup),
+        'ceilings': ceilings,
+        'stages': [stage.facts(ceilings) for stage in stages],
+        'baseline': found,
+    }
 
   def workload(self, config, setup):
     flags = mock.Mock(slots=None, repeat=1, cold=False)
     with (
         mock.patch.object(benchmark, 'FLAGS', flags),
-        mock.patch.dict(benchmark_setup.PRESETS, tiny=TINY),
+        mock.patch.dict(benchmark_presets.PRESETS, tiny=TINY),
     ):
       return benchmark.workload(config, setup)
 
@@ -363,7 +500,7 @@ class ProgramTest(parameterized.TestCase):
     results, stages = self.check_results(folder)
     work = results['workload']
     self.assertEqual((work['model_layers'], work['random']), (3, True))
-    self.assertEqual(stages['optimize']['more']['steps_an_edit'], 25)
+    self.assertEqual(stages['optimize']['more']['steps_a_state'], 25)
     suffix = work['suffix'] * 3 * work['contexts']
     self.assertAlmostEqual(stages['optimize']['more']['needed'], 25 * suffix)
     self.assertIsNone(results['baseline'])
@@ -376,18 +513,41 @@ class ProgramTest(parameterized.TestCase):
     self.assertEqual(drawn, '\nplot: ' in done.stdout)
     self.assertEqual(not drawn, '\nno plot: ' in done.stdout)
 
-  def test_wrong_flags_are_told_at_once(self):
+  def test_flags_of_long_answers(self):
+    code = (
+        'import sys; from absl import flags; from experiments import benchmark,'
+        ' benchmark_flags; benchmark.define_flags(); flags.FLAGS(sys.argv);'
+        ' print(benchmark_flags.config_from_flags())'
+    )
     done = subprocess.run(
-        [sys.executable, '-m', 'experiments.benchmark', '--scale_width=0.5'],
+        [sys.executable, '-c', code, '--preset=gpt2-xl', '--output_dir=o',
+         '--window=6', '--overlap=1', '--layers=1,3', '--value_steps=3'],
         cwd=ROOT,
         env={**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'},
         capture_output=True,
         text=True,
         timeout=120,
+    )  # fmt: skip
+    self.assertEqual(done.returncode, 0, done.stderr)
+    config = (
+        'window=6, overlap=1, max_answer_tokens=None, layers=(1, 3), value_'
     )
+    self.assertIn(config + 'steps=3', done.stdout)
+
+  def test_wrong_flags_are_told_at_once(self):
+    done = subprocess.run(
+        [sys.executable, '-m', 'experiments.benchmark', '--scale_width=0.5',
+         '--overlap=3'],
+        cwd=ROOT,
+        env={**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )  # fmt: skip
     self.assertEqual(done.returncode, 2, done.stderr)
     self.assertIn('error: --output_dir is missing', done.stderr)
     self.assertIn('error: --scale_layers and --scale_width', done.stderr)
+    self.assertIn('error: --overlap is about long answers', done.stderr)
 
 
 if __name__ == '__main__':

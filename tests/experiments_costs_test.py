@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from experiments import costs
+from experiments import benchmark_lengths, costs
 from jaxedit.models import decoder
 from jaxedit.testing import models
 from jaxedit.text.batching import EncodedEdit
@@ -19,38 +19,79 @@ def ids(*lengths):
 
 # Two contexts of 5 and 8 tokens, anchors at 2 and 5, three labels, KL of 4.
 EDIT = EncodedEdit(1, ids(5, 8), (2, 5), *ids(3, 4))
+# Question of 6 tokens, answer of 7 in chunks of 3, so that the anchors are tokens
+# 5, 8 and 11 and the inputs end before 8, 11 and 12.
+CHAIN = EncodedEdit(2, ids(6), (5,), *ids(7, 0), ((0, 3), (3, 6), (6, 7)))
 SPEC = models.tiny_spec('llama')  # 3 layers, D 32, F 48, 4 and 2 heads of 8
 
 
 class LengthsTest(absltest.TestCase):
 
   def test_hand_count(self):
-    sizes = costs.lengths([EDIT, EDIT])
+    sizes = benchmark_lengths.lengths([EDIT, EDIT])
     want = dict(
         tokens=7 + 10,
         left=2 + 5,
+        kl=4,
+        reach=3 + 6,
+        bare=3,
+        keys=2,
+        states=1,
+    )
+    for name, value in want.items():
+      np.testing.assert_array_equal(getattr(sizes, name), [value] * 2, name)
+
+  def test_a_step(self):
+    want = dict(
         suffix=5 + 5,
         scored=6,
         # Tokens 2 to 6 see 3 to 7 tokens, tokens 5 to 9 see 6 to 10.
         pairs=(3 + 4 + 5 + 6 + 7) + (6 + 7 + 8 + 9 + 10),
         kl=4,
-        reach=3 + 6,
-        bare=3,
-        anchors=2,
     )
+    loads = benchmark_lengths.loads([EDIT, EDIT])
     for name, value in want.items():
-      np.testing.assert_array_equal(getattr(sizes, name), [value] * 2, name)
+      np.testing.assert_array_equal(getattr(loads, name), [value] * 2, name)
+
+  def test_chunks(self):
+    sizes = benchmark_lengths.lengths([CHAIN])
+    found = [int(x[0]) for x in sizes]
+    self.assertEqual(found, [12, 5, 0, 12, 12, 3, 3])
+    # With the whole text all of its keys are read, the last token's too.
+    sizes = benchmark_lengths.lengths([CHAIN], texts=True)
+    found = [int(x[0]) for x in sizes]
+    self.assertEqual(found, [12, 5, 0, 13, 12, 13, 3])
+    loads = benchmark_lengths.loads([CHAIN, EDIT])
+    np.testing.assert_array_equal(loads.suffix, [3, 3, 1, 10])
+    np.testing.assert_array_equal(loads.scored, [3, 3, 1, 6])
+    pairs = [6 + 7 + 8, 9 + 10 + 11, 12]
+    np.testing.assert_array_equal(loads.pairs[:3], pairs)
+    np.testing.assert_array_equal(loads.kl, [0, 0, 0, 4])
+    overlap = dataclasses.replace(CHAIN, chunks=((0, 4), (3, 7)))
+    loads = benchmark_lengths.loads([overlap])
+    np.testing.assert_array_equal(loads.suffix, [4, 4])
+
+  def test_systems(self):
+    systems = benchmark_lengths.systems
+    self.assertEqual(systems([EDIT, EDIT]), [(2, 0)])
+    self.assertEqual(systems([CHAIN, CHAIN], texts=True), [(6, 20)])
+    both = systems([CHAIN, EDIT], apart=True)
+    self.assertEqual(both, [(3, 0), (1, 0)])
+    both = systems([CHAIN, CHAIN], texts=True, apart=True)
+    self.assertEqual(both, [(3, 10), (3, 10)])
 
   def test_what_edits_share_counts_once(self):
-    sizes = costs.own(costs.lengths([EDIT, EDIT, EDIT]), [1, 4])
+    sizes = benchmark_lengths.own(
+        benchmark_lengths.lengths([EDIT, EDIT, EDIT]), [1, 4]
+    )
     self.assertEqual(sizes.tokens.sum(), 3 * 17 - 2 * 5)
     self.assertEqual(sizes.left.sum(), 3 * 7 - 2 * 5)
     self.assertEqual(sizes.reach.sum(), 3 * 9 - 2 * 5)
     self.assertEqual(sizes.bare.sum(), 3 * 3 - 2 * 1)
-    self.assertEqual(sizes.suffix.sum(), 3 * 10)
 
   def test_no_edits(self):
-    for array in costs.lengths([]):
+    empty = (*benchmark_lengths.lengths([]), *benchmark_lengths.loads([]))
+    for array in empty:
       self.assertEqual(array.shape, (0,))
 
 
@@ -78,7 +119,7 @@ class CostsTest(parameterized.TestCase):
 
   def test_what_is_prepared(self):
     w = costs.layer_weights(SPEC)
-    sizes, read = costs.lengths([EDIT]), 2 * 32 * 16
+    sizes, read = benchmark_lengths.lengths([EDIT]), 2 * 32 * 16
     # 17 + 4 tokens up to layer 1, 7 + 3 of them to the keys and values above.
     got = costs.prepare_flops(SPEC, 1, sizes)
     self.assertEqual(got, 2 * (21 * 2 * w + 10 * read))
@@ -88,7 +129,7 @@ class CostsTest(parameterized.TestCase):
 
   def test_insertion(self):
     w = costs.layer_weights(SPEC)
-    got = costs.insert_flops(SPEC, (0, 1), costs.lengths([EDIT]))
+    got = costs.insert_flops(SPEC, (0, 1), benchmark_lengths.lengths([EDIT]))
     mlp, key = 3 * 32 * 48, 2 * 32 * 48
     self.assertEqual(costs.layer_weights(SPEC, 'mlp'), mlp)
     self.assertEqual(costs.layer_weights(SPEC, 'attn'), w - mlp)
@@ -99,10 +140,24 @@ class CostsTest(parameterized.TestCase):
     self.assertEqual(got, 2 * (climbs + looks))
     f, d, m = 48, 32, 5
     self.assertAlmostEqual(
-        costs.solve_flops(SPEC, 2, m),
+        costs.solve_flops(SPEC, 2, [(m, 0)]),
         2 * (2 * f * f * m + 2 * f * m * m + m**3 / 3 + 2 * m * m * d),
     )
+    # Three states beside ten held keys, twice: 13 rows are whitened, 3 lifted.
+    one = f * f * (13 + 3) + 2 * f * 13 * 13 + 13**3 / 3
+    one += 2 * f * 3 * 10 + 2 * 3 * 3 * d
+    got = costs.solve_flops(SPEC, 2, [(3, 10), (3, 10)])
+    self.assertAlmostEqual(got, 2 * 2 * one)
     self.assertAlmostEqual(costs.factor_flops(SPEC, 2), 2 * f**3 / 3)
+
+  def test_insertion_of_texts(self):
+    w, mlp, down = costs.layer_weights(SPEC), 3 * 32 * 48, 32 * 48
+    sizes = benchmark_lengths.lengths([CHAIN], texts=True)
+    # All 13 tokens climb and have a key; 12 look ahead, of which 3 are anchors.
+    climbs = 13 * (2 * w - mlp) + 13 * (mlp - down)
+    looks = 12 * w + 2 * 3 * mlp
+    got = costs.insert_flops(SPEC, (0, 1), sizes)
+    self.assertEqual(got, 2 * (climbs + looks))
 
   def test_moments_and_scores(self):
     w = costs.layer_weights(SPEC)
@@ -126,21 +181,33 @@ class CostsTest(parameterized.TestCase):
     attention = 4 * 32 * 300 * (4 * 3 + 2 * 3 * 1)
     got = costs.loop_flops(SPEC, 1, 3, 10, 4)
     self.assertEqual(got, products + attention)
-    forward, dense = costs.loop_insert_flops(SPEC, 2, 30, 5)
+    forward, dense = costs.loop_insert_flops(SPEC, 2, 30, [(5, 0)])
     self.assertEqual(forward, 2 * 30 * (3 * w + head))
     f, d, m = 48, 32, 5
     self.assertAlmostEqual(
         dense, 2 * (2 * f**3 / 3 + 4 * f * f * m + 2 * f * m * d)
     )
+    _, more = costs.loop_insert_flops(SPEC, 2, 30, [(5, 7)])
+    self.assertAlmostEqual(more - dense, 2 * 2 * f * f * 7)
 
   def test_ours_adds_the_kl_row_and_attention(self):
-    sizes, w = costs.lengths([EDIT]), costs.layer_weights(SPEC)
-    got = costs.ours_flops(SPEC, 1, sizes, np.array([4]))
+    sizes, w = benchmark_lengths.lengths([EDIT]), costs.layer_weights(SPEC)
+    got = costs.ours_flops(SPEC, 1, [EDIT], np.array([4]))
     upper = 4 * 4 * (11 * w + 7 * 32 * 97)
     attention = 3 * 4 * 32 * 4 * (25 + 40 + 4)
     self.assertEqual(
         got, upper + attention + costs.prepare_flops(SPEC, 1, sizes)
     )
+
+  def test_chunks_are_a_suffix_each(self):
+    w, head = costs.layer_weights(SPEC), costs.head_weights(SPEC)
+    steps = np.array([4, 2, 5])
+    got = costs.ours_flops(SPEC, 1, [CHAIN], steps)
+    tokens = 3 * 4 + 3 * 2 + 5
+    pairs = 4 * (6 + 7 + 8) + 2 * (9 + 10 + 11) + 5 * 12
+    want = 4 * tokens * (w + head) + 3 * 4 * 32 * pairs
+    want += costs.prepare_flops(SPEC, 1, benchmark_lengths.lengths([CHAIN]))
+    self.assertEqual(got, want)
 
 
 class CompilerTest(parameterized.TestCase):

@@ -23,7 +23,14 @@ import tiny_model
 from absl import flags
 from absl.testing import absltest, parameterized
 
-from experiments import collect_moments, common, editing, memit_batch
+from experiments import (
+    collect_moments,
+    common,
+    editing,
+    job,
+    memit_batch,
+    resources,
+)
 from jaxedit import delta
 from jaxedit.edit import closed_form, forward, memit
 from jaxedit.eval import datasets, harness
@@ -308,7 +315,7 @@ class WholeRunTest(Case):
     self.assertIn('greedy, 3 new tokens', protocol['decoding'])
     self.assertEqual(protocol['settings']['layers'], [0, 1])
     self.assertEqual(protocol['settings']['moment_weight'], 20)
-    self.assertEqual(protocol['settings']['steps'], 5)
+    self.assertEqual(protocol['settings']['value']['steps'], 5)
     self.assertEqual(protocol['templates'], CONTEXTS)
     digest = hashlib.sha256(SETUP.data.read_bytes()).hexdigest()
     self.assertEqual(protocol['data']['sha256'], digest)
@@ -522,6 +529,73 @@ class SavedModelTest(Case):
       self.assertEqual(template.count('{}'), 1)
 
 
+class OtherRowsTest(Case):
+
+  def test_alphaedit_in_two_batches(self):
+    done = self.succeed(
+        method='alphaedit', moment_weight=None, max_new_tokens=0
+    )
+    protocol = done.results['protocol']
+    self.assertEqual(protocol['method'], 'alphaedit')
+    self.assertEqual(protocol['mode'], 'sequential')
+    settings = protocol['settings']
+    self.assertEqual((settings['share'], settings['threshold']), (0.9, None))
+    self.assertTrue(settings['remember'])
+    (change,) = done.delta()[0].deltas
+    self.assertEqual(change.key.shape[:2], (2, 4))
+    for row in done.records:
+      self.assertTrue(row['written'])
+      self.assertLess(row['distance'][-1], row['distance'][0])
+
+  def test_rome_by_one(self):
+    done = self.succeed(
+        method='rome', layers='1', moment_weight=None, reset=True,
+        batch_size=1, max_new_tokens=0,
+    )  # fmt: skip
+    protocol = done.results['protocol']
+    self.assertEqual(protocol['method'], 'rome')
+    self.assertEqual(protocol['settings']['output'], 'mlp')
+    edited, metadata = done.delta()
+    self.assertTrue(metadata['independent'])
+    (change,) = edited.deltas
+    self.assertEqual((change.layers, change.key.shape[:3]), ((1,), (1, 4, 1)))
+    for row in done.records:
+      self.assertLess(row['after']['nll_new'], row['before']['nll_new'] - 0.2)
+
+  @parameterized.parameters('rect', 'prune')
+  def test_post(self, post):
+    done = self.succeed(post=post, max_new_tokens=0)
+    self.assertEqual(done.results['protocol']['settings']['post'], post)
+    (change,) = done.delta()[0].deltas
+    kernel = np.asarray(delta.kernel(change))
+    self.assertTrue(np.isfinite(kernel).all())
+    plain = np.asarray(delta.kernel(SETUP.whole.delta()[0].deltas[0]))
+    if post == 'rect':  # two batches choose 0.4 of the entries each
+      self.assertBetween(np.mean(kernel != 0), 0.4, 0.8)
+    else:
+      own = SETUP.base.params['layers']['mlp']['down']['kernel']
+      for layer in LAYERS:
+        sizes = [np.linalg.norm(x[layer], 2) for x in (plain, kernel, own)]
+        self.assertLessEqual(sizes[1], sizes[0] * (1 + 1e-5))
+        if sizes[0] > sizes[2]:
+          self.assertLess(sizes[1], sizes[0])
+    for row in done.records:
+      self.assertTrue(row['written'])
+      self.assertNotEqual(row['before']['nll_new'], row['after']['nll_new'])
+
+  def test_post_needs_one_model(self):
+    self.refuse('--post=rect shapes .*leave one', post='rect', reset=True)
+
+  def test_settings_of_another_method(self):
+    self.refuse(
+        '--rrome_keys is no setting of memit; it belongs to r-rome',
+        rrome_keys='bare',
+    )
+
+  def test_methods_for_texts_alone(self):
+    self.refuse('method=unke: value should be one of', method='unke')
+
+
 class BadRecordTest(Case):
 
   @parameterized.named_parameters(
@@ -615,7 +689,7 @@ class BadRecordTest(Case):
 
   def test_faulty_records_fetch_no_model(self):
     data = SETUP.write(record('Danielle', ''))
-    with mock.patch.object(memit_batch.hub, 'resolve') as resolve:
+    with mock.patch.object(job.hub, 'resolve') as resolve:
       self.refuse('record 1', data=data, model='smollm2-135m-instruct')
     resolve.assert_not_called()
 
@@ -660,7 +734,7 @@ class BadFlagTest(Case):
     limit = delta.rank_limit(spec.mlp_width, spec.width)
     data = SETUP.write(*[record(f'Toko {i}') for i in range(limit + 1)])
     self.refuse(
-        f'--batch_size=999: with --reset .* up to {limit} edits a batch',
+        f'--batch_size=999: with --reset .* up to {limit} states a batch',
         data=data, reset=True, batch_size=999,
     )  # fmt: skip
 
@@ -684,7 +758,7 @@ class BadFlagTest(Case):
 
   def test_records_too_long_under_sampled_contexts(self):
     long = ('{}', 'in ' * 90 + '{}')
-    with mock.patch.object(editing, 'sample_templates', return_value=long):
+    with mock.patch.object(resources, 'sample_templates', return_value=long):
       sentence = 'record {} .*limit is 96; shorten'
       self.refuse(
           *(sentence.format(number) for number in range(1, 5)),

@@ -39,7 +39,9 @@ SHARED_BY_EDITORS = tuple(
     for name in (
         'base',
         'recipe',
+        'climb',
         'insertion',
+        'regression',
         'closed_form',
         'forward',
         'anyedit',

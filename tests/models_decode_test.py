@@ -11,11 +11,12 @@ import hf_oracle
 import jax
 import numpy as np
 import torch
+import transformers
 from absl.testing import absltest, parameterized
 
-from jaxedit.models import decode, decoder, loading
+from jaxedit.models import decode, decode_pool, decoder, loading, sampling
 from jaxedit.testing import models as tiny
-from jaxedit.types import InputError, LowRank
+from jaxedit.types import Dense, InputError, LowRank
 
 NEW = 10
 SIZES = (4, 8, 1, 6, 2)
@@ -86,6 +87,77 @@ class TorchTest(parameterized.TestCase):
     self.assertEqual(stopped, torch_texts(theirs, prompts, stop_ids))
     self.assertGreater(len(set(map(len, stopped))), 1)
 
+  @parameterized.parameters('llama', 'gpt2')
+  def test_greedy_with_a_penalty(self, family):
+    folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    theirs = hf_oracle.make(family)
+    hf_oracle.save(theirs, folder)
+    ours = loading.load_model(folder)
+    prompts = prompts_of((5, 12, 1))
+    write = functools.partial(
+        decode.generate, ours.spec, ours.params, prompts, max_new_tokens=40
+    )
+    texts = write(repetition_penalty=1.3)
+    for prompt, text in zip(prompts, texts):
+      # One at a time: transformers takes padding for a token of the text.
+      with torch.no_grad():
+        (row,) = theirs.generate(
+            input_ids=torch.tensor([prompt]), do_sample=False,
+            max_new_tokens=40, repetition_penalty=1.3, pad_token_id=0,
+            eos_token_id=None,
+        ).tolist()  # fmt: skip
+      self.assertEqual(text, row[len(prompt) :])
+    plain = write()
+    for text, other in zip(texts, plain):
+      self.assertNotEqual(text, other)
+    # What is called sampling with next to no temperature.
+    cold = dict(temperature=1e-3, top_p=0.8, top_k=20, repetition_penalty=1.3)
+    self.assertEqual(write(**cold), texts)
+
+  @parameterized.parameters(
+      (1.0, 0, 0.9, 1.0),
+      (1.0, 0, 0.3, 1.0),
+      (0.7, 5, 1.0, 1.0),
+      (0.7, 20, 0.8, 1.05),
+      (2.0, 200, 0.99, 0.8),
+      (1.0, 0, 1e-6, 1.0),
+      (1.0, 0, 0.999999, 1.7),
+  )
+  def test_candidates(self, temperature, top_k, top_p, penalty):
+    logits, seen = random_logits()
+    ours = sampling.penalise(logits, seen, penalty)
+    scores, names = sampling.candidates(
+        ours, temperature=temperature, top_k=top_k,
+        top_p=None if top_p == 1 else top_p,
+    )  # fmt: skip
+    chance = np.zeros_like(logits)
+    np.put_along_axis(
+        chance, np.asarray(names), np.asarray(jax.nn.softmax(scores)), axis=-1
+    )
+    warpers = [
+        transformers.RepetitionPenaltyLogitsProcessor(penalty),
+        transformers.TemperatureLogitsWarper(temperature),
+    ]
+    if top_k:
+      warpers.append(transformers.TopKLogitsWarper(top_k))
+    warpers.append(transformers.TopPLogitsWarper(top_p))
+    for row in range(len(logits)):
+      words = torch.tensor(np.flatnonzero(seen[row])[None])
+      theirs = torch.tensor(logits[row][None])
+      for warper in warpers:
+        theirs = warper(words, theirs)
+      theirs = theirs.softmax(-1)[0].numpy()
+      np.testing.assert_array_equal(chance[row] > 0, theirs > 0)
+      np.testing.assert_allclose(chance[row], theirs, rtol=0, atol=1e-6)
+
+
+def random_logits():
+  """Six rows of logits, flat to peaked, and which tokens were there."""
+  rng = np.random.default_rng(0)
+  logits = rng.standard_normal((6, 97), np.float32)
+  logits *= np.array([0.1, 0.5, 1, 2, 4, 8], np.float32)[:, None]
+  return logits, rng.random((6, 97)) < 0.3
+
 
 class GenerateTest(parameterized.TestCase):
 
@@ -150,9 +222,7 @@ class GenerateTest(parameterized.TestCase):
   def test_changes(self):
     rng = np.random.default_rng(0)
     sizes = (2, 3, self.spec.mlp_width), (2, 3, self.spec.width)
-    key, value = (
-        0.3 * rng.standard_normal(size, np.float32) for size in sizes
-    )
+    key, value = (0.3 * rng.standard_normal(size, np.float32) for size in sizes)
     delta = LowRank((0, 2), 'mlp/down', key, value)
     down = self.params['layers']['mlp']['down']['kernel']
     merged = jax.tree.map(lambda leaf: leaf, self.params)
@@ -164,6 +234,54 @@ class GenerateTest(parameterized.TestCase):
     self.assertNotEqual(texts, self.write(prompts))
     self.params = merged
     self.assertEqual(texts, self.write(prompts))
+
+  def test_every_prompt_under_its_own_change(self):
+    rng = np.random.default_rng(0)
+    draw = lambda width: 0.3 * rng.standard_normal((2, 8, 2, width), np.float32)
+    key, value = draw(self.spec.mlp_width), draw(self.spec.width)
+    stack = LowRank((0, 2), 'mlp/down', key, value)
+    prompts = prompts_of(SIZES * 3)
+    owner = rng.permutation(np.arange(len(prompts)) % 8).tolist()
+    settings = dict(temperature=1.0, repetition_penalty=1.2)
+    write = functools.partial(self.write, prompts, **settings)
+    texts = write(stack=[stack], owner=owner)
+    self.assertEqual(write(stack=[stack], owner=owner, batch_size=4), texts)
+    base, down = self.params, self.params['layers']['mlp']['down']['kernel']
+    for edit in range(8):
+      self.params = jax.tree.map(lambda leaf: leaf, base)
+      self.params['layers']['mlp']['down']['kernel'] = down.at[
+          np.array([0, 2])
+      ].add(np.einsum('lmf,lmd->lfd', key[:, edit], value[:, edit]))
+      merged = self.write(prompts, **settings)
+      for i, text in enumerate(merged):
+        (self.assertEqual if owner[i] == edit else self.assertNotEqual)(
+            text, texts[i]
+        )
+
+  def test_streams_can_be_named(self):
+    prompts = prompts_of(SIZES)
+    write = functools.partial(self.write, temperature=1.0)
+    texts = write(prompts)
+    some = [4, 1]
+    again = write([prompts[i] for i in some], streams=some)
+    self.assertEqual(again, [texts[i] for i in some])
+    self.assertLen(write(prompts[:1], streams=[2**31 - 1]), 1)
+    with self.assertRaises(InputError) as caught:
+      write(prompts, streams=[2**31, -1])
+    count, number = caught.exception.problems
+    self.assertIn('streams has 2 entries for 5 prompts', count)
+    self.assertIn('stream 2147483648 does not exist', number)
+
+  def test_a_number_does_not_recompile(self):
+    programs = decode_pool.read, decode_pool.extend
+    count = lambda: [program._cache_size() for program in programs]
+    write = functools.partial(self.write, prompts_of(SIZES))
+    write(temperature=1.0, top_p=0.9, repetition_penalty=1.1)
+    before = count()
+    write(temperature=0.4, top_p=0.6, repetition_penalty=1.2, seed=9)
+    write(temperature=0.4, top_p=0.6, repetition_penalty=1.2, max_new_tokens=5)
+    write(temperature=0.1, top_p=0.1, repetition_penalty=0.9, stop_ids=[5])
+    self.assertEqual(count(), before)
 
   def test_progress_counts_texts(self):
     seen = []
@@ -195,6 +313,84 @@ class GenerateTest(parameterized.TestCase):
       self.assertIn(part, problem)
     (text,) = self.write(prompts[:1])
     self.assertLen(text, NEW)
+
+  def test_settings_out_of_range(self):
+    with self.assertRaises(InputError) as caught:
+      self.write(
+          [[1]], temperature=float('nan'), top_k=-1, top_p=0, batch_size=0,
+          repetition_penalty=0.0, max_new_tokens=0, stop_ids=[97], owner=[0],
+      )  # fmt: skip
+    names = (
+        'max_new_tokens', 'batch_size', 'temperature', 'top_k', 'top_p',
+        'repetition_penalty', 'stack and owner belong', 'stop token 97',
+    )  # fmt: skip
+    self.assertLen(caught.exception.problems, len(names))
+    for problem, name in zip(caught.exception.problems, names):
+      self.assertStartsWith(problem, name)
+
+  def test_stacks_that_do_not_fit(self):
+    ones = lambda *shape: np.ones(shape, np.float32)
+    factors = lambda *lead: (ones(*lead, 48), ones(*lead, 32))
+    stack = LowRank((1,), 'mlp/down', *factors(1, 3, 2))
+    flat = LowRank((0,), 'mlp/down', *factors(1, 2))
+    shared = LowRank((1, 2), 'mlp/down', *factors(2, 2))
+    full = Dense((1,), 'mlp/down', ones(1, 3, 48, 32))
+    for faulty, words in (
+        (dict(stack=[stack]), ['stack and owner belong together']),
+        (dict(stack=[stack], owner=[3]), ['2 prompts', 'runs from 3 to 3']),
+        (dict(stack=[flat], owner=[0, 0]), ['has no axis of edits']),
+        (dict(stack=[full], owner=[0, 0]), ['low-rank factors of shape']),
+        (
+            dict(stack=[stack], owner=[0, 0], deltas=[shared]),
+            ['changed by the stack and by the shared'],
+        ),
+    ):
+      with self.assertRaises(InputError) as caught:
+        self.write([[1], [2]], **faulty)
+      self.assertLen(caught.exception.problems, len(words))
+      for problem, part in zip(caught.exception.problems, words):
+        self.assertIn(part, problem)
+
+
+class LongTest(parameterized.TestCase):
+  """Texts over many segments, with prompts waiting and rows running out."""
+
+  def setUp(self):
+    super().setUp()
+    self.spec = tiny.tiny_spec('llama', max_positions=256, vocab=61, layers=1)
+    self.params = tiny.random_params(self.spec, 0)
+    rng = np.random.default_rng(0)
+    sizes = (3, 30, 1, 20, 9, 2, 12, 5)
+    self.prompts = [rng.integers(2, 61, size).tolist() for size in sizes]
+
+  def write(self, prompts, **settings):
+    settings = dict(max_new_tokens=90, stop_ids=(0,)) | settings
+    return decode.generate(self.spec, self.params, prompts, **settings)
+
+  @parameterized.parameters((0.0, 1.5), (1.0, 1.0))
+  def test_batches(self, temperature, penalty):
+    settings = dict(temperature=temperature, repetition_penalty=penalty)
+    texts = self.write(self.prompts, **settings)
+    self.assertEqual(self.write(self.prompts, batch_size=3, **settings), texts)
+    lengths = [len(text) for text in texts]
+    self.assertLess(min(lengths), 32)
+    self.assertGreater(max(lengths), 64)
+    for text in texts:
+      self.assertNotIn(0, text[:-1])
+      self.assertTrue(len(text) == 90 or text[-1] == 0)
+
+  def test_without_a_cache(self):
+    texts = self.write(self.prompts, stop_ids=(), batch_size=4)
+    tokens = np.zeros((len(texts), 30 + 90), int)
+    for row, (prompt, text) in enumerate(zip(self.prompts, texts)):
+      tokens[row, : len(prompt + text)] = prompt + text
+    logits = np.asarray(forward(self.spec, self.params, tokens))
+    for row, (prompt, text) in enumerate(zip(self.prompts, texts)):
+      own = logits[row, len(prompt) - 1 :][:90]
+      best = own.max(axis=-1)
+      # Long greedy texts meet near ties; the choice is right up to rounding.
+      chosen = own[np.arange(90), text]
+      np.testing.assert_allclose(chosen, best, rtol=0, atol=1e-4)
 
 
 @functools.cache

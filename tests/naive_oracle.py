@@ -84,6 +84,45 @@ def run(model: Any, ids: Sequence[int]) -> torch.Tensor:
   return model(input_ids=tokens, use_cache=False).logits[0]
 
 
+# What a change is added to -> the modules whose outputs it is added to.
+SITES = {'block': ('block',), 'mlp': ('mlp',), 'attn+mlp': ('attn', 'mlp')}
+
+
+def part(model: Any, layer: int, site: str) -> Any:
+  """The module whose output is 'block', 'attn' or 'mlp'."""
+  if site == 'block':
+    return block(model, layer)
+  names = {'mlp': ('mlp',), 'attn': ('self_attn', 'attn', 'attention')}
+  for name in names[site]:
+    with contextlib.suppress(AttributeError):
+      return block(model, layer).get_submodule(name)
+  raise ValueError('unknown layout')
+
+
+def changed(
+    model: Any, ids: Sequence[int], layer: int, changes: dict, output: str
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+  """Runs a row with changes at some columns: column -> one change a site.
+
+  Returns:
+    (log-probabilities [T, V], the sites' outputs [T, D] before the change).
+  """
+  seen = []
+
+  def add(i, h):
+    seen.append(h[0].detach().clone())
+    h = h.clone()
+    for column, change in changes.items():
+      h[0, column] += change[i]
+    return h
+
+  with contextlib.ExitStack() as stack:
+    for i, site in enumerate(SITES[output]):
+      module = part(model, layer, site)
+      stack.enter_context(hooked(module, functools.partial(add, i)))
+    return torch.log_softmax(run(model, ids), dim=-1), seen
+
+
 class Found(NamedTuple):
   """What the optimisation of one edit gave."""
 
@@ -91,76 +130,117 @@ class Found(NamedTuple):
   z0: np.ndarray
   losses: list[float]  # of every forward
   likelihood: float  # at z
-  clamped: int  # updates after which the change was too long
+  clamped: int  # changes that were too long after an update
+  found: list[bool]  # for every forward, whether the labels came first
+  terms: list[float]  # for every forward, the KL term as it weighs
+
+
+def _descend(
+    evaluate: Any, inits: Sequence[torch.Tensor], schedule: Schedule
+) -> tuple[Found, list[torch.Tensor]]:
+  """Adam on one change a site.
+
+  Args:
+    evaluate: changes -> (likelihood, divergence, whether the labels came first).
+    inits: unedited outputs of the sites at the bare prompt's anchor.
+    schedule: settings.
+
+  Returns:
+    (what happened, the changes).
+  """
+  deltas = [torch.zeros_like(x, requires_grad=True) for x in inits]
+  adam = torch.optim.Adam(deltas, lr=schedule.rate)
+  losses, found, terms, clamped = [], [], [], 0
+  weight = schedule.nll
+  while True:
+    likelihood, divergence, first = evaluate(deltas)
+    term = schedule.kl * divergence
+    loss = weight * likelihood + term
+    for delta, init in zip(deltas, inits):
+      loss = loss + schedule.decay * delta.norm() / init.norm() ** 2
+    losses.append(loss.item())
+    found.append(first)
+    terms.append(term.item())
+    if losses[-1] < schedule.threshold:
+      break
+    if schedule.ease:
+      weight = schedule.nll * (0.1 if first else 1)
+      if first and terms[-1] <= schedule.ease:
+        break
+    if len(losses) == schedule.steps:
+      break
+    adam.zero_grad()
+    loss.backward()
+    adam.step()
+    with torch.no_grad():
+      for delta, init in zip(deltas, inits):
+        radius = schedule.clamp * init.norm()
+        if delta.norm() > radius:
+          clamped += 1
+          delta.mul_(radius / delta.norm())
+  deltas = [delta.detach() for delta in deltas]
+  z0 = inits[-1]
+  z = (z0 + deltas[-1]).numpy()
+  result = Found(
+      z, z0.numpy(), losses, likelihood.item(), clamped, found, terms
+  )
+  return result, deltas
 
 
 def optimize(
-    model: Any, edit: EncodedEdit, layer: int, schedule: Schedule
+    model: Any,
+    edit: EncodedEdit,
+    layer: int,
+    schedule: Schedule,
+    output: str = 'block',
 ) -> Found:
-  """Optimises the output of one block at the anchor, for one edit.
+  """Optimises outputs of one block at the anchor, for one edit.
 
   Args:
     model: the transformers model.
     edit: rows, anchors, target and KL row as ids.
     layer: block whose output is changed.
     schedule: settings.
+    output: which output, a key of `SITES`.
 
   Returns:
-    The wanted state, and what happened.
+    The wanted state (of the last site), and what happened.
 
   Source: Meng et al. 2022b (MEMIT, arXiv 2210.07229), section 4.2 and its
-  published settings.
+  published settings; Li et al. 2023 (PMET, arXiv 2308.08742) and its code.
   """
-  module = block(model, layer)
   target = torch.tensor(edit.target.astype(np.int64))
-  seen = []
-
-  def shifted(ids, column, change):
-    def add(h):
-      seen.append(h[0, column].detach().clone())
-      h = h.clone()
-      h[0, column] += change
-      return h
-
-    with hooked(module, add):
-      return torch.log_softmax(run(model, ids), dim=-1)
-
+  shifted = lambda ids, column, deltas: changed(
+      model, ids, layer, {column: deltas}, output
+  )
+  nothing = [0.0] * len(SITES[output])
   with torch.no_grad():
-    shifted(edit.rows[0], edit.anchors[0], 0.0)
-    z0 = seen[0]
+    _, seen = shifted(edit.rows[0], edit.anchors[0], nothing)
+    inits = [h[edit.anchors[0]] for h in seen]
     if len(edit.kl):
-      base = shifted(edit.kl, len(edit.kl) - 1, 0.0)[-1]
-  delta = torch.zeros_like(z0, requires_grad=True)
-  adam = torch.optim.Adam([delta], lr=schedule.rate)
-  losses, clamped = [], 0
-  for step in range(schedule.steps):
-    nlls = []
+      base = shifted(edit.kl, len(edit.kl) - 1, nothing)[0][-1]
+
+  def evaluate(deltas):
+    nlls, first, divergence = [], [], torch.tensor(0.0)
     for row, anchor in zip(edit.rows, edit.anchors):
       ids = np.concatenate([row, edit.target[:-1]])
-      logprob = shifted(ids, anchor, delta)[len(row) - 1 :]
+      logprob = shifted(ids, anchor, deltas)[0][len(row) - 1 :]
       nlls.append(-logprob.gather(1, target[:, None]).mean())
-    likelihood = torch.stack(nlls).mean()
-    loss = likelihood + schedule.decay * delta.norm() / z0.norm() ** 2
+      first.append(bool((logprob.argmax(-1) == target).all()))
     if len(edit.kl):
-      now = shifted(edit.kl, len(edit.kl) - 1, delta)[-1]
-      loss = loss + schedule.kl * (now.exp() * (now - base)).sum()
-    losses.append(loss.item())
-    if loss.item() < schedule.threshold or step == schedule.steps - 1:
-      break
-    adam.zero_grad()
-    loss.backward()
-    adam.step()
-    with torch.no_grad():
-      radius = schedule.clamp * z0.norm()
-      if delta.norm() > radius:
-        clamped += 1
-        delta.mul_(radius / delta.norm())
-  z = (z0 + delta).detach().numpy()
-  return Found(z, z0.numpy(), losses, likelihood.item(), clamped)
+      now = shifted(edit.kl, len(edit.kl) - 1, deltas)[0][-1]
+      divergence = (now.exp() * (now - base)).sum()
+    return torch.stack(nlls).mean(), divergence, all(first)
+
+  return _descend(evaluate, inits, schedule)[0]
 
 
 def chain(
-    model: Any, edit: EncodedEdit, layer: int, schedule: Schedule
+    model: Any,
+    edit: EncodedEdit,
+    layer: int,
+    schedule: Schedule,
+    output: str = 'block',
 ) -> list[Found]:
   """Optimises the chunks of one edit's target, one after the other.
 
@@ -172,67 +252,40 @@ def chain(
     edit: rows, anchors, target, chunks and KL row as ids.
     layer: block whose output is changed.
     schedule: settings, of every chunk.
+    output: which output, a key of `SITES`.
 
   Returns:
     What happened to every chunk; `z0` is the unedited model's state.
 
   Source: Jiang et al. 2025 (AnyEdit, arXiv 2502.05628), section 4.
   """
+  forward = lambda ids, changes: changed(model, ids, layer, changes, output)
 
-  def forward(ids, changes):
-    seen = []
-
-    def add(h):
-      seen.append(h[0].detach().clone())
-      h = h.clone()
-      for column, change in changes.items():
-        h[0, column] += change
-      return h
-
-    with hooked(block(model, layer), add):
-      return torch.log_softmax(run(model, ids), dim=-1), seen[0]
-
-  def evaluate(k, delta):
-    nlls = []
+  def evaluate(k, deltas):
+    nlls, first, divergence = [], [], torch.tensor(0.0)
     for c, changes in enumerate(earlier):
-      stage, labels = edit.stage(k, c), torch.tensor(edit.stage(k, c).labels)
-      changes = {**changes, stage.anchor: delta}
+      stage = edit.stage(k, c)
+      labels = torch.tensor(stage.labels).long()
+      changes = {**changes, stage.anchor: deltas}
       logprob = forward(edit.text(c)[: stage.end], changes)[0][stage.first :]
-      nlls.append(-logprob.gather(1, labels[:, None].long()).mean())
-    loss = likelihood = torch.stack(nlls).mean()
+      nlls.append(-logprob.gather(1, labels[:, None]).mean())
+      first.append(bool((logprob.argmax(-1) == labels).all()))
     if len(edit.kl) and k == 0:
-      now = forward(edit.kl, {len(edit.kl) - 1: delta})[0][-1]
-      loss = loss + schedule.kl * (now.exp() * (now - base)).sum()
-    return likelihood, loss + schedule.decay * delta.norm() / size**2
+      now = forward(edit.kl, {len(edit.kl) - 1: deltas})[0][-1]
+      divergence = (now.exp() * (now - base)).sum()
+    return torch.stack(nlls).mean(), divergence, all(first)
 
   with torch.no_grad():
     unedited = forward(edit.text(0), {})[1]
     base = forward(edit.kl, {})[0][-1] if len(edit.kl) else None
-  earlier, found = [{} for _ in edit.rows], []
+  earlier, results = [{} for _ in edit.rows], []
   for k in range(edit.stages):
-    z0 = unedited[edit.stage(k, 0).anchor]
-    size = z0.norm()
-    delta = torch.zeros_like(z0, requires_grad=True)
-    adam = torch.optim.Adam([delta], lr=schedule.rate)
-    losses, clamped = [], 0
-    while True:
-      likelihood, loss = evaluate(k, delta)
-      losses.append(loss.item())
-      if losses[-1] < schedule.threshold or len(losses) == schedule.steps:
-        break
-      adam.zero_grad()
-      loss.backward()
-      adam.step()
-      with torch.no_grad():
-        if delta.norm() > schedule.clamp * size:
-          clamped += 1
-          delta.mul_(schedule.clamp * size / delta.norm())
-    delta = delta.detach()
+    inits = [h[edit.stage(k, 0).anchor] for h in unedited]
+    result, deltas = _descend(functools.partial(evaluate, k), inits, schedule)
     for c, changes in enumerate(earlier):
-      changes[edit.stage(k, c).anchor] = delta
-    z = (z0 + delta).numpy()
-    found.append(Found(z, z0.numpy(), losses, likelihood.item(), clamped))
-  return found
+      changes[edit.stage(k, c).anchor] = deltas
+    results.append(result)
+  return results
 
 
 def dense_update(

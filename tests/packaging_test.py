@@ -1,4 +1,4 @@
-"""What setup.py installs is there, and nothing needs torch or the extras."""
+"""What ships: packages that need no extras, flagfiles that parse, live links."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import importlib.resources
 import importlib.util
 import json
 import pathlib
+import re
 import runpy
 import subprocess
 import sys
 from unittest import mock
 
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Packages of the extras, by the name they are imported under.
-EXTRAS = ('gguf', 'matplotlib', 'datasets')
+EXTRAS = ('gguf', 'matplotlib', 'datasets', 'sacrebleu', 'rouge_score')
 
 # Reads the names of modules; writes those that cannot be imported, with why.
 IMPORT_ALL = """
@@ -31,6 +32,30 @@ for name in names:
     importlib.import_module(name)
   except Exception as error:
     faults[name] = (getattr(error, 'name', None), repr(error))
+print('\\n' + json.dumps(faults))
+"""
+# Reads a program and its flagfiles; writes what is wrong with each, if anything.
+# A method's settings are put together too, as they must belong to it.
+PARSE_FLAGS = """
+import importlib, json, sys
+from absl import flags
+from jaxedit.types import InputError
+name, paths = json.loads(sys.stdin.read())
+program = importlib.import_module(name)
+program.define_flags()
+own = [n for n in flags.FLAGS if n != 'flagfile']
+faults = {}
+for path in paths:
+  for flag in own:
+    flags.FLAGS[flag].unparse()
+  try:
+    rest = flags.FLAGS([name, '--flagfile=' + path])[1:]
+    if rest:
+      raise flags.Error(f'no flags: {rest}')
+    if hasattr(program, 'recipe_of_flags'):
+      program.recipe_of_flags()
+  except (flags.Error, InputError) as error:
+    faults[path] = str(error)
 print('\\n' + json.dumps(faults))
 """
 # transformers asks whether there is a package called kernels, and which
@@ -126,11 +151,12 @@ class SetupTest(absltest.TestCase):
     data = setup_arguments()['package_data']
     self.assertIn('*.jsonl', data['jaxedit.eval'])
     self.assertIn('flagfiles/*.flags', data['experiments'])
-    facts = importlib.resources.files('jaxedit.eval') / 'demo_facts.jsonl'
-    lines = facts.read_text('utf-8').splitlines()
-    self.assertNotEmpty(lines)
-    for line in lines:
-      self.assertIsInstance(json.loads(line), dict)
+    for name in ('demo_facts.jsonl', 'demo_passages.jsonl'):
+      demo = importlib.resources.files('jaxedit.eval') / name
+      lines = demo.read_text('utf-8').splitlines()
+      self.assertNotEmpty(lines)
+      for line in lines:
+        self.assertIsInstance(json.loads(line), dict)
 
   def test_torch_is_for_tests(self):
     arguments = setup_arguments()
@@ -158,6 +184,75 @@ class ImportTest(absltest.TestCase):
         if not (name.startswith('experiments.') and missing in EXTRAS)
     }
     self.assertEqual(faults, {})
+
+
+def comment_of(path: pathlib.Path) -> str:
+  """The comment that a flagfile opens with."""
+  lines = path.read_text('utf-8').splitlines()
+  return '\n'.join(line for line in lines if line.startswith('#'))
+
+
+FLAGFILES = tuple(sorted((ROOT / 'experiments' / 'flagfiles').glob('*.flags')))
+
+
+class FlagfileTest(parameterized.TestCase):
+
+  @parameterized.named_parameters((path.stem, path) for path in FLAGFILES)
+  def test_comment(self, path):
+    comment = comment_of(path)
+    self.assertRegex(
+        comment,
+        r'python -m experiments\.\w+ --flagfile='
+        rf'experiments/flagfiles/{re.escape(path.name)}\b',
+    )
+    for head in ('# Cost', '# Expected'):
+      self.assertIn(f'\n{head}', comment)
+    folder = f'--output_dir=runs/{path.stem}'
+    self.assertIn(folder, path.read_text('utf-8').splitlines())
+
+  def test_parsed_by_the_program_that_its_comment_names(self):
+    programs: dict[str, list[str]] = {}
+    for path in FLAGFILES:
+      found = re.search(r'python -m (experiments\.\w+)', comment_of(path))
+      programs.setdefault(found[1], []).append(str(path))
+    for name, paths in programs.items():
+      with self.subTest(name):
+        out = run_python(PARSE_FLAGS, json.dumps([name, paths]))
+        self.assertEqual(json.loads(out.splitlines()[-1]), {})
+
+
+PAGES = ('README.md', 'BUILD.md', 'docs/methods.md')
+_FENCE = re.compile(r'^```.*?^```', re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r'\[([^\]]*)\]\(([^)\s]+)\)')
+
+
+def anchors(text: str) -> set[str]:
+  """The names that GitHub gives to the headings of a page."""
+  heads = re.findall(r'^#+ (.*)$', _FENCE.sub('', text), re.MULTILINE)
+  bare = (re.sub(r'[^\w\- ]', '', head.lower()) for head in heads)
+  return {head.strip().replace(' ', '-') for head in bare}
+
+
+class LinkTest(parameterized.TestCase):
+
+  @parameterized.parameters(*PAGES)
+  def test_links_lead_somewhere(self, page):
+    text = (ROOT / page).read_text('utf-8')
+    for words, target in _LINK.findall(_FENCE.sub('', text)):
+      if target.startswith('https://'):
+        continue
+      path, _, anchor = target.partition('#')
+      place = (ROOT / page).parent / path if path else ROOT / page
+      with self.subTest(target):
+        self.assertTrue(place.exists(), target)
+        if anchor:
+          self.assertIn(anchor, anchors(place.read_text('utf-8')))
+        # A name in code is one that the linked file defines.
+        if place.suffix == '.py' and re.fullmatch(r'`\w+`', words):
+          self.assertRegex(
+              place.read_text('utf-8'),
+              rf'(?m)^(def |class )?{words[1:-1]}\b[(:]',
+          )
 
 
 if __name__ == '__main__':

@@ -265,25 +265,5 @@ class DenseTest(parameterized.TestCase):
     self.assertLess(np.linalg.norm(outside @ got), 1e-12 * np.linalg.norm(got))
 
 
-class MetricTest(parameterized.TestCase):
-
-  @parameterized.parameters('covariance', 'null space')
-  def test_whitened_keys_are_a_root_of_the_metric(self, name):
-    keys, _ = draw(5)
-    with jax.enable_x64(True):
-      if name == 'covariance':
-        s = metrics.covariance(jnp.asarray(gram('random')), LAMBDA)
-        want = np.linalg.inv(LAMBDA * gram('random'))
-      else:
-        s = metrics.NullSpace(jnp.asarray(orthonormal(8)))
-        want = orthonormal(8) @ orthonormal(8).T
-      whitened = metrics.whiten(s, jnp.asarray(keys))
-      lifted = metrics.lift(s, whitened)
-    self.assertEqual(whitened.shape, (5, metrics.rank(s)))
-    whitened, lifted = np.asarray(whitened), np.asarray(lifted)
-    self.assertLess(error(whitened @ whitened.T, keys @ want @ keys.T), 1e-12)
-    self.assertLess(error(lifted, keys @ want), 1e-12)
-
-
 if __name__ == '__main__':
   absltest.main()

@@ -287,34 +287,47 @@ class TileTest(parameterized.TestCase):
     self.assertCountEqual(seen, range(len(edits)))
 
   @parameterized.product(
-      slots=[1, 8], share=[True, False, 'apart'], window=[None, 4]
+      slots=[1, 8],
+      share=[True, False, 'apart'],
+      window=[None, 4],
+      text=[True, False],
   )
-  def test_edits_can_be_read_back_from_key_tiles(self, slots, share, window):
+  def test_edits_can_be_read_back_from_key_tiles(
+      self, slots, share, window, text
+  ):
     edits = encode()
     if window:
       edits = [cut(edit, window, 1) for edit in edits]
     frame = seating.frame(edits, slots=slots, share=bool(share), places=8)
     frame = frame.apart() if share == 'apart' else frame
+    rows, places, width = frame.key.text if text else frame.key.upto
     for bare, contexts in ((True, [0]), (False, [1, 2])):
       seen = []
-      for tile in seating.key_tiles(edits, frame, bare=bare):
-        rows, places, width = frame.key
+      for tile in seating.key_tiles(edits, frame, bare=bare, text=text):
         self.assertEqual(tile.tokens.shape, (1, places))
         self.assertEqual(tile.rows.index.shape, (rows, width))
-        self.assertEqual(tile.anchor.shape, (rows, 1))
+        self.assertEqual(tile.anchor.shape, (rows, frame.stages))
         self.assertIsNone(tile.left)
         check_ragged(self, tile.rows)
         for r, (i, c) in enumerate(zip(tile.edit, tile.context)):
           if i < 0:
             continue
           seen.append((int(i), int(c)))
-          edit = edits[i]
-          last = edit.stage(edit.stages - 1, c).anchor
-          begin = len(frame.trunk[c])
-          ((tokens, positions, at),) = tile_rows(tile, r)
-          self.assertEqual(tokens, edit.text(c)[begin : last + 1].tolist())
-          self.assertEqual(positions, [*range(begin, last + 1)])
-          self.assertEqual(at, last)
+          edit, begin = edits[i], len(frame.trunk[c])
+          anchors = [edit.stage(k, c).anchor for k in range(edit.stages)]
+          whole = [*edit.rows[c], *edit.target]
+          end = len(whole) if text else anchors[-1] + 1
+          used = tile.rows.columns.segment[r] != types.PADDING
+          here = tile.rows.index[r, used]
+          self.assertEqual(tile.tokens[0, here].tolist(), whole[begin:end])
+          self.assertEqual(
+              tile.rows.columns.position[r, used].tolist(), [*range(begin, end)]
+          )
+          self.assertEqual(
+              tile.anchor[r, : edit.stages].tolist(),
+              [here[anchor - begin] for anchor in anchors],
+          )
+          self.assertTrue((tile.anchor[r, edit.stages :] == places).all())
       # Edit by edit: readers count on it.
       self.assertEqual(seen, [(i, c) for i in range(5) for c in contexts])
 

@@ -4,6 +4,9 @@ Two characters are strange on purpose:
 
   '\\u2603'  is dropped by the tokenizer, with the space before it
   'Z'       in a poisoned model: finite weights make a state that overflows
+
+A model that chats has a chat template, and its tokenizer puts a BOS token in
+front of every text.
 """
 
 from __future__ import annotations
@@ -28,6 +31,12 @@ POISON = 'Z'
 SPEC = models.tiny_spec(
     'llama', mlp_width=64, vocab=384, max_positions=96, tied=False
 )
+# It brings the BOS token that the tokenizer adds as well.
+_CHAT = (
+    "{% for turn in messages %}{% if turn['role'] == 'user' %}{{ bos_token }}"
+    "In {{ turn['content'] }} is{% else %} {{ turn['content'] }}{{ eos_token }}"
+    '{% endif %}{% endfor %}'
+)
 _DTYPES = {'float32': np.float32, 'bfloat16': ml_dtypes.bfloat16}
 
 
@@ -37,6 +46,7 @@ def make(
     seed: int = 0,
     dtype: str = 'float32',
     poisoned: bool = False,
+    chats: bool = False,
     changes: dict[str, Any] | None = None,
 ) -> pathlib.Path:
   """Writes a model folder.
@@ -46,6 +56,7 @@ def make(
     seed: of the weights.
     dtype: 'float32' or 'bfloat16', of every tensor.
     poisoned: whether texts with `POISON` overflow in the first layer.
+    chats: whether there is a chat template, and the tokenizer adds a BOS token.
     changes: upstream tensor name -> array, written instead of the random one.
 
   Returns:
@@ -53,7 +64,7 @@ def make(
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True)
-  core = tokenizer()
+  core = tokenizer(begin=chats)
   params = models.random_params(SPEC, seed)
   if poisoned:
     params = _poison(params, core.token_to_id(POISON))
@@ -66,13 +77,16 @@ def make(
   config = _config() | {'dtype': dtype}
   (folder / 'config.json').write_text(json.dumps(config))
   (folder / 'tokenizer.json').write_text(core.to_str())
+  if chats:
+    settings = {'bos_token': '<s>', 'eos_token': '</s>', 'chat_template': _CHAT}
+    (folder / 'tokenizer_config.json').write_text(json.dumps(settings))
   return folder
 
 
-def tokenizer() -> tokenizers.Tokenizer:
-  """Builds the tokenizer."""
+def tokenizer(begin: bool = False) -> tokenizers.Tokenizer:
+  """Builds the tokenizer; `begin` lets it add a BOS token."""
   core = tokenizers.Tokenizer.from_str(
-      text_tokenizers.byte_level().backend_tokenizer.to_str()
+      text_tokenizers.byte_level(begin=begin).backend_tokenizer.to_str()
   )
   core.normalizer = tokenizers.normalizers.Replace(
       tokenizers.Regex(f' ?{DROPPED}'), ''

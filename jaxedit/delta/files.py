@@ -1,6 +1,7 @@
 """Deltas on disk: one safetensors file with what is needed to trust it.
 
-Tensors are named `<site>/<layer>/key`, `.../value` or `.../kernel`; the
+Tensors are named `<site>/<layer>/key` and `.../value` for factors, and
+`.../kernel`, `.../bias` or `.../scale` for a parameter's change in full; the
 header's metadata holds `format`, and as JSON the source model's hash and
 whatever the editor recorded (method, settings, data), and a checksum a tensor.
 """
@@ -32,7 +33,7 @@ def save(
 
   Args:
     path: file to write.
-    edited: kernel changes without a row axis.
+    edited: changes; with an edit axis, edits side by side.
     metadata: JSON values; must have 'model_hash'.
 
   Raises:
@@ -41,9 +42,9 @@ def save(
   tensors: dict[str, np.ndarray] = {}
   for delta in edited.deltas:
     for i, layer in enumerate(delta.layers):
-      for name in _fields(delta):
-        part = np.asarray(getattr(delta, name)[i])
-        tensors[f'{delta.site}/{layer}/{name}'] = np.ascontiguousarray(part)
+      for name, array in _fields(delta).items():
+        part = np.ascontiguousarray(np.asarray(array[i]))
+        tensors[f'{delta.site}/{layer}/{name}'] = part
   header = {
       'format': _FORMAT,
       'jaxedit': json.dumps(metadata),
@@ -114,23 +115,30 @@ def _checksums(tensors: Mapping[str, np.ndarray]) -> dict[str, int]:
   return {k: zlib.crc32(v.view(np.uint8)) for k, v in tensors.items()}
 
 
-def _fields(delta: Delta) -> tuple[str, ...]:
-  return ('key', 'value') if isinstance(delta, LowRank) else ('kernel',)
+def _fields(delta: Delta) -> dict[str, Any]:
+  """The arrays of a change by their names in a file."""
+  if isinstance(delta, LowRank):
+    return {'key': delta.key, 'value': delta.value}
+  return {delta.leaf: delta.kernel}
 
 
 def _deltas(tensors: Mapping[str, np.ndarray]) -> tuple[Delta, ...]:
-  """Rebuilds the deltas of a file, one a site."""
-  sites: dict[str, dict[int, dict[str, np.ndarray]]] = {}
+  """Rebuilds the deltas of a file, one a changed parameter."""
+  places: dict[tuple[str, str], dict[int, dict[str, np.ndarray]]] = {}
   for name, tensor in tensors.items():
     site, layer, field = name.rsplit('/', 2)
-    sites.setdefault(site, {}).setdefault(int(layer), {})[field] = tensor
+    kind = '' if field in ('key', 'value') else field
+    layers = places.setdefault((site, kind), {})
+    layers.setdefault(int(layer), {})[field] = tensor
   deltas: list[Delta] = []
-  for site, found in sorted(sites.items()):
+  for (site, leaf), found in sorted(places.items()):
     layers = tuple(sorted(found))
     stacked = {
         field: jnp.asarray(np.stack([found[layer][field] for layer in layers]))
         for field in found[layers[0]]
     }
-    kind = Dense if 'kernel' in stacked else LowRank
-    deltas.append(kind(layers=layers, site=site, **stacked))
+    if leaf:
+      deltas.append(Dense(layers, site, stacked[leaf], leaf))
+    else:
+      deltas.append(LowRank(layers, site, **stacked))
   return tuple(deltas)

@@ -19,19 +19,21 @@ from jaxedit.values import Work
 
 
 class Info(NamedTuple):
-  """What an edit reports, as numpy arrays over the E edits of its batch.
+  """What an edit reports, as numpy arrays over its E edits and their M states.
 
   Attributes:
     targets: the optimised states.
+    edit: [M] int32 edit that a state belongs to; ascending.
     written: [E] bool, False for an edit whose loss, keys or residuals stopped
       being finite; from there on it is not part of the delta.
-    distance: [n + 1, E] |z - z_now| / |z - z0| before each of the n edited
+    distance: [n + 1, M] |z - z_now| / |z - z0| before each of the n edited
       layers was written and after the last.
     seconds: wall time of 'optimize' and 'insert'.
     work: what the optimisation ran.
   """
 
   targets: Targets
+  edit: np.ndarray
   written: np.ndarray
   distance: np.ndarray
   seconds: dict[str, float]
@@ -45,8 +47,9 @@ class Editor(NamedTuple):
     init: (params, moments) -> state.
     edit: (params, state, edits) -> (edited, state, info): all edits of the
       batch together, as one change.
-    edit_each: same, every edit alone: the factors have an edit axis
-      [n, E, M, .], and row e is the model in which only edit e was made.
+    edit_each: same, every edit alone, or every group of edits where `owner`
+      names one an edit: the change has a group axis [n, G, ...], and entry g is
+      the model in which only that group was edited.
   """
 
   init: Callable[..., Any]

@@ -1,261 +1,73 @@
 """Writes wanted states into the edited layers, lowest first.
 
-Layer by layer from the first edited one to the last (whose output z describes),
+Layer by layer from the first edited one to the last (which z describes),
 
-  K   keys: input of the edited map at the anchor, averaged over contexts
+  K   keys: input of the edited map at the anchors, averaged over contexts
   R   residuals: (z - z_now) * share, z_now under the changes made so far
-  X   = S K^T (r I + K S K^T)^-1 R      (`solve.ridge`)
+  H   keys that are held: other tokens of the texts, keys of earlier batches
+  X   = S K_all^T (r I + C_all S K_all^T)^-1 [R; 0]      (`solve.ridge`)
 
-in one pass that goes up with the edits. All rows halt before the MLP of the
-layer at hand, where keys are read and z_now is foreseen; once its change is
-known they go on from that MLP. No run starts at the embedding again, and neither
-the layers above the last edited one nor the head are touched. What the contexts
-share runs once for all edits, as a few rows of their own.
+in one pass that goes up with the edits (`climb`). Edits are solved for together,
+or in independent groups side by side, each on a model of its own.
 
-Axes: E edits, C contexts, R rows, N places, F key width, D width, s shared
-columns, n edited layers.
+Axes: E edits, M states of all edits, G groups, m states of a group, P held keys,
+p of a group, F key width, D width, n edited layers.
 
-Source: Meng et al. 2022b (MEMIT, arXiv 2210.07229), algorithm 1.
+Source: Meng et al. 2022b (MEMIT, arXiv 2210.07229), algorithm 1; for held tokens
+Jiang et al. 2025 (AnyEdit, arXiv 2502.05628) as its code has them.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxedit import values
+from jaxedit.edit.climb import Change, Climb, Keys
 from jaxedit.edit.recipe import Recipe, State
-from jaxedit.models import decoder
-from jaxedit.models.blocks import wide
 from jaxedit.models.spec import ModelSpec
 from jaxedit.solve.metric import Metric
 from jaxedit.solve.ridge import Factors, ridge_dense, ridge_update
+from jaxedit.solve.shaping import rect
 from jaxedit.text import seating
-from jaxedit.text.batching import EncodedEdit
-from jaxedit.text.seating import Frame, Tile
-from jaxedit.types import (
-    KV,
-    Array,
-    Columns,
-    Params,
-    Progress,
-    Ragged,
-    Tap,
-    Targets,
-    silent,
-)
+from jaxedit.text.batching import EncodedEdit, round_up
+from jaxedit.text.seating import Frame
+from jaxedit.types import Array, Params, Progress, Targets, silent
 
-# A layer's change: factors, or one matrix [F, D].
-Change = Factors | Array
+# Of independent groups, those solved for in one call share this much memory.
+_GROUP_BYTES = 2**30
 
 
-class _Halted(NamedTuple):
-  """Rows that wait before an MLP."""
+class Written(NamedTuple):
+  """What an insertion gave.
 
-  h: Array  # residual without the MLP
-  x: Array  # input of the MLP
-
-
-class _Trunk(NamedTuple):
-  """What the contexts share, on its way up."""
-
-  at: Array | _Halted  # [B, s, D]
-  columns: Columns  # [B, s]
-  kv: tuple[Array, Array] | None = None  # of the layer at hand, [B, s, G, H]
-
-
-def _prefix(
-    trunk: _Trunk, kv: tuple[Array, Array], tile: Tile
-) -> tuple[Array, Array, Columns]:
-  """Keys and values that a tile's rows have before them in one layer."""
-  pick = lambda x: x[tile.context]
-  return pick(kv[0]), pick(kv[1]), jax.tree.map(pick, trunk.columns)
-
-
-@functools.partial(jax.jit, static_argnames=('spec', 'layer'))
-def _enter_trunk(
-    spec: ModelSpec, params: Params, tokens: Array, columns: Columns, layer: int
-) -> tuple[Array, KV | None]:
-  """Runs the trunk as far as the first edited layer."""
-  h = decoder.embed(spec, params, tokens, columns)
-  below = tuple(range(layer))
-  if not below:
-    return h, None
-  h, ((key, value),) = decoder.run_layers(
-      spec,
-      params,
-      h,
-      columns,
-      start=0,
-      stop=layer,
-      taps=(Tap('kv', below),),
-  )
-  return h, KV(key, value, columns)
-
-
-@functools.partial(jax.jit, static_argnames=('spec', 'layer'))
-def _enter(
-    spec: ModelSpec, params: Params, kv: KV | None, tile: Tile, layer: int
-) -> Array:
-  """Runs a tile as far as the first edited layer; `kv` is its trunk's."""
-  h = decoder.embed(spec, params, tile.tokens, tile.rows)
-  if kv is not None:
-    kv = values.spread(kv, tile.context)
-  return decoder.run_layers(
-      spec, params, h, tile.rows, start=0, stop=layer, prefix=kv
-  )[0]
-
-
-@functools.partial(jax.jit, static_argnames='spec')
-def _halt_trunk(
-    spec: ModelSpec, params: Params, trunk: _Trunk, *, layer: Array
-) -> _Trunk:
-  """Takes the trunk to the MLP of a layer."""
-  h, x, kv = decoder.mix_layer(
-      spec, params, trunk.at, trunk.columns, layer=layer
-  )
-  return trunk._replace(at=_Halted(h, x), kv=kv)
-
-
-@functools.partial(jax.jit, static_argnames='spec', donate_argnames='h')
-def _halt(
-    spec: ModelSpec,
-    params: Params,
-    h: Array,
-    tile: Tile,
-    trunk: _Trunk | None,
-    *,
-    layer: Array,
-) -> _Halted:
-  """Takes a tile to the MLP of a layer; the trunk has halted there."""
-  prefix = None
-  if trunk is not None:
-    prefix = _prefix(trunk, trunk.kv, tile)
-  h, x, _ = decoder.mix_layer(
-      spec, params, h, tile.rows, layer=layer, prefix=prefix
-  )
-  # The MLP takes its input in the dtype of the weights.
-  return _Halted(h, x.astype(params['embed']['embedding'].dtype))
-
-
-@functools.partial(jax.jit, static_argnames=('spec', 'site'))
-def _read_keys(
-    spec: ModelSpec,
-    params: Params,
-    halted: _Halted,
-    tile: Tile,
-    *,
-    layer: Array,
-    site: str,
-) -> Array:
-  """Computes the keys at the anchors, [R, F]."""
-  x = jnp.take(halted.x, tile.anchor[:, 0], axis=1, mode='fill', fill_value=0)
-  _, seen = decoder.write_layer(spec, params, x, layer=layer)
-  key = seen[site][0]
-  return key.astype(wide(key.dtype))
-
-
-@functools.partial(jax.jit, static_argnames='spec')
-def _foresee(
-    spec: ModelSpec,
-    params: Params,
-    halted: _Halted,
-    tile: Tile,
-    trunk: _Trunk | None,
-    *,
-    layer: Array,
-    last: Array,
-) -> Array:
-  """Computes the state after `last` at the anchors of halted bare prompts.
-
-  Args:
-    spec: the architecture.
-    params: canonical parameters.
-    halted: the tile before the MLP of `layer`.
-    tile: bare prompts.
-    trunk: their trunk, halted likewise, or None.
-    layer: [] the layer to be written, as yet without its change.
-    last: [] the last edited layer.
-
-  Returns:
-    [R, D].
+  Attributes:
+    changes: of every layer: factors, whose first M rows are the states', or one
+      matrix where that is smaller; of independent groups, factors [G, m, .].
+    distance: [n + 1, M] |z - z_now| / |z - z0| before each layer was written and
+      after the last.
+    active: [M] bool, states whose edit stayed finite.
+    keys: [M, F] of every layer.
   """
 
-  def write(at: _Halted, layer: Array) -> Array:
-    return at.h + decoder.write_layer(spec, params, at.x, layer=layer)[0]
-
-  def body(layer: Array, state: tuple[Array, Array | None]) -> Any:
-    h, base = state
-    prefix = None
-    if trunk is not None:
-      base, x, kv = decoder.mix_layer(
-          spec, params, base, trunk.columns, layer=layer
-      )
-      base = write(_Halted(base, x), layer)
-      prefix = _prefix(trunk, kv, tile)
-    h, x, _ = decoder.mix_layer(
-        spec, params, h, tile.rows, layer=layer, prefix=prefix
-    )
-    return write(_Halted(h, x), layer), base
-
-  base = None if trunk is None else write(trunk.at, layer)
-  state = (write(halted, layer), base)
-  h, _ = jax.lax.fori_loop(layer + 1, last + 1, body, state)
-  return jnp.take(h[0], tile.anchor[:, 0], axis=0, mode='fill', fill_value=0)
+  changes: list[Change]
+  distance: np.ndarray
+  active: np.ndarray
+  keys: list[np.ndarray]
 
 
-@functools.partial(
-    jax.jit, static_argnames=('spec', 'site'), donate_argnames='h'
-)
-def _write(
-    spec: ModelSpec,
-    params: Params,
-    h: Array,
-    x: Array,
-    rows: Ragged | None,
-    *,
-    layer: Array,
-    change: Change | None,
-    site: str,
-) -> Array:
-  """Runs the MLP that rows wait for, with its change; gives the residual.
+class _Rows(NamedTuple):
+  """Rows of one system, or of G systems side by side."""
 
-  Factors may have a row axis, for changes of their own a row.
-  """
-  deltas = {}
-  if isinstance(change, Factors):
-    deltas = {site: tuple(change)}
-  elif change is not None:
-    deltas = {site: (change,)}
-  m, _ = decoder.write_layer(
-      spec, params, x, layer=layer, rows=rows, deltas=deltas
-  )
-  return h + m
-
-
-_solve_factors = jax.jit(ridge_update)
-_solve_dense = jax.jit(ridge_dense)
-
-
-@jax.jit
-def _solve_each(
-    metric: Metric,
-    keys: Array,
-    residuals: Array,
-    *,
-    ridge: float,
-    active: Array,
-) -> Factors:
-  """Solves M = 1 systems for E edits that know nothing of each other."""
-  one = lambda key, residual, on: ridge_update(
-      metric, key[None], residual[None], ridge=ridge, active=on[None]
-  )
-  return jax.vmap(one)(keys, residuals, active)
+  keys: np.ndarray  # [M, F]
+  residuals: np.ndarray  # [M, D]
+  active: np.ndarray  # [M] bool
+  constraint: np.ndarray | None  # [M, F]
+  held: np.ndarray | None  # [P, F]
+  held_active: np.ndarray | None  # [P] bool
 
 
 def pays(rows: int, keys: int, width: int) -> bool:
@@ -263,115 +75,162 @@ def pays(rows: int, keys: int, width: int) -> bool:
   return rows * (keys + width) < keys * width
 
 
-class _Climb:
-  """All rows of a batch on their way through the edited layers."""
+@jax.jit
+def _solve_factors(metric: Metric, rows: _Rows, ridge: Array) -> Factors:
+  return ridge_update(metric, **_named(rows), ridge=ridge)
 
-  def __init__(
+
+@jax.jit
+def _solve_dense(metric: Metric, rows: _Rows, ridge: Array) -> Array:
+  return ridge_dense(metric, **_named(rows), ridge=ridge)
+
+
+@jax.jit
+def _solve_groups(metric: Metric, rows: _Rows, ridge: Array) -> Factors:
+  """Solves systems that know nothing of each other, [G, m, .]."""
+  one = lambda rows, ridge: ridge_update(metric, **_named(rows), ridge=ridge)
+  return jax.vmap(one)(rows, ridge)
+
+
+def _named(rows: _Rows) -> dict[str, Any]:
+  return {name: x for name, x in rows._asdict().items() if x is not None}
+
+
+class _Together:
+  """All edits in one system."""
+
+  def __init__(self, frame: Frame, states: int):
+    # Smaller batches leave rows of the solve idle, rather than compile their own.
+    self._rows = max(frame.states, states)
+
+  def solve(
       self,
-      spec: ModelSpec,
-      params: Params,
+      metric: Metric,
+      rows: _Rows,
+      owner: np.ndarray,
       recipe: Recipe,
-      edits: Sequence[EncodedEdit],
-      frame: Frame,
-  ):
-    self._model, self._recipe = (spec, params), recipe
-    self._count, self._contexts = len(edits), frame.contexts
-    self._sides = tuple(
-        list(seating.key_tiles(edits, frame, bare=bare))
-        for bare in (True, False)
-    )
-    first = recipe.layers[0]
-    tokens, columns = seating.trunk_columns(frame)
-    self._trunk, kv = None, None
-    if tokens.shape[1]:
-      h, kv = _enter_trunk(spec, params, tokens, columns, layer=first)
-      self._trunk = _Trunk(h, columns)
-    self._at = [
-        [_enter(spec, params, kv, tile, layer=first) for tile in tiles]
-        for tiles in self._sides
-    ]
+  ) -> Change:
+    """Solves for one change of a layer; `owner` is not asked."""
+    del owner
+    full, count = self._rows, len(rows.keys)
+    dense = not pays(full, rows.keys.shape[1], rows.residuals.shape[1])
+    # What solves for a matrix widens its keys block by block, and held keys are
+    # widened so in either case.
+    put = lambda x: None if x is None else _pad(_as(x, dense), full)
+    room = _room(0 if rows.held is None else len(rows.held))
+    hold = lambda x: None if x is None else _pad(x, room)
+    rows = _Rows(*map(put, rows[:4]), *map(hold, rows[4:]))
+    solve = _solve_dense if dense else _solve_factors
+    ridge = recipe.ridge_of(count)
+    return solve(metric, jax.tree.map(jnp.asarray, rows), ridge)
 
-  def _each(self) -> Iterator[tuple[int, int, Tile]]:
-    for side, tiles in enumerate(self._sides):
-      for t, tile in enumerate(tiles):
-        yield side, t, tile
+  def fine(self, change: Change) -> np.ndarray:
+    """[] whether the change is finite."""
+    parts = jax.tree.leaves(change)
+    return np.array(all(np.isfinite(x).all() for x in parts))
 
-  def halt(self, layer: int) -> None:
-    """Takes all rows to the MLP of a layer."""
-    if self._trunk is not None:
-      self._trunk = _halt_trunk(*self._model, self._trunk, layer=layer)
-    for side, t, tile in self._each():
-      self._at[side][t] = _halt(
-          *self._model, self._at[side][t], tile, self._trunk, layer=layer
-      )
+  def kept(self, sound: np.ndarray, axes: int) -> np.ndarray:
+    """What a change is multiplied by to let go of what is not sound."""
+    del axes
+    return sound
 
-  def keys(self, layer: int) -> np.ndarray:
-    """Keys of all edits, averaged over contexts, [E, F]."""
-    read = functools.partial(
-        _read_keys, *self._model, layer=layer, site=self._recipe.site
-    )
-    bare = self._recipe.bare if self._sides[1] else 1.0
-    total = 0.0
-    for side, weight in enumerate((bare, 1 - bare)):
-      # A tile at a time: the keys of all contexts would fill the memory.
-      for at, tile in zip(self._at[side], self._sides[side]):
-        found = np.asarray(read(at, tile))
-        if not isinstance(total, np.ndarray):
-          total = np.zeros((self._count, found.shape[-1]), found.dtype)
-        taken = tile.edit >= 0
-        # Contexts other than the bare prompt share their weight evenly.
-        share = weight / (1 if side == 0 else self._contexts - 1)
-        np.add.at(total, tile.edit[taken], share * found[taken])
-    return total
 
-  def _by_edit(self, side: int, parts: Sequence[Array]) -> np.ndarray:
-    """Puts what tiles hold by row in order, [E, contexts of the side, ...]."""
-    read = np.concatenate([np.asarray(part) for part in parts])
-    edit = np.concatenate([tile.edit for tile in self._sides[side]])
-    # Rows lie edit by edit; those of no edit are left out.
-    return read[edit >= 0].reshape(self._count, -1, *read.shape[1:])
+class _Apart:
+  """Independent groups of edits, each a system of its own."""
 
-  def present(self, layer: int) -> np.ndarray:
-    """States after the last edited layer as things stand, [E, D]."""
-    foresee = functools.partial(
-        _foresee, *self._model, layer=layer, last=self._recipe.layers[-1]
-    )
-    found = self._by_edit(
-        0,
-        [
-            foresee(at, tile, self._trunk)
-            for at, tile in zip(self._at[0], self._sides[0])
-        ],
-    )
-    return found[:, 0]
+  def __init__(self, frame: Frame, edits: Sequence[EncodedEdit], group: Any):
+    self._group = np.asarray(group)
+    self._states = np.repeat(self._group, [edit.stages for edit in edits])
+    self._groups = int(self._group.max()) + 1
+    self._most = max(frame.batch, self._groups)
+    self._index = _members(self._states, self._groups, frame.stages)
 
-  def write(self, layer: int, change: Change | None) -> None:
-    """Takes all rows past the MLP of a layer, with its change."""
-    put = functools.partial(
-        _write, *self._model, layer=layer, site=self._recipe.site
-    )
-    if self._trunk is not None:
-      h = put(*self._trunk.at, None, change=change)
-      self._trunk = _Trunk(h, self._trunk.columns)
-    last = layer == self._recipe.layers[-1]
-    for side, t, tile in self._each():
-      if last and side:  # nobody reads the contexts any more
-        continue
-      mine = change
-      if isinstance(change, Factors) and change.key.ndim == 3:
-        own = np.maximum(tile.edit, 0)
-        mine = Factors(*(x[own] for x in change))
-      self._at[side][t] = put(*self._at[side][t], tile.rows, change=mine)
+  def solve(
+      self,
+      metric: Metric,
+      rows: _Rows,
+      owner: np.ndarray,
+      recipe: Recipe,
+  ) -> Factors:
+    """Solves for the changes of all groups; `owner` [P] is a held key's edit."""
+    index, held = self._index, None
+    if rows.held is not None:
+      held = _members(self._group[owner], self._groups, 1)
+      idle = _room(held.shape[1]) - held.shape[1]
+      held = np.pad(held, [(0, 0), (0, idle)], constant_values=-1)
+    counts = (index >= 0).sum(1)
+    ridge = np.array([recipe.ridge_of(count) for count in counts], np.float64)
+    size = index.shape[1] + (0 if held is None else held.shape[1])
+    step = max(1, _GROUP_BYTES // (32 * size * rows.keys.shape[1]))
+    step = min(step, self._most)
+    metric = jax.tree.map(jnp.asarray, metric)  # to the device once
+    found = []
+    for at in range(0, self._groups, step):
+      # The last systems stand idle where there are no more groups.
+      cut = lambda x: _fill(x[at : at + step], step)  # pylint: disable=cell-var-from-loop
+      part = _take(rows, cut(index), None if held is None else cut(held))
+      part = jax.tree.map(jnp.asarray, part)
+      shares = np.resize(ridge[at : at + step], step)
+      solved = _solve_groups(metric, part, jnp.asarray(shares))
+      found.append(jax.tree.map(np.asarray, solved))
+    return Factors(*(np.concatenate(x)[: self._groups] for x in zip(*found)))
 
-  def states(self) -> np.ndarray:
-    """States of the bare prompts where the rows are now, [E, D]."""
-    pick = lambda h, tile: jnp.take(
-        h[0], tile.anchor[:, 0], axis=0, mode='fill', fill_value=0
-    )
-    found = self._by_edit(
-        0, [pick(h, tile) for h, tile in zip(self._at[0], self._sides[0])]
-    )
-    return found[:, 0]
+  def fine(self, change: Factors) -> np.ndarray:
+    """[M] whether the change of a state's group is finite."""
+    every = [np.isfinite(x).all(axis=(1, 2)) for x in change]
+    return np.logical_and(*every)[self._states]
+
+  def kept(self, sound: np.ndarray, axes: int) -> np.ndarray:
+    """What changes [G, ...] are multiplied by to let go of unsound groups."""
+    groups = np.ones(self._groups, bool)
+    np.logical_and.at(groups, self._states, sound)
+    return groups.reshape(-1, *[1] * (axes - 1))
+
+
+def _fill(index: np.ndarray, rows: int) -> np.ndarray:
+  """Adds rows that name nothing."""
+  idle = [(0, rows - len(index)), (0, 0)]
+  return np.pad(index, idle, constant_values=-1)
+
+
+def _members(group: np.ndarray, groups: int, least: int) -> np.ndarray:
+  """[G, m] which rows belong to a group, -1 for none."""
+  counts = np.bincount(group, minlength=groups)
+  index = np.full((groups, max(least, int(counts.max(initial=0)))), -1)
+  for g in np.flatnonzero(counts):
+    rows = np.flatnonzero(group == g)
+    index[g, : len(rows)] = rows
+  return index
+
+
+def _take(rows: _Rows, index: np.ndarray, held: np.ndarray | None) -> _Rows:
+  """The rows of groups, [G, m, .]; idle where there is none."""
+
+  def pick(x: np.ndarray | None, index: np.ndarray) -> np.ndarray | None:
+    if x is None:
+      return None
+    some = x[np.maximum(index, 0)]
+    none = (index < 0).reshape(*index.shape, *[1] * (x.ndim - 1))
+    return _as(np.where(none, np.zeros((), x.dtype), some), False)
+
+  first = (pick(x, index) for x in rows[:4])
+  if held is None:
+    return _Rows(*first, None, None)
+  return _Rows(*first, *(pick(x, held) for x in rows[4:]))
+
+
+def _as(x: np.ndarray, narrow: bool) -> np.ndarray:
+  """Widens numbers for an exact solve, unless told otherwise."""
+  return x if narrow or x.dtype == bool else x.astype(np.float64)
+
+
+def _pad(x: np.ndarray, rows: int) -> np.ndarray:
+  return np.pad(x, [(0, rows - len(x)), *[(0, 0)] * (x.ndim - 1)])
+
+
+def _room(held: int) -> int:
+  """Held rows to compile for, so that a few more do not compile anew."""
+  return round_up(held) if held else 0
 
 
 def insert(
@@ -383,75 +242,158 @@ def insert(
     *,
     targets: Targets,
     active: np.ndarray,
-    each: bool = False,
+    owner: Sequence[int] | None = None,
     frame: Frame | None = None,
     progress: Progress = silent,
-) -> tuple[list[Change], np.ndarray, np.ndarray]:
+) -> Written:
   """Writes the targets into the edited layers, lowest first.
 
   Args:
     spec: the architecture.
     params: canonical parameters.
     recipe: the method.
-    state: factored metrics.
+    state: factored metrics, and keys to hold.
     edits: E edits.
-    targets: their wanted states.
-    active: [E] bool, edits to write.
-    each: solve for every edit alone instead of for all together.
+    targets: their wanted states, all M.
+    active: [M] bool, states to write; an edit is written whole or not at all.
+    owner: [E] independent group of an edit, for changes of their own a group;
+      None solves for all together.
     frame: static shapes, of these edits and others; chosen unless given.
     progress: progress display.
 
   Returns:
-    (the change of every layer: factors whose first E rows are the edits', or one
-    matrix where that is smaller; [n + 1, E] distance to the target before each
-    layer and after the last, as a multiple of |z - z0|; [E] bool, edits whose
-    keys and residuals stayed finite).
+    What was written.
   """
   frame = frame or seating.frame(edits)
-  if each:  # every edit changes the contexts in a way of its own
+  states = sum(edit.stages for edit in edits)
+  if owner is None:
+    systems: Any = _Together(frame, states)
+  else:
+    systems = _Apart(frame, edits, owner)
+  if owner is not None or recipe.texts:
+    # Every group changes what contexts share in its own way, and every text
+    # holds all of its own tokens.
     frame = frame.apart()
-  climb = _Climb(spec, params, recipe, edits, frame)
-  # Smaller batches leave rows of the solve idle, rather than compile their own.
-  rows = max(frame.batch, len(edits))
-  pad = lambda x: np.pad(x, [(0, rows - len(x)), *[(0, 0)] * (x.ndim - 1)])
-  dtype = targets.z.dtype
-  length = np.linalg.norm(targets.z - targets.z0, axis=-1)
-  dense = not each and not pays(rows, *_sizes(state, targets))
-  solve = _solve_each if each else _solve_dense if dense else _solve_factors
-  distance, solved = [], []
-
-  def gap(now: np.ndarray) -> np.ndarray:
-    away = targets.z - now
-    far = np.linalg.norm(away, axis=-1) / np.maximum(length, 1e-30)
-    distance.append(far)
-    return away
-
+  climb = _Climbing(
+      Climb(spec, params, recipe, edits, frame, owner=owner),
+      (params, recipe, state),
+      edits,
+      targets,
+      active,
+      together=owner is None,
+  )
   with progress('insert', len(recipe.layers), 'layer') as advance:
     for layer in range(recipe.layers[0], recipe.layers[-1] + 1):
       climb.halt(layer)
       change = None
       if layer in recipe.layers:
-        i = recipe.layers.index(layer)
-        keys, away = climb.keys(layer), gap(climb.present(layer))
-        away = away * recipe.spread(len(recipe.layers) - i)
-        active = active & np.isfinite(keys).all(1) & np.isfinite(away).all(1)
-        with jax.enable_x64(True):
-          # What solves for a matrix widens its keys block by block.
-          exact = solve(
-              state.metrics[i],
-              jnp.asarray(pad(keys), keys.dtype if dense else jnp.float64),
-              jnp.asarray(pad(away), away.dtype if dense else jnp.float64),
-              ridge=recipe.ridge,
-              active=jnp.asarray(pad(active)),
-          )
-          solved.append(jax.tree.map(lambda x: np.asarray(x, dtype), exact))
-        change = jax.tree.map(jnp.asarray, solved[-1])
+        change = climb.solve(layer, systems)
         advance(1)
-      climb.write(layer, change)
-  gap(climb.states())
-  return solved, np.stack(distance), active
+      if layer < recipe.layers[-1]:
+        climb.write(layer, change)
+  climb.gap(climb.rows.outcome(change))
+  return Written(
+      climb.solved, np.stack(climb.distance), climb.active, climb.keys
+  )
 
 
-def _sizes(state: State, targets: Targets) -> tuple[int, int]:
-  """(F, D) of the edited kernels."""
-  return state.metrics[0][0].shape[0], targets.z.shape[1]
+class _Climbing:
+  """An insertion under way."""
+
+  def __init__(
+      self,
+      rows: Climb,
+      given: tuple[Params, Recipe, State],
+      edits: Sequence[EncodedEdit],
+      targets: Targets,
+      active: np.ndarray,
+      *,
+      together: bool,
+  ):
+    self.rows, self._targets = rows, targets
+    self._together = together
+    self._params, self._recipe, self._state = given
+    self._edit = np.repeat(np.arange(len(edits)), [e.stages for e in edits])
+    self._length = np.linalg.norm(targets.z - targets.z0, axis=-1)
+    self.halt, self.write = rows.halt, rows.write
+    self.active = self._whole(active)
+    self.solved: list[Change] = []
+    self.distance: list[np.ndarray] = []
+    self.keys: list[np.ndarray] = []
+
+  def _whole(self, fine: np.ndarray) -> np.ndarray:
+    """[M] bool, states whose edit is fine in all its states."""
+    bad = np.zeros(int(self._edit.max()) + 1, bool)
+    np.logical_or.at(bad, self._edit, ~fine)
+    return ~bad[self._edit]
+
+  def gap(self, now: np.ndarray) -> np.ndarray:
+    """Records how far the wanted states are."""
+    away = self._targets.z - now
+    far = np.linalg.norm(away, axis=-1) / np.maximum(self._length, 1e-30)
+    self.distance.append(far)
+    return away
+
+  def solve(self, layer: int, systems: Any) -> Change:
+    """Solves for the change of a layer whose MLP rows wait for."""
+    recipe, dtype = self._recipe, self._targets.z.dtype
+    i = recipe.layers.index(layer)
+    found = self.rows.keys(layer)
+    share = recipe.spread(len(recipe.layers) - i)
+    away = self.gap(self.rows.present(layer)) * share
+    fine = np.isfinite(found.mean).all(1) & np.isfinite(away).all(1)
+    self.active = self._whole(self.active & fine)
+    self.keys.append(found.mean)
+    metric = i if recipe.shared_metric is None else recipe.shared_metric
+    rows, owner = self._rows(found, away, i)
+    with jax.enable_x64(True):
+      exact = systems.solve(self._state.metrics[metric], rows, owner, recipe)
+      if recipe.keep < 1:
+        kernel = self._params['layers']
+        for name in (*recipe.site.split('/'), 'kernel'):
+          kernel = kernel[name]
+        if isinstance(exact, Factors):
+          exact = exact.key.T @ exact.value
+        exact = rect(exact, kernel[layer], recipe.keep)
+      change = jax.tree.map(lambda x: np.asarray(x, dtype), exact)
+    sound = systems.fine(change)
+    if not np.all(sound):
+      # A singular system: nothing of it may reach the model.
+      self.active = self._whole(self.active & sound)
+      change = jax.tree.map(lambda x: np.where(np.isfinite(x), x, 0), change)
+      change = jax.tree.map(
+          lambda x: x * systems.kept(sound, x.ndim).astype(x.dtype), change
+      )
+    self.solved.append(change)
+    return jax.tree.map(jnp.asarray, change)
+
+  def _rows(
+      self, found: Keys, away: np.ndarray, i: int
+  ) -> tuple[_Rows, np.ndarray]:
+    """The system of a layer, and the edits that held keys belong to."""
+    held, live = found.held, np.zeros(0, bool)
+    if len(held):
+      live = np.isfinite(held).all(1)
+      fine = np.zeros(int(self._edit.max()) + 1, bool)
+      fine[self._edit[self.active]] = True
+      live &= fine[found.owner]
+    owner = found.owner
+    # Independent edits know nothing of earlier ones.
+    joint = self._state.prior is not None and self._together
+    if joint and len(self._state.prior[i]):
+      prior = self._state.prior[i]
+      held = np.concatenate([held, prior.astype(found.mean.dtype)])
+      live = np.append(live, np.ones(len(prior), bool))
+    constraint = None
+    if self._recipe.constraint == 'bare':
+      constraint = found.bare
+    some = len(held) > 0
+    rows = _Rows(
+        found.mean,
+        away,
+        self.active,
+        constraint,
+        held if some else None,
+        live if some else None,
+    )
+    return rows, owner

@@ -1,7 +1,7 @@
 """Reads facts to edit from files, and says everything that is wrong with them.
 
-A file holds one JSON object a line, or one JSON list of objects (UTF-8). Which
-format it has is told by its fields:
+A file holds one JSON object a line, or one JSON list of objects (UTF-8), as in
+`reading`. Which format it has is told by its fields:
 
   counterfact       `requested_rewrite` {prompt, subject, target_new {str},
                     target_true {str}}, `paraphrase_prompts`,
@@ -43,69 +43,28 @@ It knows no tokenizer: faults that need one come in through `check`.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import importlib.resources
-import json
 import os
-import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxedit.eval import formats
+from jaxedit.eval import formats, reading
+from jaxedit.eval.reading import Loaded
 from jaxedit.text import locate
-from jaxedit.types import InputError, Record
+from jaxedit.types import Record
 
-DEMO = 'demo'
-FORMATS = ('counterfact', 'counterfact_flat', 'zsre', 'jaxedit')
+LIBRARY = reading.Library(
+    content='facts',
+    demo='demo_facts.jsonl',
+    signs={
+        'counterfact': frozenset({'requested_rewrite'}),
+        'zsre': frozenset({'src'}),
+        'counterfact_flat': frozenset({'locality_prompt', 'rephrase_prompt'}),
+        'jaxedit': frozenset({'prompt', 'target_new'}),
+    },
+    needs='prompt, subject and target_new',
+)
+FORMATS = tuple(LIBRARY.signs)
 ZSRE_TARGETS = ('alt', 'answers')
-_LISTED = 20  # faults told in full before only their count is
-
-
-@dataclasses.dataclass(frozen=True)
-class Skipped:
-  """A record left out, and why."""
-
-  number: int
-  id: str
-  reason: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-  """What a file held.
-
-  Attributes:
-    records: the good records, in the file's order.
-    skipped: the bad ones that were passed over.
-    source: the path as given, or 'demo'.
-    sha256: of the file's bytes, in hex.
-    format: the format it was read as.
-  """
-
-  records: tuple[Record, ...]
-  skipped: tuple[Skipped, ...]
-  source: str
-  sha256: str
-  format: str
-
-
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-  """One object of the file, or what kept it from being read."""
-
-  number: int
-  data: Any
-  fault: str = ''
-
-  @property
-  def id(self) -> str:
-    if isinstance(self.data, dict):
-      for name in ('id', 'case_id'):
-        value = self.data.get(name)
-        if isinstance(value, str | int) and not isinstance(value, bool):
-          return locate.valid_unicode(str(value))
-    return str(self.number)
 
 
 def load_records(
@@ -116,7 +75,7 @@ def load_records(
     on_bad_record: str = 'fail',
     check: Callable[[Record], list[str]] | None = None,
     zsre_target: str = 'alt',
-) -> Loaded:
+) -> Loaded[Record]:
   """Loads and validates records.
 
   Args:
@@ -137,145 +96,14 @@ def load_records(
     InputError: an unreadable file, an unknown option, no good record, or with
       'fail' any fault; the first 20 faults and their number are told.
   """
-  _check_options(format, limit, on_bad_record, zsre_target)
-  source = os.fspath(path_or_name)
-  blob = _read(source)
-  text = _decode(blob, source)
-  kind = _detect(text, source) if format == 'auto' else format
-  convert = _Converter(kind, zsre_target, check)
-  records, skipped, faults = [], [], []
-  for seen, entry in enumerate(_entries(text, source)):
-    if limit is not None and limit <= (
-        seen if on_bad_record == 'fail' else len(records)
-    ):
-      break
-    record, found = convert(entry)
-    if not found:
-      records.append(record)
-    else:
-      skipped.append(Skipped(entry.number, entry.id, ' '.join(found)))
-      name = f'record {entry.number} (id {entry.id})'
-      faults.extend(f'{name}: {fault}' for fault in found)
-  if faults and (on_bad_record == 'fail' or not records):
-    raise InputError(*_shorten(faults, source))
-  if not records:
-    raise InputError(f'{source}: holds no records; give a file with facts.')
-  digest = hashlib.sha256(blob).hexdigest()
-  return Loaded(tuple(records), tuple(skipped), source, digest, kind)
-
-
-def _check_options(
-    kind: str, limit: int | None, on_bad_record: str, zsre_target: str
-) -> None:
-  problems = []
-  for name, value, known in (
-      ('format', kind, ('auto', *FORMATS)),
-      ('on_bad_record', on_bad_record, ('fail', 'skip')),
-      ('zsre_target', zsre_target, ZSRE_TARGETS),
-  ):
-    if value not in known:
-      problems.append(
-          f'{name} {value!r} is unknown; use one of {", ".join(known)}.'
-      )
-  if limit is not None and limit < 1:
-    problems.append(f'limit {limit} leaves no record; give 1 or more.')
-  if problems:
-    raise InputError(*problems)
-
-
-def _shorten(faults: Sequence[str], source: str) -> list[str]:
-  if len(faults) <= _LISTED:
-    return list(faults)
-  return [
-      *faults[:_LISTED],
-      f'{source}: {len(faults)} faults in all, the first {_LISTED} are listed;'
-      ' mend the file, or skip bad records.',
-  ]
-
-
-def _read(source: str) -> bytes:
-  if source == DEMO:
-    package = importlib.resources.files('jaxedit.eval')
-    return package.joinpath('demo_facts.jsonl').read_bytes()
-  try:
-    return pathlib.Path(source).read_bytes()
-  except FileNotFoundError as error:
-    raise InputError(
-        f"{source}: there is no such file; check the path, or use '{DEMO}' for"
-        ' the facts that come with the package.'
-    ) from error
-  except OSError as error:
-    raise InputError(
-        f'{source}: cannot be read ({error.strerror}); give a file of records.'
-    ) from error
-
-
-def _decode(blob: bytes, source: str) -> str:
-  try:
-    return blob.decode('utf-8-sig')
-  except UnicodeDecodeError as error:
-    line = blob.count(b'\n', 0, error.start) + 1
-    raise InputError(
-        f'{source}: line {line} is not UTF-8; save the file as UTF-8.'
-    ) from error
-
-
-def _entries(text: str, source: str) -> Iterator[_Entry]:
-  """Yields the objects of a list, or of the lines, numbered from 1."""
-  if text.lstrip()[:1] == '[':
-    try:
-      values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-      line = getattr(error, 'lineno', 1)
-      raise InputError(
-          f'{source}: not JSON at line {line} ({error}); mend the list there.'
-      ) from error
-    yield from (_Entry(i, value) for i, value in enumerate(values, 1))
-    return
-  number = 0
-  # Not splitlines: JSON texts may hold U+2028 and its like as they are.
-  for line, piece in enumerate(text.split('\n'), 1):
-    if not piece.strip():
-      continue
-    number += 1
-    try:
-      yield _Entry(number, json.loads(piece))
-    except (ValueError, RecursionError) as error:
-      reason = getattr(error, 'msg', 'nested too deeply')
-      yield _Entry(
-          number,
-          None,
-          f'not JSON at line {line} ({reason}); write one object a line, or'
-          ' one list of objects.',
-      )
-
-
-def _detect(text: str, source: str) -> str:
-  """Tells the format by the first object with known fields."""
-  unknown, faults, empty = None, [], True
-  for entry in _entries(text, source):
-    empty = False
-    if isinstance(entry.data, dict):
-      if 'requested_rewrite' in entry.data:
-        return 'counterfact'
-      if 'src' in entry.data:
-        return 'zsre'
-      if {'locality_prompt', 'rephrase_prompt'} & entry.data.keys():
-        return 'counterfact_flat'
-      if {'prompt', 'target_new'} & entry.data.keys():
-        return 'jaxedit'
-      unknown = unknown or entry
-    elif entry.fault:
-      faults.append(f'record {entry.number} (id {entry.id}): {entry.fault}')
-  if empty:
-    raise InputError(f'{source}: holds no records; give a file with facts.')
-  if unknown is None and faults:
-    raise InputError(*_shorten(faults, source))
-  fields = ', '.join(map(repr, unknown.data)) if unknown else 'no objects'
-  raise InputError(
-      f'{source}: no known format has these fields ({fields}); known formats'
-      f' are {", ".join(FORMATS)}; our own needs prompt, subject and'
-      ' target_new.'
+  return reading.load(
+      path_or_name,
+      LIBRARY,
+      lambda kind: _Converter(kind, zsre_target, check),
+      format=format,
+      limit=limit,
+      on_bad_record=on_bad_record,
+      problems=reading.unknown('zsre_target', zsre_target, ZSRE_TARGETS),
   )
 
 
@@ -293,35 +121,34 @@ class _Converter:
     self._check = check
     self._seen: dict[tuple[str, str], Record] = {}
 
-  def __call__(self, entry: _Entry) -> tuple[Record | None, list[str]]:
-    """Returns the record and its faults; the record is good without any."""
-    if entry.fault:
-      return None, [entry.fault]
-    if not isinstance(entry.data, dict):
-      given = formats.JSON_NAMES[type(entry.data)]
-      return None, [f'the record is {given}; it must be an object.']
+  def case(self, entry: reading.Entry) -> str:
+    """Returns no case: each fact is an edit."""
+    del entry
+    return ''
+
+  def __call__(
+      self, entries: Sequence[reading.Entry]
+  ) -> tuple[list[Record], list[list[str]]]:
+    """Converts one entry, as `reading.Converter` has it."""
+    (entry,) = entries
     fields = formats.Fields(entry.data)
     parts = self._build(fields)
     record = _finish(entry, parts, fields.faults)
     if record is None:
-      return None, fields.faults
+      return [], [fields.faults]
     faults = list(self._check(record)) if self._check else []
-    key = (_squeeze(record.subject), _squeeze(record.prompt))
+    key = (reading.squeeze(record.subject), reading.squeeze(record.prompt))
     earlier = self._seen.get(key)
     if earlier is not None:
       faults.append(_repeated(record, earlier))
     if not faults:
       self._seen[key] = record
-    return record, faults
-
-
-def _squeeze(text: str) -> str:
-  return ' '.join(text.split())
+    return [record], [faults]
 
 
 def _repeated(record: Record, earlier: Record) -> str:
-  name = f'record {earlier.number} (id {earlier.id})'
-  if _squeeze(record.target_new) == _squeeze(earlier.target_new):
+  name = reading.named(earlier)
+  if reading.squeeze(record.target_new) == reading.squeeze(earlier.target_new):
     return f'it makes the same edit as {name}; drop one of them.'
   return (
       f'it writes {record.target_new!r} where {name} writes'
@@ -330,7 +157,7 @@ def _repeated(record: Record, earlier: Record) -> str:
 
 
 def _finish(
-    entry: _Entry, parts: dict[str, Any], faults: list[str]
+    entry: reading.Entry, parts: dict[str, Any], faults: list[str]
 ) -> Record | None:
   """Checks what all formats share; returns None where there are faults."""
   subject, prompt = parts['subject'], parts['prompt'].rstrip()
@@ -351,7 +178,7 @@ def _finish(
       )
     prompt = cloze or prompt
   new, true = parts['target_new'].strip(), parts['target_true'].strip()
-  if new and _squeeze(new) == _squeeze(true):
+  if new and reading.squeeze(new) == reading.squeeze(true):
     faults.append(
         f'target_new and target_true are both {new!r}; there is nothing to'
         ' edit, give another target.'

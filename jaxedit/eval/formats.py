@@ -9,7 +9,7 @@ It does not open files and does not look at more than one record.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxedit.text import locate
@@ -56,14 +56,11 @@ class Fields:
       return default
     if isinstance(value, wanted) or self._told:
       return value
-    title = f"field '{self._inside}{name}'"
     if name not in self.data:
-      self.faults.append(f'{title} is missing; add it.')
+      self.fault(name, 'is missing; add it.')
     else:
       given = JSON_NAMES[type(value)]
-      self.faults.append(
-          f'{title} holds {given}; it must be {JSON_NAMES[wanted]}.'
-      )
+      self.fault(name, f'holds {given}; it must be {JSON_NAMES[wanted]}.')
     return None
 
   def text(self, name: str, optional: bool = False) -> str:
@@ -72,11 +69,20 @@ class Fields:
       return ''
     value = self.get(name, str)
     if value is not None and not value.strip():
-      self.faults.append(
-          f"field '{self._inside}{name}' is empty; write some text or drop the"
-          ' record.'
-      )
+      self.fault(name, 'is empty; write some text or drop the record.')
     return locate.valid_unicode(value or '')
+
+  def fault(self, name: str, what: str) -> None:
+    """Makes a fault of what is said of a field."""
+    self.faults.append(f"field '{self._inside}{name}' {what}")
+
+  def refuse_others(self, known: Sequence[str]) -> None:
+    """Makes a fault of every field that has none of the known names."""
+    for name in self.data:
+      if name not in known:
+        self.faults.append(
+            f'field {name!r} is unknown; known fields are {", ".join(known)}.'
+        )
 
   def inner(self, name: str, optional: bool = False) -> Fields:
     """Opens an object inside this one."""
@@ -135,7 +141,7 @@ def zsre(fields: Fields, target: str = 'alt') -> dict[str, Any]:
   """Reads zsRE; `target` names the field of the object to write."""
   answers = fields.texts('answers')
   if not answers and isinstance(fields.data.get('answers'), list):
-    fields.faults.append("field 'answers' is an empty list; add the answer.")
+    fields.fault('answers', 'is an empty list; add the answer.')
   answer = answers[0] if answers else ''
   # The questions come as NaturalQuestions inputs for a T5: as MEMIT reads them,
   # without the task's name and with the mark that makes them questions.
@@ -159,12 +165,7 @@ def zsre_answers(fields: Fields) -> dict[str, Any]:
 
 def own(fields: Fields) -> dict[str, Any]:
   """Reads our own format."""
-  for name in fields.data:
-    if name not in OWN_FIELDS:
-      fields.faults.append(
-          f'field {name!r} is unknown; known fields are'
-          f' {", ".join(OWN_FIELDS)}.'
-      )
+  fields.refuse_others(OWN_FIELDS)
   true = fields.text('target_true', optional=True)
   portability = {}
   kinds = fields.inner('portability', optional=True)
@@ -189,9 +190,10 @@ def _own_neighbours(fields: Fields, true: str) -> tuple[Probe, ...]:
     if isinstance(value, str):
       probes.append(Probe(items.text(key).rstrip(), true))
       if not true and not fields.data.get('target_true'):
-        items.faults.append(
-            f"field 'neighbours{key}' has no answer; give the record a"
-            ' target_true, or write {"prompt": ..., "answer": ...}.'
+        items.fault(
+            key,
+            'has no answer; give the record a target_true, or write'
+            ' {"prompt": ..., "answer": ...}.',
         )
     else:
       probes.append(items.probe(key))

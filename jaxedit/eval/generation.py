@@ -19,7 +19,7 @@ EasyEdit (Wang et al. 2023, arXiv 2308.07269), without its judge and without a
 chat template. Punctuation becomes a space here, where theirs joins the words
 around it.
 
-Not here: sampling, fluency, perplexity.
+Not here: answers of any length (`answers`), fluency, perplexity.
 """
 
 from __future__ import annotations
@@ -28,10 +28,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
-from jaxedit.edit import forward
-from jaxedit.eval.scoring import check_stack, with_owned
+from jaxedit.eval import answers
 from jaxedit.models.spec import ModelSpec
 from jaxedit.types import Edited, Params, Progress, silent
 
@@ -86,7 +83,7 @@ def free_generation(
     prompts: token ids, BOS included where the model wants one.
     tokenizer: turns the new tokens into text.
     stop: tokens that end a text, see `stop_ids`.
-    stack: E changes side by side, see `scoring.score`.
+    stack: E changes side by side, see `answers.continuations`.
     owner: an index into the stack a prompt.
     max_new_tokens: tokens at most.
     batch_size: prompts a batch.
@@ -100,44 +97,19 @@ def free_generation(
     InputError: a prompt is empty or too long for the model, or the stack does
       not fit.
   """
-  check_stack(edited, stack, owner, len(prompts))
-  settings = dict(max_new_tokens=max_new_tokens, stop_ids=stop)
-  if stack is None:
-    tokens = forward.generate(
-        spec,
-        params,
-        edited,
-        prompts,
-        batch_size=batch_size,
-        progress=progress,
-        **settings,
-    )
-  else:
-    # Handed over in order of length and in whole batches, prompts keep the
-    # rows that their changes have. The last batch repeats its last prompt.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    size = min(batch_size, len(prompts))
-    tokens = [[] for _ in prompts]
-    with progress('generate', len(prompts), 'text') as advance:
-      for first in range(0, len(order), max(size, 1)):
-        chosen = order[first : first + size]
-        filled = chosen + [chosen[-1]] * (size - len(chosen))
-        own = jnp.asarray([owner[i] for i in filled])
-        texts = forward.generate(
-            spec,
-            params,
-            with_owned(edited, stack, own),
-            [prompts[i] for i in filled],
-            batch_size=size,
-            **settings,
-        )
-        for i, text in zip(chosen, texts):
-          tokens[i] = text
-        advance(len(chosen))
-  texts = tokenizer.batch_decode(
-      tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+  tokens = answers.continuations(
+      spec,
+      params,
+      edited,
+      prompts,
+      stop=stop,
+      max_new_tokens=max_new_tokens,
+      stack=stack,
+      owner=owner,
+      batch_size=batch_size,
+      progress=progress,
   )
-  return [text.strip() for text in texts]
+  return answers.texts(tokenizer, tokens)
 
 
 def words(text: str, articles: bool = False) -> list[str]:

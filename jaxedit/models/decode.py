@@ -1,200 +1,182 @@
-"""Batched generation on a KV cache of fixed size.
+"""Continues many prompts at a time, on a KV cache that follows the work.
 
-Prompts are left-padded to a bucket, run once, and continued one column a step
-until every row has stopped. Sampling draws from a stream of its own for every
-prompt, so a text depends neither on the rows beside it nor on their number.
+A row of a batch holds one text. Texts are written a segment of columns a
+compiled call; between calls rows whose text has ended take the next prompts,
+and when none waits the batch shrinks to the rows that go on. The cache has the
+columns that its longest text will need next, in powers of two.
 
-Not here: beam search, nucleus sampling, repetition penalties.
+Every prompt draws from a random stream of its own and counts its own steps: a
+text depends neither on the rows beside it nor on their number, and neither on
+the segments.
+
+Not here: beam search. What a batch is and how it is run is in `decode_pool`,
+what a token is drawn by in `sampling`.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+import collections
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxedit.models import decoder
+from jaxedit.models import decode_pool, sampling
+from jaxedit.models.sampling import GREEDY, Decoding
 from jaxedit.models.spec import ModelSpec
 from jaxedit.types import (
-    KV,
-    TRUNK,
-    Array,
-    Columns,
     Delta,
+    Dense,
     InputError,
+    LowRank,
     Params,
     Progress,
-    Tap,
     silent,
 )
 
-# Widths to which prompts are padded, tokens.
+__all__ = ['GREEDY', 'Decoding', 'generate', 'refuse_faulty', 'stack_faults']
+
+# Numbers of random streams are int32 on the device.
+_STREAMS = 2**31
+
+# Columns of a batch of prompts and of a cache, and rows of the first batch; each
+# is another program.
 _WIDTHS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+_CACHES = tuple(width for width in _WIDTHS if width >= 64)
+_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
+# A batch is not halved below this: reading the weights is what it costs then.
+_FEW = 4
 
 
-class _State(NamedTuple):
-  """Loop state of one batch."""
-
-  step: Array  # [] columns written so far
-  token: Array  # [B] the last token of every row
-  done: Array  # [B] bool
-  out: Array  # [B, new] tokens so far
-  cache: KV
+def _fit(ladder: Sequence[int], size: int) -> int:
+  """The first step of a ladder that is enough."""
+  return next((step for step in ladder if step >= size), size)
 
 
-def _pick(
-    logits: Array, temperature: Array, top_k: int, keys: Array, step: Array
-) -> Array:
-  """Chooses the next token of every row: greedy at temperature 0.
+def _place(change: Delta) -> set[tuple[str, str, int]]:
+  """The parameters that a change is of: site, leaf and layer."""
+  leaf = change.leaf if isinstance(change, Dense) else 'kernel'
+  return {(change.site, leaf, layer) for layer in change.layers}
+
+
+def _edits(change: Delta) -> int | None:
+  """How many edits lie side by side in a change; None without an edit axis."""
+  if isinstance(change, LowRank):
+    both = change.key.ndim == change.value.ndim == 4
+    return change.key.shape[1] if both else None
+  axes = 4 if change.leaf == 'kernel' else 3
+  return change.kernel.shape[1] if change.kernel.ndim == axes else None
+
+
+def stack_faults(
+    shared: Sequence[Delta],
+    stack: Sequence[Delta] | None,
+    owner: Sequence[int] | None,
+    prompts: int,
+    *,
+    full: bool = False,
+) -> list[str]:
+  """Says why changes side by side cannot be applied, each to its prompts.
 
   Args:
-    logits: [B, V].
-    temperature: [] divides the logits.
-    top_k: keep that many, static; 0 keeps all.
-    keys: [B] random keys, one a row.
-    step: [] folded into the keys.
+    shared: changes of all prompts.
+    stack: E changes side by side, or None.
+    owner: an index into the stack a prompt, or None.
+    prompts: how many there are.
+    full: whether changes in full are welcome beside low-rank ones.
 
   Returns:
-    [B] int32.
+    A sentence a fault.
   """
-  greedy = jnp.argmax(logits, axis=-1)
-  if top_k:
-    kept, names = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))
-  else:
-    kept, names = logits, None
-  scaled = kept / jnp.maximum(temperature, 1e-6)
-  draw = lambda key, row: jax.random.categorical(
-      jax.random.fold_in(key, step), row
-  )
-  drawn = jax.vmap(draw)(keys, scaled)
-  if names is not None:
-    drawn = jnp.take_along_axis(names, drawn[:, None], axis=-1)[:, 0]
-  return jnp.where(temperature > 0, drawn, greedy).astype(jnp.int32)
+  if (stack is None) != (owner is None):
+    return ['stack and owner belong together; give both or neither']
+  if stack is None:
+    return []
+  problems = []
+  if len(owner) != prompts:
+    problems.append(f'owner has {len(owner)} entries for {prompts} prompts')
+  taken = set().union(*map(_place, shared))
+  for change in stack:
+    edits = _edits(change)
+    if isinstance(change, Dense) and not full:
+      problems.append(
+          f'the stacked change of {change.site} is in full; rows of one batch'
+          ' take low-rank factors of shape [layers, edits, rows, width]'
+      )
+    elif edits is None:
+      problems.append(
+          f'the stacked change of {change.site} has no axis of edits, which'
+          ' comes after the one of layers'
+      )
+    elif len(owner) and not 0 <= min(owner) <= max(owner) < edits:
+      problems.append(
+          f'owner runs from {min(owner)} to {max(owner)}, but the stack of'
+          f' {change.site} holds {edits} edits, counted from 0'
+      )
+    if taken & _place(change):
+      problems.append(
+          f'{change.site} is changed by the stack and by the shared change in'
+          ' one layer; merge the shared one into the parameters'
+      )
+  return problems
 
 
-@functools.partial(jax.jit, static_argnames=('spec', 'new', 'top_k'))
-def _continue(
+def refuse_faulty(
     spec: ModelSpec,
-    params: Params,
-    tokens: Array,
-    valid: Array,
+    prompts: Sequence[Sequence[int]],
     *,
-    keys: Array,
-    stop: Array,
-    temperature: Array,
-    deltas: Sequence[Delta],
-    new: int,
-    top_k: int,
-) -> Array:
-  """Continues one padded batch.
+    max_new_tokens: int,
+    stop_ids: Sequence[int] = (),
+    decoding: Decoding = GREEDY,
+    batch_size: int = 1,
+    streams: Sequence[int] | None = None,
+    more: Sequence[str] = (),
+) -> None:
+  """Raises one error for all settings and prompts that cannot be used.
 
   Args:
     spec: the architecture.
-    params: canonical parameters.
-    tokens: [B, P] left-padded prompts.
-    valid: [B, P] bool.
-    keys: [B] random keys.
-    stop: [V] bool, tokens that end a row.
-    temperature: [] 0 for greedy.
-    deltas: lazy kernel changes.
-    new: tokens to add at most.
-    top_k: see `_pick`.
+    prompts: token ids.
+    max_new_tokens: see `generate`, as all that follow.
+    stop_ids: tokens that end a text.
+    decoding: settings of the choice.
+    batch_size: rows.
+    streams: numbers of the random streams.
+    more: further faults that the caller has found.
 
-  Returns:
-    [B, new] tokens, -1 after the stop token (which is kept).
+  Raises:
+    InputError: with a sentence a fault.
   """
-  every = (Tap('kv', tuple(range(spec.layers))),)
-  run = functools.partial(
-      decoder.run_layers,
-      spec,
-      params,
-      start=0,
-      stop=spec.layers,
-      deltas=deltas,
-      taps=every,
-  )
-  columns = decoder.token_columns(valid)
-  h = decoder.embed(spec, params, tokens, columns)
-  h, ((key, value),) = run(h, columns)
-  width = ((0, 0), (0, new))
-  room = (*((0, 0),) * 2, (0, new), (0, 0), (0, 0))
-  cache = KV(
-      jnp.pad(key, room),
-      jnp.pad(value, room),
-      Columns(
-          jnp.pad(columns.position, width), jnp.pad(columns.segment, width)
-      ),
-  )
-  prompt = tokens.shape[1]
-  length = jnp.sum(valid, axis=1)
-
-  def choose(h: Array, step: Array) -> Array:
-    logits = decoder.logits(spec, params, h[:, -1])
-    return _pick(logits, temperature, top_k, keys, step)
-
-  first = choose(h, jnp.int32(0))
-  out = jnp.full((tokens.shape[0], new), -1, jnp.int32).at[:, 0].set(first)
-  state = _State(jnp.int32(1), first, stop[first], out, cache)
-
-  def unfinished(state: _State) -> Array:
-    return (state.step < new) & ~jnp.all(state.done)
-
-  def extend(state: _State) -> _State:
-    column = prompt + state.step - 1
-    own = Columns(
-        (length + state.step - 1)[:, None].astype(jnp.int32),
-        jnp.full_like(state.token, TRUNK)[:, None],
-    )
-    h = decoder.embed(spec, params, state.token[:, None], own)
-    h, ((key, value),) = run(h, own, prefix=state.cache)
-    put = jax.lax.dynamic_update_slice_in_dim
-    seen = state.cache.columns
-    cache = KV(
-        put(state.cache.key, key, column, axis=2),
-        put(state.cache.value, value, column, axis=2),
-        Columns(
-            put(seen.position, own.position, column, axis=1),
-            put(seen.segment, own.segment, column, axis=1),
-        ),
-    )
-    token = choose(h, state.step)
-    written = jnp.where(state.done, -1, token)
-    out = put(state.out, written[:, None], state.step, axis=1)
-    done = state.done | stop[token]
-    return _State(state.step + 1, token, done, out, cache)
-
-  return jax.lax.while_loop(unfinished, extend, state).out
-
-
-def _refuse_faulty(
-    spec: ModelSpec,
-    prompts: Sequence[Sequence[int]],
-    stop_ids: Sequence[int],
-    sizes: Mapping[str, float],
-) -> None:
-  """Raises one error for all settings and prompts that cannot be used."""
-  least = {'max_new_tokens': 1, 'batch_size': 1, 'temperature': 0, 'top_k': 0}
+  sizes = {'max_new_tokens': max_new_tokens, 'batch_size': batch_size}
   problems = [
-      f'{name} is {size}; it must be at least {least[name]}'
+      f'{name} is {size}; it must be at least 1'
       for name, size in sizes.items()
-      if size < least[name]
+      if size < 1
   ]
+  problems += [*decoding.faults(), *more]
   if unknown := [t for t in stop_ids if not 0 <= t < spec.vocab]:
     problems.append(
         f'stop token {unknown[0]} is unknown; the model knows 0 to'
         f' {spec.vocab - 1}'
     )
-  new = int(sizes['max_new_tokens'])
-  room = spec.max_positions - new
+  streams = range(len(prompts)) if streams is None else streams
+  if len(streams) != len(prompts):
+    problems.append(
+        f'streams has {len(streams)} entries for {len(prompts)} prompts'
+    )
+  if absent := [n for n in streams if not 0 <= n < _STREAMS]:
+    problems.append(
+        f'random stream {absent[0]} does not exist; they are numbered from 0'
+        f' to {_STREAMS - 1}'
+    )
+  room = spec.max_positions - max_new_tokens
   for i, prompt in enumerate(prompts):
     if not 1 <= len(prompt) <= room:
       problems.append(
-          f'prompt {i} has {len(prompt)} tokens; with {new} new ones the model'
-          f' takes 1 to {room}: shorten it or ask for fewer new tokens'
+          f'prompt {i} has {len(prompt)} tokens; with {max_new_tokens} new ones'
+          f' the model takes 1 to {room}: shorten it or ask for fewer new'
+          ' tokens'
       )
     # Inside jit such an id would be read as another one without a word.
     strange = sorted({t for t in prompt if not 0 <= t < spec.vocab})
@@ -207,6 +189,132 @@ def _refuse_faulty(
     raise InputError(*problems)
 
 
+class _Writer:
+  """One run over a list of prompts.
+
+  Attributes:
+    texts: new tokens of every prompt so far.
+    waiting: prompts without a row, the shortest first.
+    seats: the prompt of every row, or None.
+  """
+
+  def __init__(
+      self,
+      spec: ModelSpec,
+      params: Params,
+      prompts: Sequence[Sequence[int]],
+      *,
+      call: decode_pool.Call,
+      rule: sampling.Rule,
+      rows: int,
+      streams: Sequence[int],
+      owner: Sequence[int],
+  ):
+    self._spec, self._params, self._prompts = spec, params, prompts
+    self._call, self._rule = call, rule
+    self._streams, self._owner = streams, owner
+    self._most, self._rows = int(call.most), rows
+    # Prompts are read a quarter of the batch at a time, so that few rows have
+    # to be free for it and one program does.
+    self._chunk = max(1, rows // 4)
+    self._pool: decode_pool.Pool | None = None
+    self.texts: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    self.waiting = collections.deque(order)
+    self.seats: list[int | None] = [None] * rows
+
+  @property
+  def going(self) -> bool:
+    """Whether any text is unfinished."""
+    return bool(self.waiting) or any(i is not None for i in self.seats)
+
+  def segment(self) -> int:
+    """Takes prompts in, writes a segment and lets ended texts go.
+
+    Returns:
+      How many texts have ended.
+    """
+    coming = self._invite()
+    self._shape([i for chosen in coming for i in chosen])
+    for chosen in coming:
+      self._admit(chosen)
+    self._pool, out = decode_pool.extend(
+        self._spec, self._params, self._call, self._pool, rule=self._rule
+    )
+    live, out = np.asarray(self._pool.rows.live), np.asarray(out)
+    ended = 0
+    for row, i in enumerate(self.seats):
+      if i is not None:
+        self.texts[i] += [int(token) for token in out[row] if token >= 0]
+      if i is not None and not live[row]:
+        self.seats[row] = None
+        ended += 1
+    return ended
+
+  def _invite(self) -> list[list[int]]:
+    """Picks the prompts that come in now, in chunks."""
+    free, coming = self.seats.count(None), []
+    while self.waiting and free >= min(self._chunk, len(self.waiting)):
+      size = min(self._chunk, len(self.waiting))
+      coming.append([self.waiting.popleft() for _ in range(size)])
+      free -= size
+    return coming
+
+  def _shape(self, coming: Sequence[int]) -> None:
+    """Gives the batch the rows and columns for the next segment."""
+    kept = [row for row, i in enumerate(self.seats) if i is not None]
+    texts = [*(self.seats[row] for row in kept), *coming]
+    rows = len(self.seats)
+    while not self.waiting and rows // 2 >= max(_FEW, len(texts)):
+      rows //= 2
+    width = _fit(_CACHES, max(map(self._columns, texts)))
+    if self._pool is None:
+      self._pool = decode_pool.empty(
+          self._spec, self._params, rows, width, self._rule.penalised
+      )
+    elif (rows, width) != self._pool.cache[0].shape[1:3]:
+      kept += [len(self.seats)] * (rows - len(kept))
+      self._pool = decode_pool.resize(
+          self._pool, np.asarray(kept, np.int32), width
+      )
+      self.seats = [self.seats[row] for row in kept if row < len(self.seats)]
+      self.seats += [None] * (rows - len(self.seats))
+
+  def _columns(self, i: int) -> int:
+    """Columns of the cache that a text has filled after the next segment."""
+    new = max(len(self.texts[i]), 1)  # a prompt is read with its first token
+    ahead = min(decode_pool.SEGMENT, self._most - new)
+    return len(self._prompts[i]) + new - 1 + ahead
+
+  def _admit(self, chosen: Sequence[int]) -> None:
+    """Reads prompts and gives them rows."""
+    width = _fit(_WIDTHS, max(len(self._prompts[i]) for i in chosen))
+    tokens = np.zeros((self._chunk, width), np.int32)
+    # What a chunk has to spare holds one token and gets no row.
+    length, stream, owner = np.zeros((3, self._chunk), np.int32)
+    length[:] = 1
+    seats = np.full(self._chunk, len(self.seats), np.int32)
+    for row, i in enumerate(chosen):
+      length[row] = len(self._prompts[i])
+      tokens[row, : length[row]] = self._prompts[i]
+      stream[row], owner[row] = self._streams[i], self._owner[i]
+      seats[row] = self.seats.index(None)
+      self.seats[seats[row]] = i
+    fresh, first = decode_pool.read(
+        self._spec,
+        self._params,
+        self._call,
+        tokens,
+        length=length,
+        stream=stream,
+        owner=owner,
+        rule=self._rule,
+    )
+    self._pool = decode_pool.seat(self._pool, fresh, seats)
+    for i, token in zip(chosen, np.asarray(first)):
+      self.texts[i] = [int(token)]
+
+
 def generate(
     spec: ModelSpec,
     params: Params,
@@ -216,8 +324,13 @@ def generate(
     stop_ids: Sequence[int] = (),
     temperature: float = 0.0,
     top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
     deltas: Sequence[Delta] = (),
+    stack: Sequence[LowRank] = (),
+    owner: Sequence[int] | None = None,
+    streams: Sequence[int] | None = None,
     batch_size: int = 64,
     progress: Progress = silent,
 ) -> list[list[int]]:
@@ -229,63 +342,61 @@ def generate(
     prompts: token ids, special tokens included, at least one each.
     max_new_tokens: tokens to add at most.
     stop_ids: tokens that end a text; the stop token is kept as its last.
-    temperature: 0 is greedy; else divides the logits.
-    top_k: draw among the k most probable; 0 among all.
-    seed: prompt i draws from the stream (seed, i).
-    deltas: lazy kernel changes, without a row axis.
-    batch_size: rows a batch.
+    temperature: as the four that follow see `Decoding`.
+    top_k: candidates at most; 0 for all.
+    top_p: probability that the candidates exceed; 1 for all.
+    repetition_penalty: divides positive logits of tokens that were there.
+    seed: of the random streams.
+    deltas: lazy kernel changes that all prompts share, without a row axis.
+    stack: E changes side by side, factors [n, E, M, .].
+    owner: an index into `stack` a prompt; given exactly when `stack` is.
+    streams: number of each prompt's random stream, below 2^31; 0, 1, 2, ... if
+      not given.
+    batch_size: rows a batch at most.
     progress: progress display.
 
   Returns:
     New tokens of every prompt, in order.
 
   Raises:
-    InputError: a setting is out of range, or a prompt is empty, has a token
-      that the model lacks or, with the new tokens, is longer than the model
-      allows.
+    InputError: a setting is out of range, the stack does not fit, or a prompt
+      is empty, has a token that the model lacks or, with the new tokens, is
+      longer than the model allows.
   """
-  sizes = {
-      'max_new_tokens': max_new_tokens,
-      'batch_size': batch_size,
-      'temperature': temperature,
-      'top_k': top_k,
-  }
-  _refuse_faulty(spec, prompts, stop_ids, sizes)
+  decoding = Decoding(temperature, top_k, top_p, repetition_penalty, seed)
+  refuse_faulty(
+      spec,
+      prompts,
+      max_new_tokens=max_new_tokens,
+      stop_ids=stop_ids,
+      decoding=decoding,
+      batch_size=batch_size,
+      streams=streams,
+      more=stack_faults(deltas, stack or None, owner, len(prompts)),
+  )
   if not prompts:
     return []
+  rule, numbers = sampling.split(decoding)
   stop = np.zeros(spec.vocab, bool)
   stop[list(stop_ids)] = True
-  root = jax.random.key(seed)
-  order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-  texts: list[list[int]] = [[] for _ in prompts]
-  rows = min(batch_size, len(prompts))
+  writer = _Writer(
+      spec,
+      params,
+      prompts,
+      call=decode_pool.Call(
+          numbers=numbers,
+          stop=jnp.asarray(stop),
+          most=jnp.int32(max_new_tokens),
+          # Once: every compiled call would bring them over from the host.
+          deltas=jax.tree.map(jnp.asarray, tuple(deltas)),
+          stack=jax.tree.map(jnp.asarray, tuple(stack)),
+      ),
+      rule=rule,
+      rows=min(_fit(_ROWS, len(prompts)), batch_size),
+      streams=range(len(prompts)) if streams is None else streams,
+      owner=[0] * len(prompts) if owner is None else owner,
+  )
   with progress('generate', len(prompts), 'text') as advance:
-    for first in range(0, len(order), rows):
-      chosen = order[first : first + rows]
-      longest = len(prompts[chosen[-1]])
-      width = next((w for w in _WIDTHS if w >= longest), longest)
-      tokens = np.zeros((rows, width), np.int32)
-      valid = np.zeros((rows, width), bool)
-      # Rows to spare repeat the last prompt and are dropped.
-      indices = chosen + [chosen[-1]] * (rows - len(chosen))
-      for row, i in enumerate(indices):
-        tokens[row, width - len(prompts[i]) :] = prompts[i]
-        valid[row, width - len(prompts[i]) :] = True
-      out = _continue(
-          spec,
-          params,
-          tokens,
-          valid,
-          keys=jax.vmap(lambda i: jax.random.fold_in(root, i))(
-              jnp.asarray(indices)
-          ),
-          stop=stop,
-          temperature=jnp.float32(temperature),
-          deltas=tuple(deltas),
-          new=max_new_tokens,
-          top_k=top_k,
-      )
-      for i, row in zip(chosen, np.asarray(out)):
-        texts[i] = [int(token) for token in row if token >= 0]
-      advance(len(chosen))
-  return texts
+    while writer.going:
+      advance(writer.segment())
+  return writer.texts

@@ -7,6 +7,7 @@ Every closed form needs it only through a square root, S = B B^T with B [F, r]:
 
   covariance   S = (lambda C)^-1     C the average of k k^T over text (MEMIT)
   null space   S = U U^T             U an orthonormal basis, r <= F (AlphaEdit)
+  identity     S = I                 every direction is as free as any other
 
 Factor in float64: run under `jax.enable_x64(True)`, as `edit` does.
 """
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 
@@ -45,7 +47,17 @@ class NullSpace(NamedTuple):
   basis: Array
 
 
-Metric = Covariance | NullSpace
+class Identity(NamedTuple):
+  """S = I, which knows nothing of the keys of text.
+
+  Attributes:
+    ones: [F] the diagonal of S, which tells size and dtype.
+  """
+
+  ones: Array
+
+
+Metric = Covariance | NullSpace | Identity
 
 
 @jax.jit
@@ -63,6 +75,69 @@ def covariance(gram: Array, weight: Array | float) -> Covariance:
   Source: Meng et al. 2022b (MEMIT, arXiv 2210.07229), equation 15.
   """
   return Covariance(jnp.linalg.cholesky(weight * gram).T)
+
+
+def null_space(
+    gram: Array, *, share: float | None = None, threshold: float | None = None
+) -> NullSpace:
+  """Finds the directions that keys of text hardly have.
+
+  The rank depends on the data, so this is not for the inside of a jit.
+
+  Args:
+    gram: [F, F] average of k k^T, uncentred, exactly symmetric.
+    share: in [0, 1]; the fewest leading eigenvectors that together hold at
+      least this share of the trace are ruled out. Unlike a threshold it does
+      not depend on how large the keys of a model are.
+    threshold: rule out eigenvectors whose eigenvalue is not below this instead,
+      as published (0.02; squared units of a key). `share` is then not used.
+
+  Returns:
+    The metric, of rank F where nothing is ruled out; its basis is [F, F] NaN
+    where `gram` holds numbers that are not finite.
+
+  Raises:
+    ValueError: neither rule is given, the share is no share, or nothing is left
+      that may change.
+
+  Source: Fang et al. 2024 (AlphaEdit, arXiv 2410.02355), section 3.2. The share
+  is ours.
+  """
+  if threshold is None and (share is None or not 0 <= share <= 1):
+    raise ValueError(
+        f'share is {share} and threshold is {threshold}; give a share of the '
+        'trace between 0 and 1, or a threshold for the eigenvalues'
+    )
+  eigenvalues, vectors = _eigh(gram)  # ascending
+  eigenvalues = np.asarray(eigenvalues)
+  if not np.isfinite(eigenvalues).all():
+    return NullSpace(jnp.full_like(gram, jnp.nan))
+  if threshold is None:
+    # What rounding leaves below zero holds nothing.
+    held = np.cumsum(np.maximum(eigenvalues[::-1], 0))
+    dropped = np.searchsorted(np.append(0, held), share * held[-1])
+    kept, rule = len(eigenvalues) - dropped, f'share {share} of the trace'
+  else:
+    kept, rule = (eigenvalues < threshold).sum(), f'threshold {threshold}'
+  if not kept:
+    raise ValueError(
+        f'{rule} rules out all {len(eigenvalues)} directions of key space (the '
+        f'least eigenvalue is {eigenvalues[0]:.3g}), so nothing may change; '
+        'lower the share or raise the threshold'
+    )
+  return NullSpace(vectors[:, : int(kept)])
+
+
+def identity(gram: Array) -> Identity:
+  """Makes the metric that needs no moments.
+
+  Args:
+    gram: [F, F], of which size and dtype are taken; no number of it is read.
+
+  Returns:
+    S = I.
+  """
+  return Identity(jnp.ones(gram.shape[0], gram.dtype))
 
 
 def rank(metric: Metric) -> int:
@@ -83,6 +158,8 @@ def whiten(metric: Metric, keys: Array) -> Array:
   """
   (root,) = metric
   keys = keys.astype(root.dtype)
+  if isinstance(metric, Identity):
+    return keys
   if isinstance(metric, NullSpace):
     return keys @ root
   return _solve_transposed(root, keys, transpose=False)
@@ -99,9 +176,17 @@ def lift(metric: Metric, whitened: Array) -> Array:
     [M, F] A B^T; K S where A = K B.
   """
   (root,) = metric
+  if isinstance(metric, Identity):
+    return whitened
   if isinstance(metric, NullSpace):
     return whitened @ root.T
   return _solve_transposed(root, whitened, transpose=True)
+
+
+@jax.jit
+def _eigh(gram: Array) -> tuple[Array, Array]:
+  """Eigenvalues in ascending order and their vectors, in columns."""
+  return jnp.linalg.eigh(gram, symmetrize_input=False)
 
 
 def _solve_transposed(upper: Array, rows: Array, *, transpose: bool) -> Array:

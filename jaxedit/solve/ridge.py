@@ -1,18 +1,30 @@
 """The one closed form behind every locate-and-edit method.
 
-With keys K [M, F], wanted output changes R [M, D], a metric S = B B^T and a
-ridge r, the kernel change
+With keys K [M, F], wanted output changes R [M, D], keys C [M, F] at which R is
+wanted (as a rule K itself), a metric S = B B^T and a ridge r, the kernel change
 
-  X = S K^T (r I + K S K^T)^-1 R                          [F, D]
+  X = S K^T (r I + C S K^T)^-1 R                          [F, D]
 
-solves min ||X||_S^2 + 1/r ||K X - R||^2. With S = (lambda C)^-1 and r = 1 it is
-MEMIT's (lambda C + K^T K)^-1 K^T R by the Woodbury identity. In the whitened
-keys A = K B, [M, rank],
+solves min ||X||_S^2 + 1/r ||K X - R||^2 where C is K. With r = 1 and S^-1 the
+second moment of keys times lambda it is MEMIT's (S^-1 + K^T K)^-1 K^T R, by the
+Woodbury identity; with r = 0 and the key of the bare prompt for C it is ROME's.
+In the whitened keys A = K B and Q = C B, [M, rank],
 
-  X = B A^T (r I + A A^T)^-1 R         M x M, `ridge_update` gives it as factors
-    = B (r I + A^T A)^-1 A^T R         rank x rank, for more keys than the rank
+  X = B A^T (r I + Q A^T)^-1 R       M x M, `ridge_update` gives it as factors
+    = B (r I + A^T Q)^-1 A^T R       rank x rank, for more keys than the rank
 
-and both systems are symmetric and positive semidefinite by construction.
+and both systems are symmetric and positive semidefinite where C is K.
+
+Held keys H [P, F], G = H B, are further rows of K and of C with zero residual.
+In the second form they add G^T G. In the first they are eliminated, and M rows
+are left: those of K without what H foresees of them.
+
+  W  = A G^T (r I + G G^T)^-1,  A' = A - W G      V and Q' from Q likewise
+  X  = B A'^T (r I + Q' A'^T + r V W^T)^-1 R
+
+The matrix is the Schur complement, so written that nothing is subtracted in it
+and errors of V and W enter only as a product. Where keys are almost held, a
+Cholesky of all rows would be off a thousand times as much.
 """
 
 from __future__ import annotations
@@ -30,6 +42,8 @@ Array = jax.Array
 # Rows that are widened and whitened at one time; matrix products of so many
 # rows already run at full speed.
 BLOCK = 1024
+# Ridge of held keys at least, in roundings of their sum of squares.
+_SOFT = 8
 
 
 class Factors(NamedTuple):
@@ -51,30 +65,49 @@ def ridge_update(
     *,
     ridge: Array | float,
     active: Array | None = None,
+    constraint: Array | None = None,
+    held: Array | None = None,
+    held_active: Array | None = None,
 ) -> Factors:
-  """Solves for the change that moves the output at K by R, as exact factors.
+  """Solves for the change that moves the output at C by R, as exact factors.
+
+  Beside the factors of the metric it costs a Cholesky of P x P and a solve of
+  M x M: Cholesky too, or LU with a constraint, which makes it unsymmetric. With
+  M + P beyond the rank one system of rank x rank takes their place.
 
   Args:
     metric: S.
     keys: [M, F].
     residuals: [M, D] wanted change of the output; zero rows ask that the output
       stay where it is.
-    ridge: r, on the diagonal of the M x M system; 0 makes K X = R exact.
+    ridge: r, on the diagonal of the system; 0 makes C X = R, H X = 0 exact.
     active: [M] bool; other rows take no part, as if they were not there. A
       fixed M keeps one compiled solve for batches of any size.
+    constraint: [M, F] C; `keys` unless given.
+    held: [P, F] H, keys whose output is to stay where it is; as rows of `keys`
+      with zero residual, only that the factors still have M rows, and that
+      with ridge 0 they may repeat or depend on each other.
+    held_active: [P] bool, as `active`.
 
   Returns:
-    Factors of X in the dtype of the metric, zero in inactive rows; NaN where
-    the system is singular.
+    Factors of X in the dtype of the metric, [M, F] and [M, D], zero in inactive
+    rows; not finite where the system is singular.
 
-  Source: Meng et al. 2022b (MEMIT), equation 14, in Woodbury form.
+  Source: Meng et al. 2022b (MEMIT), equation 14, in Woodbury form; with a
+  constraint Meng et al. 2022a (ROME, arXiv 2202.05262), equation 2.
   """
-  active = _all_rows(keys) if active is None else active
-  whitened = whiten(metric, _masked(keys, active))
-  residuals = _masked(residuals, active).astype(whitened.dtype)
-  diagonal = jnp.where(active, ridge, 1)
-  value = _solve(whitened @ whitened.T, residuals, diagonal)
-  return Factors(lift(metric, whitened), value)
+  problem = _Problem.of(
+      (metric, keys, residuals), active, constraint, (held, held_active)
+  )
+  count = keys.shape[0]
+  if count + _count(problem.held) <= rank(metric):
+    free, value = _solve_rows(problem, ridge=ridge, block=None)
+    return Factors(lift(metric, free), value)
+  # Many held keys: the columns of (r I + A^T Q + G^T G)^-1 A^T.
+  unit = problem._replace(residuals=jnp.eye(count, dtype=residuals.dtype))
+  free = _solve_coordinates(unit, ridge=ridge, block=BLOCK)
+  value = _masked(residuals, problem.active).astype(free.dtype)
+  return Factors(lift(metric, free.T), value)
 
 
 def ridge_dense(
@@ -84,63 +117,166 @@ def ridge_dense(
     *,
     ridge: Array | float,
     active: Array | None = None,
+    constraint: Array | None = None,
+    held: Array | None = None,
+    held_active: Array | None = None,
     block: int = BLOCK,
 ) -> Array:
   """Solves for the same change as `ridge_update`, as one matrix.
 
   For so many keys that factors are larger than the matrix. The smaller of the
-  two systems is solved: M x M up to the rank of the metric, rank x rank beyond.
-  Keys may come narrower than the metric (f32, where it is f64): they are widened
-  and whitened a block at a time.
+  two systems is solved: M x M and P x P up to M + P = rank, rank x rank beyond.
+  Keys may come narrower than the metric (f32, where it is f64): they are
+  widened and whitened a block at a time, and K and H are never put together.
 
   Memory beside arguments and result, in numbers of the metric's dtype, is about
 
-    M <= rank    M rank + 2 M^2
-    M > rank     2 rank^2 + 2 rank D
+    M + P <= rank    (M + P) rank + 2 M^2 + 2 P^2
+    M + P > rank     2 rank^2 + 2 rank D
 
-  and `block` (2 F + rank) of one block. At F 16,384 and D 4,096 in f64 the
-  metric is 2.1 GB and the result 0.5 GB; beside them M = 3,000 takes 0.6 GB,
-  M = 10,000 2.9 GB and M = 20,000 5.1 GB.
+  and `block` (2 F + rank) of one block; with P or a constraint M rank more. At
+  F 16,384 and D 4,096 in f64 the metric is 2.1 GB and the result 0.5 GB; beside
+  them M = 3,000 takes 0.6 GB, M = 10,000 2.9 GB and M = 20,000 5.1 GB.
 
   Args:
     metric: S.
     keys: [M, F], M at least 1.
     residuals: [M, D] wanted change of the output; zero rows ask that the output
       stay where it is.
-    ridge: r. With 0, K X = R is exact up to as many active rows as the rank
-      and the least-squares solution beyond.
+    ridge: r. With 0, C X = R and H X = 0 are exact up to as many active rows as
+      the rank; beyond, X is the least-squares solution where C is K.
     active: [M] bool; other rows take no part, as if they were not there.
+    constraint: [M, F] C; `keys` unless given.
+    held: [P, F] H, keys whose output is to stay where it is.
+    held_active: [P] bool, as `active`.
     block: rows whitened at one time.
 
   Returns:
-    [F, D] X in the dtype of the metric; NaN where the system is singular, with
-    ridge 0 also where M is above the rank and fewer rows are active.
+    [F, D] X in the dtype of the metric; not finite where the system is
+    singular, with ridge 0 also where M + P is above the rank and fewer rows are
+    active.
 
   Source: as `ridge_update`; the rank x rank form is the normal equations.
   """
-  active = _all_rows(keys) if active is None else active
-  problem = _Problem(metric, keys, residuals, active)
-  few = keys.shape[0] <= rank(metric)
-  solve = _solve_keys if few else _solve_coordinates
-  found = solve(problem, ridge=ridge, block=min(block, keys.shape[0]))
+  problem = _Problem.of(
+      (metric, keys, residuals), active, constraint, (held, held_active)
+  )
+  if keys.shape[0] + _count(problem.held) <= rank(metric):
+    free, value = _solve_rows(problem, ridge=ridge, block=block)
+    found = free.T @ value
+  else:
+    found = _solve_coordinates(problem, ridge=ridge, block=block)
   return lift(metric, found.T).T
 
 
 class _Problem(NamedTuple):
-  """What `ridge_dense` was given."""
+  """What a solve was given, every mask written out."""
 
   metric: Metric
   keys: Array  # [M, F]
   residuals: Array  # [M, D]
   active: Array  # [M]
+  constraint: Array | None  # [M, F]
+  held: Array | None  # [P, F], P at least 1
+  held_active: Array | None  # [P]
 
-  def rows(self, first: Array, block: int) -> tuple[Array, Array]:
-    """Whitened keys and residuals of `block` rows from `first`."""
-    part = lambda x: jax.lax.dynamic_slice_in_dim(x, first, block)
-    active = part(self.active)
-    whitened = whiten(self.metric, _masked(part(self.keys), active))
-    residuals = _masked(part(self.residuals), active)
-    return whitened, residuals.astype(whitened.dtype)
+  @classmethod
+  def of(
+      cls,
+      system: tuple[Metric, Array, Array],
+      active: Array | None,
+      constraint: Array | None,
+      held: tuple[Array | None, Array | None],
+  ) -> _Problem:
+    """Fills in what was left out."""
+    metric, keys, residuals = system
+    rows, on = held if _count(held[0]) else (None, None)
+    every = lambda rows: jnp.ones(rows.shape[0], bool)
+    active = every(keys) if active is None else active
+    if rows is not None and on is None:
+      on = every(rows)
+    return cls(metric, keys, residuals, active, constraint, rows, on)
+
+  def whitened(
+      self, rows: Array, active: Array, block: int | None = None
+  ) -> Array:
+    """Whitens rows, [rows, rank], block by block where told."""
+    if block is None:
+      return whiten(self.metric, _masked(rows, active))
+    block = min(block, rows.shape[0])
+
+    def write(done: Array, first: Array, fresh: Array) -> Array:
+      del fresh  # a row that is repeated is the same again
+      on = _part(active, first, block)
+      part = whiten(self.metric, _masked(_part(rows, first, block), on))
+      return jax.lax.dynamic_update_slice_in_dim(done, part, first, 0)
+
+    empty = jnp.zeros((rows.shape[0], rank(self.metric)), self.metric[0].dtype)
+    return _fold(write, empty, rows.shape[0], block)
+
+
+def _solve_rows(
+    problem: _Problem, *, ridge: Array | float, block: int | None
+) -> tuple[Array, Array]:
+  """A' and (r I + Q' A'^T + j V W^T)^-1 R, j the ridge of held keys."""
+  _, keys, residuals, active, constraint, held, held_active = problem
+  free = problem.whitened(keys, active, block)
+  there = free
+  if constraint is not None:
+    there = problem.whitened(constraint, active, block)
+  blend = 0
+  if held is not None:
+    rows = problem.whitened(held, held_active, block)
+    gram = rows @ rows.T
+    # Texts share openings, so held keys repeat: without any ridge their system
+    # is singular although the answer is not.
+    least = _SOFT * jnp.finfo(gram.dtype).eps * jnp.trace(gram)
+    soft = jnp.maximum(ridge, least)
+    factor = _factor(gram, jnp.where(held_active, soft, 1))
+    weigh = lambda x: jax.scipy.linalg.cho_solve(factor, rows @ x.T).T
+    mine = also = weigh(free)  # W, V
+    if constraint is not None:
+      also = weigh(there)
+    blend = soft * (also @ mine.T)
+    free, there = free - mine @ rows, there - also @ rows
+  residuals = _masked(residuals, active).astype(free.dtype)
+  system, diagonal = there @ free.T + blend, jnp.where(active, ridge, 1)
+  symmetric = constraint is None
+  return free, _solve(system, residuals, diagonal, symmetric=symmetric)
+
+
+def _solve_coordinates(
+    problem: _Problem, *, ridge: Array | float, block: int
+) -> Array:
+  """(r I + A^T Q + G^T G)^-1 A^T R, [rank, D], for many keys."""
+  metric, keys, residuals, active, constraint, held, held_active = problem
+  size, dtype = rank(metric), metric[0].dtype
+
+  def cut(first: Array, fresh: Array, active: Array) -> Any:
+    on = fresh & _part(active, first, fresh.shape[0])
+    return lambda rows: _masked(_part(rows, first, fresh.shape[0]), on)
+
+  def add(sums: tuple[Array, Array], first: Array, fresh: Array) -> Any:
+    part = cut(first, fresh, active)
+    whitened = whiten(metric, part(keys))
+    there = whitened
+    if constraint is not None:
+      there = whiten(metric, part(constraint))
+    wanted = part(residuals).astype(dtype)
+    return sums[0] + whitened.T @ there, sums[1] + whitened.T @ wanted
+
+  def hold(gram: Array, first: Array, fresh: Array) -> Array:
+    whitened = whiten(metric, cut(first, fresh, held_active)(held))
+    return gram + whitened.T @ whitened
+
+  zeros = lambda width: jnp.zeros((size, width), dtype)
+  start = zeros(size), zeros(residuals.shape[1])
+  count = keys.shape[0]
+  gram, moved = _fold(add, start, count, min(block, count))
+  if held is not None:
+    gram = _fold(hold, gram, _count(held), min(block, _count(held)))
+  diagonal = jnp.full(size, ridge)
+  return _solve(gram, moved, diagonal, symmetric=constraint is None)
 
 
 def _fold(
@@ -159,47 +295,14 @@ def _fold(
   return jax.lax.fori_loop(0, -(-rows // block), body, start)
 
 
-def _solve_keys(
-    problem: _Problem, *, ridge: Array | float, block: int
-) -> Array:
-  """A^T (r I + A A^T)^-1 R, [rank, D], for few keys."""
-  metric, keys, residuals, active = problem
-
-  def write(whitened: Array, first: Array, fresh: Array) -> Array:
-    del fresh  # a row that is repeated is the same again
-    part, _ = problem.rows(first, block)
-    return jax.lax.dynamic_update_slice_in_dim(whitened, part, first, 0)
-
-  empty = jnp.zeros((keys.shape[0], rank(metric)), metric[0].dtype)
-  whitened = _fold(write, empty, keys.shape[0], block)
-  residuals = _masked(residuals, active).astype(whitened.dtype)
-  system = whitened @ whitened.T
-  return whitened.T @ _solve(system, residuals, jnp.where(active, ridge, 1))
+def _count(rows: Array | None) -> int:
+  """How many rows there are."""
+  return 0 if rows is None else rows.shape[0]
 
 
-def _solve_coordinates(
-    problem: _Problem, *, ridge: Array | float, block: int
-) -> Array:
-  """(r I + A^T A)^-1 A^T R, [rank, D], for many keys."""
-  metric, keys, residuals, _ = problem
-  size, dtype = rank(metric), metric[0].dtype
-
-  def add(
-      sums: tuple[Array, Array], first: Array, fresh: Array
-  ) -> tuple[Array, Array]:
-    whitened, wanted = problem.rows(first, block)
-    whitened = _masked(whitened, fresh)
-    return sums[0] + whitened.T @ whitened, sums[1] + whitened.T @ wanted
-
-  zeros = lambda width: jnp.zeros((size, width), dtype)
-  start = zeros(size), zeros(residuals.shape[1])
-  gram, moved = _fold(add, start, keys.shape[0], block)
-  return _solve(gram, moved, jnp.full(size, ridge))
-
-
-def _all_rows(keys: Array) -> Array:
-  """Every row takes part, [M]."""
-  return jnp.ones(keys.shape[0], bool)
+def _part(rows: Array, first: Array, block: int) -> Array:
+  """`block` rows from `first`."""
+  return jax.lax.dynamic_slice_in_dim(rows, first, block)
 
 
 def _masked(rows: Array, active: Array) -> Array:
@@ -207,9 +310,17 @@ def _masked(rows: Array, active: Array) -> Array:
   return jnp.where(active[:, None], rows, 0)
 
 
-def _solve(gram: Array, right: Array, diagonal: Array) -> Array:
-  """Solves (gram + diag(diagonal)) X = right; NaN where that is singular."""
+def _factor(gram: Array, diagonal: Array) -> tuple[Array, bool]:
+  """Cholesky of gram + diag(diagonal) for `cho_solve`; NaN where singular."""
   system = gram + jnp.diag(diagonal.astype(gram.dtype))
   # Only the lower triangle is read, so nothing has to be made symmetric.
-  factor = jax.lax.linalg.cholesky(system, symmetrize_input=False)
-  return jax.scipy.linalg.cho_solve((factor, True), right)
+  return jax.lax.linalg.cholesky(system, symmetrize_input=False), True
+
+
+def _solve(
+    gram: Array, right: Array, diagonal: Array, *, symmetric: bool
+) -> Array:
+  """Solves (gram + diag(diagonal)) X = right."""
+  if symmetric:
+    return jax.scipy.linalg.cho_solve(_factor(gram, diagonal), right)
+  return jnp.linalg.solve(gram + jnp.diag(diagonal.astype(gram.dtype)), right)

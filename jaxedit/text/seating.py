@@ -81,6 +81,18 @@ class Room(NamedTuple):
     )
 
 
+class KeyShapes(NamedTuple):
+  """(rows, places, width) of a tile of own columns.
+
+  Attributes:
+    upto: up to the last anchor.
+    text: to the end of the target.
+  """
+
+  upto: tuple[int, int, int]
+  text: tuple[int, int, int]
+
+
 @dataclasses.dataclass(frozen=True)
 class Frame:
   """The static shapes of a run, which all its batches share.
@@ -90,7 +102,9 @@ class Frame:
     kl: whether edits have a KL row.
     rooms: by ascending limit.
     batch: edits a batch at most.
-    key: (rows, places, width) of a tile of own columns up to the last anchor.
+    stages: states an edit at most.
+    states: states a batch at most.
+    key: shapes of `key_tiles`.
     whole: same, where nothing is shared.
   """
 
@@ -98,8 +112,10 @@ class Frame:
   kl: bool
   rooms: tuple[Room, ...]
   batch: int
-  key: tuple[int, int, int]
-  whole: tuple[int, int, int]
+  stages: int
+  states: int
+  key: KeyShapes
+  whole: KeyShapes
 
   def apart(self) -> Frame:
     """The frame for edits that share nothing, as their models differ.
@@ -145,8 +161,8 @@ class Tile:
     context: [R] int32 number of a row's context, and of its trunk.
     tokens: [1, N] int32.
     rows: R = E * rows rows.
-    anchor: [E, rows] int32 place of the first anchor, in `key_tiles` of the last;
-      N where there is none.
+    anchor: [E, rows] int32 place of the first anchor, in `key_tiles` [R, K] of
+      every state's; N where there is none.
     left: the places left of the anchor, as rows of their own; None where they
       are not needed apart.
   """
@@ -271,29 +287,44 @@ def frame(
       amount = (slots, places, min(batch or len(members), len(members)))
       rooms.append(_room(members, trunk, limit, amount))
   nothing = (np.zeros(0, np.int32),) * contexts
+  most = min(batch or len(edits), len(edits))
+  stages = sorted((edit.stages for edit in edits), reverse=True)
   return Frame(
       trunk=trunk,
       kl=kl,
       rooms=tuple(rooms),
-      batch=min(batch or len(edits), len(edits)),
-      key=_key_shape(edits, trunk, places),
-      whole=_key_shape(edits, nothing, places),
+      batch=most,
+      stages=stages[0],
+      states=sum(stages[:most]),
+      key=_key_shapes(edits, trunk, places),
+      whole=_key_shapes(edits, nothing, places),
   )
 
 
-def _key_shape(
+def _key_shapes(
     edits: Sequence[EncodedEdit], trunk: Sequence[np.ndarray], places: int
-) -> tuple[int, int, int]:
-  """(rows, places, width) of tiles of columns up to the last anchor."""
-  sizes = np.array(
-      [
-          edit.stage(edit.stages - 1, c).anchor + 1 - len(head)
-          for edit in edits
-          for c, head in enumerate(trunk)
-      ]
-  )
-  rows = max(1, min(len(sizes), round(places / sizes.mean())))
-  return rows, _room_for(sizes, rows), round_up(int(sizes.max()))
+) -> KeyShapes:
+  """Shapes of `key_tiles`, of about `places` columns each."""
+
+  def shape(text: bool) -> tuple[int, int, int]:
+    sizes = np.array(
+        [
+            len(_key_text(edit, c, text)) - len(head)
+            for edit in edits
+            for c, head in enumerate(trunk)
+        ]
+    )
+    rows = max(1, min(len(sizes), round(places / sizes.mean())))
+    return rows, _room_for(sizes, rows), round_up(int(sizes.max()))
+
+  return KeyShapes(shape(False), shape(True))
+
+
+def _key_text(edit: EncodedEdit, c: int, text: bool) -> np.ndarray:
+  """What keys are read from: a row up to its last anchor, or to its end."""
+  if text:
+    return np.concatenate([edit.rows[c], edit.target])
+  return edit.text(c)[: edit.stage(edit.stages - 1, c).anchor + 1]
 
 
 def _room_for(sizes: Sequence[int], count: float, step: int = 16) -> int:
@@ -432,7 +463,11 @@ def row_tiles(
 
 
 def key_tiles(
-    edits: Sequence[EncodedEdit], frame: Frame, *, bare: bool
+    edits: Sequence[EncodedEdit],
+    frame: Frame,
+    *,
+    bare: bool,
+    text: bool = False,
 ) -> Iterator[Tile]:
   """Yields tiles of columns up to the last anchor, a slot a row, no KL rows.
 
@@ -440,21 +475,30 @@ def key_tiles(
     edits: the batch.
     frame: of the run.
     bare: the first context alone, or all others.
+    text: go on to the end of the target.
   """
-  spans = []
-  for i, edit in enumerate(edits):
-    for c in range(1) if bare else range(1, frame.contexts):
-      start, end = len(frame.trunk[c]), edit.stage(edit.stages - 1, c).anchor
-      ids = edit.text(c)[start : end + 1]
-      spans.append((i, c, (ids, start, end - start)))
-  load = lambda r: (len(spans[r][2][0]),)
-  rows, places, width = frame.key
-  for group in _groups(range(len(spans)), load, rows, (places,)):
-    chosen = [(spans[r][0], [spans[r][2]]) for r in group]
-    tile = _tile(chosen, 1, (rows, places, width), None)
-    context = np.zeros([rows], np.int32)
-    context[: len(group)] = [spans[r][1] for r in group]
-    yield tile.replace(context=context)
+  rows = [
+      (i, c, _key_text(edit, c, text))
+      for i, edit in enumerate(edits)
+      for c in (range(1) if bare else range(1, frame.contexts))
+  ]
+  shape = frame.key.text if text else frame.key.upto
+  load = lambda r: (len(rows[r][2]) - len(frame.trunk[rows[r][1]]),)
+  for group in _groups(range(len(rows)), load, shape[0], shape[1:2]):
+    chosen, context = [], np.zeros([shape[0]], np.int32)
+    for slot, r in enumerate(group):
+      i, c, ids = rows[r]
+      start = len(frame.trunk[c])
+      chosen.append((i, [(ids[start:], start, 0)]))
+      context[slot] = c
+    tile = _tile(chosen, 1, shape, None)
+    anchor = np.full([shape[0], frame.stages], shape[1], np.int32)
+    for slot, r in enumerate(group):
+      i, c, _ = rows[r]
+      columns = [edits[i].stage(k, c).anchor for k in range(edits[i].stages)]
+      columns = np.array(columns) - len(frame.trunk[c])
+      anchor[slot, : len(columns)] = tile.rows.index[slot, columns]
+    yield tile.replace(context=context, anchor=anchor)
 
 
 def _groups(

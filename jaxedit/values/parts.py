@@ -3,14 +3,16 @@
   trunk_kv   what all edits' contexts share, all layers         once a batch
   lower      an edit's own columns, layers up to l              once an edit
   prefix_kv  its columns left of the anchor, layers above l     once an edit
-  upper      its suffix columns, layers above l; in the last of them queries, and
-             then the head, at scored columns alone             every step
+  upper      its suffix columns, layers above l; in the last of them queries,
+             and then the head, at scored columns alone         every step
 
 Axes: N places (suffix tokens), R rows, W suffix columns, U layers above the
 edited one, s shared columns.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,13 +87,61 @@ def lower(
   Returns:
     [B, T, D] residual leaving `layer`.
   """
-  h = decoder.embed(spec, params, tokens, columns)
+  return _lower(spec, params, tokens, columns, layer=layer, trunk=trunk)[0]
+
+
+def lower_parts(
+    spec: ModelSpec,
+    params: Params,
+    tokens: Array,
+    columns: Columns | Ragged,
+    *,
+    layer: int,
+    trunk: KV | None = None,
+) -> tuple[Array, tuple[Array, Array]]:
+  """Runs the model up to and including `layer`, whose two halves are observed.
+
+  Args:
+    spec: the architecture.
+    params: canonical parameters.
+    tokens: [B, T] int32.
+    columns: [B, T] columns.
+    layer: last layer to run.
+    trunk: keys and values of earlier columns, in all layers.
+
+  Returns:
+    ([B, T, D] residual leaving `layer`, (attention's output, MLP's output)).
+  """
+  taps = tuple(Tap(site, (layer,)) for site in ('attn', 'mlp'))
+  h, (attn, mlp) = _lower(
+      spec, params, tokens, columns, layer=layer, trunk=trunk, taps=taps
+  )
+  return h, (attn[0], mlp[0])
+
+
+def _lower(
+    spec: ModelSpec,
+    params: Params,
+    tokens: Array,
+    columns: Columns | Ragged,
+    *,
+    layer: int,
+    trunk: KV | None,
+    taps: tuple[Tap, ...] = (),
+) -> tuple[Array, tuple[Any, ...]]:
+  """Runs layers 0 to `layer`; gives what the taps read as well."""
   if trunk is not None:
     trunk = KV(trunk.key[: layer + 1], trunk.value[: layer + 1], trunk.columns)
-  stop = layer + 1
   return decoder.run_layers(
-      spec, params, h, columns, start=0, stop=stop, prefix=trunk
-  )[0]
+      spec,
+      params,
+      decoder.embed(spec, params, tokens, columns),
+      columns,
+      start=0,
+      stop=layer + 1,
+      prefix=trunk,
+      taps=taps,
+  )
 
 
 def prefix_kv(
@@ -113,8 +163,8 @@ def prefix_kv(
     trunk: keys and values of earlier columns, in all layers.
 
   Returns:
-    Keys and values of the trunk and of these columns in the U layers above; None
-    where there are no such layers.
+    Keys and values of the trunk and of these columns in the U layers above;
+    None where there are no such layers.
   """
   above = tuple(range(layer + 1, spec.layers))
   if not above:

@@ -3,95 +3,88 @@
 Loop state is kept a slot: an edit that is done stands still while others go on,
 and a slot that is new starts afresh.
 
-Axes: E slots, C contexts, R rows, N places, W suffix columns, P columns before
-them, K scored places, n labels of a row, U layers above the edited one.
+Axes: E slots, R rows of an edit, N places, W suffix columns, P columns before
+them, U layers above the edited one, V vocabulary.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
-import flax
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxedit.models import decoder, ragged
+from jaxedit.models import ragged
 from jaxedit.models.spec import ModelSpec
 from jaxedit.text.seating import Seats, Tile
 from jaxedit.types import KV, Array, Params
-from jaxedit.values.parts import lower, prefix_kv, spread, upper
+from jaxedit.values import loss as loss_lib
+from jaxedit.values.loss import Aux, norm
+from jaxedit.values.parts import lower, lower_parts, prefix_kv, spread
+from jaxedit.values.state import Parts, Pool, Ready, Schedule, State
 
 
-class Schedule(NamedTuple):
-  """Settings of the optimisation; numbers, so changing one does not recompile.
-
-  Attributes:
-    steps: losses evaluated at most; there is one update fewer.
-    rate: learning rate of Adam.
-    decay: weight of |d| / |z0|^2.
-    clamp: largest |d| as a multiple of |z0|.
-    kl: weight of the KL term.
-    threshold: an edit stops when its loss is below, nats.
-  """
-
-  steps: int = 25
-  rate: float = 0.5
-  decay: float = 0.5
-  clamp: float = 0.75
-  kl: float = 0.0625
-  threshold: float = 5e-2
-
-
-def norm(x: Array) -> Array:
-  """Euclidean length along the last axis, with gradient 0 at 0."""
-  square = jnp.sum(jnp.square(x), axis=-1)
-  positive = square > 0
-  return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
-
-
-class Ready(NamedTuple):
-  """A tile of edits with all that stays constant."""
-
-  h: Array  # [1, N, D] residual leaving the layer
-  key: Array  # [U, E, rows, P, G, H]
-  value: Array
-
-
-@functools.partial(jax.jit, static_argnames=('spec', 'layer'))
+@functools.partial(jax.jit, static_argnames=('spec', 'layer', 'output'))
 def prepare(
-    spec: ModelSpec, params: Params, trunk: KV | None, tile: Tile, layer: int
+    spec: ModelSpec,
+    params: Params,
+    trunk: KV | None,
+    tile: Tile,
+    *,
+    layer: int,
+    output: str,
 ) -> Ready:
-  """Runs what stays constant for the edits of one tile."""
+  """Runs what stays constant for the edits of one tile.
+
+  Args:
+    spec: the architecture.
+    params: canonical parameters.
+    trunk: keys and values that edits share, or None.
+    tile: the edits.
+    layer: the edited layer.
+    output: one of `state.OUTPUTS`.
+
+  Returns:
+    What stays constant.
+  """
   slots, rows = tile.anchor.shape
   if trunk is not None:
     trunk = spread(trunk, tile.context)
-  h = lower(spec, params, tile.tokens, tile.rows, layer, trunk)
+  parts = None
+  if output == 'block':
+    h = lower(spec, params, tile.tokens, tile.rows, layer, trunk)
+  else:
+    h, (attn, mlp) = lower_parts(
+        spec, params, tile.tokens, tile.rows, layer=layer, trunk=trunk
+    )
+    parts = Parts(attn if output == 'attn+mlp' else None, mlp)
   before = ragged.take(h, tile.left)
   kv = prefix_kv(spec, params, before, tile.left.rows, layer, trunk)
   if kv is None:
     shape = (0, slots, rows, 1, spec.kv_heads, spec.head_size)
     empty = jnp.zeros(shape, params['embed']['embedding'].dtype)
-    return Ready(h, empty, empty)
+    return Ready(h, empty, empty, parts)
   split = lambda x: x.reshape(len(x), slots, rows, *x.shape[2:])
-  return Ready(h, split(kv.key), split(kv.value))
-
-
-class Pool(NamedTuple):
-  """What the seated edits keep constant."""
-
-  base: Array  # [1, N, D] residual leaving the layer
-  key: Array  # [U, E, rows, P, G, H]
-  value: Array
+  return Ready(h, split(kv.key), split(kv.value), parts)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def seat(
     pool: Pool, ready: Ready, slot: Array, source: Array, move: Array
 ) -> Pool:
-  """Copies an edit from a tile to its slot; `move` is [2, n] places from, to."""
+  """Copies an edit from a tile to its slot.
+
+  Args:
+    pool: where to.
+    ready: the tile.
+    slot: of the room.
+    source: slot of the tile.
+    move: [2, R * W] places from and to, every row from its anchor on.
+
+  Returns:
+    The pool.
+  """
 
   def put(old: Array, new: Array) -> Array:
     part = jax.lax.dynamic_slice_in_dim(new, source, 1, axis=1)
@@ -101,20 +94,30 @@ def seat(
     )
     return jax.lax.dynamic_update_slice(old, part, (0, slot, 0, 0, 0, 0))
 
-  base = _move(pool.base, ready.h, move)
-  return Pool(base, put(pool.key, ready.key), put(pool.value, ready.value))
+  pool = _move(pool, ready, slot, move)
+  return pool._replace(
+      key=put(pool.key, ready.key), value=put(pool.value, ready.value)
+  )
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def shift(pool: Pool, h: Array, move: Array) -> Pool:
+def shift(pool: Pool, ready: Ready, slot: Array, move: Array) -> Pool:
   """Copies the states of an edit's next chunk; its rows stay in their slot."""
-  return pool._replace(base=_move(pool.base, h, move))
+  return _move(pool, ready, slot, move)
 
 
-def _move(base: Array, h: Array, move: Array) -> Array:
-  """Copies [1, N, D] places `move[0]` of h to places `move[1]` of base."""
-  taken = jnp.take(h[0], move[0], axis=0, mode='fill', fill_value=0)
-  return base.at[0, move[1]].set(taken, mode='drop')
+def _move(pool: Pool, ready: Ready, slot: Array, move: Array) -> Pool:
+  """Copies states from places `move[0]` of a tile to `move[1]` of the pool."""
+
+  def taken(x: Array, places: Array) -> Array:
+    return jnp.take(x[0], places, axis=0, mode='fill', fill_value=0)
+
+  base = pool.base.at[0, move[1]].set(taken(ready.h, move[0]), mode='drop')
+  # A row's first place is its anchor.
+  anchor = move[0].reshape(pool.key.shape[2], -1)[:, 0]
+  put = lambda old, new: old.at[slot].set(taken(new, anchor))
+  parts = jax.tree.map(put, pool.parts, ready.parts)
+  return pool._replace(base=base, parts=parts)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -131,22 +134,6 @@ def extend(
   return pool._replace(key=put(pool.key, kv[0]), value=put(pool.value, kv[1]))
 
 
-@flax.struct.dataclass
-class State:
-  """Loop state of the slots of a room."""
-
-  delta: Array  # [E, D]
-  adam: Any
-  done: Array  # [E] bool
-  loss: Array  # [E]
-  likelihood: Array  # [E]
-  steps: Array  # [E] int32
-  finite: Array  # [E] bool
-  base: Array  # [E, V] unedited log-probabilities of the KL row, or [E, 0]
-  kv: tuple[Array, Array] | None  # [U, R, W, G, H] of the last step
-  ran: Array  # [] int32 steps of the room
-
-
 _ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
 
 
@@ -154,7 +141,7 @@ _ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
 def start(spec: ModelSpec, pool: Pool, seats: Seats, watch: bool) -> State:
   """The state in which every slot is new."""
   slots, dtype = len(seats.live), pool.base.dtype
-  delta = jnp.zeros([slots, spec.width], dtype)
+  delta = jnp.zeros(loss_lib.unedited(pool, seats).shape, dtype)
   scalar = jnp.zeros([slots], dtype)
   kl = seats.keep.index.shape[0] > seats.label.shape[0]
   kv = None
@@ -169,6 +156,7 @@ def start(spec: ModelSpec, pool: Pool, seats: Seats, watch: bool) -> State:
       likelihood=scalar,
       steps=jnp.zeros([slots], jnp.int32),
       finite=jnp.ones([slots], bool),
+      eased=jnp.zeros([slots], bool),
       base=jnp.zeros([slots, spec.vocab if kl else 0], dtype),
       kv=kv,
       ran=jnp.int32(0),
@@ -191,73 +179,17 @@ def move(
   base = jnp.take(pool.base, places, axis=1, mode='fill', fill_value=0)
   moved = jax.tree.map(pick, state.replace(kv=None, ran=None))
   kv = jax.tree.map(pick_rows, state.kv)
+  parts = jax.tree.map(pick, pool.parts)
   return (
-      Pool(base, pick(pool.key, 1), pick(pool.value, 1)),
+      Pool(base, pick(pool.key, 1), pick(pool.value, 1), parts),
       moved.replace(kv=kv, ran=jnp.zeros_like(state.ran)),
   )
 
 
-class _Aux(NamedTuple):
-  """What the loss of a step gives beside itself."""
-
-  loss: Array
-  likelihood: Array
-  base: Array
-  kv: tuple[Array, Array] | None
-
-
-def _loss(
-    spec: ModelSpec,
-    params: Params,
-    pool: Pool,
-    seats: Seats,
-    *,
-    layer: int,
-    watch: bool,
-) -> Callable[[Array, State, Schedule], _Aux]:
-  """Builds the loss of all slots at a change [E, D], each on its own."""
-  scored = seats.label.shape[0]
-  flat = lambda x: x.reshape(len(x), x.shape[1] * x.shape[2], *x.shape[3:])
-  kv = KV(flat(pool.key), flat(pool.value), seats.before)
-  kv = kv if len(pool.key) else None
-  z0 = _anchored(pool, seats)
-  mask = seats.pick < scored
-  label = jnp.pad(seats.label, (0, len(seats.keep.index) - scored))
-  tokens = jnp.maximum(jnp.sum(mask, axis=-1), 1)
-
-  def loss(delta: Array, state: State, schedule: Schedule) -> _Aux:
-    moves = jnp.repeat(delta, seats.anchor.shape[1], axis=0)
-    h = pool.base.at[0, seats.anchor.reshape(-1)].add(moves, mode='drop')
-    h, seen = upper(spec, params, h, seats, kv=kv, layer=layer, watch=watch)
-    # Labels and KL rows share the head: its weights are read once.
-    logits = decoder.logits(spec, params, h[0])
-    total = jax.nn.logsumexp(logits, axis=-1)
-    logprob = jnp.take_along_axis(logits, label[:, None], axis=1)[:, 0] - total
-    picked = jnp.take(logprob, seats.pick, mode='fill', fill_value=0)
-    picked = jnp.where(mask, picked, 0)
-    nll = jnp.mean(-jnp.sum(picked, axis=-1) / tokens, axis=-1)
-    size = jnp.maximum(jnp.sum(jnp.square(z0), axis=-1), 1e-30)
-    value = nll + schedule.decay * norm(delta) / size
-    base = state.base
-    if base.shape[1]:
-      now = logits[scored:] - total[scored:, None]
-      first = (state.steps == 0)[:, None]
-      base = jnp.where(first, jax.lax.stop_gradient(now), base)
-      value += schedule.kl * jnp.sum(jnp.exp(now) * (now - base), axis=-1)
-    return _Aux(value, nll, base, seen)
-
-  return loss
-
-
-def _anchored(pool: Pool, seats: Seats) -> Array:
-  """[E, D] state of the unedited model at the anchor of the bare prompt."""
-  return jnp.take(
-      pool.base[0], seats.anchor[:, 0], axis=0, mode='fill', fill_value=0
-  )
-
-
 @functools.partial(
-    jax.jit, static_argnames=('spec', 'layer', 'watch'), donate_argnames='state'
+    jax.jit,
+    static_argnames=('spec', 'layer', 'watch', 'easing'),
+    donate_argnames='state',
 )
 def advance(
     spec: ModelSpec,
@@ -270,6 +202,7 @@ def advance(
     schedule: Schedule,
     layer: int,
     watch: bool,
+    easing: bool,
 ) -> tuple[State, Array]:
   """Steps until one of the seated edits is done.
 
@@ -283,17 +216,20 @@ def advance(
     schedule: settings.
     layer: the layer whose output is changed.
     watch: keep the keys and values of every edit's last step.
+    easing: apply `Schedule.ease`.
 
   Returns:
-    (the state, [E, D] z0).
+    (the state, z0 of the shape of its `delta`).
   """
   new = start(spec, pool, seats, watch)
   state = _unless(~fresh, state, new.replace(kv=state.kv, ran=state.ran))
-  loss = _loss(spec, params, pool, seats, layer=layer, watch=watch)
-  z0 = _anchored(pool, seats)
+  loss = loss_lib.build(
+      spec, params, pool, seats, layer=layer, watch=watch, easing=easing
+  )
+  z0 = loss_lib.unedited(pool, seats)
   radius = schedule.clamp * norm(z0)
 
-  def total(delta: Array, state: State) -> tuple[Array, _Aux]:
+  def total(delta: Array, state: State) -> tuple[Array, Aux]:
     aux = loss(delta, state, schedule)
     active = seats.live & ~state.done
     return jnp.sum(jnp.where(active, aux.loss, 0)), aux
@@ -303,12 +239,15 @@ def advance(
     finite = jnp.isfinite(aux.loss)
     last = state.steps + 1 >= schedule.steps
     done = (aux.loss < schedule.threshold) | ~finite | last
+    if easing:
+      done |= aux.found & (aux.term <= schedule.ease)
     update, adam = jax.vmap(_ADAM.update)(grad, state.adam)
     delta = state.delta - schedule.rate * update
     size = norm(delta)
     scale = jnp.where(size > radius, radius / jnp.maximum(size, 1e-30), 1)
     # A stage that is done keeps the change its loss was evaluated at.
-    delta = jnp.where(done[:, None], state.delta, delta * scale[:, None])
+    still = done.reshape(-1, *[1] * (delta.ndim - 1))
+    delta = jnp.where(still, state.delta, delta * scale[..., None])
     moved = State(
         delta=delta,
         adam=adam,
@@ -317,6 +256,7 @@ def advance(
         likelihood=aux.likelihood,
         steps=state.steps + 1,
         finite=finite,
+        eased=aux.found if easing else state.eased,
         base=aux.base,
         kv=aux.kv,
         ran=state.ran + 1,

@@ -1,0 +1,413 @@
+"""Writes long answers into a model, chunk by chunk, and measures what it says.
+
+  python -m experiments.anyedit_batch \
+    --flagfile=experiments/flagfiles/anyedit_demo.flags
+
+AnyEdit on any closed form (MEMIT, ROME, EMMET, AlphaEdit, ...) or on UnKE; with
+--noanyedit the same method with one state for the whole answer. Every record is
+edited alone on the unedited model (the published protocol), unless --noreset
+asks for a sequence of batches. In --output_dir the files of memit_batch:
+
+  delta.safetensors   the change, or with --reset all of them side by side;
+                      deltas/ instead where they are too large to be held
+  results.json        metrics, also by category, protocol, versions, seconds
+  records.jsonl       one line a record: answers before and after, loss, steps
+  moments.safetensors the second moments, if they were collected
+  model/              with --save_model, the edited model, a Hugging Face folder
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from experiments import common, editing, job, methods
+from jaxedit.edit import closed_form, parity, unke
+from jaxedit.edit.anyedit import anyedit
+from jaxedit.eval import answers, longform, minilm, passages, similarity
+from jaxedit.models.decode import Decoding
+from jaxedit.models.spec import ModelSpec
+from jaxedit.stats import corpora
+from jaxedit.text import chat as chat_lib
+from jaxedit.text import chunking
+from jaxedit.text import passages as text_passages
+from jaxedit.text.batching import EncodedEdit
+from jaxedit.types import InputError, Passage
+from jaxedit.values import Schedule
+
+FLAGS = flags.FLAGS
+
+# The settings of AnyEdit's code for all its methods; UnKE stops later.
+LAYERS = (4, 5, 6, 7, 8)
+VALUE = Schedule(
+    steps=25, rate=0.5, decay=1e-3, clamp=4.0, kl=0.0, threshold=1e-2
+)
+_UNKE_THRESHOLD = 5e-3
+# Memory for the changes of batches that know nothing of each other.
+_SIDE_BYTES = 4 * 2**30
+_PRESERVED_TOKENS = 128
+
+
+def define_flags() -> None:
+  """Defines this program's flags."""
+  job.define_flags(texts=True)
+  flags.FLAGS.set_default('batch_size', 1)
+  flags.FLAGS.set_default('reset', True)
+  flags.DEFINE_string(
+      'data',
+      'demo',
+      'Passages: "demo", or a file: UnKEBench, AKEW, EditEverything, or JSONL'
+      ' with question, answer, paraphrases, sub_questions, category, case.',
+  )
+  flags.DEFINE_enum(
+      'facts',
+      'unstructured',
+      passages.FACTS,
+      'AKEW: write the long text of a fact or its short object.',
+  )
+  flags.DEFINE_integer(
+      'max_answer_tokens',
+      None,
+      'Longest answer; a longer one is a faulty record.',
+      lower_bound=1,
+  )
+  _define_edit_flags()
+  _define_answer_flags()
+  flags.adopt_module_key_flags(job)
+  flags.adopt_module_key_flags(common)  # numbers of this program
+
+
+def _define_edit_flags() -> None:
+  flags.DEFINE_bool(
+      'anyedit', True, 'Edit chunk by chunk; off: one state for an answer.'
+  )
+  flags.DEFINE_integer(
+      'window', 40, 'Tokens a chunk (Llama-3: 40, Qwen2.5: 50).', lower_bound=1
+  )
+  flags.DEFINE_integer(
+      'overlap', 0, 'Tokens that neighbouring chunks share.', lower_bound=0
+  )
+  flags.DEFINE_enum(
+      'boundary',
+      'window',
+      chunking.BOUNDARIES,
+      'Where chunks end: after so many tokens, or at ends of sentences and'
+      ' lines, of at most so many.',
+  )
+  flags.DEFINE_string(
+      'preserve',
+      'self',
+      f'UnKE: text whose outputs are kept: {corpora.KINDS}.',
+  )
+  flags.DEFINE_integer(
+      'preserve_count', 20, 'UnKE: how many texts of it (20).', lower_bound=1
+  )
+
+
+def _define_answer_flags() -> None:
+  flags.DEFINE_string(
+      'chat',
+      chat_lib.TEMPLATE,
+      'Words around a question: "template" for the tokenizer\'s own, "none", or'
+      r' a text with one {}, line breaks written as \n.',
+  )
+  flags.DEFINE_string(
+      'answer_end',
+      None,
+      'Text that ends an answer and is part of what is written; the end of turn'
+      ' of the chat template unless given.',
+  )
+  flags.DEFINE_integer(
+      'max_new_tokens', 512, 'Longest answer given, tokens.', lower_bound=1
+  )
+  common.define_number(
+      'temperature', 0, 'Of the answers; 0 is greedy (published 0.001).'
+  )
+  flags.DEFINE_integer(
+      'top_k', 0, 'Draw among so many tokens; 0 for all.', lower_bound=0
+  )
+  common.define_number(
+      'top_p', 1, 'Draw among tokens of so much probability.', positive=True
+  )
+  common.define_number(
+      'repetition_penalty', 1, 'As Hugging Face has it; 1 is none.',
+      positive=True,
+  )  # fmt: skip
+  flags.DEFINE_bool('sub_questions', True, 'Ask the sub-questions too.')
+  flags.DEFINE_string(
+      'encoder',
+      'none',
+      'Sentence encoder for minilm_cosine: "none",'
+      f' "{minilm.ENCODER}" (fetched once), a folder or a hub id.',
+  )
+
+
+def recipe_of_flags() -> tuple[Any, dict[str, Any]]:
+  """Builds the method from flags and refuses flags that do not go together.
+
+  Returns:
+    (the method, its settings for the protocol).
+
+  Raises:
+    InputError: all that is wrong with the flags.
+  """
+  problems, chosen = job.check_flags(), None
+  problems += [f'--{fault}' for fault in _decoding().faults()]
+  unkes = FLAGS.method in methods.TEXT_METHODS
+  value = VALUE
+  if unkes:
+    value = VALUE._replace(threshold=_UNKE_THRESHOLD)
+  if not FLAGS.anyedit and FLAGS.method in ('unke', 'alphaedit'):
+    value = value._replace(threshold=0.0)  # their plain forms never stop early
+  try:
+    recipe, settings = methods.recipe_of_flags(LAYERS, value)
+    if FLAGS.anyedit:
+      chosen = (
+          anyedit(recipe, FLAGS.window, FLAGS.overlap, FLAGS.boundary),
+          settings,
+      )
+      settings['chunks'] = chosen[0].chunks._asdict()
+    else:
+      chosen = dataclasses.replace(recipe, anchor='prompt_last'), settings
+      if FLAGS.parity == 'anyedit' and FLAGS.method in ('memit', 'alphaedit'):
+        chosen = parity.shadowed(chosen[0], FLAGS.batch_size), settings
+    settings['anchor'] = chosen[0].anchor
+  except InputError as e:
+    problems += e.problems
+  if problems:
+    raise InputError(*problems)
+  if not unkes:
+    job.check_moments(chosen[0])
+  elif FLAGS.preserve != 'self':
+    corpora.fingerprint(FLAGS.preserve)
+  return chosen
+
+
+def _words(tokenizer: Any) -> dict[str, Any]:
+  """How questions are asked."""
+  # A flagfile has one flag a line.
+  kind = FLAGS.chat.replace(r'\n', '\n')
+  return {
+      'chat': chat_lib.chat_of(tokenizer, kind, FLAGS.answer_end),
+      'double_bos': FLAGS.parity == 'anyedit',
+  }
+
+
+def _read(check: Any) -> Any:
+  return passages.load_passages(
+      FLAGS.data,
+      limit=FLAGS.num_edits,
+      on_bad_record=FLAGS.on_bad_record,
+      check=check,
+      facts=FLAGS.facts,
+  )
+
+
+def _check(tokenizer: Any, spec: ModelSpec, recipe: Any) -> Any:
+  """The check of a passage: all that editing or judging would refuse."""
+  words = _words(tokenizer)
+  # Both are needed after the weights only, and refuse what they cannot use.
+  answers.end_ids(tokenizer, spec.vocab, words['chat'].end)
+  _encoder()
+  edit = text_passages.passage_check(
+      tokenizer, max_tokens=spec.max_positions, chunking=recipe.chunks, **words
+  )
+  ask = longform.record_check(
+      spec,
+      tokenizer,
+      max_new_tokens=FLAGS.max_new_tokens,
+      sub_questions=FLAGS.sub_questions,
+      **words,
+  )
+
+  def check(passage: Passage) -> list[str]:
+    faults = edit(passage) or ask(passage)
+    limit = FLAGS.max_answer_tokens
+    if limit and not faults:
+      ids = tokenizer(passage.answer, add_special_tokens=False)['input_ids']
+      if len(ids) > limit:
+        faults.append(
+            f'its answer takes {len(ids)} tokens, more than'
+            f' --max_answer_tokens={limit}; shorten it or raise the limit.'
+        )
+    return faults
+
+  return check
+
+
+def _complete(
+    bench: editing.Workbench,
+    recipe: Any,
+    clock: editing.Clock,
+    folder: pathlib.Path,
+) -> tuple[editing.Workbench, Any, dict[str, Any]]:
+  """Finds second moments, or texts to preserve."""
+  if isinstance(recipe, unke.Unke):
+    with clock('preserve'):
+      texts = _preserved(bench)
+    source = {'corpus': FLAGS.preserve, 'texts': len(texts)}
+    return bench, texts, {'preserved': source}
+  with clock('moments'):
+    moments = job.find_moments(bench, recipe, folder)
+  source = {'moments': {**moments.provenance, 'tokens': moments.count}}
+  return bench, moments, source
+
+
+def _preserved(bench: editing.Workbench) -> list[np.ndarray]:
+  """Texts whose outputs UnKE keeps, as ids."""
+  count, model = FLAGS.preserve_count, bench.model
+  limit = min(_PRESERVED_TOKENS, model.spec.max_positions)
+  if FLAGS.preserve != 'self':
+    documents = corpora.open_documents(FLAGS.preserve, seed=FLAGS.seed)
+    found = corpora.tokenised(documents, bench.tokenizer, limit)
+    texts = [ids for ids in itertools.islice(found, count) if ids]
+  else:
+    starts = corpora.sample_starts(bench.tokenizer)
+    texts = corpora.sample(
+        model.spec,
+        model.params,
+        starts,
+        tokens=1,  # one batch
+        seed=FLAGS.seed,
+        stop_ids=[i for i in [bench.tokenizer.eos_token_id] if i is not None],
+        length=limit - max(map(len, starts)),
+        batch_rows=count,
+        progress=common.progress_bar,
+    )
+  if not texts:
+    raise InputError(
+        f'--preserve={FLAGS.preserve}: holds no text; name another corpus'
+    )
+  return [np.asarray(ids, np.int32) for ids in texts]
+
+
+def _encode(bench: editing.Workbench, recipe: Any) -> Any:
+  sizes = sorted({len(indices) for indices in bench.batches()})
+  if 'shadowed' in recipe.name and sizes != [FLAGS.batch_size]:
+    raise InputError(
+        f'--parity=anyedit: the published schedule depends on the edits a batch,'
+        f' and there are batches of {", ".join(map(str, sizes))}; let'
+        ' --num_edits be a multiple of --batch_size'
+    )
+  return text_passages.encode_passages(
+      bench.tokenizer,
+      bench.records,
+      max_tokens=bench.model.spec.max_positions,
+      chunking=recipe.chunks,
+      **_words(bench.tokenizer),
+  )
+
+
+def _editor(spec: ModelSpec, recipe: Any) -> Any:
+  make = closed_form.closed_form
+  if isinstance(recipe, unke.Unke):
+    make = unke.unke_editor
+  return make(spec, recipe)
+
+
+def _side(
+    bench: editing.Workbench, recipe: Any, encoded: Sequence[EncodedEdit]
+) -> int:
+  """Batches that fit into memory side by side.
+
+  UnKE changes a whole block for every batch; a closed form holds the keys of
+  all tokens, twice while they are put in order.
+  """
+  if isinstance(recipe, unke.Unke):
+    leaves = jax.tree.leaves(bench.model.params['layers'])
+    each = 4 * sum(x[0].size for x in leaves) * len(recipe.layers)
+  else:
+    tokens = [len(edit.rows[0]) + len(edit.target) for edit in encoded]
+    each = 8 * bench.model.spec.mlp_width * max(tokens) * bench.batch_size
+  return max(1, _SIDE_BYTES // each)
+
+
+def _decoding() -> Decoding:
+  return Decoding(
+      temperature=FLAGS.temperature,
+      top_k=FLAGS.top_k,
+      top_p=FLAGS.top_p,
+      repetition_penalty=FLAGS.repetition_penalty,
+      seed=FLAGS.seed,
+  )
+
+
+def _encoder() -> minilm.Encoder | None:
+  """Loads the sentence encoder that flags name."""
+  if FLAGS.encoder == 'none':
+    return None
+  return minilm.load_encoder(FLAGS.encoder, common.progress_bar)
+
+
+def _judge(bench: editing.Workbench) -> job.Judge:
+  """The evaluation with the flags' settings."""
+  words = _words(bench.tokenizer)
+  evaluate = functools.partial(
+      longform.evaluate,
+      stop=answers.end_ids(
+          bench.tokenizer, bench.model.spec.vocab, words['chat'].end
+      ),
+      sub_questions=FLAGS.sub_questions,
+      encoder=_encoder(),
+      decoding=_decoding(),
+      max_new_tokens=FLAGS.max_new_tokens,
+      batch_size=FLAGS.eval_batch_size,
+      progress=common.progress_bar,
+      **words,
+  )
+  return functools.partial(editing.judge, evaluate=evaluate, seed=FLAGS.seed)
+
+
+def _protocol(bench: editing.Workbench) -> dict[str, Any]:
+  words = _words(bench.tokenizer)
+  return {
+      'facts': FLAGS.facts,
+      'chat': words['chat']._asdict(),
+      'double_bos': words['double_bos'],
+      'decoding': {
+          **_decoding()._asdict(),
+          'max_new_tokens': FLAGS.max_new_tokens,
+      },
+      'encoder': FLAGS.encoder,
+      'not_scored': similarity.missing(),
+  }
+
+
+def _tables(evaluations: dict[str, Any]) -> dict[str, Any]:
+  found = {
+      name: longform.by_category(evaluation, FLAGS.seed)
+      for name, evaluation in evaluations.items()
+  }
+  return {'categories': found} if any(found.values()) else {}
+
+
+TASK = job.Task(
+    recipe=recipe_of_flags,
+    editor=_editor,
+    read=_read,
+    check=_check,
+    complete=_complete,
+    encode=_encode,
+    judge=_judge,
+    protocol=_protocol,
+    show=longform.excerpts,
+    side=_side,
+    tables=_tables,
+)
+
+
+def main() -> None:
+  job.run(TASK)
+
+
+if __name__ == '__main__':
+  define_flags()
+  common.run(main)

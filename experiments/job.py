@@ -1,0 +1,605 @@
+"""What editing programs have in common: flags, stages and output files.
+
+  flags -> load -> encode -> judge -> edit -> judge -> write
+
+A program is a `Task`: its method, its records, how they are encoded and judged.
+Faults that need no weights are told before weights are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from absl import flags
+
+from experiments import common, editing, methods, resources
+from jaxedit import delta as delta_lib
+from jaxedit.edit.base import Editor
+from jaxedit.edit.recipe import Recipe, check_layers
+from jaxedit.eval import datasets, harness, report
+from jaxedit.models import hub, loading, tokenizer
+from jaxedit.models.spec import ModelSpec
+from jaxedit.stats import corpora
+from jaxedit.text.batching import EncodedEdit
+from jaxedit.types import Edited, InputError
+
+FLAGS = flags.FLAGS
+
+# What --overwrite removes; the moments may be this run's own input.
+_RESULTS = ('results.json', 'records.jsonl', 'delta.safetensors', 'deltas')
+_LISTED = 5  # skipped records that are told at once; results.json has all
+
+Judge = Callable[..., harness.Evaluation]
+
+
+class Task(NamedTuple):
+  """What a program adds to the common run.
+
+  Attributes:
+    recipe: () -> (method, its settings for the protocol).
+    editor: (spec, method) -> editor.
+    read: (check of a record, or None) -> records.
+    check: (tokenizer, spec, method) -> check of a record.
+    complete: (bench, method, clock, folder) -> (bench with all that encoding
+      needs, what the editor's `init` takes, its provenance).
+    encode: (bench, method) -> records as ids.
+    judge: (bench) -> (bench, outcome, base) -> evaluation.
+    protocol: (bench) -> what else a reader needs to know.
+    show: (records, before, after, how many) -> texts to print.
+    side: (bench, method) -> batches whose changes are held side by side, where
+      they know nothing of each other; None for all.
+    tables: (evaluations) -> further entries of results.json.
+  """
+
+  recipe: Callable[[], tuple[Any, dict[str, Any]]]
+  editor: Callable[[ModelSpec, Any], Editor]
+  read: Callable[[Any], datasets.Loaded]
+  check: Callable[[Any, ModelSpec, Any], Callable[[Any], list[str]]]
+  complete: Callable[..., tuple[editing.Workbench, Any, dict[str, Any]]]
+  encode: Callable[[editing.Workbench, Any], Sequence[EncodedEdit]]
+  judge: Callable[[editing.Workbench], Judge]
+  protocol: Callable[[editing.Workbench], dict[str, Any]]
+  show: Callable[..., str]
+  side: Callable[[editing.Workbench, Any, Any], int | None] = (
+      lambda bench, recipe, encoded: None
+  )
+  tables: Callable[[dict[str, harness.Evaluation]], dict[str, Any]] = (
+      lambda evaluations: {}
+  )
+
+
+def define_flags(texts: bool = False) -> None:
+  """Defines the flags that all editing programs have.
+
+  Args:
+    texts: whether the program edits passages.
+  """
+  common.define_model_flags()
+  methods.define_flags(texts)
+  flags.DEFINE_string(
+      'moments',
+      None,
+      'Second moments: a file of collect_moments, or a folder of the .npz files'
+      ' that ROME and MEMIT publish. Collected, and kept for the next run,'
+      ' unless given.',
+  )
+  flags.DEFINE_string(
+      'moments_corpus', 'self', f'Text to collect them from: {corpora.KINDS}.'
+  )
+  flags.DEFINE_integer(
+      'moments_tokens',
+      None,
+      'Tokens to collect them from (default: 20 a key dimension).',
+      lower_bound=1,
+  )
+  flags.DEFINE_integer(
+      'num_edits',
+      None,
+      'Take the first N good records; all unless given.',
+      lower_bound=1,
+  )
+  flags.DEFINE_enum(
+      'on_bad_record',
+      'fail',
+      ('fail', 'skip'),
+      'A faulty record stops the run, or the next one takes its place.',
+  )
+  flags.DEFINE_integer(
+      'batch_size', 100, 'Edits solved for together.', lower_bound=1
+  )
+  flags.DEFINE_bool(
+      'reset',
+      False,
+      'Start every batch from the unedited model (independent batches) instead'
+      ' of the model that the last batch left.',
+  )
+  flags.DEFINE_integer(
+      'slots',
+      None,
+      'Edits optimised side by side; as many as are of use and have room in'
+      ' memory unless given.',
+      lower_bound=1,
+  )
+  flags.DEFINE_string('output_dir', None, 'Folder for results.')
+  flags.DEFINE_bool('overwrite', False, 'Replace results in --output_dir.')
+  flags.DEFINE_bool(
+      'save_model',
+      False,
+      'Also write the merged model to OUTPUT_DIR/model, and evaluate that.',
+  )
+  flags.DEFINE_bool(
+      'keep_original',
+      False,
+      'Keep the replaced matrices in the saved model for an exact restore.',
+  )
+  flags.DEFINE_enum(
+      'edited_dtype',
+      'source',
+      ('source', 'float32'),
+      'Dtype of edited matrices in the saved model.',
+  )
+  flags.DEFINE_integer(
+      'eval_batch_size', 64, 'Rows an evaluation batch.', lower_bound=1
+  )
+  flags.DEFINE_string(
+      'perplexity_text',
+      None,
+      'Plain text file whose perplexity is measured before and after.',
+  )
+  flags.DEFINE_integer(
+      'perplexity_tokens',
+      20000,
+      'Tokens of it that are scored at most.',
+      lower_bound=1,
+  )
+  flags.DEFINE_integer(
+      'show', 4, 'Texts before and after to print.', lower_bound=0
+  )
+  # Those that others defined are shown by --help too.
+  flags.adopt_module_key_flags(common)
+  flags.adopt_module_key_flags(methods)
+
+
+def check_flags() -> list[str]:
+  """Finds flags that do not go together, one sentence each."""
+  problems = []
+  if not FLAGS.output_dir:
+    problems.append('--output_dir is missing: name a folder for the results')
+  elif _holds(_model_folder(), FLAGS.model):
+    problems.append(
+        f'--model={FLAGS.model} lies where --output_dir={FLAGS.output_dir}'
+        ' would replace it; choose another --output_dir'
+    )
+  if FLAGS.save_model and FLAGS.reset:
+    problems.append(
+        '--save_model needs one edited model; --reset makes one a batch: leave'
+        ' one of them out'
+    )
+  if FLAGS.perplexity_text and FLAGS.reset:
+    problems.append(
+        '--perplexity_text needs one edited model; --reset makes one a batch:'
+        ' leave one of them out'
+    )
+  if (
+      FLAGS.perplexity_text
+      and not pathlib.Path(FLAGS.perplexity_text).is_file()
+  ):
+    problems.append(
+        f'--perplexity_text={FLAGS.perplexity_text}: no such file; name a plain'
+        ' text'
+    )
+  if FLAGS.post != 'none' and FLAGS.reset:
+    problems.append(
+        f'--post={FLAGS.post} shapes the one change of a sequence; --reset makes'
+        ' one a batch: leave one of them out'
+    )
+  return problems
+
+
+def _model_folder() -> pathlib.Path:
+  return pathlib.Path(FLAGS.output_dir) / 'model'
+
+
+def _holds(folder: pathlib.Path, name: str) -> bool:
+  """Says whether a model's path is a folder or lies in it."""
+  path = pathlib.Path(os.path.expanduser(name)).resolve()
+  return folder.resolve() in (path, *path.parents)
+
+
+def stale_results(folder: pathlib.Path) -> list[str]:
+  """Lists what an earlier run left that this one replaces.
+
+  Raises:
+    InputError: --save_model would replace a folder that no run has written.
+  """
+  try:
+    earlier = json.loads((folder / 'results.json').read_text('utf-8'))
+  except (OSError, ValueError):
+    earlier = {}
+  if 'saved' in earlier:
+    return [*_RESULTS, 'model']
+  if FLAGS.save_model and _model_folder().exists():
+    raise InputError(
+        f'{_model_folder()}: exists, and no run in this folder has saved it;'
+        ' move it away or choose another --output_dir'
+    )
+  return list(_RESULTS)
+
+
+def load_bench(
+    task: Task, recipe: Any, clock: editing.Clock
+) -> editing.Workbench:
+  """Loads everything, the cheap and most often faulty things first.
+
+  Args:
+    task: the program.
+    recipe: the method; its layers are checked before weights are read.
+    clock: stages are timed here.
+
+  Returns:
+    The bench, without templates.
+
+  Raises:
+    InputError: anything that cannot be used.
+  """
+  with clock('load'):
+    # A model at hand finds more faults in the records; none is fetched for
+    # records that are faulty without it.
+    if not pathlib.Path(FLAGS.model).is_dir():
+      task.read(None)
+    folder = hub.resolve(
+        FLAGS.model,
+        wheel=FLAGS.wheel,
+        revision=FLAGS.revision,
+        progress=common.progress_bar,
+    )
+    _, _, layout = loading.open_model(folder)
+    check_layers(layout.spec, recipe.layers)
+    words = tokenizer.load_tokenizer(folder)
+    loaded = task.read(task.check(words, layout.spec, recipe))
+    least = min(FLAGS.batch_size, len(loaded.records))
+    require_factors(layout.spec, recipe, least)
+    model = loading.load_model(folder, FLAGS.dtype, common.progress_bar)
+  return editing.Workbench(
+      model=model,
+      tokenizer=words,
+      loaded=loaded,
+      batch_size=FLAGS.batch_size,
+      apart=FLAGS.reset,
+      slots=FLAGS.slots,
+  )
+
+
+def check_moments(recipe: Any) -> None:
+  """Refuses second moments that cannot be had, as far as needs no model."""
+  if FLAGS.moments:
+    resources.check_moments(FLAGS.moments, recipe)
+  else:
+    corpora.fingerprint(FLAGS.moments_corpus)
+
+
+def find_moments(
+    bench: editing.Workbench, recipe: Any, folder: pathlib.Path
+) -> Any:
+  """Loads the second moments that flags name, or collects them."""
+  if FLAGS.moments:
+    return resources.load_moments(bench.model, recipe, FLAGS.moments)
+  return resources.collect(
+      bench.model,
+      bench.tokenizer,
+      recipe,
+      corpus=FLAGS.moments_corpus,
+      tokens=FLAGS.moments_tokens,
+      seed=FLAGS.seed,
+      folder=folder,
+      progress=common.progress_bar,
+  )
+
+
+def require_factors(spec: ModelSpec, recipe: Any, states: int) -> None:
+  """Refuses independent batches too large to be held side by side.
+
+  Args:
+    spec: the architecture.
+    recipe: the method; only closed forms have factors.
+    states: states of the largest batch.
+
+  Raises:
+    InputError: with --reset, a batch's factors would outgrow the matrix.
+  """
+  limit = delta_lib.rank_limit(spec.mlp_width, spec.width)
+  closed = isinstance(recipe, Recipe)
+  if FLAGS.reset and closed and states > limit:
+    raise InputError(
+        f'--batch_size={FLAGS.batch_size}: with --reset the changes of all'
+        ' batches are held side by side as factors, which pay off up to'
+        f' {limit} states a batch in this model (a fact has one, a long text one'
+        f' a chunk), and there are {states}; lower it or leave --reset out'
+    )
+
+
+def notes(loaded: datasets.Loaded) -> list[str]:
+  """What a user should know of the records before the run."""
+  found, lines = len(loaded.records), []
+  if loaded.skipped:
+    lines.append(
+        f'note: {loaded.source}: {len(loaded.skipped)} faulty records were'
+        ' skipped, results.json lists them; the first are'
+    )
+    lines += [
+        f'  record {one.number} (id {one.id}): {one.reason}'
+        for one in loaded.skipped[:_LISTED]
+    ]
+  if FLAGS.num_edits and found < FLAGS.num_edits:
+    lines.append(
+        f'note: --num_edits={FLAGS.num_edits}: {loaded.source} holds {found}'
+        ' good records; all of them are edited'
+    )
+  return lines
+
+
+def protocol(
+    task: Task,
+    bench: editing.Workbench,
+    recipe: Any,
+    settings: dict[str, Any],
+    source: dict[str, Any],
+) -> dict[str, Any]:
+  """Everything a reader needs to know what the numbers mean."""
+  loaded = bench.loaded
+  return {
+      'model': FLAGS.model,
+      'revision': FLAGS.revision,
+      'model_hash': bench.model.hash,
+      'dtype': FLAGS.dtype,
+      'method': recipe.name,
+      'settings': settings,
+      **source,
+      'data': {
+          'source': str(loaded.source),
+          'format': loaded.format,
+          'sha256': loaded.sha256,
+          'records': len(loaded.records),
+      },
+      'batch_size': bench.batch_size,
+      'mode': 'independent' if bench.apart else 'sequential',
+      'evaluated': 'all records after all edits, each under its own change'
+      if bench.apart
+      else 'all records after all edits',
+      **task.protocol(bench),
+      'intervals': '95% percentile bootstrap over records',
+      'seed': FLAGS.seed,
+  }
+
+
+def save_and_judge(
+    bench: editing.Workbench,
+    outcome: editing.Outcome,
+    folder: pathlib.Path,
+    judge: Callable[..., harness.Evaluation],
+) -> tuple[dict[str, Any], harness.Evaluation]:
+  """Writes the merged model, loads it again and evaluates it.
+
+  Returns:
+    (what to report of the merge, the evaluation of the saved model).
+  """
+  saved = editing.save_folder(
+      bench,
+      outcome,
+      folder / 'model',
+      keep_float32=FLAGS.edited_dtype == 'float32',
+      keep_original=FLAGS.keep_original,
+  )
+  # In bf16 the matrices that were kept in float32 would be rounded after all.
+  dtype = 'float32' if FLAGS.edited_dtype == 'float32' else FLAGS.dtype
+  again = loading.load_model(saved.folder, dtype)
+  bench = editing.replace_model(bench, again)
+  facts = {
+      'folder': str(saved.folder),
+      'evaluated_in': dtype,
+      'model_hash': again.hash,
+      'merge_error': saved.merge_error,
+      'dtypes': sorted({t.dtype for t in saved.tensors.values()}),
+  }
+  return facts, judge(bench, None)
+
+
+def summary_lines(
+    task: Task,
+    bench: editing.Workbench,
+    pre: harness.Evaluation,
+    post: harness.Evaluation,
+    info: Any,
+) -> list[str]:
+  """What the program prints at the end."""
+  lines = ['']
+  known = editing.knowledge(pre)
+  if known:
+    lines.append(
+        f'The unedited model prefers the true answer on'
+        f' {known["prefers_true"]:.0%} of the facts and completes it on'
+        f' {known["completes_true"]:.0%}.'
+    )
+  lost = len(info.written) - int(info.written.sum())
+  if lost:
+    lines.append(f'{lost} edits were not written: their loss was not finite.')
+  lines += ['', report.table(pre, post), '']
+  if FLAGS.max_new_tokens and FLAGS.show:
+    lines.append(task.show(bench.records, pre, post, FLAGS.show))
+  return lines
+
+
+def write_results(
+    folder: pathlib.Path,
+    bench: editing.Workbench,
+    outcome: editing.Outcome,
+    evaluations: dict[str, harness.Evaluation],
+    *,
+    results: dict[str, Any],
+    clock: editing.Clock,
+) -> None:
+  """Writes records.jsonl and, last of all, results.json."""
+  pre, post = evaluations['pre'], evaluations['post']
+  common.write_jsonl(
+      folder / 'records.jsonl',
+      editing.record_rows(bench, outcome.info, pre, post),
+  )
+  common.write_json(
+      folder / 'results.json',
+      {
+          **editing.metric_tables(evaluations),
+          **results,
+          'unedited': editing.knowledge(pre),
+          'skipped': [vars(one) for one in bench.loaded.skipped],
+          'versions': common.versions(),
+          'timing': clock.seconds,
+      },
+  )
+
+
+def run(task: Task) -> None:
+  """Does the whole job of a program; flags are parsed."""
+  clock = editing.Clock()
+  with common.compile_seconds(clock.seconds):
+    _run(task, clock)
+
+
+def _run(task: Task, clock: editing.Clock) -> None:
+  begin = time.monotonic()
+  recipe, settings = task.recipe()
+  folder = common.claim_folder(FLAGS.output_dir, FLAGS.overwrite)
+  stale = stale_results(folder)
+  common.use_compilation_cache(FLAGS.compilation_cache)
+  bench = load_bench(task, recipe, clock)
+  for line in notes(bench.loaded):
+    print(line, file=sys.stderr)
+  bench, given, source = task.complete(bench, recipe, clock, folder)
+  encoded = task.encode(bench, recipe)
+  side = task.side(bench, recipe, encoded)
+  bench = editing.encode(bench, encoded, side)
+  if not bench.each:
+    require_factors(bench.model.spec, recipe, bench.frame.states)
+  editor = task.editor(bench.model.spec, recipe)
+  with clock('factor'):
+    state = editor.init(bench.model.params, given)
+  common.clear(folder, stale)
+  if bench.templates:
+    common.write_json(folder / 'templates.json', bench.templates)
+  judge = task.judge(bench)
+  results: dict[str, Any] = {
+      'protocol': protocol(task, bench, recipe, settings, source)
+  }
+  with clock('evaluate_before'):
+    pre = judge(bench, None, None)
+  fluency = _perplexity(bench, None, 'pre', clock)
+  parts = bench.parts(side)
+  done = []
+  for number, indices in enumerate(parts, 1):
+    name = 'delta.safetensors'
+    if len(parts) > 1:
+      name = f'deltas/{number:05}.safetensors'
+    mine = {'records': [bench.records[i].number for i in indices]}
+    outcome, post = _edit_part(
+        bench if len(parts) == 1 else bench.part(indices),
+        (editor, state),
+        functools.partial(
+            editing.write_delta,
+            folder / name,
+            metadata=results['protocol'] | mine,
+        ),
+        functools.partial(judge, base=harness.select(pre, indices)),
+        clock,
+        alone=len(parts) == 1,
+    )
+    if len(parts) > 1:  # written, and too large to keep
+      outcome = dataclasses.replace(outcome, edited=Edited())
+    done.append((outcome, post))
+  outcome = editing.join_outcomes([outcome for outcome, _ in done])
+  post = done[0][1]
+  if len(parts) > 1:
+    post = harness.join([post for _, post in done], seed=FLAGS.seed)
+  editing.require_some(outcome.info)
+  fluency |= _perplexity(bench, outcome, 'post', clock)
+  evaluations = {'pre': pre, 'post': post}
+  results['work'] = editing.work_report(bench, outcome.info.work)
+  if fluency:
+    results['perplexity'] = fluency
+  if FLAGS.save_model:
+    with clock('save_model'):
+      results['saved'], evaluations['saved'] = save_and_judge(
+          bench, outcome, folder, functools.partial(judge, base=pre)
+      )
+  clock.add({'total': time.monotonic() - begin})
+  results |= task.tables(evaluations)
+  write_results(
+      folder, bench, outcome, evaluations, results=results, clock=clock
+  )
+  print('\n'.join(summary_lines(task, bench, pre, post, outcome.info)))
+  if fluency:
+    before, after = (fluency[k]['value'] for k in ('pre', 'post'))
+    print(
+        f'perplexity of {FLAGS.perplexity_text}: {before:.2f} before,'
+        f' {after:.2f} after ({fluency["post"]["tokens"]} tokens)'
+    )
+  print(
+      f'\n{len(bench.records)} edits in {clock.seconds["total"]:.0f} s; results'
+      f' in {folder}'
+  )
+
+
+def _edit_part(
+    bench: editing.Workbench,
+    method: tuple[Editor, Any],
+    keep: Callable[..., None],
+    judge: Callable[..., harness.Evaluation],
+    clock: editing.Clock,
+    *,
+    alone: bool,
+) -> tuple[editing.Outcome, harness.Evaluation]:
+  """Edits, saves and judges records whose changes are held at one time."""
+  outcome = _edit(bench, *method)
+  clock.add(outcome.info.seconds)
+  if alone:  # where nothing could be written there is nothing to judge
+    editing.require_some(outcome.info)
+  keep(outcome=outcome)
+  with clock('evaluate_after'):
+    return outcome, judge(bench, outcome)
+
+
+def _edit(
+    bench: editing.Workbench, editor: Editor, state: Any
+) -> editing.Outcome:
+  """Makes all edits, in a sequence or apart."""
+  edit = editing.edit_apart if bench.apart else editing.edit_in_sequence
+  outcome = edit(bench, editor, state, common.progress_bar)
+  if FLAGS.post == 'prune':
+    outcome = editing.prune(bench, outcome)
+  return outcome
+
+
+def _perplexity(
+    bench: editing.Workbench,
+    outcome: editing.Outcome | None,
+    name: str,
+    clock: editing.Clock,
+) -> dict[str, Any]:
+  """Reads --perplexity_text, if there is one."""
+  if not FLAGS.perplexity_text:
+    return {}
+  with clock('perplexity'):
+    found = editing.read_perplexity(
+        bench,
+        FLAGS.perplexity_text,
+        FLAGS.perplexity_tokens,
+        common.progress_bar,
+        outcome,
+    )
+  return {name: found}

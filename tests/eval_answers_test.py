@@ -1,0 +1,276 @@
+"""Full answers: read as written, each by the model and draws of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import text_tokenizers
+from absl.testing import absltest, parameterized
+
+from jaxedit import delta
+from jaxedit.edit.forward import UNEDITED
+from jaxedit.eval import answers, longform
+from jaxedit.models import decode
+from jaxedit.models.decode import Decoding
+from jaxedit.testing import models
+from jaxedit.text import chat
+from jaxedit.types import (
+    Dense,
+    Edited,
+    InputError,
+    LowRank,
+    Passage,
+    Probe,
+)
+
+PROMPTS = ((0, 9, 8, 7, 6), (0, 5), (0, 9, 8), (0, 5), (0, 1, 2, 3), (0, 5))
+OWNER = (0, 1, 2, 2, 1, 0)
+SAMPLED = Decoding(
+    temperature=1.0, top_k=30, top_p=0.9, repetition_penalty=1.1, seed=4
+)
+
+
+def setUpModule():
+  jax.config.update('jax_disable_most_optimizations', True)
+
+
+def tearDownModule():
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
+def low_rank(spec, edits=3):
+  rng = np.random.default_rng(0)
+  draw = lambda width: jnp.asarray(
+      0.5 * rng.standard_normal((2, edits, 2, width)), jnp.float32
+  )
+  return LowRank((1, 2), 'mlp/down', draw(spec.mlp_width), draw(spec.width))
+
+
+def in_full(change):
+  kernel = jnp.einsum('nemf,nemd->nefd', change.key, change.value)
+  return Dense(change.layers, change.site, kernel)
+
+
+def gate(spec, edits=3):
+  rng = np.random.default_rng(1)
+  shape = (1, edits, spec.width, spec.mlp_width)
+  kernel = jnp.asarray(0.2 * rng.standard_normal(shape), jnp.float32)
+  return Dense((0,), 'mlp/gate', kernel)
+
+
+def scale(spec, edits=3):
+  rng = np.random.default_rng(3)
+  change = 0.5 * rng.standard_normal((1, edits, spec.width))
+  return Dense((2,), 'mlp_norm', jnp.asarray(change, jnp.float32), 'scale')
+
+
+class EndsTest(parameterized.TestCase):
+
+  def test_end_ids(self):
+    tokenizer = text_tokenizers.byte_level(begin=True)
+    self.assertEqual(answers.end_ids(tokenizer, 400), (1,))
+    self.assertEqual(answers.end_ids(tokenizer, 1), ())
+    line = tokenizer.convert_tokens_to_ids('\u010a')
+    self.assertEqual(answers.end_ids(tokenizer, 400, '\n'), (1, line))
+    # Only the special ones of several.
+    self.assertEqual(answers.end_ids(tokenizer, 400, '<unk>\n'), (1, 2))
+    with self.assertRaisesRegex(InputError, "'END END'.*nothing can stop"):
+      answers.end_ids(tokenizer, 400, 'END END')
+
+
+class AnswersTest(parameterized.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.tokenizer = text_tokenizers.byte_level(begin=True)
+    self.spec = models.tiny_spec('llama', vocab=300)
+    self.params = models.random_params(self.spec, 0)
+
+  def write(self, edited=UNEDITED, prompts=PROMPTS, **settings):
+    settings = dict(stop=(), max_new_tokens=8) | settings
+    return answers.answers(
+        self.spec, self.params, edited, prompts, tokenizer=self.tokenizer,
+        **settings,
+    )  # fmt: skip
+
+  def test_text_is_as_written(self):
+    lines = ['if x:\n\n    return  1 ,', " don 't . \n", '']
+    ids = self.tokenizer(lines, add_special_tokens=False)['input_ids']
+    ids[0] = [0, *ids[0], 1]
+    texts = answers.texts(self.tokenizer, ids)
+    self.assertEqual(texts, [line.strip() for line in lines])
+
+  def test_stop_token_is_left_out(self):
+    new = decode.generate(self.spec, self.params, PROMPTS, max_new_tokens=8)
+    stop = new[0][4]
+    at = new[0].index(stop)
+    self.assertGreater(stop, 2)
+    (text,) = self.write(prompts=PROMPTS[:1], stop=[stop])
+    self.assertEqual(text, answers.texts(self.tokenizer, [new[0][:at]])[0])
+    # A text that ended at its length keeps its last token.
+    text, *_ = self.write(max_new_tokens=at + 1)
+    kept = new[0][: at + 1]
+    self.assertEqual(text, answers.texts(self.tokenizer, [kept])[0])
+
+  @parameterized.parameters(decode.GREEDY, SAMPLED)
+  def test_stacks(self, *decoding):
+    decoding = Decoding(*decoding)
+    change = low_rank(self.spec)
+    stacks = [Edited((change,)), Edited((in_full(change),))]
+    lazy, merged = (
+        self.write(stack=stack, owner=OWNER, decoding=decoding)
+        for stack in stacks
+    )
+    self.assertEqual(lazy, merged)
+    for edit in range(3):
+      alone = self.write(delta.one(stacks[0], edit), decoding=decoding)
+      for i, own in enumerate(OWNER):
+        if own == edit:
+          self.assertEqual(alone[i], lazy[i])
+    self.assertLen({lazy[1], lazy[3], lazy[5]}, 3)
+
+  def test_mixed_stack_beside_a_shared_change(self):
+    stack = Edited((low_rank(self.spec), gate(self.spec), scale(self.spec)))
+    shared = Edited((LowRank((0,), 'mlp/down', *self.shared_factors()),))
+    counted = []
+
+    @contextlib.contextmanager
+    def progress(stage, total, unit):
+      counted.append(total)
+      yield lambda done: counted.append(-done)
+
+    texts = self.write(shared, stack=stack, owner=OWNER, progress=progress)
+    self.assertEqual(counted[0], len(PROMPTS))
+    self.assertEqual(sum(counted), 0)
+    base = self.params
+    for edit in range(3):
+      self.params = delta.apply(base, shared)
+      self.params = delta.apply(self.params, delta.one(stack, edit))
+      alone = self.write()
+      for i, own in enumerate(OWNER):
+        if own == edit:
+          self.assertEqual(alone[i], texts[i])
+
+  def shared_factors(self):
+    rng = np.random.default_rng(2)
+    draw = lambda width: jnp.asarray(
+        0.5 * rng.standard_normal((1, 1, width)), jnp.float32
+    )
+    return draw(self.spec.mlp_width), draw(self.spec.width)
+
+  def test_full_changes_leave_the_parameters_alone(self):
+    # As a change that all prompts share does: nothing is rounded to bf16.
+    self.params = models.random_params(self.spec, 0, jnp.bfloat16)
+    stack = Edited((gate(self.spec), scale(self.spec)))
+    stack = jax.tree.map(np.asarray, stack)
+    generate = answers.forward.generate
+    with mock.patch.object(
+        answers.forward, 'generate', side_effect=generate
+    ) as spied:
+      texts = self.write(stack=stack, owner=OWNER, decoding=SAMPLED)
+    self.assertEqual(spied.call_count, 3)
+    for call in spied.call_args_list:
+      self.assertIs(call.args[1], self.params)
+      for change in call.args[2].deltas:
+        self.assertEqual(change.kernel.dtype, jnp.float32)
+    for edit in range(3):
+      alone = self.write(delta.one(stack, edit), decoding=SAMPLED)
+      for i, own in enumerate(OWNER):
+        if own == edit:
+          self.assertEqual(alone[i], texts[i])
+
+  def test_named_streams(self):
+    streams = [7, 2**31 - 1, 0, 5, 5, 12]
+    stack = Edited((gate(self.spec),))
+    write = functools.partial(self.write, stack=stack, decoding=SAMPLED)
+    texts = write(owner=OWNER, streams=streams)
+    pick = lambda some: [some[i] for i in (4, 1)]
+    write = functools.partial(write, prompts=pick(PROMPTS), owner=pick(OWNER))
+    self.assertEqual(write(streams=pick(streams)), pick(texts))
+    self.assertNotEqual(write(), pick(texts))
+
+  def test_without_changes(self):
+    self.assertEqual(self.write(stack=Edited(), owner=OWNER), self.write())
+    self.assertEqual(self.write(prompts=[]), [])
+    stack = Edited((gate(self.spec),))
+    self.assertEqual(self.write(prompts=[], stack=stack, owner=[]), [])
+
+  def test_faults_come_together(self):
+    (flat,) = delta.one(Edited((gate(self.spec),)), 0).deltas
+    stack = Edited((low_rank(self.spec), flat))
+    shared = delta.one(Edited((low_rank(self.spec),)), 0)
+    with self.assertRaises(InputError) as caught:
+      self.write(
+          shared, stack=stack, owner=[3, 0], decoding=Decoding(top_p=2.0)
+      )
+    words = (
+        'top_p is 2.0', 'owner has 2 entries for 6', 'holds 3 edits',
+        'mlp/down is changed by the stack and', 'mlp/gate has no axis of edits',
+    )  # fmt: skip
+    self.assertLen(caught.exception.problems, len(words))
+    for problem, part in zip(caught.exception.problems, words):
+      self.assertIn(part, problem)
+    with self.assertRaisesRegex(InputError, 'belong together'):
+      self.write(stack=stack)
+    with self.assertRaisesRegex(InputError, 'streams has 1 entries for 6'):
+      self.write(streams=[3])
+
+  @parameterized.parameters(gate, scale)
+  def test_full_changes_do_not_overlap(self, change):
+    stack = Edited((change(self.spec),))
+    with self.assertRaisesRegex(InputError, 'by the stack and by the shared'):
+      self.write(delta.one(stack, 0), stack=stack, owner=OWNER)
+
+
+class LongformTest(parameterized.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.tokenizer = text_tokenizers.byte_level(begin=True)
+    self.spec = models.tiny_spec('llama', vocab=300, max_positions=128)
+    self.params = models.random_params(self.spec, 0)
+    same = dict(question='Who?', answer='ab cd')
+    self.records = [
+        Passage(3, 'a', paraphrases=('Who?',), **same),
+        Passage(8, 'b', sub_questions=(Probe('Who?', 'ab'),), **same),
+        Passage(9, 'c', **same),
+    ]
+
+  def said(self, chosen, **settings):
+    """All texts of some records, record by record."""
+    records = [self.records[i] for i in chosen]
+    if 'stack' in settings:
+      settings['owner'] = chosen
+    evaluation = longform.evaluate(
+        self.spec, self.params, UNEDITED, records, self.tokenizer,
+        chat=chat.chat_of(self.tokenizer, 'none', ''), stop=(),
+        decoding=Decoding(temperature=1.0), max_new_tokens=8, **settings,
+    )  # fmt: skip
+    return [
+        (row['text'], *row['paraphrase_texts'], *row['sub_texts'])
+        for row in evaluation.per_record
+    ]
+
+  @parameterized.parameters(None, low_rank, gate)
+  def test_sampled_answers_know_no_neighbours(self, change):
+    settings = {}
+    if change is not None:
+      settings['stack'] = Edited((change(self.spec),))
+    together = self.said([0, 1, 2], **settings)
+    # One question, five streams.
+    self.assertLen({text for texts in together for text in texts}, 5)
+    alone = [self.said([i], **settings)[0] for i in range(3)]
+    self.assertEqual(alone, together)
+    mixed = self.said([2, 0], batch_size=2, **settings)
+    self.assertEqual(mixed, [together[2], together[0]])
+    bare = self.said([1], sub_questions=False, **settings)
+    self.assertEqual(bare, [together[1][:1]])
+
+
+if __name__ == '__main__':
+  absltest.main()
