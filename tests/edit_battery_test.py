@@ -21,15 +21,11 @@ from absl.testing import absltest, parameterized
 from jaxedit import delta as delta_lib
 from jaxedit import values
 from jaxedit.edit import (
-    alphaedit,
     climb,
     closed_form,
-    emmet,
     forward,
-    insertion,
     memit,
-    pmet,
-    rome,
+    systems,
 )
 from jaxedit.models import decoder
 from jaxedit.testing import facts
@@ -57,8 +53,8 @@ STAGES = (
     climb._measure,
     climb._foresee,
     climb._write,
-    insertion._solve_factors,
-    insertion._solve_groups,
+    systems._solve_factors,
+    systems._solve_groups,
 )
 every_recipe = parameterized.named_parameters((name, name) for name in RECIPES)
 run = jax.jit(forward.forward, static_argnums=0)

@@ -24,11 +24,11 @@ from jaxedit.edit import (
     anyedit,
     closed_form,
     emmet,
-    insertion,
     memit,
     parity,
     pmet,
     rome,
+    systems,
 )
 from jaxedit.solve.ridge import Factors
 from jaxedit.testing import facts
@@ -359,9 +359,9 @@ class SoundTest(parameterized.TestCase):
     case, (one, *_) = Case('rome'), edits(count=1)
     some = [one, dataclasses.replace(one, number=2)]
     with mock.patch.object(
-        insertion, '_solve_factors', lambda *_: bad((2,))
+        systems, '_solve_factors', lambda *_: bad((2,))
     ), mock.patch.object(
-        insertion, '_solve_groups', lambda _, rows, ridge: bad((1, 1), ridge)
+        systems, '_solve_groups', lambda _, rows, ridge: bad((1, 1), ridge)
     ):
       edited, _, info = case.edit(
           some, each=each, **({'owner': (0, 1)} if each else {})

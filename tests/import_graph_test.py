@@ -40,6 +40,7 @@ SHARED_BY_EDITORS = tuple(
         'base',
         'recipe',
         'climb',
+        'systems',
         'insertion',
         'regression',
         'closed_form',

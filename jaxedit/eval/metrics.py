@@ -60,6 +60,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxedit.eval import similarity
+
 # Id -> readable name, in the order of tables. `score` is made by `aggregate`.
 NAMES: Mapping[str, str] = {
     'score': 'harmonic mean of es, ps and ns',
@@ -103,8 +105,20 @@ class Interval(NamedTuple):
   n: int
 
 
+# What passages are asked, in `longform`.
+_ASKED = {
+    'question': 'asked as edited',
+    'paraphrase': 'paraphrased',
+    'sub': 'sub-questions',
+}
+
+
 def name(metric: str) -> str:
   """Returns the readable name of a metric's id."""
+  asked, _, score = metric.partition('/')
+  if score:
+    what = similarity.NAMES.get(score, NAMES.get(score, score))
+    return f'{what}; {_ASKED.get(asked, asked)}'
   if metric.startswith(PORTABILITY):
     kind = metric.removeprefix(PORTABILITY).replace('_', ' ')
     return f'answer tokens right: {kind}'
