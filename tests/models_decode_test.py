@@ -337,7 +337,7 @@ class GenerateTest(parameterized.TestCase):
     full = Dense((1,), 'mlp/down', ones(1, 3, 48, 32))
     for faulty, words in (
         (dict(stack=[stack]), ['stack and owner belong together']),
-        (dict(stack=[stack], owner=[3]), ['2 prompts', 'runs from 3 to 3']),
+        (dict(stack=[stack], owner=[3]), ['1 entries for 2 rows', 'runs from 3 to 3']),
         (dict(stack=[flat], owner=[0, 0]), ['has no axis of edits']),
         (dict(stack=[full], owner=[0, 0]), ['low-rank factors of shape']),
         (

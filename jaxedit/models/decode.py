@@ -95,14 +95,14 @@ def stack_faults(
     return []
   problems = []
   if len(owner) != prompts:
-    problems.append(f'owner has {len(owner)} entries for {prompts} prompts')
+    problems.append(f'owner has {len(owner)} entries for {prompts} rows')
   taken = set().union(*map(_place, shared))
   for change in stack:
     edits = _edits(change)
     if isinstance(change, Dense) and not full:
       problems.append(
-          f'the stacked change of {change.site} is in full; rows of one batch'
-          ' take low-rank factors of shape [layers, edits, rows, width]'
+          f'the stacked change of {change.site} is in full; a batch of rows'
+          ' needs low-rank factors of shape [layers, edits, rows, width]'
       )
     elif edits is None:
       problems.append(

