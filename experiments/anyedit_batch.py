@@ -22,14 +22,13 @@ import dataclasses
 import functools
 import itertools
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
 
-from experiments import common, editing, job, methods
+from experiments import common, editing, job, methods, resources
 from jaxedit.edit import closed_form, parity, unke
 from jaxedit.edit.anyedit import anyedit
 from jaxedit.eval import answers, longform, minilm, passages, similarity
@@ -177,7 +176,7 @@ def recipe_of_flags() -> tuple[Any, dict[str, Any]]:
       settings['chunks'] = chosen[0].chunks._asdict()
     else:
       chosen = dataclasses.replace(recipe, anchor='prompt_last'), settings
-      if FLAGS.parity == 'anyedit' and FLAGS.method in ('memit', 'alphaedit'):
+      if _shadowed():
         chosen = parity.shadowed(chosen[0], FLAGS.batch_size), settings
     settings['anchor'] = chosen[0].anchor
   except InputError as e:
@@ -185,10 +184,16 @@ def recipe_of_flags() -> tuple[Any, dict[str, Any]]:
   if problems:
     raise InputError(*problems)
   if not unkes:
-    job.check_moments(chosen[0])
+    resources.check_flags(chosen[0])
   elif FLAGS.preserve != 'self':
     corpora.fingerprint(FLAGS.preserve)
   return chosen
+
+
+def _shadowed() -> bool:
+  """Whether the published slip of the plain methods is asked for."""
+  plain = FLAGS.parity == 'anyedit' and not FLAGS.anyedit
+  return plain and FLAGS.method in ('memit', 'alphaedit')
 
 
 def _words(tokenizer: Any) -> dict[str, Any]:
@@ -216,7 +221,8 @@ def _check(tokenizer: Any, spec: ModelSpec, recipe: Any) -> Any:
   words = _words(tokenizer)
   # Both are needed after the weights only, and refuse what they cannot use.
   answers.end_ids(tokenizer, spec.vocab, words['chat'].end)
-  _encoder()
+  if FLAGS.encoder != 'none':
+    minilm.find_encoder(FLAGS.encoder, common.progress_bar)
   edit = text_passages.passage_check(
       tokenizer, max_tokens=spec.max_positions, chunking=recipe.chunks, **words
   )
@@ -249,14 +255,17 @@ def _complete(
     clock: editing.Clock,
     folder: pathlib.Path,
 ) -> tuple[editing.Workbench, Any, dict[str, Any]]:
-  """Finds second moments, or texts to preserve."""
+  """Adds the records as ids, and second moments or texts to preserve."""
+  bench = dataclasses.replace(bench, encoded=_encode(bench, recipe))
   if isinstance(recipe, unke.Unke):
     with clock('preserve'):
       texts = _preserved(bench)
     source = {'corpus': FLAGS.preserve, 'texts': len(texts)}
     return bench, texts, {'preserved': source}
   with clock('moments'):
-    moments = job.find_moments(bench, recipe, folder)
+    moments = resources.find_moments(
+        bench.model, bench.tokenizer, recipe, folder
+    )
   source = {'moments': {**moments.provenance, 'tokens': moments.count}}
   return bench, moments, source
 
@@ -289,21 +298,27 @@ def _preserved(bench: editing.Workbench) -> list[np.ndarray]:
   return [np.asarray(ids, np.int32) for ids in texts]
 
 
-def _encode(bench: editing.Workbench, recipe: Any) -> Any:
+def _encode(bench: editing.Workbench, recipe: Any) -> tuple[EncodedEdit, ...]:
+  """Encodes passages.
+
+  Raises:
+    InputError: a published schedule needs batches of one size.
+  """
   sizes = sorted({len(indices) for indices in bench.batches()})
-  if 'shadowed' in recipe.name and sizes != [FLAGS.batch_size]:
+  if _shadowed() and sizes != [FLAGS.batch_size]:
     raise InputError(
         f'--parity=anyedit: the published schedule depends on the edits a batch,'
         f' and there are batches of {", ".join(map(str, sizes))}; let'
         ' --num_edits be a multiple of --batch_size'
     )
-  return text_passages.encode_passages(
+  encoded = text_passages.encode_passages(
       bench.tokenizer,
       bench.records,
       max_tokens=bench.model.spec.max_positions,
       chunking=recipe.chunks,
       **_words(bench.tokenizer),
   )
+  return tuple(encoded)
 
 
 def _editor(spec: ModelSpec, recipe: Any) -> Any:
@@ -313,9 +328,7 @@ def _editor(spec: ModelSpec, recipe: Any) -> Any:
   return make(spec, recipe)
 
 
-def _side(
-    bench: editing.Workbench, recipe: Any, encoded: Sequence[EncodedEdit]
-) -> int:
+def _side(bench: editing.Workbench, recipe: Any) -> int:
   """Batches that fit into memory side by side.
 
   UnKE changes a whole block for every batch; a closed form holds the keys of
@@ -325,7 +338,7 @@ def _side(
     leaves = jax.tree.leaves(bench.model.params['layers'])
     each = 4 * sum(x[0].size for x in leaves) * len(recipe.layers)
   else:
-    tokens = [len(edit.rows[0]) + len(edit.target) for edit in encoded]
+    tokens = [len(edit.rows[0]) + len(edit.target) for edit in bench.encoded]
     each = 8 * bench.model.spec.mlp_width * max(tokens) * bench.batch_size
   return max(1, _SIDE_BYTES // each)
 
@@ -395,7 +408,6 @@ TASK = job.Task(
     read=_read,
     check=_check,
     complete=_complete,
-    encode=_encode,
     judge=_judge,
     protocol=_protocol,
     show=longform.excerpts,

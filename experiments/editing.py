@@ -70,8 +70,8 @@ class Workbench:
     slots: edits optimised side by side; None for as many as are of use and
       have room in memory.
     templates: context templates, the bare '{}' first; of facts.
-    encoded: the records as ids, once `encode` has run.
-    frame: the static shapes that all batches share, likewise.
+    encoded: the records as ids, once they are.
+    frame: the static shapes that all batches share, once `shape` has run.
   """
 
   model: loading.Model
@@ -90,13 +90,8 @@ class Workbench:
 
   @functools.cached_property
   def cases(self) -> tuple[int, ...]:
-    """Number of the case of every record; a fact is a case of its own."""
-    numbers: dict[Any, int] = {}
-    keys = (
-        getattr(record, 'case', '') or i
-        for i, record in enumerate(self.records)
-    )
-    return tuple(numbers.setdefault(key, len(numbers)) for key in keys)
+    """Number of the case of every record."""
+    return case_numbers(self.records)
 
   @property
   def each(self) -> bool:
@@ -138,14 +133,18 @@ class Workbench:
     return dataclasses.replace(self, loaded=loaded, encoded=encoded)
 
 
-def encode(
-    bench: Workbench, encoded: Sequence[batching.EncodedEdit], side: int | None
-) -> Workbench:
-  """Adds the encoded records and the shapes that serve them.
+def case_numbers(records: Sequence[Any]) -> tuple[int, ...]:
+  """Numbers the cases of records; a fact is a case of its own."""
+  numbers: dict[Any, int] = {}
+  keys = (getattr(record, 'case', '') or i for i, record in enumerate(records))
+  return tuple(numbers.setdefault(key, len(numbers)) for key in keys)
+
+
+def shape(bench: Workbench, side: int | None) -> Workbench:
+  """Adds the shapes that serve the encoded records.
 
   Args:
     bench: what to work on.
-    encoded: its records as ids.
     side: batches whose changes are held side by side; None for all.
 
   Returns:
@@ -157,29 +156,38 @@ def encode(
   frame = values.frame_for(
       bench.model.spec,
       bench.model.params,
-      encoded,
+      bench.encoded,
       slots=bench.slots,
       batch=batch,
   )
-  return dataclasses.replace(bench, encoded=tuple(encoded), frame=frame)
+  return dataclasses.replace(bench, frame=frame)
 
 
-def encode_facts(bench: Workbench, anchor: str) -> list[batching.EncodedEdit]:
-  """Encodes facts under the context templates.
+def encode_facts(
+    bench: Workbench, contexts: Sequence[str], anchor: str
+) -> Workbench:
+  """Adds context templates and the facts as ids under them.
 
   Args:
     bench: what to work on.
+    contexts: the templates, the bare '{}' first.
     anchor: the edited token, as the method has it.
+
+  Returns:
+    The bench with both.
 
   Raises:
     InputError: records that are too long under them, all at once.
   """
-  return batching.encode_edits(
+  encoded = batching.encode_edits(
       bench.tokenizer,
       bench.records,
-      bench.templates,
+      contexts,
       max_tokens=bench.model.spec.max_positions,
       anchor=anchor,
+  )
+  return dataclasses.replace(
+      bench, templates=tuple(contexts), encoded=tuple(encoded)
   )
 
 
@@ -335,9 +343,7 @@ def _join(infos: Sequence[Info]) -> Info:
 
 
 def join_outcomes(outcomes: Sequence[Outcome]) -> Outcome:
-  """Puts the reports of parts end to end; one part stays as it is."""
-  if len(outcomes) == 1:
-    return outcomes[0]
+  """Puts the reports of parts end to end; their changes are on disk."""
   return Outcome(Edited(), None, _join([one.info for one in outcomes]))
 
 

@@ -15,20 +15,18 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from absl import flags
 
-from experiments import common, editing, methods, resources
+from experiments import common, editing, methods, resources, states
 from jaxedit import delta as delta_lib
 from jaxedit.edit.base import Editor
 from jaxedit.edit.recipe import Recipe, check_layers
 from jaxedit.eval import datasets, harness, report
 from jaxedit.models import hub, loading, tokenizer
 from jaxedit.models.spec import ModelSpec
-from jaxedit.stats import corpora
-from jaxedit.text.batching import EncodedEdit
 from jaxedit.types import Edited, InputError
 
 FLAGS = flags.FLAGS
@@ -48,9 +46,8 @@ class Task(NamedTuple):
     editor: (spec, method) -> editor.
     read: (check of a record, or None) -> records.
     check: (tokenizer, spec, method) -> check of a record.
-    complete: (bench, method, clock, folder) -> (bench with all that encoding
-      needs, what the editor's `init` takes, its provenance).
-    encode: (bench, method) -> records as ids.
+    complete: (bench, method, clock, folder) -> (bench with its records as ids,
+      what the editor's `init` takes, its provenance).
     judge: (bench) -> (bench, outcome, base) -> evaluation.
     protocol: (bench) -> what else a reader needs to know.
     show: (records, before, after, how many) -> texts to print.
@@ -64,12 +61,11 @@ class Task(NamedTuple):
   read: Callable[[Any], datasets.Loaded]
   check: Callable[[Any, ModelSpec, Any], Callable[[Any], list[str]]]
   complete: Callable[..., tuple[editing.Workbench, Any, dict[str, Any]]]
-  encode: Callable[[editing.Workbench, Any], Sequence[EncodedEdit]]
   judge: Callable[[editing.Workbench], Judge]
   protocol: Callable[[editing.Workbench], dict[str, Any]]
   show: Callable[..., str]
-  side: Callable[[editing.Workbench, Any, Any], int | None] = (
-      lambda bench, recipe, encoded: None
+  side: Callable[[editing.Workbench, Any], int | None] = (
+      lambda bench, recipe: None
   )
   tables: Callable[[dict[str, harness.Evaluation]], dict[str, Any]] = (
       lambda evaluations: {}
@@ -84,22 +80,7 @@ def define_flags(texts: bool = False) -> None:
   """
   common.define_model_flags()
   methods.define_flags(texts)
-  flags.DEFINE_string(
-      'moments',
-      None,
-      'Second moments: a file of collect_moments, or a folder of the .npz files'
-      ' that ROME and MEMIT publish. Collected, and kept for the next run,'
-      ' unless given.',
-  )
-  flags.DEFINE_string(
-      'moments_corpus', 'self', f'Text to collect them from: {corpora.KINDS}.'
-  )
-  flags.DEFINE_integer(
-      'moments_tokens',
-      None,
-      'Tokens to collect them from (default: 20 a key dimension).',
-      lower_bound=1,
-  )
+  resources.define_flags()
   flags.DEFINE_integer(
       'num_edits',
       None,
@@ -127,6 +108,13 @@ def define_flags(texts: bool = False) -> None:
       'Edits optimised side by side; as many as are of use and have room in'
       ' memory unless given.',
       lower_bound=1,
+  )
+  flags.DEFINE_string(
+      'states',
+      None,
+      'Folder that keeps optimised states: a later run with the same model,'
+      ' records, last layer and value settings skips their optimisation, so that'
+      ' what follows can be tuned alone.',
   )
   flags.DEFINE_string('output_dir', None, 'Folder for results.')
   flags.DEFINE_bool('overwrite', False, 'Replace results in --output_dir.')
@@ -166,6 +154,7 @@ def define_flags(texts: bool = False) -> None:
   # Those that others defined are shown by --help too.
   flags.adopt_module_key_flags(common)
   flags.adopt_module_key_flags(methods)
+  flags.adopt_module_key_flags(resources)
 
 
 def check_flags() -> list[str]:
@@ -265,6 +254,12 @@ def load_bench(
     check_layers(layout.spec, recipe.layers)
     words = tokenizer.load_tokenizer(folder)
     loaded = task.read(task.check(words, layout.spec, recipe))
+    cases = editing.case_numbers(loaded.records)
+    if FLAGS.states and not FLAGS.reset and max(cases) >= FLAGS.batch_size:
+      raise InputError(
+          f'--states={FLAGS.states}: in a sequence the states of a batch depend'
+          ' on the batches before; use it with one batch or --reset'
+      )
     least = min(FLAGS.batch_size, len(loaded.records))
     require_factors(layout.spec, recipe, least)
     model = loading.load_model(folder, FLAGS.dtype, common.progress_bar)
@@ -275,32 +270,6 @@ def load_bench(
       batch_size=FLAGS.batch_size,
       apart=FLAGS.reset,
       slots=FLAGS.slots,
-  )
-
-
-def check_moments(recipe: Any) -> None:
-  """Refuses second moments that cannot be had, as far as needs no model."""
-  if FLAGS.moments:
-    resources.check_moments(FLAGS.moments, recipe)
-  else:
-    corpora.fingerprint(FLAGS.moments_corpus)
-
-
-def find_moments(
-    bench: editing.Workbench, recipe: Any, folder: pathlib.Path
-) -> Any:
-  """Loads the second moments that flags name, or collects them."""
-  if FLAGS.moments:
-    return resources.load_moments(bench.model, recipe, FLAGS.moments)
-  return resources.collect(
-      bench.model,
-      bench.tokenizer,
-      recipe,
-      corpus=FLAGS.moments_corpus,
-      tokens=FLAGS.moments_tokens,
-      seed=FLAGS.seed,
-      folder=folder,
-      progress=common.progress_bar,
   )
 
 
@@ -472,70 +441,87 @@ def run(task: Task) -> None:
     _run(task, clock)
 
 
-def _run(task: Task, clock: editing.Clock) -> None:
-  begin = time.monotonic()
-  recipe, settings = task.recipe()
-  folder = common.claim_folder(FLAGS.output_dir, FLAGS.overwrite)
-  stale = stale_results(folder)
-  common.use_compilation_cache(FLAGS.compilation_cache)
+@dataclasses.dataclass(frozen=True)
+class _Ready:
+  """All that editing needs.
+
+  Attributes:
+    bench: records as ids, and the shapes that serve them.
+    editor: the method.
+    state: what its `init` returned.
+    judge: (bench, outcome, base) -> evaluation.
+    protocol: what the numbers mean.
+    parts: indices of the records whose changes are held at one time.
+  """
+
+  bench: editing.Workbench
+  editor: Editor
+  state: Any
+  judge: Judge
+  protocol: dict[str, Any]
+  parts: list[list[int]]
+
+
+def _prepare(
+    task: Task,
+    chosen: tuple[Any, dict[str, Any]],
+    clock: editing.Clock,
+    folder: pathlib.Path,
+) -> _Ready:
+  """Finds everything; afterwards nothing is refused."""
+  recipe, settings = chosen
   bench = load_bench(task, recipe, clock)
   for line in notes(bench.loaded):
     print(line, file=sys.stderr)
   bench, given, source = task.complete(bench, recipe, clock, folder)
-  encoded = task.encode(bench, recipe)
-  side = task.side(bench, recipe, encoded)
-  bench = editing.encode(bench, encoded, side)
+  side = task.side(bench, recipe)
+  bench = editing.shape(bench, side)
   if not bench.each:
     require_factors(bench.model.spec, recipe, bench.frame.states)
   editor = task.editor(bench.model.spec, recipe)
+  if FLAGS.states:
+    facts = states.about(bench.model.hash, FLAGS.dtype, recipe)
+    editor = states.kept(editor, FLAGS.states, facts)
   with clock('factor'):
     state = editor.init(bench.model.params, given)
+  return _Ready(
+      bench=bench,
+      editor=editor,
+      state=state,
+      judge=task.judge(bench),
+      protocol=protocol(task, bench, recipe, settings, source),
+      parts=bench.parts(side),
+  )
+
+
+def _run(task: Task, clock: editing.Clock) -> None:
+  begin = time.monotonic()
+  chosen = task.recipe()
+  folder = common.claim_folder(FLAGS.output_dir, FLAGS.overwrite)
+  stale = stale_results(folder)
+  common.use_compilation_cache(FLAGS.compilation_cache)
+  ready = _prepare(task, chosen, clock, folder)
+  bench = ready.bench
   common.clear(folder, stale)
   if bench.templates:
     common.write_json(folder / 'templates.json', bench.templates)
-  judge = task.judge(bench)
-  results: dict[str, Any] = {
-      'protocol': protocol(task, bench, recipe, settings, source)
-  }
   with clock('evaluate_before'):
-    pre = judge(bench, None, None)
+    pre = ready.judge(bench, None, None)
   fluency = _perplexity(bench, None, 'pre', clock)
-  parts = bench.parts(side)
-  done = []
-  for number, indices in enumerate(parts, 1):
-    name = 'delta.safetensors'
-    if len(parts) > 1:
-      name = f'deltas/{number:05}.safetensors'
-    mine = {'records': [bench.records[i].number for i in indices]}
-    outcome, post = _edit_part(
-        bench if len(parts) == 1 else bench.part(indices),
-        (editor, state),
-        functools.partial(
-            editing.write_delta,
-            folder / name,
-            metadata=results['protocol'] | mine,
-        ),
-        functools.partial(judge, base=harness.select(pre, indices)),
-        clock,
-        alone=len(parts) == 1,
-    )
-    if len(parts) > 1:  # written, and too large to keep
-      outcome = dataclasses.replace(outcome, edited=Edited())
-    done.append((outcome, post))
-  outcome = editing.join_outcomes([outcome for outcome, _ in done])
-  post = done[0][1]
-  if len(parts) > 1:
-    post = harness.join([post for _, post in done], seed=FLAGS.seed)
+  outcome, post = _edit_parts(ready, pre, clock, folder)
   editing.require_some(outcome.info)
   fluency |= _perplexity(bench, outcome, 'post', clock)
   evaluations = {'pre': pre, 'post': post}
-  results['work'] = editing.work_report(bench, outcome.info.work)
+  results: dict[str, Any] = {
+      'protocol': ready.protocol,
+      'work': editing.work_report(bench, outcome.info.work),
+  }
   if fluency:
     results['perplexity'] = fluency
   if FLAGS.save_model:
     with clock('save_model'):
       results['saved'], evaluations['saved'] = save_and_judge(
-          bench, outcome, folder, functools.partial(judge, base=pre)
+          bench, outcome, folder, functools.partial(ready.judge, base=pre)
       )
   clock.add({'total': time.monotonic() - begin})
   results |= task.tables(evaluations)
@@ -553,6 +539,36 @@ def _run(task: Task, clock: editing.Clock) -> None:
       f'\n{len(bench.records)} edits in {clock.seconds["total"]:.0f} s; results'
       f' in {folder}'
   )
+
+
+def _edit_parts(
+    ready: _Ready,
+    pre: harness.Evaluation,
+    clock: editing.Clock,
+    folder: pathlib.Path,
+) -> tuple[editing.Outcome, harness.Evaluation]:
+  """Edits, saves and judges all records, part by part."""
+  bench, done = ready.bench, []
+  alone = len(ready.parts) == 1
+  for number, indices in enumerate(ready.parts, 1):
+    name = 'delta.safetensors' if alone else f'deltas/{number:05}.safetensors'
+    mine = {'records': [bench.records[i].number for i in indices]}
+    outcome, post = _edit_part(
+        bench if alone else bench.part(indices),
+        (ready.editor, ready.state),
+        functools.partial(
+            editing.write_delta, folder / name, metadata=ready.protocol | mine
+        ),
+        functools.partial(ready.judge, base=harness.select(pre, indices)),
+        clock,
+        alone=alone,
+    )
+    if alone:
+      return outcome, post
+    # Written, and too large to keep.
+    done.append((dataclasses.replace(outcome, edited=Edited()), post))
+  outcomes, posts = zip(*done)
+  return editing.join_outcomes(outcomes), harness.join(posts, seed=FLAGS.seed)
 
 
 def _edit_part(

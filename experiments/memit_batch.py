@@ -3,8 +3,9 @@
   python -m experiments.memit_batch \
     --flagfile=experiments/flagfiles/quickstart.flags
 
---method names another closed form (ROME, R-ROME, EMMET, PMET, AlphaEdit). Loads a model, second moments (collected if none are given) and records; edits
-in batches; evaluates the same records before and after. In --output_dir:
+--method names another closed form (ROME, R-ROME, EMMET, PMET, AlphaEdit). Loads
+a model, second moments (collected if none are given) and records; edits in
+batches; evaluates the same records before and after. In --output_dir:
 
   delta.safetensors   the change: factors, or dense where that is smaller
   results.json        metrics, protocol, versions, seconds by stage
@@ -16,7 +17,6 @@ in batches; evaluates the same records before and after. In --output_dir:
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
@@ -79,7 +79,7 @@ def recipe_of_flags() -> tuple[closed_form.Recipe, dict[str, Any]]:
     problems += e.problems
   if problems:
     raise InputError(*problems)
-  job.check_moments(chosen[0])
+  resources.check_flags(chosen[0])
   return chosen
 
 
@@ -119,26 +119,30 @@ def complete(
     clock: editing.Clock,
     folder: pathlib.Path,
 ) -> tuple[editing.Workbench, Any, dict[str, Any]]:
-  """Adds context templates and second moments, made if none were given.
+  """Adds context templates, the records as ids, and second moments.
+
+  Templates and moments are made if none were given.
 
   Raises:
     InputError: the moments cannot be used, or records are too long under the
       templates.
   """
-  moments, find = None, functools.partial(job.find_moments, folder=folder)
+  moments = None
+  find = lambda: resources.find_moments(
+      bench.model, bench.tokenizer, recipe, folder
+  )
   if FLAGS.moments:
     with clock('moments'):
-      moments = find(bench, recipe)
+      moments = find()
   with clock('templates'):
     chosen = _given_templates() or resources.sample_templates(
         bench.model, bench.tokenizer, FLAGS.seed
     )
-    bench = dataclasses.replace(bench, templates=chosen)
     # Records that are too long under the templates are told before more is run.
-    editing.encode_facts(bench, recipe.anchor)
+    bench = editing.encode_facts(bench, chosen, recipe.anchor)
   if moments is None:
     with clock('moments'):
-      moments = find(bench, recipe)
+      moments = find()
   source = {'moments': {**moments.provenance, 'tokens': moments.count}}
   return bench, moments, source
 
@@ -169,7 +173,6 @@ TASK = job.Task(
     read=read_records,
     check=_check,
     complete=complete,
-    encode=lambda bench, recipe: editing.encode_facts(bench, recipe.anchor),
     judge=judge_of_flags,
     protocol=_protocol,
     show=report.generations,

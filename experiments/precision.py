@@ -77,7 +77,7 @@ def main() -> None:
   task = memit_batch.TASK
   bench = job.load_bench(task, recipe, clock)
   bench, moments, source = task.complete(bench, recipe, clock, folder)
-  bench = editing.encode(bench, task.encode(bench, recipe), None)
+  bench = editing.shape(bench, None)
   widen = lambda x: x.astype(jnp.float32)
   wide = dataclasses.replace(
       bench.model, params=jax.tree.map(widen, bench.model.params)

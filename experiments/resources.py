@@ -10,7 +10,7 @@ import hashlib
 import pathlib
 from typing import Any
 
-from absl import logging
+from absl import flags, logging
 
 from experiments import collect_moments, common
 from jaxedit.edit.recipe import Recipe
@@ -19,6 +19,74 @@ from jaxedit.stats import corpora, storage
 from jaxedit.stats import moments as moments_lib
 from jaxedit.text import templates
 from jaxedit.types import InputError, Progress
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+  """Defines the flags that say where second moments come from."""
+  flags.DEFINE_string(
+      'moments',
+      None,
+      'Second moments: a file of collect_moments, or a folder of the .npz files'
+      ' that ROME and MEMIT publish. Collected, and kept for the next run,'
+      ' unless given.',
+  )
+  flags.DEFINE_string(
+      'moments_corpus', 'self', f'Text to collect them from: {corpora.KINDS}.'
+  )
+  flags.DEFINE_integer(
+      'moments_tokens',
+      None,
+      'Tokens to collect them from (default: 20 a key dimension).',
+      lower_bound=1,
+  )
+
+
+def check_flags(recipe: Recipe) -> None:
+  """Refuses second moments that cannot be had, as far as needs no model.
+
+  Args:
+    recipe: the method.
+
+  Raises:
+    InputError: what flags name cannot be used.
+  """
+  if FLAGS.moments:
+    check_moments(FLAGS.moments, recipe)
+  else:
+    corpora.fingerprint(FLAGS.moments_corpus)
+
+
+def find_moments(
+    model: loading.Model, tokenizer: Any, recipe: Recipe, folder: pathlib.Path
+) -> moments_lib.Moments:
+  """Loads the second moments that flags name, or collects them.
+
+  Args:
+    model: the unedited model.
+    tokenizer: its tokenizer.
+    recipe: the method; its layers are needed.
+    folder: those that are collected appear here.
+
+  Returns:
+    The moments.
+
+  Raises:
+    InputError: see `load_moments` and `collect`.
+  """
+  if FLAGS.moments:
+    return load_moments(model, recipe, FLAGS.moments)
+  return collect(
+      model,
+      tokenizer,
+      recipe,
+      corpus=FLAGS.moments_corpus,
+      tokens=FLAGS.moments_tokens,
+      seed=FLAGS.seed,
+      folder=folder,
+      progress=common.progress_bar,
+  )
 
 
 def sample_templates(

@@ -26,8 +26,9 @@ from experiments import (
     common,
     editing,
     job,
+    resources,
 )
-from jaxedit import delta
+from jaxedit import delta, values
 from jaxedit.eval import answers
 from jaxedit.models import loading, tokenizer
 from jaxedit.stats import corpora
@@ -433,6 +434,29 @@ class WholeRunTest(Case):
       self.assertEqual(again.results[name], SETUP.whole.results[name])
     self.assertEqual(again.records, SETUP.whole.records)
 
+  def test_states_are_kept(self):
+    """A run with kept states optimises nothing, and gives the same."""
+    store = SETUP.path('states')
+    self.assertEqual(self.succeed(states=store).records, SETUP.whole.records)
+    (path,) = store.iterdir()
+    written = path.read_bytes()
+    with mock.patch.object(
+        values, 'autoregressive', side_effect=AssertionError
+    ):
+      again = self.succeed(states=store)
+      self.assertEqual(again.records, SETUP.whole.records)
+      self.assertEqual(again.results['work']['steps'], 0)
+      # What is inserted otherwise has the same states.
+      other = self.succeed(states=store, moment_weight=1)
+    self.assertNotEqual(other.records, SETUP.whole.records)
+    self.assertEqual(path.read_bytes(), written)
+    self.succeed(states=store, value_steps=3)
+    self.assertLen(list(store.iterdir()), 2)
+    path.write_bytes(b'{}')
+    done = SETUP.run(states=store)
+    self.assertEqual(done.code, 2)
+    self.assertIn(f'{path}: holds no states', done.err)
+
   def test_records_do_not_see_each_other(self):
     data = SETUP.write(*GOOD[::-1])
     rows = self.succeed(data=data).records
@@ -630,6 +654,16 @@ class UnkeTest(Case):
       self.assertNotEqual(row['before']['text'], row['after']['text'])
       self.assertLess(row['distance'][-1], 0.9)
       self.assert_judged_under(delta.one(edited, e), row)
+
+  def test_states_are_kept(self):
+    store = SETUP.path('states')
+    done = self.succeed(SETUP.unke, states=store)
+    self.assertEqual(done.records, SETUP.block.records)
+    with mock.patch.object(
+        values, 'autoregressive', side_effect=AssertionError
+    ):
+      again = self.succeed(SETUP.unke, states=store)
+    self.assertEqual(again.records, SETUP.block.records)
 
   def test_in_parts_is_the_same(self):
     done = SETUP.parts
@@ -874,6 +908,8 @@ class BadFlagTest(Case):
                         preserve='wiki'), "'wiki' is unknown; give self"),
       ('facts', dict(facts='none'), 'facts=none'),
       ('moments', dict(moments='none.safetensors'), 'no such file; collect'),
+      ('states', dict(states='kept', reset=False, batch_size=2),
+       'states=kept: in a sequence the states of a batch depend on .* --reset'),
   )  # fmt: skip
   def test_one_sentence(self, changes, sentence):
     self.refuse(sentence, **changes)
@@ -1009,7 +1045,7 @@ class CommandTest(Case):
         )
         self.assertLen(rest, 1)
         # Second moments may be made later.
-        with mock.patch.object(job, 'check_moments'):
+        with mock.patch.object(resources, 'check_flags'):
           recipe, settings = anyedit_batch.recipe_of_flags()
         self.assertEqual(settings['layers'], list(recipe.layers))
         self.assertTrue(path.read_text('utf-8').startswith('#'))

@@ -50,6 +50,9 @@ class Editor(NamedTuple):
     edit_each: same, every edit alone, or every group of edits where `owner`
       names one an edit: the change has a group axis [n, G, ...], and entry g is
       the model in which only that group was edited.
+
+  Both take `targets`, the states of these edits as an earlier call with the same
+  parameters reported them, and then optimise nothing.
   """
 
   init: Callable[..., Any]

@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxedit import values
 from jaxedit.edit.base import Editor, Info
-from jaxedit.edit.insertion import Written, insert
+from jaxedit.edit.insertion import Written, insert, whole
 from jaxedit.edit.recipe import Recipe, State, check_layers
 from jaxedit.models.spec import ModelSpec
 from jaxedit.solve.ridge import Factors
@@ -54,10 +54,10 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
 
   Returns:
     The editor. Its `init(params, moments)` factors the metrics in f64, once; its
-    `edit(params, state, edits, frame=None, progress=silent)` takes what
-    `text.batching.encode_edits` or `text.passages.encode_passages` gives, and
-    the frame of the run it is part of; `edit_each` also takes `owner`, [E] which
-    independent group an edit belongs to (every edit alone unless given).
+    `edit(params, state, edits, frame=None, targets=None, progress=silent)` takes
+    what `text.batching.encode_edits` or `text.passages.encode_passages` gives,
+    and the frame of the run it is part of; `edit_each` also takes `owner`, [E]
+    which independent group an edit belongs to (every edit alone unless given).
 
   Raises:
     InputError: a layer is out of range; from `init`, moments lack a layer or
@@ -81,10 +81,10 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
       prior = (np.zeros((0, width), np.float32),) * len(recipe.layers)
     return State(tuple(metrics), prior)
 
-  def edit(params, state, edits, *, frame=None, progress=silent):
+  def edit(params, state, edits, *, frame=None, targets=None, progress=silent):
     if not edits:
       return Edited(), state, _nothing(spec, recipe)
-    call = _Call(spec, params, recipe, edits, frame, progress)
+    call = _Call(spec, params, recipe, edits, (frame, targets), progress)
     written = call.run(state, None)
     # What stopped being finite while it was written has zero rows.
     delta = _delta(recipe, written.changes, call.finite)
@@ -95,7 +95,14 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
     return Edited(deltas=(delta,)), state, call.info(written)
 
   def edit_each(
-      params, state, edits, *, owner=None, frame=None, progress=silent
+      params,
+      state,
+      edits,
+      *,
+      owner=None,
+      frame=None,
+      targets=None,
+      progress=silent,
   ):
     if recipe.keep < 1:
       raise InputError(
@@ -104,7 +111,7 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
       )
     if not edits:
       return Edited(), state, _nothing(spec, recipe)
-    call = _Call(spec, params, recipe, edits, frame, progress)
+    call = _Call(spec, params, recipe, edits, (frame, targets), progress)
     owner = np.arange(len(edits)) if owner is None else np.asarray(owner)
     written = call.run(state, owner)
     groups = slice(0, int(owner.max()) + 1)
@@ -140,16 +147,19 @@ class _Call:
       params: Params,
       recipe: Recipe,
       edits: Sequence[EncodedEdit],
-      frame: Frame | None,
+      prepared: tuple[Frame | None, Targets | None],
       progress: Progress,
   ):
     begin = time.monotonic()
     self._given = (spec, params, recipe)
     self._edits, self._progress = edits, progress
+    frame, targets = prepared
     self._frame = frame or values.frame_for(spec, params, edits)
-    self._targets, self._work = self._optimize()
+    self._targets, self._work = targets, values.Work()
+    if targets is None:
+      self._targets, self._work = self._optimize()
     self._edit = np.repeat(np.arange(len(edits)), [e.stages for e in edits])
-    self.finite = self._whole(self._targets.finite)
+    self.finite = whole(self._edit, self._targets.finite)
     self._seconds = {'optimize': time.monotonic() - begin}
 
   def _optimize(self) -> tuple[Targets, values.Work]:
@@ -165,12 +175,6 @@ class _Call:
       return values.optimize(spec, params, self._edits, **settings)
     found, work = values.autoregressive(spec, params, self._edits, **settings)
     return jax.tree.map(lambda *x: np.concatenate(x), *found), work
-
-  def _whole(self, fine: np.ndarray) -> np.ndarray:
-    """[M] bool, states whose edit is fine in all its states."""
-    every = np.ones(len(self._edits), bool)
-    np.logical_and.at(every, self._edit, fine)
-    return every[self._edit]
 
   def run(self, state: State, owner: np.ndarray | None) -> Written:
     """Writes the states."""

