@@ -9,6 +9,7 @@ ROOT = pathlib.Path(__file__).parent
 GGUF = ['gguf>=0.17']
 DATA = ['datasets>=3.0']
 TEXT = ['sacrebleu>=2.4', 'rouge-score>=0.1.2']
+PLOT = ['matplotlib>=3.8']
 TEST = [
     'torch==2.13.0',
     'chex>=0.1.90',
@@ -18,6 +19,7 @@ TEST = [
     'pyink',
     'setuptools>=64',
     *GGUF,
+    *PLOT,
     *TEXT,
 ]
 
@@ -59,7 +61,7 @@ setuptools.setup(
     ],
     extras_require={
         'gguf': GGUF,
-        'plot': ['matplotlib>=3.8'],
+        'plot': PLOT,
         'data': DATA,
         'text': TEXT,
         'demo': [*GGUF, *TEXT],

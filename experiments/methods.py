@@ -62,7 +62,8 @@ PARITY: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         'unke': {'pads': True},
     },
 }
-_VALUE = {
+# Settings of the value optimisation and their flags.
+VALUE = {
     'steps': 'value_steps',
     'rate': 'value_rate',
     'decay': 'value_decay',
@@ -227,7 +228,7 @@ def recipe_of_flags(
   recipe = row.make(**arguments)
   given = {
       name: getattr(FLAGS, flag)
-      for name, flag in _VALUE.items()
+      for name, flag in VALUE.items()
       if getattr(FLAGS, flag) is not None
   }
   recipe = dataclasses.replace(recipe, value=recipe.value._replace(**given))

@@ -72,7 +72,7 @@ class Entry:
   def id(self) -> str:
     """The data set's identifier, or the number where it gives none."""
     if isinstance(self.data, dict):
-      for name in ('id', 'case_id'):
+      for name in ('id', 'case_id', 'known_id'):
         value = self.data.get(name)
         if isinstance(value, str | int) and not isinstance(value, bool):
           return locate.valid_unicode(str(value))

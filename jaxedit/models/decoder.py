@@ -258,7 +258,10 @@ def run_layer(
     columns: Columns | Ragged,
     *,
     layer: Array | int,
+    prefix: tuple[Array, Array, Columns] | None = None,
     deltas: Mapping[str, tuple[Array, ...]] | None = None,
+    intervene: Callable[[str, Array], Array] = lambda site, x: x,
+    keep: Keep | None = None,
 ) -> tuple[Array, dict[str, Any]]:
   """Runs one layer whose number may be traced.
 
@@ -268,18 +271,26 @@ def run_layer(
     h: [B, T, D] residual.
     columns: [B, T] columns.
     layer: layer number.
+    prefix: keys and values of P earlier columns in this layer, or None.
     deltas: site -> factors of this layer, as `blocks.change` takes them.
+    intervene: (site, output) -> output that takes its place, for the sites
+      'attn', 'mlp' and 'block'.
+    keep: places of `Ragged` columns at which the output is wanted.
 
   Returns:
     ([B, T, D] residual, what the block saw, see `blocks.Block`).
   """
+  kv = before = None
+  if prefix is not None:
+    kv = prefix[:2]
+    before = KV(kv[0][None], kv[1][None], prefix[2])
   return Block(spec).apply(
       {'params': layer_params(params, layer)},
       h,
-      _sight(spec, columns, None, dtype=h.dtype),
-      None,
+      _sight(spec, columns, before, dtype=h.dtype, keep=keep),
+      kv,
       deltas or {},
-      lambda site, x: x,
+      intervene,
   )
 
 

@@ -1,0 +1,335 @@
+"""Proposes the layers to edit in a model that nobody has edited before.
+
+Traces say up to which layer a subject's states still matter; below, MEMIT is
+tried on a few facts, with the last edited layer (the anchor) coarsely spaced at
+first and then next to the best, one layer and a few layers wide. States are
+optimised once an anchor and serve all widths, so a try costs an insertion and a
+reading.
+
+  score = harmonic mean of ES, PS and NS
+
+It reads no flags and draws nothing but the one plot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments import editing
+from jaxedit import values
+from jaxedit.edit import closed_form
+from jaxedit.edit.recipe import Recipe, State
+from jaxedit.eval import metrics
+from jaxedit.stats.moments import Moments
+from jaxedit.types import InputError, Progress, Targets
+
+# Anchors that are tried first.
+_COARSE = 6
+# The subject is read no more where restoring it gives back less than this share
+# of the largest effect.
+_READ = 0.5
+
+
+class Tried(NamedTuple):
+  """How MEMIT did with some layers.
+
+  Attributes:
+    layers: edited layers, the anchor last.
+    records: for each fact its metrics, 'es', 'ps' and 'ns' among them.
+    distance: mean share of the way to the wanted states that was left.
+  """
+
+  layers: tuple[int, ...]
+  records: tuple[Mapping[str, float], ...]
+  distance: float
+
+  @property
+  def metrics(self) -> dict[str, float]:
+    """Means over facts, and their score."""
+    found = metrics.aggregate(self.records, resamples=1)
+    return {name: found[name]['mean'] for name in ('score', 'es', 'ps', 'ns')}
+
+
+class Prober:
+  """Tries MEMIT with layers on facts; every try starts from the same model."""
+
+  def __init__(
+      self,
+      bench: editing.Workbench,
+      recipe: Recipe,
+      moments: Moments,
+      *,
+      judge: Callable[..., Any],
+      progress: Progress,
+  ):
+    """Makes a prober.
+
+    Args:
+      bench: facts as ids under their templates, with its shapes.
+      recipe: the method; its layers are replaced.
+      moments: of all layers that may be tried.
+      judge: (bench, outcome, base) -> evaluation.
+      progress: of the optimisation.
+    """
+    self._bench, self._recipe, self._moments = bench, recipe, moments
+    self._judge, self._progress = judge, progress
+    self._base = judge(bench, None, None)
+    self._targets: dict[int, Targets] = {}
+    self._metrics: dict[int, Any] = {}
+
+  def __call__(self, layers: tuple[int, ...]) -> Tried:
+    """Edits all facts at once in these layers and reads them."""
+    bench, model = self._bench, self._bench.model
+    recipe = dataclasses.replace(self._recipe, layers=layers)
+    editor = closed_form.closed_form(model.spec, recipe)
+    state = State(tuple(self._metric(layer) for layer in layers), None)
+    edited, _, info = editor.edit(
+        model.params,
+        state,
+        bench.encoded,
+        frame=bench.frame,
+        targets=self._states(layers[-1]),
+    )
+    outcome = editing.Outcome(edited, None, info)
+    found = self._judge(bench, outcome, self._base)
+    rows = tuple(row['metrics'] for row in found.per_record)
+    return Tried(layers, rows, float(np.nanmean(info.distance[-1])))
+
+  def _states(self, anchor: int) -> Targets:
+    """The optimised states of an anchor."""
+    if anchor not in self._targets:
+      model = self._bench.model
+      self._targets[anchor], _ = values.optimize(
+          model.spec,
+          model.params,
+          self._bench.encoded,
+          layer=anchor,
+          schedule=self._recipe.value,
+          output=self._recipe.output,
+          frame=self._bench.frame,
+          progress=self._progress,
+      )
+    return self._targets[anchor]
+
+  def _metric(self, layer: int) -> Any:
+    """The factored metric of a layer."""
+    if layer not in self._metrics:
+      recipe = dataclasses.replace(self._recipe, layers=(layer,))
+      editor = closed_form.closed_form(self._bench.model.spec, recipe)
+      state = editor.init(self._bench.model.params, self._moments)
+      (self._metrics[layer],) = state.metrics
+    return self._metrics[layer]
+
+
+def windows(
+    anchors: Sequence[int], widths: Sequence[int]
+) -> list[tuple[int, ...]]:
+  """Lists runs of layers that end with an anchor.
+
+  Args:
+    anchors: last layers.
+    widths: numbers of layers; a run that would start below layer 0 is left out.
+  """
+  return [
+      tuple(range(anchor - width + 1, anchor + 1))
+      for anchor in anchors
+      for width in widths
+      if width <= anchor + 1
+  ]
+
+
+def last_read(effect: np.ndarray) -> int:
+  """The last layer whose state at the subject the model still reads.
+
+  Args:
+    effect: [L] average indirect effect of the state at the last subject token.
+
+  Returns:
+    The last layer with half of the largest effect.
+
+  Raises:
+    InputError: nothing that was restored had an effect.
+  """
+  most = np.nanmax(effect) if np.isfinite(effect).any() else 0.0
+  if not most > 0:
+    raise InputError(
+        'restoring the last subject token brings no answer back, so traces say'
+        ' nothing about layers; give more facts, or facts that the model knows'
+    )
+  return int(np.flatnonzero(effect >= _READ * most)[-1])
+
+
+def first_anchors(hidden: np.ndarray, mlp: np.ndarray | None) -> list[int]:
+  """Chooses the anchors to try first.
+
+  Args:
+    hidden: [L] average effect of the state at the last subject token.
+    mlp: same of MLPs, if they were traced; its peak is tried as well.
+
+  Returns:
+    Anchors, ascending, none above the last layer that is read.
+  """
+  top = last_read(hidden)
+  anchors = {round(x) for x in np.linspace(0, top, min(_COARSE, top + 1))}
+  if mlp is not None and np.isfinite(mlp[: top + 1]).any():
+    anchors.add(int(np.nanargmax(mlp[: top + 1])))
+  return sorted(anchors)
+
+
+def search(
+    probe: Callable[[tuple[int, ...]], Tried],
+    anchors: Sequence[int],
+    *,
+    top: int,
+    widths: Sequence[int],
+    done: Callable[[int], None] = lambda count: None,
+) -> list[Tried]:
+  """Tries anchors, and then those next to the best until none is better.
+
+  Args:
+    probe: tries layers.
+    anchors: anchors to try first.
+    top: last anchor allowed.
+    widths: numbers of layers.
+    done: told of tries.
+
+  Returns:
+    All tries, the best first.
+  """
+  found: dict[tuple[int, ...], Tried] = {}
+  wanted = list(anchors)
+  while wanted:
+    for layers in windows(wanted, widths):
+      found[layers] = probe(layers)
+      done(1)
+    best = ranked(found.values())[0].layers[-1]
+    tried = {layers[-1] for layers in found}
+    near = (best - 1, best + 1)
+    wanted = [x for x in near if 0 <= x <= top and x not in tried]
+  return ranked(found.values())
+
+
+def ranked(tries: Any) -> list[Tried]:
+  """Sorts tries by score, the best first; of equal ones the lower layers."""
+  return sorted(tries, key=lambda one: (-one.metrics['score'], one.layers))
+
+
+def compare(
+    one: Tried, other: Tried, *, seed: int = 0, resamples: int = 10000
+) -> dict[str, float]:
+  """Compares the scores of two tries on the same facts.
+
+  Args:
+    one: a try.
+    other: another.
+    seed: of the bootstrap.
+    resamples: of facts, the same for both.
+
+  Returns:
+    'difference' of scores, other - one, and its 95% interval 'low', 'high'.
+  """
+  names = ('es', 'ps', 'ns')
+  tables = [
+      np.array([[r.get(n) for n in names] for r in t.records], np.float64)
+      for t in (one, other)
+  ]
+  rng = np.random.default_rng(seed)
+  count = len(one.records)
+  drawn = []
+  for _ in range(resamples):
+    index = rng.integers(0, count, count)
+    a, b = (
+        metrics.harmonic_mean(np.nanmean(table[index], axis=0))
+        for table in tables
+    )
+    drawn.append(b - a)
+  low, high = np.nanpercentile(drawn, [2.5, 97.5])
+  difference = other.metrics['score'] - one.metrics['score']
+  return {
+      'difference': float(difference),
+      'low': float(low),
+      'high': float(high),
+  }
+
+
+def report(tries: Sequence[Tried]) -> list[dict[str, Any]]:
+  """Tries as plain JSON types, in their order."""
+  return [
+      {'layers': list(t.layers), **t.metrics, 'distance': t.distance}
+      for t in tries
+  ]
+
+
+def flagfile(
+    best: Tried, flags: Mapping[str, Any], comment: Sequence[str]
+) -> str:
+  """Writes a flagfile for memit_batch.
+
+  Args:
+    best: the proposed setting.
+    flags: name -> value of the other flags; None leaves one out.
+    comment: lines for its head.
+
+  Returns:
+    Its text.
+  """
+  given = {'layers': ','.join(map(str, best.layers))} | dict(flags)
+  lines = [f'# {line}'.rstrip() for line in comment]
+  lines += [f'--{k}={v}' for k, v in given.items() if v is not None]
+  return '\n'.join(lines) + '\n'
+
+
+def table(tries: Sequence[Tried], count: int = 8) -> list[str]:
+  """The best tries as lines to print."""
+  lines = [f'{"layers":<10}{"score":>8}{"ES":>8}{"PS":>8}{"NS":>8}']
+  for one in tries[:count]:
+    ends = sorted({one.layers[0], one.layers[-1]})
+    found = one.metrics
+    numbers = (found[name] for name in ('score', 'es', 'ps', 'ns'))
+    lines.append(
+        f'{"-".join(map(str, ends)):<10}'
+        + ''.join(f'{number:8.3f}' for number in numbers)
+    )
+  return lines
+
+
+def draw(
+    tries: Sequence[Tried],
+    effects: Mapping[str, np.ndarray],
+    places: Sequence[pathlib.Path],
+) -> None:
+  """Draws scores and effects by layer.
+
+  Args:
+    tries: what was tried.
+    effects: name -> [L] average effect at the last subject token.
+    places: files to write, by their endings.
+  """
+  from matplotlib import pyplot
+
+  figure, axes = pyplot.subplots(2, 1, sharex=True, figsize=(7, 6))
+  for width in sorted({len(t.layers) for t in tries}):
+    mine = sorted(t for t in tries if len(t.layers) == width)
+    anchors = [t.layers[-1] for t in mine]
+    label = 'one layer' if width == 1 else f'{width} layers'
+    scores = [t.metrics['score'] for t in mine]
+    axes[0].plot(anchors, scores, marker='o', label=label)
+  best = ranked(tries)[0]
+  axes[0].axvline(best.layers[-1], color='gray', linestyle=':')
+  axes[0].set_ylabel('MEMIT score')
+  axes[0].set_ylim(0, 1)
+  for name, effect in effects.items():
+    axes[1].plot(effect, label=name)
+  axes[1].set_ylabel('average indirect effect')
+  axes[1].set_xlabel('layer (above: the last one edited)')
+  for axis in axes:
+    axis.legend(frameon=False)
+    axis.grid(alpha=0.3)
+  for place in places:
+    figure.savefig(place, bbox_inches='tight')
+  pyplot.close(figure)

@@ -1,0 +1,288 @@
+"""`causal_trace --suggest_layers`: from traces to a flagfile for memit_batch.
+
+See `suggest` for how layers are searched. Written to the output folder:
+
+  suggested.flags  settings for memit_batch
+  suggest.json     all tries, the best first, and what they were measured on
+  plots/suggest.*  scores and effects by layer
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from experiments import common, editing, methods, resources, suggest
+from jaxedit.eval import datasets, harness
+from jaxedit.models import loading
+from jaxedit.text import templates
+from jaxedit.trace import effects
+from jaxedit.types import InputError
+
+FLAGS = flags.FLAGS
+
+FILES = ('suggested.flags', 'suggest.json')
+_LAST_SUBJECT = effects.CLASSES.index('last subject token')
+
+
+def define_flags() -> None:
+  """Defines the flags of the search."""
+  flags.DEFINE_bool(
+      'suggest_layers',
+      False,
+      'Also search the layers to edit with MEMIT: the traces say how far up to'
+      ' look, MEMIT is tried on --probe_facts facts, and suggested.flags is a'
+      ' flagfile for memit_batch. Value, moment and --moment_weight flags are'
+      ' those of memit_batch.',
+  )
+  flags.DEFINE_string(
+      'probe_data',
+      None,
+      'Facts to try MEMIT on, as --data of memit_batch; --data unless given.',
+  )
+  flags.DEFINE_integer('probe_facts', 50, 'How many of them.', lower_bound=2)
+  flags.DEFINE_integer(
+      'probe_skip', 0, 'How many good ones to pass over first.', lower_bound=0
+  )
+  flags.DEFINE_enum(
+      'probe',
+      'search',
+      ('search', 'all'),
+      'Try anchors coarsely and then near the best, or all there are.',
+  )
+  flags.DEFINE_list(
+      'probe_widths', '1,5', 'Numbers of layers that are edited together.'
+  )
+  flags.DEFINE_string(
+      'context_templates',
+      None,
+      'JSON list of contexts with one {} each; sampled from the model unless'
+      ' given.',
+  )
+  methods.define_flags()
+  resources.define_flags()
+  flags.adopt_module_key_flags(methods)
+  flags.adopt_module_key_flags(resources)
+
+
+def check_flags() -> list[str]:
+  """Finds flags that do not go together, one sentence each."""
+  if not FLAGS.suggest_layers:
+    return []
+  problems = []
+  if FLAGS.layers is not None:
+    problems.append('--layers is what --suggest_layers finds: leave it out')
+  if FLAGS.method != 'memit':
+    problems.append(
+        f'--method={FLAGS.method}: layers are searched with memit; leave it out'
+    )
+  widths = FLAGS.probe_widths
+  if not widths or not all(x.isdecimal() and int(x) for x in widths):
+    problems.append(
+        f'--probe_widths={",".join(widths)}: give numbers of layers, e.g. 1,5'
+    )
+  if 'hidden' not in FLAGS.kinds:
+    problems.append('--suggest_layers needs the kind hidden; add it to --kinds')
+  if FLAGS.probe_data is None and FLAGS.prompt is not None:
+    problems.append('--suggest_layers: name facts to try with --probe_data')
+  return problems
+
+
+def read_records(model: loading.Model, words: Any) -> datasets.Loaded:
+  """Reads the facts to try.
+
+  Args:
+    model: the model.
+    words: its tokenizer.
+
+  Returns:
+    The facts.
+
+  Raises:
+    InputError: they are faulty, too few, or lack what they are judged by.
+  """
+  source, wanted = FLAGS.probe_data or FLAGS.data, FLAGS.probe_facts
+  loaded = datasets.load_records(
+      source,
+      limit=FLAGS.probe_skip + wanted,
+      on_bad_record=FLAGS.on_bad_record,
+      check=editing.record_check(
+          words, model.spec, contexts=(), max_new_tokens=0
+      ),
+  )
+  records = loaded.records[FLAGS.probe_skip :]
+  if len(records) < 2:
+    raise InputError(
+        f'{source}: {len(loaded.records)} good records leave {len(records)}'
+        f' after --probe_skip={FLAGS.probe_skip}; at least 2 are needed'
+    )
+  for name, part in (('paraphrases', 'PS'), ('neighbours', 'NS')):
+    if not any(getattr(record, name) for record in records):
+      raise InputError(
+          f'{source}: no record has {name}, which {part} is read on; give'
+          ' --probe_data that has, such as CounterFact'
+      )
+  return dataclasses.replace(loaded, records=records)
+
+
+def _recipe(layers: Sequence[int]) -> Any:
+  """MEMIT with the flags' settings."""
+  recipe, settings = methods.recipe_of_flags()
+  del settings
+  return dataclasses.replace(recipe, layers=tuple(layers))
+
+
+def run(
+    model: loading.Model,
+    words: Any,
+    records: datasets.Loaded,
+    averages: Mapping[str, effects.Average],
+    *,
+    folder: pathlib.Path,
+    clock: editing.Clock,
+    formats: Sequence[str],
+) -> list[suggest.Tried]:
+  """Searches, and writes what was found.
+
+  Args:
+    model: the unedited model.
+    words: its tokenizer.
+    records: of `read_records`.
+    averages: kind -> effects of the traces.
+    folder: where to write.
+    clock: stages are timed here.
+    formats: of the plot; none to draw nothing.
+
+  Returns:
+    All tries, the best first.
+
+  Raises:
+    InputError: moments cannot be used, or the traces show nothing.
+  """
+  subject = {
+      name: average.mean[_LAST_SUBJECT]
+      for name, average in averages.items()
+      if not name.startswith('severed')
+  }
+  widths = sorted(set(map(int, FLAGS.probe_widths)))
+  if FLAGS.probe == 'all':
+    top = model.spec.layers - 1
+    anchors = list(range(top + 1))
+  else:
+    top = suggest.last_read(subject['hidden'])
+    anchors = suggest.first_anchors(subject['hidden'], subject.get('mlp'))
+  with clock('probe_prepare'):
+    bench, prober = _prepare(model, words, records, top, folder)
+  with clock('probe'):
+    # The search adds a few to those of its first round.
+    total = len(suggest.windows(anchors, widths))
+    with common.progress_bar('probe', total, 'try') as done:
+      tries = suggest.search(prober, anchors, top=top, widths=widths, done=done)
+  _write(folder, bench, tries, subject, top)
+  if formats:
+    places = [folder / 'plots' / f'suggest.{ending}' for ending in formats]
+    places[0].parent.mkdir(exist_ok=True)
+    suggest.draw(tries, subject, places)
+  return tries
+
+
+def _prepare(
+    model: loading.Model,
+    words: Any,
+    loaded: datasets.Loaded,
+    top: int,
+    folder: pathlib.Path,
+) -> tuple[editing.Workbench, suggest.Prober]:
+  """Encodes facts, and finds templates and moments."""
+  bench = editing.Workbench(
+      model=model,
+      tokenizer=words,
+      loaded=loaded,
+      batch_size=len(loaded.records),
+  )
+  recipe = _recipe(range(top + 1))
+  if FLAGS.context_templates:
+    contexts = tuple(templates.load_templates(FLAGS.context_templates))
+  else:
+    contexts = resources.sample_templates(model, words, FLAGS.seed)
+  bench = editing.encode_facts(bench, contexts, recipe.anchor)
+  bench = editing.shape(bench, None)
+  judge = functools.partial(
+      editing.judge,
+      evaluate=functools.partial(harness.evaluate, max_new_tokens=0),
+      seed=FLAGS.seed,
+  )
+  moments = resources.find_moments(model, words, recipe, folder)
+  prober = suggest.Prober(
+      bench, recipe, moments, judge=judge, progress=common.progress_bar
+  )
+  return bench, prober
+
+
+def _write(
+    folder: pathlib.Path,
+    bench: editing.Workbench,
+    tries: Sequence[suggest.Tried],
+    subject: Mapping[str, np.ndarray],
+    top: int,
+) -> None:
+  """Writes suggest.json and suggested.flags."""
+  best, found = tries[0], bench.loaded
+  number = lambda x: float(x) if np.isfinite(x) else None
+  value = _recipe(best.layers).value
+  common.write_json(
+      folder / 'suggest.json',
+      {
+          'tries': suggest.report(tries),
+          'records': {
+              '-'.join(map(str, sorted({t.layers[0], t.layers[-1]}))): [
+                  {k: r.get(k) for k in ('es', 'ps', 'ns')} for r in t.records
+              ]
+              for t in tries
+          },
+          'effects': {k: list(map(number, v)) for k, v in subject.items()},
+          'last_anchor': top,
+          'facts': {
+              'source': str(found.source),
+              'sha256': found.sha256,
+              'numbers': [record.number for record in found.records],
+          },
+          'model_hash': bench.model.hash,
+          'moment_weight': FLAGS.moment_weight,
+          'value': value._asdict(),
+          'templates': list(bench.templates),
+      },
+  )
+  score = best.metrics
+  head = [
+      f'MEMIT in {FLAGS.model}, layers found by causal_trace --suggest_layers.',
+      '',
+      '  python -m experiments.memit_batch --flagfile='
+      f'{folder / "suggested.flags"} --data=counterfact.json',
+      '',
+      f'Measured on {len(found.records)} facts of {found.source}, one batch:'
+      f' score {score["score"]:.3f},',
+      f'ES {score["es"]:.3f}, PS {score["ps"]:.3f}, NS {score["ns"]:.3f}.',
+  ]
+  given = {
+      'model': FLAGS.model,
+      'revision': FLAGS.revision,
+      'dtype': FLAGS.dtype,
+      'seed': FLAGS.seed,  # templates and moments are drawn with it
+      'context_templates': FLAGS.context_templates,
+  }
+  for name in ('moment_weight', *methods.VALUE.values()):
+    given[name] = FLAGS[name].value
+  given |= {
+      'moments': FLAGS.moments or folder / 'moments.safetensors',
+      'on_bad_record': 'skip',
+      'output_dir': 'runs/suggested',
+  }
+  text = suggest.flagfile(best, given, head)
+  common.write_text(folder / 'suggested.flags', text)

@@ -1,0 +1,231 @@
+"""Draws traces: heat maps of facts, average effects by token, severed bars.
+
+  heat map   tokens down, layers across, colour p(answer) with a state restored
+  lines      average indirect effect by layer, one line a role of a token, with
+             its 95 % interval
+  bars       ordinary effects at the last subject token, severed ones as steps
+
+Every function makes one matplotlib figure. As SVG its text stays text, and a
+map is one small picture.
+
+The form of the heat maps and bars follows Meng et al. 2022 (ROME, arXiv
+2202.05262), figures 1 to 3; colours of lines are those of Okabe and Ito.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxedit.trace import effects
+
+# Ink and paper of every figure; a page puts its own colours in their place.
+INK, PAPER = '#1b1e24', '#ffffff'
+MAPS = {'hidden': 'Purples', 'mlp': 'Greens', 'attn': 'Reds'}
+_LINES = ('#0072b2', '#56b4e9', '#d55e00', '#e69f00', '#009e73', '#cc79a7')
+_STRONG = (2, 5)  # last subject token, last token
+# Kind -> its name in the plot of severed paths, and its colour.
+_SEVERED = {
+    'hidden': ('ordinary', '#8f7cc0'),
+    'severed_mlp': ('MLPs severed', '#2f9a48'),
+    'severed_attn': ('attentions severed', '#d2483f'),
+}
+_STYLE = {
+    'axes.edgecolor': INK,
+    'axes.facecolor': PAPER,
+    'axes.labelcolor': INK,
+    'axes.spines.right': False,
+    'axes.spines.top': False,
+    'axes.titlesize': 10,
+    'figure.facecolor': PAPER,
+    'font.size': 9,
+    'legend.frameon': False,
+    'savefig.facecolor': PAPER,
+    'svg.fonttype': 'none',
+    'svg.hashsalt': 'trace',
+    'text.color': INK,
+    'text.parse_math': False,
+    'xtick.color': INK,
+    'ytick.color': INK,
+}
+_WIDTH = 4.5  # inches; 432 px, so that a phone shows it at nearly full size
+_LONGEST = 16  # characters of a token that are shown
+
+
+def title(kind: str, window: int) -> str:
+  """Says what a kind restores."""
+  layers = 'one layer' if window == 1 else f'{window} layers'
+  return {
+      'hidden': 'Hidden state restored in one layer',
+      'mlp': f'MLP outputs restored in {layers}',
+      'attn': f'Attention outputs restored in {layers}',
+      'severed_mlp': 'Hidden state restored, MLPs above severed',
+      'severed_attn': 'Hidden state restored, attentions above severed',
+  }[kind]
+
+
+def axis(kind: str, window: int) -> str:
+  """Names the layer axis of a kind."""
+  if kind in ('mlp', 'attn') and window > 1:
+    return f'centre of the {window} restored layers'
+  return 'restored layer'
+
+
+def token_label(text: str, in_subject: bool) -> str:
+  """Makes a token readable on an axis, with a star inside the subject."""
+  shown = ''.join(c if c.isprintable() else '\N{RETURN SYMBOL}' for c in text)
+  shown = shown.strip() or '\N{OPEN BOX}'
+  if len(shown) > _LONGEST:
+    shown = shown[: _LONGEST - 1] + '\N{HORIZONTAL ELLIPSIS}'
+  return shown + '*' * in_subject
+
+
+def heat_map(
+    values: np.ndarray,
+    labels: Sequence[str],
+    *,
+    kind: str,
+    window: int,
+    bar: str,
+    floor: float | None = None,
+) -> Any:
+  """Draws one value a token and layer.
+
+  Args:
+    values: [rows, L]; NaN is left blank.
+    labels: what the rows are.
+    kind: chooses colours and titles.
+    window: layers restored at once.
+    bar: what the values are.
+    floor: value of the palest colour; the smallest one unless given.
+
+  Returns:
+    A figure.
+  """
+  with styled():
+    figure, axes = _figure(1.05 + 0.2 * len(labels))
+    least = float(np.nanmin(values)) if floor is None else floor
+    most = float(np.nanmax(values))
+    image = axes.imshow(
+        np.ma.masked_invalid(values),
+        cmap=MAPS.get(kind, 'Purples'),
+        vmin=least,
+        vmax=most if most > least else least + 1e-6,
+        aspect='auto',
+        interpolation='none',  # the cells themselves go into an SVG
+    )
+    axes.set_yticks(range(len(labels)), labels)
+    axes.tick_params(axis='y', length=0)
+    axes.spines[:].set_visible(False)
+    _layers(axes, values.shape[1], kind, window)
+    colours = figure.colorbar(image, ax=axes, pad=0.02, aspect=24)
+    colours.solids.set_rasterized(True)
+    colours.outline.set_visible(False)
+    colours.set_label(bar)
+  return figure
+
+
+def effect_lines(average: effects.Average, *, kind: str, window: int) -> Any:
+  """Draws average indirect effects by layer, a line a role.
+
+  Args:
+    average: of a kind.
+    kind: its name.
+    window: layers restored at once.
+
+  Returns:
+    A figure.
+  """
+  with styled():
+    figure, axes = _figure(3.6)
+    for row, name in enumerate(effects.CLASSES):
+      mean, half = average.mean[row], average.half_width[row]
+      if np.isnan(mean).all():
+        continue
+      x, strong = np.arange(len(mean)), row in _STRONG
+      axes.plot(
+          x,
+          mean,
+          color=_LINES[row],
+          linewidth=2 if strong else 1.2,
+          label=f'{name} ({average.count[row]})',
+      )
+      if not np.isnan(half).all():
+        axes.fill_between(
+            x, mean - half, mean + half, color=_LINES[row], alpha=0.18, lw=0
+        )
+    axes.axhline(0, color=INK, linewidth=0.6)
+    axes.set_ylabel('average effect')
+    _layers(axes, average.mean.shape[1], kind, window)
+    figure.legend(loc='outside lower center', ncols=2, fontsize=8)
+  return figure
+
+
+def severed_bars(averages: Mapping[str, effects.Average]) -> Any:
+  """Draws ordinary effects as bars and severed ones as steps before them.
+
+  Args:
+    averages: by kind, at the last subject token; 'hidden' is the ordinary one
+      and may be missing.
+
+  Returns:
+    A figure.
+  """
+  row = effects.CLASSES.index('last subject token')
+  shown = {kind: averages[kind] for kind in _SEVERED if kind in averages}
+  with styled():
+    figure, axes = _figure(3.4)
+    for kind, average in shown.items():
+      name, colour = _SEVERED[kind]
+      mean, half = average.mean[row], average.half_width[row]
+      x = np.arange(len(mean))
+      if kind == 'hidden':  # its interval would lie over all others
+        axes.bar(x, mean, 0.9, color=colour, alpha=0.45, label=name)
+        continue
+      axes.plot(
+          x, mean, color=colour, label=name, linewidth=2, drawstyle='steps-mid'
+      )
+      if not np.isnan(half).all():
+        low, high = mean - half, mean + half
+        axes.fill_between(
+            x, low, high, color=colour, alpha=0.18, lw=0, step='mid'
+        )
+    axes.axhline(0, color=INK, linewidth=0.6)
+    axes.set_ylabel('average effect')
+    axes.set_title('Last subject token, ordinary and severed', loc='left')
+    _ticks(axes, len(mean), 'restored layer')
+    figure.legend(loc='outside lower center', ncols=len(shown), fontsize=8)
+  return figure
+
+
+def _figure(height: float) -> tuple[Any, Any]:
+  # Not pyplot: it would keep every figure.
+  from matplotlib import figure as figure_lib
+
+  figure = figure_lib.Figure(figsize=(_WIDTH, height), layout='constrained')
+  return figure, figure.subplots()
+
+
+def _layers(axes: Any, count: int, kind: str, window: int) -> None:
+  axes.set_title(title(kind, window), loc='left')
+  _ticks(axes, count, axis(kind, window))
+
+
+def _ticks(axes: Any, count: int, label: str) -> None:
+  step = next(s for s in (1, 2, 5, 10, 20, 50) if count <= 12 * s)
+  axes.set_xticks(range(0, count, step))
+  axes.set_xlabel(label)
+
+
+@contextlib.contextmanager
+def styled() -> Iterator[None]:
+  """The look of all figures; characters that a font lacks are no news."""
+  import matplotlib
+
+  with warnings.catch_warnings(), matplotlib.rc_context(_STYLE):
+    warnings.filterwarnings('ignore', message='Glyph .* missing')
+    yield

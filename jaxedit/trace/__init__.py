@@ -1,0 +1,1 @@
+"""Causal tracing: where in a model, and at which token, a fact is stored."""

@@ -1,0 +1,269 @@
+"""Lays the cells of a trace out for a device.
+
+A cell restores one token t in the layers around one layer. Only columns from t on
+can change, and only above the first restored layer, so a cell is n rows (one a
+draw of noise) of T - t columns that enter after that layer. Rows that enter after
+the same layer lie end to end in a tile (see `types.Ragged`); all tiles of a group
+have one shape, chosen so that they hold few empty places.
+
+Axis letters: R rows of a tile, N places, W columns of a row, K scored places.
+
+It holds numpy arrays only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import flax
+import numpy as np
+
+from jaxedit.trace.kinds import Kind
+from jaxedit.types import PADDING, TRUNK, Array, Columns, Keep, Ragged
+
+
+class Cells(NamedTuple):
+  """Rows to run, in one order.
+
+  Attributes:
+    case: [n] int which case of the group.
+    draw: [n] draw of noise.
+    token: [n] restored column t.
+    layer: [n] layer around which it is restored.
+    entry: [n] first restored layer.
+    stop: [n] one past the last restored layer.
+  """
+
+  case: np.ndarray
+  draw: np.ndarray
+  token: np.ndarray
+  layer: np.ndarray
+  entry: np.ndarray
+  stop: np.ndarray
+
+  def take(self, index: np.ndarray) -> Cells:
+    """Picks rows."""
+    return Cells(*(x[index] for x in self))
+
+
+class Shape(NamedTuple):
+  """Static sizes of a tile.
+
+  Attributes:
+    rows: R.
+    places: N.
+    width: W.
+    scored: scored columns of a row.
+  """
+
+  rows: int
+  places: int
+  width: int
+  scored: int
+
+
+@flax.struct.dataclass
+class Tile:
+  """Rows that enter after one layer.
+
+  Attributes:
+    entry: [] int32 that layer.
+    owner: [R] int32 corrupted row (case * draws + draw) that a row goes on from.
+    token: [R] int32 its first column t.
+    stop: [R] int32 one past the last layer restored at t.
+    rows: the columns from t on.
+    keep: the scored places.
+    label: [K] int32 token scored there.
+  """
+
+  entry: Array
+  owner: Array
+  token: Array
+  stop: Array
+  rows: Ragged
+  keep: Keep
+  label: Array
+
+
+def cells(
+    kind: Kind, tokens: Sequence[Sequence[int]], draws: int, layers: int
+) -> Cells:
+  """Lists the rows of a group that must be run.
+
+  Args:
+    kind: what is restored.
+    tokens: the restored columns of every case.
+    draws: n.
+    layers: L.
+
+  Returns:
+    Rows by entry layer, case, token and draw.
+  """
+  windows = np.array([kind.layers(i, layers) for i in range(layers)])
+  rows = np.array(
+      [
+          (windows[layer, 0], case, token, draw, layer, windows[layer, 1])
+          for layer in range(layers)
+          for case, columns in enumerate(tokens)
+          for token in columns
+          for draw in range(draws)
+      ],
+      np.int32,
+  ).reshape(-1, 6)
+  rows = rows[np.argsort(rows[:, 0], kind='stable')]
+  entry, case, token, draw, layer, stop = rows.T
+  return Cells(case, draw, token, layer, entry, stop)
+
+
+def pack(lengths: np.ndarray, entry: np.ndarray, places: int) -> list[slice]:
+  """Cuts rows into tiles.
+
+  Args:
+    lengths: [n] columns of a row.
+    entry: [n] ascending entry layers; a tile has one.
+    places: N.
+
+  Returns:
+    The rows of every tile.
+  """
+  found, begin, used = [], 0, 0
+  for i, length in enumerate(lengths):
+    if i > begin and (used + length > places or entry[i] != entry[begin]):
+      found.append(slice(begin, i))
+      begin, used = i, 0
+    used += length
+  if begin < len(lengths):
+    found.append(slice(begin, len(lengths)))
+  return found
+
+
+def choose_places(
+    groups: Sequence[tuple[np.ndarray, np.ndarray]], most: int
+) -> int:
+  """Finds the number of places that leaves fewest empty.
+
+  Args:
+    groups: (lengths, entry layers) of the rows of every group.
+    most: places at most, unless one row is longer.
+
+  Returns:
+    N.
+  """
+  totals = []
+  for lengths, entry in groups:
+    totals += (
+        list(np.bincount(entry, lengths).astype(int)) if len(entry) else []
+    )
+  totals = [total for total in totals if total]
+  longest = max((int(x.max()) for x, _ in groups if len(x)), default=1)
+  if not totals:
+    return longest
+  # A tile ends at a row's end, so up to a row's length of it stays empty.
+  slack = longest - 1
+  sizes = range(max(16, most // 3), max(most, 17), 16)
+
+  def padded(size: int) -> int:
+    return (size + slack) * sum(-(-total // size) for total in totals)
+
+  return min(min(sizes, key=padded) + slack, max(totals))
+
+
+def tiles(
+    rows: Cells,
+    parts: Sequence[slice],
+    shape: Shape,
+    *,
+    lengths: np.ndarray,
+    labels: Sequence[np.ndarray],
+    draws: int,
+) -> Iterator[tuple[slice, Tile]]:
+  """Builds tiles.
+
+  Args:
+    rows: the rows.
+    parts: the rows of every tile, see `pack`.
+    shape: of all tiles.
+    lengths: [cases] tokens of a case.
+    labels: the tokens scored in every case.
+    draws: n.
+
+  Yields:
+    (which rows, the tile); its scored places come in the order of the rows.
+  """
+  for part in parts:
+    mine = rows.take(np.arange(part.start, part.stop))
+    yield part, _tile(mine, shape, lengths, labels, draws)
+
+
+def _tile(
+    mine: Cells,
+    shape: Shape,
+    lengths: np.ndarray,
+    labels: Sequence[np.ndarray],
+    draws: int,
+) -> Tile:
+  size, n = shape.rows, shape.places
+  pad = lambda x: np.pad(np.asarray(x, np.int32), (0, size - len(x)))
+  token = pad(mine.token)
+  length = pad(lengths[mine.case] - mine.token)
+  column = np.arange(shape.width, dtype=np.int32)
+  inside = column < length[:, None]
+  start = np.cumsum(length) - length
+  index = np.where(inside, start[:, None] + column, n).astype(np.int32)
+  columns = Columns(
+      position=token[:, None] + column,
+      segment=np.where(inside, TRUNK, PADDING).astype(np.int32),
+  )
+  rows = Ragged(columns, index, *_places(index, n))
+  wanted = [labels[case] for case in mine.case]
+  count = pad([len(x) for x in wanted])
+  label = np.zeros(size * shape.scored, np.int32)
+  label[: count.sum()] = np.concatenate(wanted)
+  return Tile(
+      entry=np.int32(mine.entry[0]),
+      owner=pad(mine.case * draws + mine.draw),
+      token=token,
+      stop=pad(mine.stop),
+      rows=rows,
+      keep=_kept(rows, length - count, count, shape),
+      label=label,
+  )
+
+
+def _places(index: np.ndarray, places: int) -> tuple[np.ndarray, np.ndarray]:
+  """(row, column) of every place; as many rows as there are where it is empty."""
+  row = np.full(places, len(index), np.int32)
+  column = np.zeros(places, np.int32)
+  where = np.nonzero(index < places)
+  row[index[where]], column[index[where]] = where
+  return row, column
+
+
+def _kept(
+    rows: Ragged, start: np.ndarray, count: np.ndarray, shape: Shape
+) -> Keep:
+  """The scored columns of every row, as rows of their own.
+
+  Args:
+    rows: R rows.
+    start: [R] first scored column.
+    count: [R] scored columns.
+    shape: of the tile.
+
+  Returns:
+    R * scored places, those of a row behind those of the row before.
+  """
+  ask = np.arange(shape.scored, dtype=np.int32)
+  inside = ask < count[:, None]
+  column = np.where(inside, start[:, None] + ask, 0)
+  first = np.cumsum(count) - count
+  index = np.where(inside, first[:, None] + ask, inside.size).astype(np.int32)
+  kept = np.full(inside.size, shape.places, np.int32)
+  place = np.take_along_axis(rows.index, column, axis=1)
+  kept[index[inside]] = place[inside]
+  columns = Columns(
+      position=np.take_along_axis(rows.columns.position, column, axis=1),
+      segment=np.where(inside, TRUNK, PADDING).astype(np.int32),
+  )
+  return Keep(kept, Ragged(columns, index, *_places(index, inside.size)))

@@ -1,0 +1,347 @@
+"""Runs what a restored activation can change, and nothing else.
+
+The clean and the corrupted run leave tables of their activations. A cell goes on
+from the corrupted one: its row enters after the first restored layer e with the
+columns from the restored token t on,
+
+  h_t = the state that restoring the part at t in layer e gives,   h_j = corrupted
+
+and sees the corrupted keys and values of the columns before t. A state that one
+part's restoration gives follows from the tables alone:
+
+  block   the clean state
+  mlp     corrupted state + clean MLP - corrupted MLP
+  attn    one MLP more a layer, for all tokens at once (`tables`)
+
+The other layers of a window, and parts that are held, are set as the rows pass.
+
+Axis letters: G cases, n draws, R0 = G n corrupted rows, R rows of a tile, N
+places, K scored places; the others as in `jaxedit.types`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from jaxedit.models import decoder
+from jaxedit.models.spec import ModelSpec
+from jaxedit.trace.cells import Tile
+from jaxedit.trace.kinds import Kind
+from jaxedit.types import PADDING, TRUNK, Array, Columns, Params, Tap
+
+
+class How(NamedTuple):
+  """What a compiled run depends on of a kind.
+
+  Attributes:
+    part: what is restored.
+    sever: what keeps its corrupted output above, or None.
+    windowed: whether more than one layer is restored.
+  """
+
+  part: str
+  sever: str | None
+  windowed: bool
+
+
+def how_of(kind: Kind) -> How:
+  """Reduces a kind; windows of any size share a program."""
+  return How(kind.part, kind.sever, kind.window > 1)
+
+
+@flax.struct.dataclass
+class Tables:
+  """Activations of a group of cases.
+
+  Attributes:
+    clean: part -> [L, G, T, D] outputs of the clean run.
+    base: part -> [L, R0, T, D] outputs of the corrupted runs.
+    entry: part -> [L, R0, T, D] output of the block where that part alone is
+      restored, at every token apart; for 'attn'.
+    key: [L, R0, T, G', H] keys of the corrupted runs.
+    value: [L, R0, T, G', H].
+    high: [G, K] clean log-probability of the labels, nats.
+    low: [R0, K] the same, corrupted.
+  """
+
+  clean: dict[str, Array]
+  base: dict[str, Array]
+  entry: dict[str, Array]
+  key: Array
+  value: Array
+  high: Array
+  low: Array
+
+
+def parts_of(kinds: Sequence[Kind]) -> tuple[str, ...]:
+  """Parts whose outputs the tables of some kinds must hold."""
+  wanted = {'block'} | {k.part for k in kinds} | {k.sever for k in kinds}
+  return tuple(p for p in ('block', 'mlp', 'attn') if p in wanted)
+
+
+@functools.partial(
+    jax.jit, static_argnames=('spec', 'mode', 'parts', 'entries')
+)
+def tables(
+    spec: ModelSpec,
+    params: Params,
+    tokens: Array,
+    valid: Array,
+    noise: Array,
+    *,
+    corrupted: Array,
+    scored: Array,
+    labels: Array,
+    mode: str,
+    parts: tuple[str, ...],
+    entries: bool,
+) -> Tables:
+  """Runs cases clean and corrupted.
+
+  Args:
+    spec: the architecture.
+    params: canonical parameters.
+    tokens: [G, T] int32, padded on the right.
+    valid: [G, T] bool.
+    noise: [G, n, T, D] what corrupts the embeddings.
+    corrupted: [G, T] bool, where it does.
+    scored: [G, K] columns that are scored.
+    labels: [G, K] tokens that should follow there.
+    mode: 'add' or 'set', static.
+    parts: whose outputs to keep, static; see `parts_of`.
+    entries: whether attentions will be restored, static.
+
+  Returns:
+    The tables.
+  """
+  draws = noise.shape[1]
+  layers = tuple(range(spec.layers))
+  columns = decoder.token_columns(valid)
+  spread = lambda x: jnp.repeat(x, draws, axis=0)
+  run = functools.partial(
+      decoder.run_layers, spec, params, start=0, stop=spec.layers
+  )
+  h = decoder.embed(spec, params, tokens, columns)
+  score = functools.partial(_score, spec, params)
+  out, seen = run(h, columns, taps=[Tap(p, layers) for p in parts])
+  clean, high = dict(zip(parts, seen)), score(out, scored, labels)
+  noise = noise.reshape(-1, *noise.shape[2:]).astype(h.dtype)
+  h = spread(h)
+  if mode == 'set':  # of the residual, the token's own part
+    noise = noise - spread(params['embed']['embedding'][tokens]).astype(h.dtype)
+  h = jnp.where(spread(corrupted)[..., None], h + noise, h)
+  columns = jax.tree.map(spread, columns)
+  taps = [Tap(p, layers) for p in (*parts, 'kv')]
+  out, (*seen, (key, value)) = run(h, columns, taps=taps)
+  base, low = dict(zip(parts, seen)), score(out, spread(scored), spread(labels))
+  entry = {}
+  if entries:
+    entry['attn'] = _attend_clean(spec, params, h, columns, base, clean)
+  return Tables(clean, base, entry, key, value, high, low)
+
+
+def _score(
+    spec: ModelSpec, params: Params, h: Array, scored: Array, labels: Array
+) -> Array:
+  """[B, K] log-probability of labels at columns of [B, T, D]."""
+  at = jnp.take_along_axis(h, scored[..., None], axis=1)
+  return decoder.label_logprob(spec, params, at, labels)[0]
+
+
+def _attend_clean(
+    spec: ModelSpec,
+    params: Params,
+    h: Array,
+    columns: Columns,
+    base: dict[str, Array],
+    clean: dict[str, Array],
+) -> Array:
+  """[L, R0, T, D] block outputs where a layer's attention alone is clean.
+
+  The attention that is computed here is not used, so XLA leaves it out.
+  """
+  draws = h.shape[0] // clean['attn'].shape[1]
+
+  def body(h, xs):
+    layer, restored, after = xs
+    wanted = jnp.repeat(restored, draws, axis=0)
+    out, _ = decoder.run_layer(
+        spec,
+        params,
+        h,
+        columns,
+        layer=layer,
+        intervene=lambda site, x: wanted if site == 'attn' else x,
+    )
+    return after, out
+
+  xs = (jnp.arange(spec.layers), clean['attn'], base['block'])
+  return jax.lax.scan(body, h, xs)[1]
+
+
+def restored(
+    found: Tables, part: str, layer: Array, owner: Array, token: Array
+) -> Array:
+  """The block's output where a part is restored.
+
+  Args:
+    found: the tables.
+    part: 'block', 'mlp' or 'attn'.
+    layer: [] the layer.
+    owner: [R] corrupted rows.
+    token: [R] the restored column.
+
+  Returns:
+    [R, D].
+  """
+  draws = found.low.shape[0] // found.high.shape[0]
+  clean = lambda name: found.clean[name][layer, owner // draws, token]
+  if part == 'block':
+    return clean('block')
+  if part == 'attn':
+    return found.entry['attn'][layer, owner, token]
+  base = {name: found.base[name][layer, owner, token] for name in found.base}
+  return base['block'] + clean('mlp') - base['mlp']
+
+
+@functools.partial(jax.jit, static_argnames=('spec', 'how'))
+def tails(
+    spec: ModelSpec, params: Params, found: Tables, tile: Tile, *, how: How
+) -> Array:
+  """Runs a tile of cells.
+
+  Args:
+    spec: the architecture.
+    params: canonical parameters.
+    found: the tables of the tile's group.
+    tile: rows that enter after a layer below the last.
+    how: what is restored, static.
+
+  Returns:
+    [K] log-probability of the labels at scored places, nats.
+  """
+  first = restored(found, how.part, tile.entry, tile.owner, tile.token)
+  return run(spec, params, found, tile, first, hold=_holder(found, tile, how))
+
+
+def _holder(
+    found: Tables, tile: Tile, how: How
+) -> tuple[str, Callable[[Array], tuple[Array, Array]]] | None:
+  """(part, layer -> ([R, D] its output at t, [R] whether it is set))."""
+  part = how.sever or (how.part if how.windowed else None)
+  if part is None:
+    return None
+  owner, table = tile.owner, found.base
+  if not how.sever:
+    draws = found.low.shape[0] // found.high.shape[0]
+    owner, table = tile.owner // draws, found.clean
+
+  def values(layer: Array) -> tuple[Array, Array]:
+    held = table[part][layer, owner, tile.token]
+    always = jnp.ones(owner.shape, bool)
+    return held, always if how.sever else layer < tile.stop
+
+  return part, values
+
+
+def run(
+    spec: ModelSpec,
+    params: Params,
+    found: Tables,
+    tile: Tile,
+    first: Array,
+    *,
+    hold: Any = None,
+) -> Array:
+  """Runs rows from the entry layer to the head.
+
+  Args:
+    spec: the architecture.
+    params: canonical parameters.
+    found: the tables.
+    tile: the rows.
+    first: [R, D] state of their first columns after the entry layer.
+    hold: (part, layer -> ([R, D] its output at the first column, [R] whether it
+      is set there)), or None.
+
+  Returns:
+    [K] log-probability of the labels at scored places, nats.
+  """
+  rows, last = tile.rows, spec.layers - 1
+  pick = lambda x, row: jnp.take(x, row, axis=0, mode='clip')
+  column = pick(tile.token, rows.row) + rows.column
+  base = found.base['block']
+  h = base[tile.entry, pick(tile.owner, rows.row), column]
+  head = lambda row, column: ((column == 0) & (row < len(first)))[..., None]
+  h = jnp.where(head(rows.row, rows.column), pick(first, rows.row), h)[None]
+  before = _before(tile, base.shape[2])
+
+  def layer(h: Array, number: Array, keep=None) -> Array:
+    row, at = rows.row, rows.column
+    if keep is not None:
+      row = keep.rows.row
+      at = jnp.take(at, keep.index, mode='clip')
+
+    def intervene(site: str, x: Array) -> Array:
+      if hold is None or site != hold[0]:
+        return x
+      value, active = hold[1](number)
+      here = head(row, at) & pick(active, row)[..., None]
+      return jnp.where(here, pick(value, row).astype(x.dtype), x)
+
+    kv = [x[number, tile.owner] for x in (found.key, found.value)]
+    return decoder.run_layer(
+        spec,
+        params,
+        h,
+        rows,
+        layer=number,
+        prefix=(*kv, before),
+        intervene=intervene,
+        keep=keep,
+    )[0]
+
+  h = jax.lax.fori_loop(tile.entry + 1, last, lambda i, h: layer(h, i), h)
+  h = layer(h, jnp.int32(last), tile.keep)
+  return decoder.label_logprob(spec, params, h[0], tile.label)[0]
+
+
+def _before(tile: Tile, width: int) -> Columns:
+  """The columns left of the first one, of the corrupted run."""
+  position = jnp.broadcast_to(jnp.arange(width), (len(tile.token), width))
+  seen = position < tile.token[:, None]
+  return Columns(position, jnp.where(seen, TRUNK, PADDING))
+
+
+@functools.partial(jax.jit, static_argnames=('spec', 'part'))
+def edge(
+    spec: ModelSpec,
+    params: Params,
+    found: Tables,
+    token: Array,
+    labels: Array,
+    *,
+    part: str,
+) -> Array:
+  """Scores cells whose first restored layer is the last of the model.
+
+  Args:
+    spec: the architecture.
+    params: canonical parameters.
+    found: the tables.
+    token: [R0] first scored column, the only one that can change.
+    labels: [R0] the token that should follow it.
+    part: what is restored, static.
+
+  Returns:
+    [R0] its log-probability, nats.
+  """
+  owner = jnp.arange(len(token))
+  h = restored(found, part, jnp.int32(spec.layers - 1), owner, token)
+  return decoder.label_logprob(spec, params, h, labels)[0]

@@ -1,0 +1,181 @@
+"""The search for layers: from traces to settings that memit_batch runs."""
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import pathlib
+import tempfile
+import types
+from unittest import mock
+
+import jax
+import numpy as np
+import tiny_model
+from absl import flags
+from absl.testing import absltest, parameterized
+
+from experiments import causal_trace, common, memit_batch, suggest
+from jaxedit.types import InputError
+
+RECORDS = [
+    {
+        'prompt': f'The {what} of {{}} is',
+        'subject': subject,
+        'target_new': 'Paris',
+        'target_true': 'France',
+        'paraphrases': [f'{subject} has the {what}'],
+        'neighbours': [{'prompt': f'The {what} of France is', 'answer': 'a'}],
+    }
+    for subject, what in (
+        ('Danielle', 'mother tongue'),
+        ('Toko Yasuda', 'piano'),
+        ('Sydney', 'twin city'),
+        ('Wellington', 'guitar'),
+    )
+]
+
+
+def tried(layers, *scores):
+  """A try whose records score so in es, ps and ns alike."""
+  rows = tuple(dict(es=x, ps=x, ns=x) for x in scores)
+  return suggest.Tried(tuple(layers), rows, 0.0)
+
+
+class SearchTest(parameterized.TestCase):
+
+  def test_windows_end_with_their_anchor(self):
+    found = suggest.windows((0, 4), (1, 5))
+    self.assertEqual(found, [(0,), (4,), (0, 1, 2, 3, 4)])
+
+  def test_last_layer_that_is_read(self):
+    self.assertEqual(suggest.last_read(np.array([0.1, 0.4, 0.2, 0.1])), 2)
+    for effect in ([0.0, -0.1], [np.nan, np.nan]):
+      with self.assertRaisesRegex(InputError, 'brings no answer back'):
+        suggest.last_read(np.array(effect))
+
+  def test_first_anchors(self):
+    hidden = np.array([1.0] * 11 + [0.1] * 9)
+    mlp = np.zeros(20)
+    mlp[[3, 15]] = 1, 2  # the peak above is past what is read
+    found = suggest.first_anchors(hidden, mlp)
+    self.assertEqual(found, [0, 2, 3, 4, 6, 8, 10])
+    self.assertEqual(suggest.first_anchors(hidden[:2], None), [0, 1])
+
+  @parameterized.parameters(0, 3, 7, 11)
+  def test_climbs_to_the_best(self, best):
+    seen = []
+
+    def probe(layers):
+      self.assertNotIn(layers, seen)
+      seen.append(layers)
+      score = 1 / (1 + abs(layers[-1] - best) + 0.1 * (len(layers) == 1))
+      return tried(layers, score, score)
+
+    found = suggest.search(probe, [0, 5, 11], top=11, widths=(1, 5))
+    self.assertEqual(found[0].layers[-1], best)
+    self.assertEqual({t.layers for t in found}, set(seen))
+    self.assertLess(len(seen), 24)
+
+  def test_compares_on_the_same_facts(self):
+    one, other = tried([1], 0.5, 0.7, 0.9), tried([2], 0.6, 0.8, 1.0)
+    found = suggest.compare(one, other, resamples=200)
+    self.assertAlmostEqual(found['difference'], 0.1)
+    self.assertAlmostEqual(found['low'], 0.1)
+    self.assertAlmostEqual(found['high'], 0.1)
+    found = suggest.compare(tried([1], 0, 1), tried([2], 1, 0), resamples=200)
+    self.assertLess(found['low'], 0)
+    self.assertGreater(found['high'], 0)
+
+
+class ProgramTest(parameterized.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    stack = contextlib.ExitStack()
+    cls.addClassCleanup(stack.close)
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    cls.folder, cls.numbers = pathlib.Path(folder), itertools.count()
+    stack.enter_context(mock.patch.dict(os.environ, {'JAXEDIT_CACHE': folder}))
+    option = 'jax_disable_most_optimizations'
+    stack.callback(jax.config.update, option, jax.config.read(option))
+    jax.config.update(option, True)
+    cls.model = tiny_model.make(cls.folder / 'tiny')
+    cls.data = cls.folder / 'facts.jsonl'
+    cls.data.write_text('\n'.join(map(json.dumps, RECORDS)))
+    cls.contexts = cls.folder / 'contexts.json'
+    cls.contexts.write_text('["{}", "In Paris. {}"]')
+
+  def run_program(self, program, *arguments, **given):
+    """Runs a program in this process."""
+    folder = self.folder / f'{next(self.numbers)}_out'
+    given = dict(
+        data=self.data, context_templates=self.contexts,
+        compilation_cache=False, output_dir=folder,
+    ) | given  # fmt: skip
+    known = set(flags.FLAGS)
+    program.define_flags()
+    out, err = io.StringIO(), io.StringIO()
+    try:
+      words = [f'--{k}={v}' for k, v in given.items() if v is not None]
+      with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        rest = common.parse(['program', *arguments, *words])
+        code = common.attempt(program.main, rest)
+    finally:
+      for name in set(flags.FLAGS) - known:
+        delattr(flags.FLAGS, name)
+    return types.SimpleNamespace(
+        code=code, out=out.getvalue(), err=err.getvalue(), folder=folder
+    )
+
+  def suggest(self, **given):
+    settings = dict(
+        model=self.model, draws=2, window=2, plots=False, keep_wrong=True,
+        suggest_layers=True, kinds='hidden,mlp', value_steps=4,
+        moment_weight=20, moments_tokens=400,
+    )  # fmt: skip
+    return self.run_program(causal_trace, **(settings | given))
+
+  def test_flagfile_gives_what_was_measured(self):
+    done = self.suggest(
+        probe='all', probe_widths='1,2', probe_facts=3, probe_skip=1, plots=True
+    )
+    self.assertEqual(done.code, 0, done.err)
+    found = json.loads((done.folder / 'suggest.json').read_text())
+    self.assertEqual(found['facts']['numbers'], [2, 3, 4])
+    layers = [one['layers'] for one in found['tries']]
+    self.assertCountEqual(layers, [[0], [1], [2], [0, 1], [1, 2]])
+    self.assertTrue((done.folder / 'plots/suggest.png').is_file())
+    scores = [one['score'] for one in found['tries']]
+    self.assertEqual(scores, sorted(scores, reverse=True))
+    data = self.folder / 'probed.jsonl'
+    data.write_text('\n'.join(map(json.dumps, RECORDS[1:])))
+    flagfile = f'--flagfile={done.folder / "suggested.flags"}'
+    again = self.run_program(memit_batch, flagfile, data=data, batch_size=3)
+    self.assertEqual(again.code, 0, again.err)
+    results = json.loads((again.folder / 'results.json').read_text())
+    self.assertEqual(
+        results['protocol']['settings']['layers'], found['tries'][0]['layers']
+    )
+    for name in ('es', 'ps', 'ns', 'score'):
+      self.assertAlmostEqual(
+          results['metrics']['post'][name], found['tries'][0][name], msg=name
+      )
+
+  @parameterized.parameters(
+      (dict(layers='1'), '--layers is what --suggest_layers finds'),
+      (dict(method='rome', moment_weight=None), 'searched with memit'),
+      (dict(probe_widths='0'), 'give numbers of layers'),
+      (dict(kinds='mlp'), 'needs the kind hidden'),
+      (dict(probe_skip=3), 'leave 1 after --probe_skip=3'),
+  )
+  def test_says_what_is_wrong(self, given, sentence):
+    done = self.suggest(**given)
+    self.assertEqual(done.code, 2)
+    self.assertIn(sentence, done.err)
+
+
+if __name__ == '__main__':
+  absltest.main()
