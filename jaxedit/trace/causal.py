@@ -44,7 +44,8 @@ from jaxedit.types import Params, Progress, silent
 _PLACES = {'cpu': 1024}
 _ACCELERATOR_PLACES = 8192
 _TABLE_BYTES = 2 * 2**30
-# Prompts are padded to a multiple of so many tokens.
+# Prompts are padded to a multiple of so many tokens, long ones to an eighth of a
+# power of two: every width is a program.
 _STEP = 4
 
 
@@ -192,7 +193,7 @@ def trace(
   found = [Traced(case.labels, np.nan, np.nan, {}) for case in cases]
   total = len(kinds) * spec.layers * sum(map(len, wanted))
   with progress('trace', total, 'cell') as done:
-    for same in _by_width(_groups(lengths, size, _STEP)):
+    for same in _by_width(_groups(lengths, size)):
       job = _Job(spec, params, cases, wanted, kinds, mode, places)
       for index, result in job.run(same, done):
         found[index] = result
@@ -269,8 +270,10 @@ def _wanted(
   return wanted
 
 
-def _groups(lengths: np.ndarray, size: int, step: int = _STEP) -> list[_Group]:
+def _groups(lengths: np.ndarray, size: int) -> list[_Group]:
   """Puts cases of like length together, in groups of one size."""
+  power = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
+  step = np.maximum(_STEP, 2 ** np.maximum(power - 3, 0))
   width = -(-lengths // step) * step
   groups = []
   for w in np.unique(width):

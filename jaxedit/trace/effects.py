@@ -101,7 +101,7 @@ def average(
       columns = [t for t in columns if asked[t]]
       if columns:
         role.append(effect[columns].mean(axis=0))
-  rows = [_interval(np.reshape(role, (-1, layers))) for role in means]
+  rows = [interval(np.reshape(role, (-1, layers))) for role in means]
   return Average(
       mean=np.stack([mean for mean, _ in rows]),
       half_width=np.stack([half for _, half in rows]),
@@ -119,12 +119,19 @@ def total_effect(traced: Sequence[Any]) -> tuple[float, float]:
     (mean, half of the 95 % interval); NaN below one and two facts.
   """
   effects = np.array([[result.high - result.low] for result in traced])
-  mean, half = _interval(effects.reshape(-1, 1))
+  mean, half = interval(effects.reshape(-1, 1))
   return float(mean[0]), float(half[0])
 
 
-def _interval(effects: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Mean and half of the 95 % interval of [F, L] over the F facts."""
+def interval(effects: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Averages over facts.
+
+  Args:
+    effects: [F, L].
+
+  Returns:
+    (mean [L], half of its 95 % interval [L]); NaN below one and two facts.
+  """
   count = len(effects)
   nothing = np.full(effects.shape[1], np.nan)
   mean = effects.mean(axis=0) if count else nothing
