@@ -28,8 +28,8 @@ import numpy as np
 from jaxedit.models.spec import ModelSpec
 from jaxedit.trace import cells as cells_lib
 from jaxedit.trace import tail
-from jaxedit.trace.causal import padded
 from jaxedit.trace.cells import Tile
+from jaxedit.trace.groups import padded
 from jaxedit.trace.kinds import HIDDEN
 from jaxedit.types import Array, Params, Progress, silent
 

@@ -1,0 +1,245 @@
+"""Runs the cells of groups of cases and fills their grids.
+
+What every cell needs is told by `cells`, how it is run by `tail`. Cells that
+nothing can change are filled in:
+
+  tokens before the corrupted ones         low
+  last layer, other than the first scored  low
+  last layer, first scored column          its head alone, `tail.edge`
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxedit.models.spec import ModelSpec
+from jaxedit.trace import cells as cells_lib
+from jaxedit.trace import tail
+from jaxedit.trace.cases import Case, Traced
+from jaxedit.trace.groups import Group, padded
+from jaxedit.trace.kinds import Kind
+from jaxedit.types import Params
+
+# Tiles that a device has waiting.
+_AHEAD = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Grids:
+  """What all groups of a trace have in common.
+
+  Attributes:
+    spec: the architecture.
+    params: canonical parameters.
+    cases: all cases, with labels.
+    wanted: the columns to restore in every case.
+    kinds: what to restore.
+    mode: what the noise does.
+    places: columns run at a time.
+  """
+
+  spec: ModelSpec
+  params: Params
+  cases: Sequence[Case]
+  wanted: Sequence[Sequence[int]]
+  kinds: tuple[Kind, ...]
+  mode: str
+  places: int
+
+  @property
+  def draws(self) -> int:
+    return len(self.cases[0].noise)
+
+  def run(
+      self, groups: Sequence[Group], done: Callable[[int], None]
+  ) -> Iterator[tuple[int, Traced]]:
+    """Traces groups of one width.
+
+    Args:
+      groups: the groups.
+      done: told of cells.
+
+    Yields:
+      (case, its result).
+    """
+    plans = {k.name: self._plan(groups, k) for k in self.kinds}
+    for number, group in enumerate(groups):
+      found = self._tables(group)
+      low = np.asarray(found.low).reshape(group.size, self.draws, -1)
+      scores = {}
+      for kind in self.kinds:
+        shape, rows = plans[kind.name]
+        total, told = self._sum(
+            group, found, kind, (shape, *rows[number]), done
+        )
+        self._fill(group, found, kind, low=low, total=total)
+        scores[kind.name] = total
+        cells = sum(len(self.wanted[i]) for i in group.indices)
+        done(self.spec.layers * cells - told)
+      for i, index in enumerate(group.indices):
+        case = self.cases[index]
+        k = len(case.labels)
+        yield index, Traced(
+            labels=case.labels,
+            high=float(_score(np.asarray(found.high)[i, :k])),
+            low=float(np.mean(_score(low[i, :, :k]))),
+            scores={name: grid[i] for name, grid in scores.items()},
+        )
+
+  def _tables(self, group: Group) -> tail.Tables:
+    """Runs a group clean and corrupted."""
+    mine = [self.cases[i] for i in group.indices]
+    ids, valid = padded([case.ids for case in mine], group.size, group.width)
+    most = max(len(case.labels) for case in self.cases)
+    noise = np.zeros(
+        (group.size, self.draws, group.width, self.spec.width), np.float32
+    )
+    corrupted = np.zeros(ids.shape, bool)
+    scored, labels = (np.zeros((group.size, most), np.int32) for _ in range(2))
+    for i, case in enumerate(mine):
+      noise[i, :, case.first : case.end] = case.noise
+      corrupted[i, case.first : case.end] = True
+      k = len(case.labels)
+      scored[i, :k] = len(case.ids) - k + np.arange(k)
+      labels[i, :k] = case.labels
+    return tail.tables(
+        self.spec,
+        self.params,
+        ids,
+        valid,
+        noise,
+        corrupted=corrupted,
+        scored=scored,
+        labels=labels,
+        mode=self.mode,
+        parts=tail.parts_of(self.kinds),
+        entries='attn' in {kind.part for kind in self.kinds},
+    )
+
+  def _plan(self, groups: Sequence[Group], kind: Kind) -> Any:
+    """(shape of all tiles, (rows, their lengths, tiles) of every group)."""
+    rows = [self._rows(group, kind) for group in groups]
+    sizes = [(length, mine.entry) for mine, length in rows]
+    places = cells_lib.choose_places(sizes, self.places)
+    parts = [
+        cells_lib.pack(length, mine.entry, places) for mine, length in rows
+    ]
+    most = max((p.stop - p.start for part in parts for p in part), default=1)
+    shape = cells_lib.Shape(
+        rows=most,
+        places=places,
+        width=max((int(x.max()) for x, _ in sizes if len(x)), default=1),
+        scored=max(len(case.labels) for case in self.cases),
+    )
+    return shape, [(mine, part) for (mine, _), part in zip(rows, parts)]
+
+  def _rows(self, group: Group, kind: Kind) -> tuple[cells_lib.Cells, Any]:
+    """The rows of a group that can change, and their lengths."""
+    tokens = [
+        [t for t in self.wanted[i] if t >= self.cases[i].first]
+        for i in group.indices
+    ]
+    rows = cells_lib.cells(kind, tokens, self.draws, self.spec.layers)
+    rows = rows.take(np.flatnonzero(rows.entry < self.spec.layers - 1))
+    lengths = np.array([len(self.cases[i].ids) for i in group.indices])
+    return rows, lengths[rows.case] - rows.token
+
+  def _sum(
+      self,
+      group: Group,
+      found: tail.Tables,
+      kind: Kind,
+      plan: tuple[cells_lib.Shape, cells_lib.Cells, Sequence[slice]],
+      done: Callable[[int], None],
+  ) -> tuple[list[np.ndarray], int]:
+    """([T, L] scores of the cells that are run, of every case; cells told)."""
+    shape, rows, parts = plan
+    mine = [self.cases[i] for i in group.indices]
+    total = [np.zeros((len(x.ids), self.spec.layers)) for x in mine]
+    waiting: collections.deque[tuple[slice, Any]] = collections.deque()
+    how, told = tail.how_of(kind), 0
+
+    def add() -> int:
+      part, out = waiting.popleft()
+      here = rows.take(np.arange(part.start, part.stop))
+      counts = np.array([len(mine[case].labels) for case in here.case])
+      out = np.asarray(out, np.float64)[: counts.sum()]
+      means = np.add.reduceat(out, np.cumsum(counts) - counts) / counts
+      for case in np.unique(here.case):
+        at = here.case == case
+        where = here.token[at], here.layer[at]
+        np.add.at(total[case], where, np.exp(means[at]) / self.draws)
+      done(len(counts) // self.draws)
+      return len(counts) // self.draws
+
+    for part, tile in cells_lib.tiles(
+        rows,
+        parts,
+        shape,
+        lengths=np.array([len(case.ids) for case in mine]),
+        labels=[case.labels for case in mine],
+        draws=self.draws,
+    ):
+      out = tail.tails(self.spec, self.params, found, tile, how=how)
+      waiting.append((part, out))
+      if len(waiting) > _AHEAD:
+        told += add()
+    while waiting:
+      told += add()
+    return total, told
+
+  def _fill(
+      self,
+      group: Group,
+      found: tail.Tables,
+      kind: Kind,
+      *,
+      low: np.ndarray,
+      total: list[np.ndarray],
+  ) -> None:
+    """Fills in the cells that were not run."""
+    layers = self.spec.layers
+    entry = np.array([kind.layers(i, layers)[0] for i in range(layers)])
+    at_edge = entry == layers - 1
+    edge = self._edge(group, found, kind, low) if at_edge.any() else None
+    for i, index in enumerate(group.indices):
+      case, grid = self.cases[index], total[i]
+      k = len(case.labels)
+      base = np.mean(_score(low[i, :, :k]))
+      grid[: case.first] = base
+      grid[:, at_edge] = base
+      if edge is not None:
+        grid[len(case.ids) - k, at_edge] = edge[i]
+      missing = np.setdiff1d(np.arange(len(grid)), self.wanted[index])
+      grid[missing] = np.nan
+
+  def _edge(
+      self, group: Group, found: tail.Tables, kind: Kind, low: np.ndarray
+  ) -> list[float]:
+    """Scores of restoring the first scored column in the last layer."""
+    mine = [self.cases[i] for i in group.indices]
+    first = np.zeros(group.size, np.int32)
+    label = np.zeros(group.size, np.int32)
+    for i, case in enumerate(mine):
+      first[i], label[i] = len(case.ids) - len(case.labels), case.labels[0]
+    spread = lambda x: np.repeat(x, self.draws)
+    out = tail.edge(
+        self.spec, self.params, found, spread(first), spread(label),
+        part=kind.part,
+    )  # fmt: skip
+    low = np.array(low)
+    low[:, :, 0] = np.asarray(out).reshape(group.size, self.draws)
+    return [
+        np.mean(_score(low[i, :, : len(case.labels)]))
+        for i, case in enumerate(mine)
+    ]
+
+
+def _score(logprob: np.ndarray) -> np.ndarray:
+  """exp of the mean over the last axis, f64."""
+  return np.exp(np.mean(np.asarray(logprob, np.float64), axis=-1))

@@ -1,0 +1,78 @@
+"""Puts prompts of like length together, so that few programs serve them all."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+# Prompts are padded to a multiple of so many tokens, long ones to an eighth of a
+# power of two: every width is a program.
+_STEP = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Cases of one padded length, whose tables are held at one time.
+
+  Attributes:
+    indices: the cases.
+    width: padded length, tokens.
+    size: G, as many rows as the largest group of that width has cases.
+  """
+
+  indices: tuple[int, ...]
+  width: int
+  size: int
+
+
+def groups(lengths: np.ndarray, size: int) -> list[Group]:
+  """Puts cases of like length together.
+
+  Args:
+    lengths: [E] tokens of every case.
+    size: cases a group at most.
+
+  Returns:
+    The groups; those of one width have one size.
+  """
+  power = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
+  step = np.maximum(_STEP, 2 ** np.maximum(power - 3, 0))
+  width = -(-lengths // step) * step
+  found = []
+  for w in np.unique(width):
+    mine = np.flatnonzero(width == w)
+    count = -(-len(mine) // size)
+    each = -(-len(mine) // count)
+    for begin in range(0, len(mine), each):
+      indices = tuple(int(i) for i in mine[begin : begin + each])
+      found.append(Group(indices, int(w), each))
+  return found
+
+
+def by_width(groups: Sequence[Group]) -> Iterator[list[Group]]:
+  """Yields groups that share their width."""
+  for width in sorted({group.width for group in groups}):
+    yield [group for group in groups if group.width == width]
+
+
+def padded(
+    rows: Sequence[np.ndarray], count: int, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Pads rows on the right.
+
+  Args:
+    rows: [T] ids a row.
+    count: G, at least as many; a row that is missing has one token.
+    width: T of all.
+
+  Returns:
+    ([G, T] int32 ids, [G, T] bool where there are any).
+  """
+  ids = np.zeros((count, width), np.int32)
+  valid = np.zeros((count, width), bool)
+  valid[:, 0] = True
+  for i, row in enumerate(rows):
+    ids[i, : len(row)], valid[i, : len(row)] = row, True
+  return ids, valid
