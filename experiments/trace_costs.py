@@ -7,7 +7,7 @@
           first restored one
 
 Products with weights and of queries with keys are counted, as in `costs`; the
-head at one column of each row. Not counted: padding, norms, and the run that
+head at one column of each row here, at every column there. Not counted: padding, norms, and the run that
 finds the answer. Nothing here measures.
 """
 
@@ -61,7 +61,8 @@ def work(
       runs += _tails(spec, kind, mine, first=one.span[0], length=length) * draws
       count = len(mine) * spec.layers
       # One more run tells the score with nothing restored.
-      naive += (1 + draws) * (1 + count) * whole + [0, 0, 0, count]
+      every = whole * [1, 1, length, 0]  # logits of all columns
+      naive += (1 + draws) * (1 + count) * every + [0, 0, 0, count]
   flops, scratch = _flops(spec, runs), _flops(spec, naive)
   return {
       'cells': int(naive[3]),
