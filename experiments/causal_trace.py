@@ -117,6 +117,13 @@ def _define_trace_flags() -> None:
       ' hidden, while that part keeps its corrupted output above, at the last'
       ' subject token alone.',
   )
+  flags.DEFINE_enum(
+      'tokens',
+      'all',
+      ('all', 'subject_last'),
+      'Restore every token, or the last one of the subject alone, which takes a'
+      ' fraction of the time and is all that --suggest_layers needs.',
+  )
   flags.DEFINE_integer(
       'window',
       WINDOW,
@@ -190,6 +197,7 @@ def config_of_flags() -> trace_stages.Config:
       seed=FLAGS.seed,
       num_facts=FLAGS.num_facts,
       keep_wrong=FLAGS.keep_wrong,
+      last_only=FLAGS.tokens == 'subject_last',
       fact_plots=FLAGS.fact_plots,
       formats=tuple(FLAGS.formats) if FLAGS.plots else (),
   )
@@ -281,6 +289,7 @@ def protocol(
       },
       'scored': "the clean model's most probable next token",
       'facts': 'all' if config.keep_wrong else 'completed by the model',
+      'tokens': FLAGS.tokens,
       'severed_tokens': 'last subject token',
       'intervals': '95%, normal, over facts; 1.96 s / sqrt(facts)',
       'data': {
@@ -313,7 +322,7 @@ def baseline(
   torch = benchmark_torch.load(model.folder, FLAGS.dtype)
   cells = trace_torch.sample(
       cases, config.kinds, model.spec.layers,
-      count=FLAGS.baseline_cells, seed=FLAGS.seed,
+      count=FLAGS.baseline_cells, seed=FLAGS.seed, last_only=config.last_only,
   )  # fmt: skip
   timed = trace_torch.run(
       torch,
@@ -364,7 +373,7 @@ def _run(clock: editing.Clock) -> None:
   seconds = clock.seconds['trace'] - (clock.seconds['compile'] - before)
   found, lost = trace_stages.collect(words, picked, results)
   kinds = [kind.name for kind in config.kinds]
-  averages = trace_results.averages(found, kinds)
+  averages = trace_results.averages(found, kinds, config.last_only)
   trace_results.write_arrays(folder / 'traces.npz', found)
   rows = trace_results.fact_rows(found, kinds)
   common.write_jsonl(folder / 'facts.jsonl', rows)
@@ -372,7 +381,8 @@ def _run(clock: editing.Clock) -> None:
     drawn = trace_plots.draw_all(
         found, averages, folder / 'plots',
         window=config.window, formats=config.formats,
-        facts=config.fact_plots, progress=bar,
+        # A map of one token says no more than the averages.
+        facts=0 if config.last_only else config.fact_plots, progress=bar,
     )  # fmt: skip
   if FLAGS.suggest_layers:
     tries = suggest_stage.run(
@@ -380,7 +390,9 @@ def _run(clock: editing.Clock) -> None:
         folder=folder, clock=clock, formats=config.formats,
     )  # fmt: skip
     print('\n'.join(['', *suggest.table(tries)]))
-  effort = trace_costs.work(model.spec, found, config.kinds, config.draws)
+  effort = trace_costs.work(
+      model.spec, found, config.kinds, config.draws, config.last_only
+  )
   effort |= {'seconds': seconds, 'flops_a_second': effort['flops'] / seconds}
   if FLAGS.baseline == 'torch':
     cases = trace_stages.cases(config, picked, level, model.spec.width)

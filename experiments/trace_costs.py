@@ -29,6 +29,7 @@ def work(
     found: Sequence[Found],
     kinds: Sequence[Kind],
     draws: int,
+    last_only: bool = False,
 ) -> dict[str, Any]:
   """Counts the arithmetic of a trace and of computing every cell from scratch.
 
@@ -43,6 +44,7 @@ def work(
     found: the facts.
     kinds: what was restored, severed kinds at the last subject token alone.
     draws: n.
+    last_only: whether all kinds were.
 
   Returns:
     {'cells', 'flops', 'naive_flops', 'ratio'}.
@@ -50,14 +52,15 @@ def work(
   runs = np.zeros(4)  # tokens x layers, pairs x layers, scored rows, cells
   naive = np.zeros(4)
   # Severed kinds are a trace of their own, see `trace_stages.trace`.
-  passes = len({kind.sever is None for kind in kinds})
+  alone = lambda kind: last_only or kind.sever is not None
+  passes = len({alone(kind) for kind in kinds})
   for one in found:
     length = len(one.ids)
     pairs = length * (length + 1) / 2
     whole = np.array([length * spec.layers, pairs * spec.layers, 1.0, 0])
     runs += passes * (1 + draws) * whole
     for kind in kinds:
-      mine = range(length) if kind.sever is None else (one.span[1] - 1,)
+      mine = (one.span[1] - 1,) if alone(kind) else range(length)
       runs += _tails(spec, kind, mine, first=one.span[0], length=length) * draws
       count = len(mine) * spec.layers
       # One more run tells the score with nothing restored.

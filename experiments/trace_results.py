@@ -64,12 +64,26 @@ def finite(result: causal.Traced) -> bool:
 
 
 def averages(
-    found: Sequence[Found], kinds: Sequence[str]
+    found: Sequence[Found], kinds: Sequence[str], last_only: bool = False
 ) -> dict[str, effects.Average]:
-  """Averages the effects of every kind over facts, by role of a token."""
+  """Averages the effects of every kind over facts, by role of a token.
+
+  Args:
+    found: the facts.
+    kinds: what was restored.
+    last_only: whether it was at the last subject token alone, as severed kinds
+      always are. A subject's only token would pass for its first one there, so
+      all other roles are left out.
+  """
   results = [one.result for one in found]
   spans = [one.span for one in found]
-  return {kind: effects.average(results, spans, kind) for kind in kinds}
+  table = {kind: effects.average(results, spans, kind) for kind in kinds}
+  for kind, average in table.items():
+    if last_only or kind.startswith('severed'):
+      other = np.arange(len(effects.CLASSES)) != LAST_SUBJECT
+      average.mean[other] = average.half_width[other] = np.nan
+      average.count[other] = 0
+  return table
 
 
 def results_of(
@@ -94,7 +108,7 @@ def results_of(
           'mean': mean, 'half_width_95': number(half),
       },
       'average_effects': {
-          kind: average_table(kind, average)
+          kind: average_table(average)
           for kind, average in averages.items()
       },
       'skipped': list(missed),
@@ -125,19 +139,12 @@ def notes(
   return lines
 
 
-def roles(kind: str, average: effects.Average) -> list[int]:
-  """Rows of the roles that a kind has effects of.
-
-  Severed kinds are computed at the last subject token alone. Where that is the
-  first one as well, it would pass for an average of first tokens.
-  """
-  mine = range(len(effects.CLASSES))
-  if kind.startswith('severed'):
-    mine = (LAST_SUBJECT,)
-  return [row for row in mine if average.count[row]]
+def roles(average: effects.Average) -> list[int]:
+  """Rows of the roles that there are effects of."""
+  return [row for row, count in enumerate(average.count) if count]
 
 
-def average_table(kind: str, average: effects.Average) -> dict[str, Any]:
+def average_table(average: effects.Average) -> dict[str, Any]:
   """Writes an average by role; roles without effects are left out."""
   return {
       effects.CLASSES[row]: {
@@ -146,7 +153,7 @@ def average_table(kind: str, average: effects.Average) -> dict[str, Any]:
           'half_width_95': _numbers(average.half_width[row]),
           'peak': peak(average, row),
       }
-      for row in roles(kind, average)
+      for row in roles(average)
   }
 
 
@@ -260,7 +267,7 @@ def summary_lines(
       f'  {"kind":<13} {"token":<23} {"layer":>5}  effect',
   ]
   for kind, average in by_kind.items():
-    for row in _strongest(kind, average):
+    for row in _strongest(average):
       top = peak(average, row)
       lines.append(
           f'  {kind:<13} {effects.CLASSES[row]:<23} {top["layer"]:>5}  '
@@ -284,10 +291,10 @@ def summary_lines(
   return lines
 
 
-def _strongest(kind: str, average: effects.Average) -> list[int]:
+def _strongest(average: effects.Average) -> list[int]:
   """Rows of the two roles with the largest effects, largest first."""
   rank = lambda row: -average.mean[row].max()
-  return sorted(roles(kind, average), key=rank)[:2]
+  return sorted(roles(average), key=rank)[:2]
 
 
 def interval(mean: float, half: float | None) -> str:

@@ -42,6 +42,7 @@ class Config:
     seed: of the noise.
     num_facts: facts to trace; all unless given.
     keep_wrong: trace facts that the model does not complete, too.
+    last_only: restore the last subject token alone.
     fact_plots: facts with heat maps of their own.
     formats: of plots; none to draw nothing.
   """
@@ -54,6 +55,7 @@ class Config:
   seed: int = noise.SEED
   num_facts: int | None = None
   keep_wrong: bool = False
+  last_only: bool = False
   fact_plots: int = 30
   formats: tuple[str, ...] = trace_plots.FORMATS
 
@@ -209,6 +211,11 @@ def _reason(words: Any, one: Asked, p: float, keep_wrong: bool) -> str:
   return ''
 
 
+def alone(config: Config, kind: Kind) -> bool:
+  """Whether a kind is restored at the last subject token alone."""
+  return config.last_only or kind.sever is not None
+
+
 def trace(
     config: Config,
     model: loading.Model,
@@ -217,7 +224,7 @@ def trace(
     *,
     progress: Progress = silent,
 ) -> list[causal.Traced]:
-  """Traces facts; severed kinds at the last subject token alone.
+  """Traces facts; severed kinds always at the last subject token alone.
 
   Args:
     config: what to restore.
@@ -232,8 +239,9 @@ def trace(
   all_cases = cases(config, picked, level, model.spec.width)
   last = [(one.span[1] - 1,) for one in picked]
   parts = []
-  for severed, tokens in ((False, None), (True, last)):
-    kinds = [k for k in config.kinds if (k.sever is not None) == severed]
+  for restricted in (False, True):
+    tokens = last if restricted else None
+    kinds = [k for k in config.kinds if alone(config, k) == restricted]
     if kinds:
       parts.append(
           causal.trace(

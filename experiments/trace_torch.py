@@ -62,6 +62,7 @@ def sample(
     *,
     count: int,
     seed: int,
+    last_only: bool = False,
 ) -> list[Cell]:
   """Draws cells, evenly over kinds.
 
@@ -71,6 +72,7 @@ def sample(
     layers: L.
     count: cells in all.
     seed: of the draw.
+    last_only: whether all kinds were.
 
   Returns:
     The cells; the longer a prompt, the more of its cells, as in the whole.
@@ -83,7 +85,7 @@ def sample(
   found = []
   for number in range(count):
     kind = kinds[number % len(kinds)]
-    some = last if kind.sever else columns
+    some = last if kind.sever or last_only else columns
     case, token = some[rng.integers(len(some))]
     found.append(Cell(case, kind, token, int(rng.integers(layers))))
   return found

@@ -306,6 +306,26 @@ class OtherRunsTest(absltest.TestCase):
     self.assertIn('<details open>', text)
     self.assertIn('Toko Yasuda in <mark>Paris</mark> is', text)
 
+  def test_last_subject_token_alone(self):
+    kinds_asked = 'hidden,mlp,severed_mlp'
+    done = SETUP.run(
+        kinds=kinds_asked, tokens='subject_last', baseline='torch',
+        baseline_cells=9, plots=matplotlib is not None,
+    )  # fmt: skip
+    self.assertEqual(done.code, 0, done.err)
+    results = results_in(done.folder)
+    for kind in kinds_asked.split(','):
+      table = results['average_effects'][kind]
+      self.assertEqual(list(table), ['last subject token'])
+      whole = results_in(SETUP.whole.folder)['average_effects'][kind]
+      np.testing.assert_allclose(
+          table['last subject token']['mean'],
+          whole['last subject token']['mean'],
+          atol=1e-6,
+      )
+    self.assertEqual(results['work']['cells'], 2 * 3 * 3)
+    self.assertLess(results['work']['torch']['largest_difference'], 1e-5)
+
   def test_published_loop_scores_the_same(self):
     done = SETUP.run(
         kinds=','.join(ALL), noise_mode='replace', keep_wrong=True,

@@ -134,7 +134,7 @@ class ProgramTest(parameterized.TestCase):
     settings = dict(
         model=self.model, draws=2, window=2, plots=False, keep_wrong=True,
         suggest_layers=True, kinds='hidden,mlp', value_steps=4,
-        moment_weight=20, moments_tokens=400,
+        moment_weight=20, moments_tokens=400, tokens='subject_last',
     )  # fmt: skip
     return self.run_program(causal_trace, **(settings | given))
 
