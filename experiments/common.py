@@ -277,8 +277,12 @@ def clear(folder: pathlib.Path, names: Sequence[str]) -> None:
       path.unlink(missing_ok=True)
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
+def write_bytes(path: pathlib.Path, blob: bytes) -> None:
   """Writes a file atomically.
+
+  Args:
+    path: the file.
+    blob: all of it.
 
   Raises:
     InputError: it cannot be written.
@@ -288,8 +292,8 @@ def write_text(path: pathlib.Path, text: str) -> None:
     handle, temporary = tempfile.mkstemp(
         dir=path.parent, prefix=f'.{path.name}'
     )
-    with os.fdopen(handle, 'w', encoding='utf-8') as f:
-      f.write(text)
+    with os.fdopen(handle, 'wb') as f:
+      f.write(blob)
     os.chmod(temporary, 0o644)
     os.replace(temporary, path)
   except OSError as e:
@@ -299,6 +303,11 @@ def write_text(path: pathlib.Path, text: str) -> None:
   finally:
     if temporary is not None:
       pathlib.Path(temporary).unlink(missing_ok=True)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Writes a text as UTF-8, atomically; see `write_bytes`."""
+  write_bytes(path, text.encode('utf-8'))
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

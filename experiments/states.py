@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pathlib
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +19,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from experiments import common
 from jaxedit.edit.base import Editor
 from jaxedit.text.batching import EncodedEdit
 from jaxedit.types import InputError, Targets
@@ -77,15 +76,11 @@ def save(path: pathlib.Path, targets: Targets) -> None:
   arrays = {k: np.ascontiguousarray(v) for k, v in vars(targets).items()}
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix='.states')
-    os.close(handle)
-    try:
-      safetensors.numpy.save_file(arrays, part)
-      os.replace(part, path)
-    finally:
-      pathlib.Path(part).unlink(missing_ok=True)
-  except (OSError, safetensors.SafetensorError) as e:
-    raise InputError(f'{path}: cannot be written ({e}); make room there') from e
+  except OSError as e:
+    raise InputError(
+        f'{path.parent}: cannot be made ({e.strerror}); name another folder'
+    ) from e
+  common.write_bytes(path, safetensors.numpy.save(arrays))
 
 
 def kept(editor: Editor, folder: str, facts: dict[str, Any]) -> Editor:

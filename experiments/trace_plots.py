@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from experiments import trace_figures, trace_results
+from experiments import common, trace_figures, trace_results
 from experiments.trace_figures import MAPS
 from jaxedit.trace import effects
 from jaxedit.types import InputError, Progress, silent
@@ -150,7 +150,5 @@ def save(
       )
       figure.savefig(out, format=ending, **options)
   for ending in formats:
-    trace_results.write_bytes(
-        folder / f'{name}.{ending}', drawn[ending].getvalue()
-    )
+    common.write_bytes(folder / f'{name}.{ending}', drawn[ending].getvalue())
   return drawn['svg'].getvalue().decode('utf-8')

@@ -15,17 +15,15 @@ Nothing here reads a flag, runs a model or draws.
 from __future__ import annotations
 
 import io
-import os
 import pathlib
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments import common
 from jaxedit.eval.known_facts import Fact
 from jaxedit.trace import causal, effects
-from jaxedit.types import InputError
 
 LAST_SUBJECT = effects.CLASSES.index('last subject token')
 _LISTED = 5  # facts left out that are told at once; results.json has all
@@ -221,31 +219,7 @@ def write_arrays(path: pathlib.Path, found: Sequence[Found]) -> None:
       arrays[f'{name}/{kind}'] = np.asarray(grid, np.float64)
   out = io.BytesIO()
   np.savez_compressed(out, **arrays)
-  write_bytes(path, out.getvalue())
-
-
-def write_bytes(path: pathlib.Path, blob: bytes) -> None:
-  """Writes a file atomically.
-
-  Raises:
-    InputError: it cannot be written.
-  """
-  temporary = None
-  try:
-    handle, temporary = tempfile.mkstemp(
-        dir=path.parent, prefix=f'.{path.name}'
-    )
-    with os.fdopen(handle, 'wb') as f:
-      f.write(blob)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
-  except OSError as e:
-    raise InputError(
-        f'{path}: cannot be written ({e.strerror}); make room there'
-    ) from e
-  finally:
-    if temporary is not None:
-      pathlib.Path(temporary).unlink(missing_ok=True)
+  common.write_bytes(path, out.getvalue())
 
 
 def summary_lines(
