@@ -413,7 +413,11 @@ class BaselineTest(absltest.TestCase):
     ):  # fmt: skip
       self.assertIn(words, section)
     self.assertNotIn('contexts', section)
-    self.assertLen(benchmark_report.plot(results, folder), 1)
+    lines = benchmark_report.plot(results, folder)
+    self.assertEqual(
+        lines, [f'plot: {folder / name}' for name in ('time.png', 'time.svg')]
+    )
+    self.assertGreater((folder / 'time.png').stat().st_size, 1000)
 
   def results(self, config, setup, stages, found):
     ceilings = dict.fromkeys(('float32', 'float64'), 1e11)
