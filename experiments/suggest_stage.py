@@ -91,7 +91,22 @@ def check_flags() -> list[str]:
     problems.append('--suggest_layers needs the kind hidden; add it to --kinds')
   if FLAGS.probe_data is None and FLAGS.prompt is not None:
     problems.append('--suggest_layers: name facts to try with --probe_data')
+  if problems:
+    return problems
+  # Both are needed after the traces only; layer 0 is part of every search.
+  for check in (lambda: resources.check_flags(_recipe((0,))), _given_contexts):
+    try:
+      check()
+    except InputError as e:
+      problems += e.problems
   return problems
+
+
+def _given_contexts() -> tuple[str, ...]:
+  """The context templates that flags name, if they do."""
+  if not FLAGS.context_templates:
+    return ()
+  return tuple(templates.load_templates(FLAGS.context_templates))
 
 
 def read_records(model: loading.Model, words: Any) -> datasets.Loaded:
@@ -207,10 +222,9 @@ def _prepare(
       batch_size=len(loaded.records),
   )
   recipe = _recipe(range(top + 1))
-  if FLAGS.context_templates:
-    contexts = tuple(templates.load_templates(FLAGS.context_templates))
-  else:
-    contexts = resources.sample_templates(model, words, FLAGS.seed)
+  contexts = _given_contexts() or resources.sample_templates(
+      model, words, FLAGS.seed
+  )
   bench = editing.encode_facts(bench, contexts, recipe.anchor)
   bench = editing.shape(bench, None)
   judge = functools.partial(

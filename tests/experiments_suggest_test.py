@@ -169,6 +169,9 @@ class ProgramTest(parameterized.TestCase):
       (dict(method='rome', moment_weight=None), 'searched with memit'),
       (dict(probe_widths='0'), 'give numbers of layers'),
       (dict(kinds='mlp'), 'needs the kind hidden'),
+      (dict(moments='none.safetensors'), 'no such file; collect'),
+      (dict(context_templates='none.json'), 'none.json'),
+      (dict(ridge=1), '--ridge is no setting of memit'),
       (dict(probe_skip=3), 'leave 1 after --probe_skip=3'),
   )
   def test_says_what_is_wrong(self, given, sentence):

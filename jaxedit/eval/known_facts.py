@@ -159,7 +159,7 @@ class _Converter:
       return [], [fields.faults]
     fact = Fact(
         number=entry.number,
-        id=parts.get('id') or entry.id,
+        id=entry.id,
         prompt=cloze,
         subject=parts['subject'].strip(),
         attribute=parts['attribute'].strip(),
@@ -172,16 +172,12 @@ def _known(fields: formats.Fields) -> dict[str, Any]:
   subject = fields.text('subject')
   # Some templates lack the last words of their prompt.
   template = fields.text('template', optional=True)
-  parts = {
+  return {
       'prompt': fields.text('prompt', optional=bool(template)) or template,
       'subject': subject,
       'attribute': fields.text('attribute'),
       'template': template,
   }
-  given = fields.data.get('known_id')
-  if isinstance(given, str | int) and not isinstance(given, bool):
-    parts['id'] = locate.valid_unicode(str(given))
-  return parts
 
 
 def _edited(

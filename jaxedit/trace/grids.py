@@ -70,7 +70,8 @@ class Grids:
     plans = {k.name: self._plan(groups, k) for k in self.kinds}
     for number, group in enumerate(groups):
       found = self._tables(group)
-      low = np.asarray(found.low).reshape(group.size, self.draws, -1)
+      high, low = np.asarray(found.high), np.asarray(found.low)
+      low = low.reshape(group.size, self.draws, -1)
       scores = {}
       for kind in self.kinds:
         shape, rows = plans[kind.name]
@@ -86,7 +87,7 @@ class Grids:
         k = len(case.labels)
         yield index, Traced(
             labels=case.labels,
-            high=float(_score(np.asarray(found.high)[i, :k])),
+            high=float(_score(high[i, :k])),
             low=float(np.mean(_score(low[i, :, :k]))),
             scores={name: grid[i] for name, grid in scores.items()},
         )
@@ -122,7 +123,7 @@ class Grids:
     )
 
   def _plan(self, groups: Sequence[Group], kind: Kind) -> Any:
-    """(shape of all tiles, (rows, their lengths, tiles) of every group)."""
+    """(shape of all tiles, (rows, tiles) of every group)."""
     rows = [self._rows(group, kind) for group in groups]
     sizes = [(length, mine.entry) for mine, length in rows]
     places = cells_lib.choose_places(sizes, self.places)
