@@ -32,7 +32,6 @@ from experiments import (
     benchmark_torch,
     common,
     editing,
-    suggest,
     suggest_stage,
     trace_costs,
     trace_page,
@@ -355,6 +354,7 @@ def _run(clock: editing.Clock) -> None:
   probed = None
   if FLAGS.suggest_layers:
     probed = suggest_stage.read_records(model, words)
+    suggest_stage.check_proposal(model, probed)
   asked = trace_stages.encode(words, loaded.records)
   level = trace_stages.noise_level(config, model, asked)
   with clock('complete'):
@@ -385,11 +385,11 @@ def _run(clock: editing.Clock) -> None:
         facts=0 if config.last_only else config.fact_plots, progress=bar,
     )  # fmt: skip
   if FLAGS.suggest_layers:
-    tries = suggest_stage.run(
+    lines = suggest_stage.run(
         model, words, probed, averages,
         folder=folder, clock=clock, formats=config.formats,
     )  # fmt: skip
-    print('\n'.join(['', *suggest.table(tries)]))
+    print('\n'.join(['', *lines]))
   effort = trace_costs.work(
       model.spec, found, config.kinds, config.draws, config.last_only
   )

@@ -5,15 +5,19 @@ See `suggest` for how layers are searched. Written to the output folder:
   suggested.flags  settings for memit_batch
   suggest.json     all tries, the best first, and what they were measured on
   plots/suggest.*  scores and effects by layer
+
+With --proposal, the suggest.json of an earlier search, the layers that it found
+are compared with the best that is found here, on facts that the search never saw.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
@@ -29,6 +33,22 @@ FLAGS = flags.FLAGS
 
 FILES = ('suggested.flags', 'suggest.json')
 _LAST_SUBJECT = effects.CLASSES.index('last subject token')
+
+
+class Proposal(NamedTuple):
+  """What an earlier search found.
+
+  Attributes:
+    path: its suggest.json.
+    layers: the best.
+    facts: what it was searched on, as `_write` writes it.
+    model_hash: of the model.
+  """
+
+  path: str
+  layers: tuple[int, ...]
+  facts: Mapping[str, Any]
+  model_hash: str
 
 
 def define_flags() -> None:
@@ -58,6 +78,13 @@ def define_flags() -> None:
   )
   flags.DEFINE_list(
       'probe_widths', '1,5', 'Numbers of layers that are edited together.'
+  )
+  flags.DEFINE_string(
+      'proposal',
+      None,
+      'suggest.json of an earlier search: its layers are compared with the best'
+      ' that is found here (with --probe=all: the best there is) on the facts'
+      ' tried here, which must be others; see --probe_skip.',
   )
   flags.DEFINE_string(
       'context_templates',
@@ -93,8 +120,13 @@ def check_flags() -> list[str]:
     problems.append('--suggest_layers: name facts to try with --probe_data')
   if problems:
     return problems
-  # Both are needed after the traces only; layer 0 is part of every search.
-  for check in (lambda: resources.check_flags(_recipe((0,))), _given_contexts):
+  # All are needed after the traces only; layer 0 is part of every search.
+  checks = (
+      lambda: resources.check_flags(_recipe((0,))),
+      _given_contexts,
+      _given_proposal,
+  )
+  for check in checks:
     try:
       check()
     except InputError as e:
@@ -107,6 +139,52 @@ def _given_contexts() -> tuple[str, ...]:
   if not FLAGS.context_templates:
     return ()
   return tuple(templates.load_templates(FLAGS.context_templates))
+
+
+def _given_proposal() -> Proposal | None:
+  """What the search found that --proposal names."""
+  path = FLAGS.proposal
+  if not path:
+    return None
+  try:
+    found = json.loads(pathlib.Path(path).read_text('utf-8'))
+    layers = tuple(map(int, found['tries'][0]['layers']))
+    return Proposal(path, layers, found['facts'], found['model_hash'])
+  except OSError as e:
+    raise InputError(f'--proposal={path}: {e.strerror}') from e
+  except (ValueError, LookupError, TypeError) as e:
+    raise InputError(
+        f'--proposal={path}: is no suggest.json ({e!r}); give the one that an'
+        ' earlier --suggest_layers wrote'
+    ) from e
+
+
+def check_proposal(model: loading.Model, loaded: datasets.Loaded) -> None:
+  """Checks that --proposal, if given, can be judged on these facts.
+
+  Args:
+    model: the model.
+    loaded: of `read_records`.
+
+  Raises:
+    InputError: it was found for another model, or on some of the same facts.
+  """
+  proposal = _given_proposal()
+  if proposal is None:
+    return
+  problems = []
+  if proposal.model_hash != model.hash:
+    problems.append('was found for another model')
+  numbers = {record.number for record in loaded.records}
+  shared = numbers & set(proposal.facts['numbers'])
+  if shared and proposal.facts['sha256'] == loaded.sha256:
+    problems.append(
+        f'was found on {len(shared)} of the {len(numbers)} facts that would'
+        ' judge it; pass over them with --probe_skip, or name other facts with'
+        ' --probe_data'
+    )
+  if problems:
+    raise InputError(*(f'--proposal={proposal.path}: {x}' for x in problems))
 
 
 def read_records(model: loading.Model, words: Any) -> datasets.Loaded:
@@ -162,7 +240,7 @@ def run(
     folder: pathlib.Path,
     clock: editing.Clock,
     formats: Sequence[str],
-) -> list[suggest.Tried]:
+) -> list[str]:
   """Searches, and writes what was found.
 
   Args:
@@ -175,7 +253,7 @@ def run(
     formats: of the plot; none to draw nothing.
 
   Returns:
-    All tries, the best first.
+    What was found, as lines to print.
 
   Raises:
     InputError: moments cannot be used, or the traces show nothing.
@@ -199,12 +277,38 @@ def run(
     total = len(suggest.windows(anchors, widths))
     with common.progress_bar('probe', total, 'try') as done:
       tries = suggest.search(prober, anchors, top=top, widths=widths, done=done)
-  _write(folder, bench, tries, subject, top)
+    judged = _judge(prober, tries)
+  _write(folder, bench, tries, subject, top, judged)
   if formats:
     places = [folder / 'plots' / f'suggest.{ending}' for ending in formats]
     places[0].parent.mkdir(exist_ok=True)
     suggest.draw(tries, subject, places)
-  return tries
+  lines = suggest.table(tries)
+  if judged:
+    lines.append(
+        '{name}: score {score:.3f}, {difference:.3f} below the best here, 95%'
+        ' interval {low:.3f} to {high:.3f}, {facts} facts'.format(
+            name=FLAGS.proposal, facts=len(records.records), **judged
+        )
+    )
+  return lines
+
+
+def _judge(
+    prober: suggest.Prober, tries: Sequence[suggest.Tried]
+) -> dict[str, Any] | None:
+  """Compares what was proposed with the best that was tried."""
+  proposal = _given_proposal()
+  if proposal is None:
+    return None
+  known = {one.layers: one for one in tries}
+  mine = known.get(proposal.layers) or prober(proposal.layers)
+  return {
+      'layers': list(mine.layers),
+      **mine.metrics,
+      **suggest.compare(mine, tries[0], seed=FLAGS.seed),
+      'searched_on': dict(proposal.facts),
+  }
 
 
 def _prepare(
@@ -245,6 +349,7 @@ def _write(
     tries: Sequence[suggest.Tried],
     subject: Mapping[str, np.ndarray],
     top: int,
+    judged: Mapping[str, Any] | None,
 ) -> None:
   """Writes suggest.json and suggested.flags."""
   best, found = tries[0], bench.loaded
@@ -262,6 +367,7 @@ def _write(
           },
           'effects': {k: list(map(number, v)) for k, v in subject.items()},
           'last_anchor': top,
+          'proposal': judged,
           'facts': {
               'source': str(found.source),
               'sha256': found.sha256,

@@ -144,6 +144,7 @@ class ProgramTest(parameterized.TestCase):
     )
     self.assertEqual(done.code, 0, done.err)
     found = json.loads((done.folder / 'suggest.json').read_text())
+    self.assertIsNone(found['proposal'])
     self.assertEqual(found['facts']['numbers'], [2, 3, 4])
     layers = [one['layers'] for one in found['tries']]
     self.assertCountEqual(layers, [[0], [1], [2], [0, 1], [1, 2]])
@@ -164,6 +165,29 @@ class ProgramTest(parameterized.TestCase):
           results['metrics']['post'][name], found['tries'][0][name], msg=name
       )
 
+  def test_judges_a_proposal_on_other_facts(self):
+    same = dict(probe='all', probe_widths='1', probe_facts=2)
+    done = self.suggest(**same)
+    self.assertEqual(done.code, 0, done.err)
+    path = done.folder / 'suggest.json'
+    judged = self.suggest(**same, probe_skip=2, proposal=path)
+    self.assertEqual(judged.code, 0, judged.err)
+    self.assertIn('below the best here', judged.out)
+    proposed = json.loads(path.read_text())['tries'][0]['layers']
+    found = json.loads((judged.folder / 'suggest.json').read_text())
+    known = {tuple(t['layers']): t['score'] for t in found['tries']}
+    mine = found['proposal']
+    self.assertEqual(mine['layers'], proposed)
+    self.assertEqual(mine['score'], known[tuple(proposed)])
+    self.assertAlmostEqual(
+        mine['difference'], found['tries'][0]['score'] - mine['score']
+    )
+    self.assertLessEqual(mine['low'], mine['difference'])
+    self.assertEqual(mine['searched_on']['numbers'], [1, 2])
+    overlapping = self.suggest(**same, probe_skip=1, proposal=path)
+    self.assertEqual(overlapping.code, 2)
+    self.assertIn('found on 1 of the 2 facts', overlapping.err)
+
   @parameterized.parameters(
       (dict(layers='1'), '--layers is what --suggest_layers finds'),
       (dict(method='rome', moment_weight=None), 'searched with memit'),
@@ -172,6 +196,7 @@ class ProgramTest(parameterized.TestCase):
       (dict(moments='none.safetensors'), 'no such file; collect'),
       (dict(context_templates='none.json'), 'none.json'),
       (dict(ridge=1), '--ridge is no setting of memit'),
+      (dict(proposal='none.json'), '--proposal=none.json: No such file'),
       (dict(probe_skip=3), 'leave 1 after --probe_skip=3'),
   )
   def test_says_what_is_wrong(self, given, sentence):
