@@ -15,6 +15,8 @@ other. In --output_dir:
   facts.jsonl   one line a fact: tokens, p(answer) clean and corrupted, best
   traces.npz    every p(answer) of the grids, see `trace_results`
   plots/        average_*, average_map_*, severed, fact_<number>_*; PNG, SVG
+
+A run that was stopped is continued by the same command.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from experiments import (
     trace_results,
     trace_stages,
     trace_torch,
+    unfinished,
 )
 from jaxedit.eval import known_facts, reading
 from jaxedit.models import hub, loading
@@ -367,10 +370,19 @@ def _run(clock: editing.Clock) -> None:
   ):
     print(line, file=sys.stderr)
   common.clear(folder, stale(folder))
-  before = clock.seconds['compile']
+  kept = unfinished.Unfinished(folder, trace_stages.about(config, model))
   with clock('trace'):
-    results = trace_stages.trace(config, model, picked, level, progress=bar)
-  seconds = clock.seconds['trace'] - (clock.seconds['compile'] - before)
+    results, seconds = trace_stages.trace(
+        config,
+        model,
+        picked,
+        level,
+        kept=kept,
+        timer=lambda: time.monotonic() - clock.seconds['compile'],
+        progress=bar,
+    )
+  if kept.found:
+    print(f'note: continued; {kept.found} traces were kept', file=sys.stderr)
   found, lost = trace_stages.collect(words, picked, results)
   kinds = [kind.name for kind in config.kinds]
   averages = trace_results.averages(found, kinds, config.last_only)
@@ -387,7 +399,7 @@ def _run(clock: editing.Clock) -> None:
   if FLAGS.suggest_layers:
     lines = suggest_stage.run(
         model, words, probed, averages,
-        folder=folder, clock=clock, formats=config.formats,
+        folder=folder, kept=kept, clock=clock, formats=config.formats,
     )  # fmt: skip
     print('\n'.join(['', *lines]))
   effort = trace_costs.work(
@@ -408,6 +420,7 @@ def _run(clock: editing.Clock) -> None:
   page = trace_page.page(results, rows, drawn)
   common.write_text(folder / 'index.html', page)
   common.write_json(folder / 'results.json', results)
+  kept.clear()
   print('\n'.join(trace_results.summary_lines(found, averages, effort)))
   print(
       f'\n{len(found)} facts in {clock.seconds["total"]:.0f} s; results in'

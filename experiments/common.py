@@ -44,6 +44,9 @@ _PACKAGES = (
 
 DTYPES = ('float32', 'bfloat16')
 
+# Folder of a run that has not ended, in its output folder; see `unfinished`.
+UNFINISHED = 'unfinished'
+
 
 def define_model_flags() -> None:
   """Defines the flags that choose and load a model."""
@@ -241,12 +244,13 @@ def claim_folder(path: str, overwrite: bool) -> pathlib.Path:
     The folder, which exists and is writable.
 
   Raises:
-    InputError: it holds files already, or cannot be written.
+    InputError: it holds files already, other than those of a run that did not
+      end, or cannot be written.
   """
   folder = pathlib.Path(path)
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    used = any(folder.iterdir())
+    used = any(folder.iterdir()) and not (folder / UNFINISHED).is_dir()
     with tempfile.TemporaryFile(dir=folder):
       pass
   except OSError as e:

@@ -480,7 +480,7 @@ def _prepare(
     require_factors(bench.model.spec, recipe, bench.frame.states)
   editor = task.editor(bench.model.spec, recipe)
   if FLAGS.states:
-    facts = states.about(bench.model.hash, FLAGS.dtype, recipe)
+    facts = states.about(bench.model, recipe)
     editor = states.kept(editor, FLAGS.states, facts)
   with clock('factor'):
     state = editor.init(bench.model.params, given)

@@ -21,21 +21,21 @@ import safetensors.numpy
 
 from experiments import common
 from jaxedit.edit.base import Editor
+from jaxedit.models import loading
 from jaxedit.text.batching import EncodedEdit
 from jaxedit.types import InputError, Targets
 
 
-def about(model_hash: str, dtype: str, recipe: Any) -> dict[str, Any]:
+def about(model: loading.Model, recipe: Any) -> dict[str, Any]:
   """What states depend on, beside the edits.
 
   Args:
-    model_hash: of the unedited model.
-    dtype: of its weights in memory.
+    model: the unedited model.
     recipe: the method.
   """
   return {
-      'model': model_hash,
-      'dtype': dtype,
+      'model': model.hash,
+      'dtype': str(model.params['embed']['embedding'].dtype),
       'layer': int(recipe.layers[-1]),
       'output': getattr(recipe, 'output', 'block'),
       'value': recipe.value._asdict(),

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import editing
+from experiments import editing, states, unfinished
 from jaxedit import values
 from jaxedit.edit import closed_form
 from jaxedit.edit.recipe import Recipe, State
@@ -65,6 +65,7 @@ class Prober:
       moments: Moments,
       *,
       judge: Callable[..., Any],
+      kept: unfinished.Unfinished,
       progress: Progress,
   ):
     """Makes a prober.
@@ -74,10 +75,11 @@ class Prober:
       recipe: the method; its layers are replaced.
       moments: of all layers that may be tried.
       judge: (bench, outcome, base) -> evaluation.
+      kept: states of an earlier run that was stopped, and a place for these.
       progress: of the optimisation.
     """
     self._bench, self._recipe, self._moments = bench, recipe, moments
-    self._judge, self._progress = judge, progress
+    self._judge, self._kept, self._progress = judge, kept, progress
     self._base = judge(bench, None, None)
     self._targets: dict[int, Targets] = {}
     self._metrics: dict[int, Any] = {}
@@ -103,18 +105,32 @@ class Prober:
   def _states(self, anchor: int) -> Targets:
     """The optimised states of an anchor."""
     if anchor not in self._targets:
-      model = self._bench.model
-      self._targets[anchor], _ = values.optimize(
-          model.spec,
-          model.params,
-          self._bench.encoded,
-          layer=anchor,
-          schedule=self._recipe.value,
-          output=self._recipe.output,
-          frame=self._bench.frame,
-          progress=self._progress,
-      )
+      bench = self._bench
+      recipe = dataclasses.replace(self._recipe, layers=(anchor,))
+      facts = states.about(bench.model, recipe)
+      about = states.fingerprint(facts, bench.encoded)
+      arrays = self._kept.load(about)
+      if arrays is None:
+        found = self._optimize(anchor)
+        self._kept.save(vars(found), about)
+      else:
+        found = Targets(**arrays)
+      self._targets[anchor] = found
     return self._targets[anchor]
+
+  def _optimize(self, anchor: int) -> Targets:
+    """Optimises the states of an anchor."""
+    bench = self._bench
+    return values.optimize(
+        bench.model.spec,
+        bench.model.params,
+        bench.encoded,
+        layer=anchor,
+        schedule=self._recipe.value,
+        output=self._recipe.output,
+        frame=bench.frame,
+        progress=self._progress,
+    )[0]
 
   def _metric(self, layer: int) -> Any:
     """The factored metric of a layer."""

@@ -22,7 +22,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 
-from experiments import common, editing, methods, resources, suggest
+from experiments import (
+    common,
+    editing,
+    methods,
+    resources,
+    suggest,
+    unfinished,
+)
 from jaxedit.eval import datasets, harness
 from jaxedit.models import loading
 from jaxedit.text import templates
@@ -238,6 +245,7 @@ def run(
     averages: Mapping[str, effects.Average],
     *,
     folder: pathlib.Path,
+    kept: unfinished.Unfinished,
     clock: editing.Clock,
     formats: Sequence[str],
 ) -> list[str]:
@@ -249,6 +257,7 @@ def run(
     records: of `read_records`.
     averages: kind -> effects of the traces.
     folder: where to write.
+    kept: states of an earlier run that was stopped, and a place for these.
     clock: stages are timed here.
     formats: of the plot; none to draw nothing.
 
@@ -271,7 +280,7 @@ def run(
     top = suggest.last_read(subject['hidden'])
     anchors = suggest.first_anchors(subject['hidden'], subject.get('mlp'))
   with clock('probe_prepare'):
-    bench, prober = _prepare(model, words, records, top, folder)
+    bench, prober = _prepare(model, words, records, top, folder, kept)
   with clock('probe'):
     # The search adds a few to those of its first round.
     total = len(suggest.windows(anchors, widths))
@@ -317,6 +326,7 @@ def _prepare(
     loaded: datasets.Loaded,
     top: int,
     folder: pathlib.Path,
+    kept: unfinished.Unfinished,
 ) -> tuple[editing.Workbench, suggest.Prober]:
   """Encodes facts, and finds templates and moments."""
   bench = editing.Workbench(
@@ -338,7 +348,12 @@ def _prepare(
   )
   moments = resources.find_moments(model, words, recipe, folder)
   prober = suggest.Prober(
-      bench, recipe, moments, judge=judge, progress=common.progress_bar
+      bench,
+      recipe,
+      moments,
+      judge=judge,
+      kept=kept,
+      progress=common.progress_bar,
   )
   return bench, prober
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from experiments import trace_plots, trace_results
+from experiments import trace_plots, trace_results, unfinished
 from jaxedit.eval import known_facts
 from jaxedit.models import loading
 from jaxedit.text import locate
@@ -27,6 +28,7 @@ from jaxedit.types import InputError, Progress, silent
 MODES = {'add': 'add', 'replace': 'set'}
 _NOT_FINITE = 'has probabilities that are not finite'
 _BATCH = 64  # prompts that are completed at a time, at least
+_GRID = 'scores/'  # before the kind, among the arrays of a result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,8 +224,10 @@ def trace(
     picked: Sequence[Asked],
     level: noise.Noise,
     *,
+    kept: unfinished.Unfinished,
+    timer: Callable[[], float] = time.monotonic,
     progress: Progress = silent,
-) -> list[causal.Traced]:
+) -> tuple[list[causal.Traced], float]:
   """Traces facts; severed kinds always at the last subject token alone.
 
   Args:
@@ -231,35 +235,104 @@ def trace(
     model: the model.
     picked: facts with the model's answers, which are scored.
     level: of the noise.
+    kept: results of an earlier run that was stopped, and a place for these.
+    timer: tells seconds.
     progress: told of cells.
 
   Returns:
-    One result a fact.
+    (one result a fact, seconds that all of them took, whenever that was).
   """
   all_cases = cases(config, picked, level, model.spec.width)
-  last = [(one.span[1] - 1,) for one in picked]
-  parts = []
+  parts, seconds = [], 0.0
   for restricted in (False, True):
-    tokens = last if restricted else None
     kinds = [k for k in config.kinds if alone(config, k) == restricted]
     if kinds:
-      parts.append(
-          causal.trace(
-              model.spec,
-              model.params,
-              all_cases,
-              kinds=kinds,
-              mode=MODES[config.mode],
-              tokens=tokens,
-              progress=progress,
-          )
+      run = functools.partial(
+          causal.trace,
+          model.spec,
+          model.params,
+          kinds=kinds,
+          mode=MODES[config.mode],
+          progress=progress,
       )
+      tokens = None
+      if restricted:
+        tokens = [(case.end - 1,) for case in all_cases]
+      found, spent = _trace(run, all_cases, tokens, kept, timer)
+      parts.append(found)
+      seconds += spent
   return [
       same[0]._replace(
           scores={k: grid for one in same for k, grid in one.scores.items()}
       )
       for same in zip(*parts)
-  ]
+  ], seconds
+
+
+def _trace(
+    run: Callable[..., list[causal.Traced]],
+    all_cases: Sequence[causal.Case],
+    tokens: Sequence[Sequence[int]] | None,
+    kept: unfinished.Unfinished,
+    timer: Callable[[], float],
+) -> tuple[list[causal.Traced], float]:
+  """Traces what is not at hand, and keeps it; see `trace`."""
+
+  def about(i: int) -> tuple[Any, ...]:
+    ids, first, end, drawn, labels = all_cases[i]
+    return ids, [first, end], drawn, labels, tokens and list(tokens[i])
+
+  def keep(i: int, result: causal.Traced) -> None:
+    nonlocal last
+    now = timer()
+    kept.save(_packed(result, now - last), *about(missing[i]))
+    spent.append(now - last)
+    last = now
+
+  at_hand = [kept.load(*about(i)) for i in range(len(all_cases))]
+  spent = [float(arrays['seconds'][0]) for arrays in at_hand if arrays]
+  missing = [i for i, arrays in enumerate(at_hand) if arrays is None]
+  last = timer()
+  fresh = run(
+      [all_cases[i] for i in missing],
+      tokens=tokens and [tokens[i] for i in missing],
+      found=keep,
+  )
+  waiting = iter(fresh)
+  results = [next(waiting) if x is None else _unpacked(x) for x in at_hand]
+  return results, sum(spent)
+
+
+def about(config: Config, model: loading.Model) -> dict[str, Any]:
+  """What the results of all facts depend on, as plain JSON types."""
+  dtype = model.params['embed']['embedding'].dtype
+  return {
+      'model': model.hash,
+      'dtype': str(dtype),
+      'kinds': [list(kind) for kind in config.kinds],
+      'mode': config.mode,
+  }
+
+
+def _packed(result: causal.Traced, seconds: float) -> dict[str, np.ndarray]:
+  """A result as named arrays, and the seconds that it took."""
+  return {
+      'seconds': np.array([seconds]),
+      'labels': result.labels,
+      'effect': np.array([result.high, result.low]),
+      **{f'{_GRID}{kind}': grid for kind, grid in result.scores.items()},
+  }
+
+
+def _unpacked(arrays: Mapping[str, np.ndarray]) -> causal.Traced:
+  """What was packed."""
+  high, low = map(float, arrays['effect'])
+  grids = {
+      name.removeprefix(_GRID): grid
+      for name, grid in arrays.items()
+      if name.startswith(_GRID)
+  }
+  return causal.Traced(arrays['labels'], high, low, grids)
 
 
 def cases(

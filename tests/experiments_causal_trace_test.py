@@ -29,6 +29,7 @@ from experiments import (
     trace_plots,
     trace_results,
     trace_stages,
+    unfinished,
 )
 from jaxedit.eval import known_facts
 from jaxedit.models import loading, tokenizer
@@ -338,6 +339,45 @@ class OtherRunsTest(absltest.TestCase):
     self.assertGreater(work['torch']['wall_ratio'], 0)
     self.assertIn('times as long', done.out)
 
+  def test_goes_on_where_it_was_stopped(self):
+    folder, given = SETUP.path('out'), dict(kinds='hidden,severed_mlp')
+    given |= dict(output_dir=folder, keep_wrong=True)
+    save = unfinished.Unfinished.save
+    kept = []
+
+    def stop(self, arrays, *parts):
+      if len(kept) == 4:  # all three facts hidden, one of them severed
+        raise KeyboardInterrupt
+      save(self, arrays, *parts)
+      kept.append(arrays)
+
+    with mock.patch.object(unfinished.Unfinished, 'save', stop):
+      self.assertEqual(SETUP.run(**given).code, 130)
+    self.assertFalse((folder / 'results.json').exists())
+    traced = []
+
+    def count(self, arrays, *parts):
+      save(self, arrays, *parts)
+      traced.append(arrays)
+
+    with mock.patch.object(unfinished.Unfinished, 'save', count):
+      done = SETUP.run(**given)
+    self.assertEqual(done.code, 0, done.err)
+    self.assertIn('continued; 4 traces were kept', done.err)
+    self.assertLen(traced, 2)
+    self.assertFalse((folder / common.UNFINISHED).exists())
+    spent = sum(one['seconds'].item() for one in [*kept, *traced])
+    self.assertAlmostEqual(results_in(folder)['work']['seconds'], spent)
+    whole = SETUP.run(**(given | dict(output_dir=SETUP.path('out'))))
+    arrays, wanted = (
+        np.load(x / 'traces.npz') for x in (folder, whole.folder)
+    )
+    for name in wanted.files:
+      np.testing.assert_allclose(arrays[name], wanted[name], atol=1e-6)
+    refused = SETUP.run(**given)
+    self.assertEqual(refused.code, 2)
+    self.assertIn('already has files', refused.err)
+
   def test_wrong_ones_and_replacing(self):
     folder = SETUP.path('out')
     settings = dict(
@@ -508,6 +548,13 @@ class KnownFactsTest(parameterized.TestCase):
     self.assertEqual(loaded.records[0].attribute, 'Paris')
     with self.assertRaisesRegex(InputError, 'does not say what is true'):
       self.load({'prompt': '{} is', 'subject': 'Ada', 'target_new': 'here'})
+
+  def test_names_what_a_fact_lacks(self):
+    for record in ({}, known('Ada is', 'Ada', 'a', 1)):
+      record = {'prompt': 'Ada is', 'subject': 'Ada'} | record
+      record.pop('attribute', None)
+      with self.assertRaisesRegex(InputError, "field 'attribute' is missing"):
+        self.load(record)
 
   def test_real_file(self):
     loaded = known_facts.load_facts(data_path('known_facts.jsonl'))

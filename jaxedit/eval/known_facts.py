@@ -37,8 +37,13 @@ KNOWN = 'known'
 LIBRARY = reading.Library(
     content='facts',
     demo=datasets.LIBRARY.demo,
-    signs={KNOWN: frozenset({'attribute'}), **datasets.LIBRARY.signs},
-    needs='prompt, subject and target_new',
+    # Facts to edit have an object to write; what has none is a known fact.
+    signs={
+        **datasets.LIBRARY.signs,
+        'jaxedit': frozenset({'target_new'}),
+        KNOWN: frozenset({'attribute', 'known_id', 'prompt'}),
+    },
+    needs='prompt, subject and attribute',
 )
 FORMATS = tuple(LIBRARY.signs)
 

@@ -25,7 +25,7 @@ all corrupted runs are the same.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -44,7 +44,7 @@ from jaxedit.types import Params, Progress, silent
 # Tokens that a device runs at a time; and memory for the tables of a group.
 _PLACES = {'cpu': 1024}
 _ACCELERATOR_PLACES = 8192
-_TABLE_BYTES = 2 * 2**30
+_TABLE_BYTES = 2**29
 
 
 class Prediction(NamedTuple):
@@ -115,6 +115,7 @@ def trace(
     tokens: Sequence[Sequence[int]] | None = None,
     places: int | None = None,
     progress: Progress = silent,
+    found: Callable[[int, Traced], None] = lambda index, result: None,
 ) -> list[Traced]:
   """Traces prompts.
 
@@ -128,6 +129,8 @@ def trace(
       scored one; None for all of these.
     places: columns run at a time; chosen for the device unless given.
     progress: told of cells.
+    found: told of every result as soon as there is one: (index of its case,
+      result).
 
   Returns:
     One result a case.
@@ -144,14 +147,15 @@ def trace(
   places = places or _PLACES.get(jax.default_backend(), _ACCELERATOR_PLACES)
   lengths = np.array([len(case.ids) for case in cases])
   size = _group_size(spec, params, cases, kinds)
-  found = [Traced(case.labels, np.nan, np.nan, {}) for case in cases]
+  results = [Traced(case.labels, np.nan, np.nan, {}) for case in cases]
   total = len(kinds) * spec.layers * sum(map(len, wanted))
   with progress('trace', total, 'cell') as done:
     for same in by_width(groups(lengths, size)):
       grids = Grids(spec, params, cases, wanted, kinds, mode, places)
       for index, result in grids.run(same, done):
-        found[index] = result
-  return found
+        results[index] = result
+        found(index, result)
+  return results
 
 
 def _labelled(
