@@ -34,6 +34,7 @@ from experiments import (
     benchmark_torch,
     common,
     editing,
+    kept,
     suggest_stage,
     trace_costs,
     trace_page,
@@ -41,7 +42,6 @@ from experiments import (
     trace_results,
     trace_stages,
     trace_torch,
-    unfinished,
 )
 from jaxedit.eval import known_facts, reading
 from jaxedit.models import hub, loading
@@ -370,19 +370,19 @@ def _run(clock: editing.Clock) -> None:
   ):
     print(line, file=sys.stderr)
   common.clear(folder, stale(folder))
-  kept = unfinished.Unfinished(folder, trace_stages.about(config, model))
+  pieces = kept.unfinished(folder, trace_stages.about(config, model))
   with clock('trace'):
     results, seconds = trace_stages.trace(
         config,
         model,
         picked,
         level,
-        kept=kept,
+        kept=pieces,
         timer=lambda: time.monotonic() - clock.seconds['compile'],
         progress=bar,
     )
-  if kept.found:
-    print(f'note: continued; {kept.found} traces were kept', file=sys.stderr)
+  if pieces.found:
+    print(f'note: continued; {pieces.found} traces were kept', file=sys.stderr)
   found, lost = trace_stages.collect(words, picked, results)
   kinds = [kind.name for kind in config.kinds]
   averages = trace_results.averages(found, kinds, config.last_only)
@@ -399,7 +399,7 @@ def _run(clock: editing.Clock) -> None:
   if FLAGS.suggest_layers:
     lines = suggest_stage.run(
         model, words, probed, averages,
-        folder=folder, kept=kept, clock=clock, formats=config.formats,
+        folder=folder, kept=pieces, clock=clock, formats=config.formats,
     )  # fmt: skip
     print('\n'.join(['', *lines]))
   effort = trace_costs.work(
@@ -420,7 +420,7 @@ def _run(clock: editing.Clock) -> None:
   page = trace_page.page(results, rows, drawn)
   common.write_text(folder / 'index.html', page)
   common.write_json(folder / 'results.json', results)
-  kept.clear()
+  pieces.clear()
   print('\n'.join(trace_results.summary_lines(found, averages, effort)))
   print(
       f'\n{len(found)} facts in {clock.seconds["total"]:.0f} s; results in'

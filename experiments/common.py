@@ -44,7 +44,7 @@ _PACKAGES = (
 
 DTYPES = ('float32', 'bfloat16')
 
-# Folder of a run that has not ended, in its output folder; see `unfinished`.
+# Folder of a run that has not ended, in its output folder; see `kept`.
 UNFINISHED = 'unfinished'
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from experiments import common, editing, methods, resources, states
+from experiments import common, editing, kept, methods, resources, states
 from jaxedit import delta as delta_lib
 from jaxedit.edit.base import Editor
 from jaxedit.edit.recipe import Recipe, check_layers
@@ -452,6 +452,7 @@ class _Ready:
     judge: (bench, outcome, base) -> evaluation.
     protocol: what the numbers mean.
     parts: indices of the records whose changes are held at one time.
+    unfinished: states that are kept until the run ends.
   """
 
   bench: editing.Workbench
@@ -460,6 +461,7 @@ class _Ready:
   judge: Judge
   protocol: dict[str, Any]
   parts: list[list[int]]
+  unfinished: kept.Kept
 
 
 def _prepare(
@@ -479,9 +481,15 @@ def _prepare(
   if not bench.each:
     require_factors(bench.model.spec, recipe, bench.frame.states)
   editor = task.editor(bench.model.spec, recipe)
+  meaning = protocol(task, bench, recipe, settings, source)
+  unfinished = kept.unfinished(folder, meaning)
   if FLAGS.states:
-    facts = states.about(bench.model, recipe)
-    editor = states.kept(editor, FLAGS.states, facts)
+    place = kept.Kept(
+        pathlib.Path(FLAGS.states), states.about(bench.model, recipe)
+    )
+    editor = states.kept(editor, place)
+  else:
+    editor = states.kept(editor, unfinished, in_sequence=not bench.apart)
   with clock('factor'):
     state = editor.init(bench.model.params, given)
   return _Ready(
@@ -489,8 +497,9 @@ def _prepare(
       editor=editor,
       state=state,
       judge=task.judge(bench),
-      protocol=protocol(task, bench, recipe, settings, source),
+      protocol=meaning,
       parts=bench.parts(side),
+      unfinished=unfinished,
   )
 
 
@@ -510,12 +519,20 @@ def _run(task: Task, clock: editing.Clock) -> None:
   fluency = _perplexity(bench, None, 'pre', clock)
   outcome, post = _edit_parts(ready, pre, clock, folder)
   editing.require_some(outcome.info)
+  if ready.unfinished.found:
+    print(
+        f'note: continued; the states of {ready.unfinished.found} batches were'
+        ' kept',
+        file=sys.stderr,
+    )
   fluency |= _perplexity(bench, outcome, 'post', clock)
   evaluations = {'pre': pre, 'post': post}
   results: dict[str, Any] = {
       'protocol': ready.protocol,
       'work': editing.work_report(bench, outcome.info.work),
   }
+  if ready.unfinished.found:
+    results['continued'] = {'batches': ready.unfinished.found}
   if fluency:
     results['perplexity'] = fluency
   if FLAGS.save_model:
@@ -528,6 +545,7 @@ def _run(task: Task, clock: editing.Clock) -> None:
   write_results(
       folder, bench, outcome, evaluations, results=results, clock=clock
   )
+  ready.unfinished.clear()
   print('\n'.join(summary_lines(task, bench, pre, post, outcome.info)))
   if fluency:
     before, after = (fluency[k]['value'] for k in ('pre', 'post'))

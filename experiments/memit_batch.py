@@ -13,6 +13,8 @@ batches; evaluates the same records before and after. In --output_dir:
   templates.json      the context templates that were used
   moments.safetensors the second moments, if they were collected
   model/              with --save_model, the edited model, a Hugging Face folder
+
+A run that was stopped goes on with the same command, from its last whole batch.
 """
 
 from __future__ import annotations

@@ -1,29 +1,25 @@
-"""Keeps optimised states between runs, so that what follows can be tuned alone.
+"""Keeps optimised states, so that what follows can be tuned or run again alone.
 
 Optimising the states takes most of a run and depends on nothing that insertion
 does: not on the metric, its weight, the null space or the layers below the last.
-With --states=FOLDER a run whose states are there skips the optimisation. A file
-is found by all that the states depend on, so that none is ever taken for another:
-model, edits as ids, layer, output and settings.
+With --states=FOLDER a run whose states are there skips the optimisation. They are
+found by all that they depend on, so that none are ever taken for others: model,
+edits as ids, layer, output and settings.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import pathlib
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
-from experiments import common
+from experiments.kept import Kept
 from jaxedit.edit.base import Editor
 from jaxedit.models import loading
 from jaxedit.text.batching import EncodedEdit
-from jaxedit.types import InputError, Targets
+from jaxedit.types import Targets
 
 
 def about(model: loading.Model, recipe: Any) -> dict[str, Any]:
@@ -32,6 +28,9 @@ def about(model: loading.Model, recipe: Any) -> dict[str, Any]:
   Args:
     model: the unedited model.
     recipe: the method.
+
+  Returns:
+    Plain JSON types.
   """
   return {
       'model': model.hash,
@@ -42,66 +41,43 @@ def about(model: loading.Model, recipe: Any) -> dict[str, Any]:
   }
 
 
-def fingerprint(facts: dict[str, Any], edits: Sequence[EncodedEdit]) -> str:
-  """Names the states of edits; see `about`."""
-  digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+def parts_of(edits: Sequence[EncodedEdit]) -> list[Any]:
+  """Edits as `Kept` takes them."""
+  parts: list[Any] = []
   for edit in edits:
-    shape = (edit.anchors, edit.chunks, [len(row) for row in edit.rows])
-    digest.update(json.dumps(shape, default=int).encode())
-    for ids in (*edit.rows, edit.target, edit.kl):
-      digest.update(np.asarray(ids, np.int32).tobytes() + b';')
-  return digest.hexdigest()[:32]
+    parts.append([[int(x) for x in edit.anchors], len(edit.rows)])
+    parts.append([[int(x) for x in chunk] for chunk in edit.chunks or ()])
+    parts += [np.asarray(x, np.int32) for x in (*edit.rows, edit.target)]
+    parts.append(np.asarray(edit.kl, np.int32))
+  return parts
 
 
-def load(path: pathlib.Path) -> Targets | None:
-  """Reads states; None where there are none.
-
-  Raises:
-    InputError: the file is damaged.
-  """
-  if not path.is_file():
-    return None
-  try:
-    return Targets(**safetensors.numpy.load_file(path))
-  except (safetensors.SafetensorError, TypeError, ValueError) as e:
-    raise InputError(f'{path}: holds no states ({e}); delete it') from None
-
-
-def save(path: pathlib.Path, targets: Targets) -> None:
-  """Writes states atomically.
-
-  Raises:
-    InputError: they cannot be written.
-  """
-  arrays = {k: np.ascontiguousarray(v) for k, v in vars(targets).items()}
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-  except OSError as e:
-    raise InputError(
-        f'{path.parent}: cannot be made ({e.strerror}); name another folder'
-    ) from e
-  common.write_bytes(path, safetensors.numpy.save(arrays))
-
-
-def kept(editor: Editor, folder: str, facts: dict[str, Any]) -> Editor:
+def kept(editor: Editor, place: Kept, *, in_sequence: bool = False) -> Editor:
   """Makes an editor that keeps its states.
 
   Args:
     editor: the method.
-    folder: where they are kept.
-    facts: what they depend on, see `about`.
+    place: where; it depends on `about`.
+    in_sequence: whether each call edits the model that the last one left. Then
+      the place must depend on all that a run does, and states are those of the
+      same call of an earlier run. Otherwise the editor must be given the
+      unedited model every time.
 
   Returns:
-    The editor. It must be given the unedited model every time.
+    The editor.
   """
+  calls = itertools.count()
 
   def call(edit: Any) -> Any:
     def run(params, state, edits, **more):
-      path = pathlib.Path(folder, fingerprint(facts, edits) + '.safetensors')
-      found = load(path)
-      out = edit(params, state, edits, targets=found, **more)
-      if found is None and edits:
-        save(path, out[2].targets)
+      parts = parts_of(edits)
+      if in_sequence:
+        parts.append(next(calls))
+      arrays = place.load(*parts)
+      targets = Targets(**arrays) if arrays else None
+      out = edit(params, state, edits, targets=targets, **more)
+      if targets is None and edits:
+        place.save(vars(out[2].targets), *parts)
       return out
 
     return run

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import editing, states, unfinished
+from experiments import editing, states
+from experiments.kept import Kept
 from jaxedit import values
 from jaxedit.edit import closed_form
 from jaxedit.edit.recipe import Recipe, State
@@ -65,7 +66,7 @@ class Prober:
       moments: Moments,
       *,
       judge: Callable[..., Any],
-      kept: unfinished.Unfinished,
+      kept: Kept,
       progress: Progress,
   ):
     """Makes a prober.
@@ -107,12 +108,11 @@ class Prober:
     if anchor not in self._targets:
       bench = self._bench
       recipe = dataclasses.replace(self._recipe, layers=(anchor,))
-      facts = states.about(bench.model, recipe)
-      about = states.fingerprint(facts, bench.encoded)
-      arrays = self._kept.load(about)
+      about = states.about(bench.model, recipe), *states.parts_of(bench.encoded)
+      arrays = self._kept.load(*about)
       if arrays is None:
         found = self._optimize(anchor)
-        self._kept.save(vars(found), about)
+        self._kept.save(vars(found), *about)
       else:
         found = Targets(**arrays)
       self._targets[anchor] = found

@@ -28,8 +28,8 @@ from experiments import (
     methods,
     resources,
     suggest,
-    unfinished,
 )
+from experiments.kept import Kept
 from jaxedit.eval import datasets, harness
 from jaxedit.models import loading
 from jaxedit.text import templates
@@ -245,7 +245,7 @@ def run(
     averages: Mapping[str, effects.Average],
     *,
     folder: pathlib.Path,
-    kept: unfinished.Unfinished,
+    kept: Kept,
     clock: editing.Clock,
     formats: Sequence[str],
 ) -> list[str]:
@@ -326,7 +326,7 @@ def _prepare(
     loaded: datasets.Loaded,
     top: int,
     folder: pathlib.Path,
-    kept: unfinished.Unfinished,
+    kept: Kept,
 ) -> tuple[editing.Workbench, suggest.Prober]:
   """Encodes facts, and finds templates and moments."""
   bench = editing.Workbench(

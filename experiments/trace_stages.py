@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments import trace_plots, trace_results, unfinished
+from experiments import trace_plots, trace_results
+from experiments.kept import Kept
 from jaxedit.eval import known_facts
 from jaxedit.models import loading
 from jaxedit.text import locate
@@ -224,7 +225,7 @@ def trace(
     picked: Sequence[Asked],
     level: noise.Noise,
     *,
-    kept: unfinished.Unfinished,
+    kept: Kept,
     timer: Callable[[], float] = time.monotonic,
     progress: Progress = silent,
 ) -> tuple[list[causal.Traced], float]:
@@ -273,7 +274,7 @@ def _trace(
     run: Callable[..., list[causal.Traced]],
     all_cases: Sequence[causal.Case],
     tokens: Sequence[Sequence[int]] | None,
-    kept: unfinished.Unfinished,
+    kept: Kept,
     timer: Callable[[], float],
 ) -> tuple[list[causal.Traced], float]:
   """Traces what is not at hand, and keeps it; see `trace`."""

@@ -23,13 +23,13 @@ from absl.testing import absltest, parameterized
 from experiments import (
     causal_trace,
     common,
+    kept,
     trace_costs,
     trace_figures,
     trace_page,
     trace_plots,
     trace_results,
     trace_stages,
-    unfinished,
 )
 from jaxedit.eval import known_facts
 from jaxedit.models import loading, tokenizer
@@ -342,16 +342,16 @@ class OtherRunsTest(absltest.TestCase):
   def test_goes_on_where_it_was_stopped(self):
     folder, given = SETUP.path('out'), dict(kinds='hidden,severed_mlp')
     given |= dict(output_dir=folder, keep_wrong=True)
-    save = unfinished.Unfinished.save
-    kept = []
+    save = kept.Kept.save
+    saved = []
 
     def stop(self, arrays, *parts):
-      if len(kept) == 4:  # all three facts hidden, one of them severed
+      if len(saved) == 4:  # all three facts hidden, one of them severed
         raise KeyboardInterrupt
       save(self, arrays, *parts)
-      kept.append(arrays)
+      saved.append(arrays)
 
-    with mock.patch.object(unfinished.Unfinished, 'save', stop):
+    with mock.patch.object(kept.Kept, 'save', stop):
       self.assertEqual(SETUP.run(**given).code, 130)
     self.assertFalse((folder / 'results.json').exists())
     traced = []
@@ -360,13 +360,13 @@ class OtherRunsTest(absltest.TestCase):
       save(self, arrays, *parts)
       traced.append(arrays)
 
-    with mock.patch.object(unfinished.Unfinished, 'save', count):
+    with mock.patch.object(kept.Kept, 'save', count):
       done = SETUP.run(**given)
     self.assertEqual(done.code, 0, done.err)
     self.assertIn('continued; 4 traces were kept', done.err)
     self.assertLen(traced, 2)
     self.assertFalse((folder / common.UNFINISHED).exists())
-    spent = sum(one['seconds'].item() for one in [*kept, *traced])
+    spent = sum(one['seconds'].item() for one in [*saved, *traced])
     self.assertAlmostEqual(results_in(folder)['work']['seconds'], spent)
     whole = SETUP.run(**(given | dict(output_dir=SETUP.path('out'))))
     arrays, wanted = (

@@ -31,7 +31,7 @@ from experiments import (
     memit_batch,
     resources,
 )
-from jaxedit import delta
+from jaxedit import delta, values
 from jaxedit.edit import closed_form, forward, memit
 from jaxedit.eval import datasets, harness
 from jaxedit.models import loading, saving, tokenizer
@@ -835,9 +835,38 @@ class OutputTest(Case):
     self.assertIn('interrupted', done.err)
     left = {path.name for path in done.folder.iterdir()}
     whole = {'templates.json', 'moments.safetensors', 'delta.safetensors'}
+    whole.add(common.UNFINISHED)
     if name == 'results.json':
       whole.add('records.jsonl')
     self.assertEqual(left, whole)
+
+  def test_sequence_goes_on_where_it_was_stopped(self):
+    settings = dict(num_edits=4, batch_size=1, max_new_tokens=0)
+    settings |= dict(method='alphaedit', moment_weight=None)
+    whole = self.succeed(**settings)
+    optimize, calls = values.optimize, []
+
+    def stop(*args, **more):
+      if len(calls) == 2:
+        raise KeyboardInterrupt
+      calls.append(args)
+      return optimize(*args, **more)
+
+    with mock.patch.object(values, 'optimize', stop):
+      done = SETUP.run(**settings)
+    self.assertEqual(done.code, 130)
+    self.assertFalse((done.folder / 'delta.safetensors').exists())
+    count = mock.Mock(wraps=optimize)
+    with mock.patch.object(values, 'optimize', count):
+      again = self.succeed(output_dir=done.folder, **settings)
+    self.assertEqual(count.call_count, 2)
+    self.assertEqual(again.results['continued'], {'batches': 2})
+    self.assertIn('the states of 2 batches were kept', again.err)
+    self.assertNotIn('continued', whole.results)
+    self.assertFalse((done.folder / common.UNFINISHED).exists())
+    changes = [one.delta()[0] for one in (again, whole)]
+    jax.tree.map(np.testing.assert_array_equal, *changes)
+    self.assertEqual(again.results['metrics'], whole.results['metrics'])
 
   def test_interrupted_rerun_leaves_no_results_of_the_last(self):
     place = SETUP.path('used')

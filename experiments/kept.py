@@ -1,8 +1,8 @@
-"""Keeps what a long run has found so far, so that one that was stopped goes on.
+"""Keeps pieces of work in files, each named by all that it depends on.
 
-A piece of work is a file in the folder `unfinished` of --output_dir, named by all
-that it depends on: the same command finds it there, another one does not. A run
-that ends removes the folder.
+A run keeps what it has found so far in the folder `unfinished` of --output_dir,
+so that one that was stopped goes on with the same command: it finds the pieces
+there, another command does not, and a run that ends removes them.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from experiments import common
 from jaxedit.types import InputError
 
 
-class Unfinished:
-  """Pieces of one run.
+class Kept:
+  """Pieces in a folder.
 
   Attributes:
-    found: how many pieces an earlier run had left.
+    found: how many were there when they were asked for.
   """
 
-  def __init__(self, output: pathlib.Path, about: Mapping[str, Any]):
-    """Opens the pieces of a run.
+  def __init__(self, folder: pathlib.Path, about: Mapping[str, Any]):
+    """Opens a folder, which need not exist.
 
     Args:
-      output: its output folder.
+      folder: where they are.
       about: what all pieces depend on, plain JSON types.
     """
-    self._folder = output / common.UNFINISHED
+    self._folder = folder
     self._about = json.dumps(about, sort_keys=True).encode()
     self.found = 0
 
@@ -60,13 +60,22 @@ class Unfinished:
     return arrays
 
   def save(self, arrays: Mapping[str, np.ndarray], *parts: Any) -> None:
-    """Writes a piece atomically; see `load`."""
-    self._folder.mkdir(exist_ok=True)
+    """Writes a piece atomically; see `load`.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    try:
+      self._folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+      raise InputError(
+          f'{self._folder}: cannot be made ({e.strerror}); name another folder'
+      ) from e
     arrays = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
     common.write_bytes(self._path(parts), safetensors.numpy.save(arrays))
 
   def clear(self) -> None:
-    """Removes all pieces, at the end of the run."""
+    """Removes all pieces."""
     shutil.rmtree(self._folder, ignore_errors=True)
 
   def _path(self, parts: tuple[Any, ...]) -> pathlib.Path:
@@ -78,3 +87,14 @@ class Unfinished:
       else:
         digest.update(json.dumps(part).encode())
     return self._folder / f'{digest.hexdigest()[:32]}.safetensors'
+
+
+def unfinished(output: pathlib.Path, about: Mapping[str, Any]) -> Kept:
+  """Opens what a run with this output folder keeps until it ends.
+
+  Args:
+    output: the folder.
+    about: what all pieces depend on, beside the versions of all that computes.
+  """
+  about = {**about, 'versions': common.versions()}
+  return Kept(output / common.UNFINISHED, about)

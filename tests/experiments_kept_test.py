@@ -1,4 +1,4 @@
-"""What a run that was stopped leaves for the next one."""
+"""Pieces of work: the same is found again, and nothing else."""
 
 import pathlib
 import tempfile
@@ -6,22 +6,22 @@ import tempfile
 import numpy as np
 from absl.testing import absltest
 
-from experiments import common, unfinished
+from experiments import common, kept
 from jaxedit.types import InputError
 
 
-class UnfinishedTest(absltest.TestCase):
+class KeptTest(absltest.TestCase):
 
   def setUp(self):
     super().setUp()
     folder = self.enter_context(tempfile.TemporaryDirectory())
     self.folder = pathlib.Path(folder)
-    self.kept = unfinished.Unfinished(self.folder, {'model': 'm'})
+    self.kept = kept.unfinished(self.folder, {'model': 'm'})
     self.ids = np.arange(3, dtype=np.int32)
     self.kept.save({'x': np.eye(2)[:, :1]}, self.ids, [1, 2], None)
 
   def test_the_same_work_is_found(self):
-    again = unfinished.Unfinished(self.folder, {'model': 'm'})
+    again = kept.unfinished(self.folder, {'model': 'm'})
     found = again.load(self.ids.copy(), [1, 2], None)
     np.testing.assert_array_equal(found['x'], [[1], [0]])
     self.assertEqual(again.found, 1)
@@ -35,7 +35,7 @@ class UnfinishedTest(absltest.TestCase):
         (self.ids, [1, 2], [0]),
     ):
       self.assertIsNone(self.kept.load(*parts))
-    other = unfinished.Unfinished(self.folder, {'model': 'n'})
+    other = kept.unfinished(self.folder, {'model': 'n'})
     self.assertIsNone(other.load(self.ids, [1, 2], None))
     self.assertEqual(other.found + self.kept.found, 0)
 
