@@ -521,8 +521,7 @@ def _run(task: Task, clock: editing.Clock) -> None:
   editing.require_some(outcome.info)
   if ready.unfinished.found:
     print(
-        f'note: continued; the states of {ready.unfinished.found} batches were'
-        ' kept',
+        f'note: continued; the states of {ready.unfinished.found} edits were kept',
         file=sys.stderr,
     )
   fluency |= _perplexity(bench, outcome, 'post', clock)
@@ -532,7 +531,7 @@ def _run(task: Task, clock: editing.Clock) -> None:
       'work': editing.work_report(bench, outcome.info.work),
   }
   if ready.unfinished.found:
-    results['continued'] = {'batches': ready.unfinished.found}
+    results['continued'] = {'edits': ready.unfinished.found}
   if fluency:
     results['perplexity'] = fluency
   if FLAGS.save_model:

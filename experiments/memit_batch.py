@@ -14,7 +14,8 @@ batches; evaluates the same records before and after. In --output_dir:
   moments.safetensors the second moments, if they were collected
   model/              with --save_model, the edited model, a Hugging Face folder
 
-A run that was stopped goes on with the same command, from its last whole batch.
+A run that was stopped goes on with the same command: optimised states are kept
+in unfinished/ until it ends.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ edits as ids, layer, output and settings.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -41,15 +40,32 @@ def about(model: loading.Model, recipe: Any) -> dict[str, Any]:
   }
 
 
-def parts_of(edits: Sequence[EncodedEdit]) -> list[Any]:
-  """Edits as `Kept` takes them."""
-  parts: list[Any] = []
-  for edit in edits:
-    parts.append([[int(x) for x in edit.anchors], len(edit.rows)])
-    parts.append([[int(x) for x in chunk] for chunk in edit.chunks or ()])
-    parts += [np.asarray(x, np.int32) for x in (*edit.rows, edit.target)]
-    parts.append(np.asarray(edit.kl, np.int32))
-  return parts
+class States:
+  """A memory in files; see `values.Memory`."""
+
+  def __init__(self, place: Kept, *about: Any):
+    """Opens it.
+
+    Args:
+      place: where the files are.
+      *about: what states depend on, beside what all in that place does.
+    """
+    self._place, self._about = place, about
+
+  def recall(self, edit: EncodedEdit) -> Targets | None:
+    arrays = self._place.load(*self._about, *_parts(edit))
+    return Targets(**arrays) if arrays else None
+
+  def remember(self, edit: EncodedEdit, targets: Targets) -> None:
+    self._place.save(vars(targets), *self._about, *_parts(edit))
+
+
+def _parts(edit: EncodedEdit) -> list[Any]:
+  """An edit as `Kept` takes it, without its number."""
+  anchors = [int(x) for x in edit.anchors]
+  chunks = [[int(x) for x in chunk] for chunk in edit.chunks]
+  ids = [*edit.rows, edit.target, edit.kl]
+  return [anchors, chunks, *(np.asarray(x, np.int32) for x in ids)]
 
 
 def kept(editor: Editor, place: Kept, *, in_sequence: bool = False) -> Editor:
@@ -70,15 +86,8 @@ def kept(editor: Editor, place: Kept, *, in_sequence: bool = False) -> Editor:
 
   def call(edit: Any) -> Any:
     def run(params, state, edits, **more):
-      parts = parts_of(edits)
-      if in_sequence:
-        parts.append(next(calls))
-      arrays = place.load(*parts)
-      targets = Targets(**arrays) if arrays else None
-      out = edit(params, state, edits, targets=targets, **more)
-      if targets is None and edits:
-        place.save(vars(out[2].targets), *parts)
-      return out
+      about = (next(calls),) if in_sequence else ()
+      return edit(params, state, edits, memory=States(place, *about), **more)
 
     return run
 

@@ -22,12 +22,11 @@ import numpy as np
 
 from experiments import editing, states
 from experiments.kept import Kept
-from jaxedit import values
 from jaxedit.edit import closed_form
 from jaxedit.edit.recipe import Recipe, State
 from jaxedit.eval import metrics
 from jaxedit.stats.moments import Moments
-from jaxedit.types import InputError, Progress, Targets
+from jaxedit.types import InputError, Progress
 
 # Anchors that are tried first.
 _COARSE = 6
@@ -82,7 +81,6 @@ class Prober:
     self._bench, self._recipe, self._moments = bench, recipe, moments
     self._judge, self._kept, self._progress = judge, kept, progress
     self._base = judge(bench, None, None)
-    self._targets: dict[int, Targets] = {}
     self._metrics: dict[int, Any] = {}
 
   def __call__(self, layers: tuple[int, ...]) -> Tried:
@@ -90,47 +88,20 @@ class Prober:
     bench, model = self._bench, self._bench.model
     recipe = dataclasses.replace(self._recipe, layers=layers)
     editor = closed_form.closed_form(model.spec, recipe)
+    memory = states.States(self._kept, states.about(model, recipe))
     state = State(tuple(self._metric(layer) for layer in layers), None)
     edited, _, info = editor.edit(
         model.params,
         state,
         bench.encoded,
         frame=bench.frame,
-        targets=self._states(layers[-1]),
+        memory=memory,
+        progress=self._progress,
     )
     outcome = editing.Outcome(edited, None, info)
     found = self._judge(bench, outcome, self._base)
     rows = tuple(row['metrics'] for row in found.per_record)
     return Tried(layers, rows, float(np.nanmean(info.distance[-1])))
-
-  def _states(self, anchor: int) -> Targets:
-    """The optimised states of an anchor."""
-    if anchor not in self._targets:
-      bench = self._bench
-      recipe = dataclasses.replace(self._recipe, layers=(anchor,))
-      about = states.about(bench.model, recipe), *states.parts_of(bench.encoded)
-      arrays = self._kept.load(*about)
-      if arrays is None:
-        found = self._optimize(anchor)
-        self._kept.save(vars(found), *about)
-      else:
-        found = Targets(**arrays)
-      self._targets[anchor] = found
-    return self._targets[anchor]
-
-  def _optimize(self, anchor: int) -> Targets:
-    """Optimises the states of an anchor."""
-    bench = self._bench
-    return values.optimize(
-        bench.model.spec,
-        bench.model.params,
-        bench.encoded,
-        layer=anchor,
-        schedule=self._recipe.value,
-        output=self._recipe.output,
-        frame=bench.frame,
-        progress=self._progress,
-    )[0]
 
   def _metric(self, layer: int) -> Any:
     """The factored metric of a layer."""

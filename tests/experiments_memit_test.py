@@ -856,12 +856,9 @@ class OutputTest(Case):
       done = SETUP.run(**settings)
     self.assertEqual(done.code, 130)
     self.assertFalse((done.folder / 'delta.safetensors').exists())
-    count = mock.Mock(wraps=optimize)
-    with mock.patch.object(values, 'optimize', count):
-      again = self.succeed(output_dir=done.folder, **settings)
-    self.assertEqual(count.call_count, 2)
-    self.assertEqual(again.results['continued'], {'batches': 2})
-    self.assertIn('the states of 2 batches were kept', again.err)
+    again = self.succeed(output_dir=done.folder, **settings)
+    self.assertEqual(again.results['continued'], {'edits': 2})
+    self.assertIn('the states of 2 edits were kept', again.err)
     self.assertNotIn('continued', whole.results)
     self.assertFalse((done.folder / common.UNFINISHED).exists())
     changes = [one.delta()[0] for one in (again, whole)]

@@ -144,6 +144,20 @@ class OracleTest(parameterized.TestCase):
     self._check('llama', kind='short', layer=2)
 
 
+class Memory:
+  """Remembers states by the number of their edit."""
+
+  def __init__(self):
+    self.known, self.told = {}, []
+
+  def recall(self, edit):
+    return self.known.get(edit.number)
+
+  def remember(self, edit, targets):
+    self.told.append(edit.number)
+    self.known[edit.number] = targets
+
+
 class InvarianceTest(parameterized.TestCase):
 
   @classmethod
@@ -206,6 +220,35 @@ class InvarianceTest(parameterized.TestCase):
     self.assertLess(work.computed, work.steps * frame.rooms[0].places)
     for a, b in zip(got, want):
       self._same(a, b)
+
+  @parameterized.parameters(False, True)
+  def test_what_is_remembered_is_not_run_again(self, chunked):
+    some = facts.random_edits(
+        4, seed=3, contexts=2, kl=not chunked, targets=(4, 6, 5)
+    )
+    if chunked:
+      some = [dataclasses.replace(e, chunks=((0, 2), (2, 4))) for e in some]
+    run = functools.partial(
+        values.autoregressive,
+        self.pair.spec,
+        self.pair.params,
+        some,
+        layer=LAYER,
+        schedule=PLAIN,
+        frame=seating.frame(some, slots=2),
+    )
+    memory = Memory()
+    want, whole = run(memory=memory)
+    self.assertCountEqual(memory.known, [edit.number for edit in some])
+    del memory.known[some[1].number], memory.known[some[2].number]
+    got, part = run(memory=memory)
+    self.assertBetween(part.needed, 1, whole.needed - 1)
+    self.assertLen(memory.told, 6)
+    for a, b in zip(got, want):
+      self._same(a, b)
+    again, none = run(memory=memory)
+    self.assertEqual(none.steps, 0)
+    jax.tree.map(np.testing.assert_array_equal, again, got)
 
   def test_order(self):
     order = np.array([2, 0, 3, 1])

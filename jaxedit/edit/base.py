@@ -51,8 +51,7 @@ class Editor(NamedTuple):
       names one an edit: the change has a group axis [n, G, ...], and entry g is
       the model in which only that group was edited.
 
-  Both take `targets`, the states of these edits as an earlier call with the same
-  parameters reported them, and then optimise nothing.
+  Both take `memory`, a `values.Memory`: states that it recalls are not optimised.
   """
 
   init: Callable[..., Any]

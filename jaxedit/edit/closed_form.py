@@ -54,7 +54,7 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
 
   Returns:
     The editor. Its `init(params, moments)` factors the metrics in f64, once; its
-    `edit(params, state, edits, frame=None, targets=None, progress=silent)` takes
+    `edit(params, state, edits, frame=None, memory=None, progress=silent)` takes
     what `text.batching.encode_edits` or `text.passages.encode_passages` gives,
     and the frame of the run it is part of; `edit_each` also takes `owner`, [E]
     which independent group an edit belongs to (every edit alone unless given).
@@ -81,10 +81,10 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
       prior = (np.zeros((0, width), np.float32),) * len(recipe.layers)
     return State(tuple(metrics), prior)
 
-  def edit(params, state, edits, *, frame=None, targets=None, progress=silent):
+  def edit(params, state, edits, *, frame=None, memory=None, progress=silent):
     if not edits:
       return Edited(), state, _nothing(spec, recipe)
-    call = _Call(spec, params, recipe, edits, (frame, targets), progress)
+    call = _Call(spec, params, recipe, edits, (frame, memory), progress)
     written = call.run(state, None)
     # What stopped being finite while it was written has zero rows.
     delta = _delta(recipe, written.changes, call.finite)
@@ -101,7 +101,7 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
       *,
       owner=None,
       frame=None,
-      targets=None,
+      memory=None,
       progress=silent,
   ):
     if recipe.keep < 1:
@@ -111,7 +111,7 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
       )
     if not edits:
       return Edited(), state, _nothing(spec, recipe)
-    call = _Call(spec, params, recipe, edits, (frame, targets), progress)
+    call = _Call(spec, params, recipe, edits, (frame, memory), progress)
     owner = np.arange(len(edits)) if owner is None else np.asarray(owner)
     written = call.run(state, owner)
     groups = slice(0, int(owner.max()) + 1)
@@ -147,17 +147,15 @@ class _Call:
       params: Params,
       recipe: Recipe,
       edits: Sequence[EncodedEdit],
-      prepared: tuple[Frame | None, Targets | None],
+      prepared: tuple[Frame | None, values.Memory | None],
       progress: Progress,
   ):
     begin = time.monotonic()
     self._given = (spec, params, recipe)
     self._edits, self._progress = edits, progress
-    frame, targets = prepared
+    frame, self._memory = prepared
     self._frame = frame or values.frame_for(spec, params, edits)
-    self._targets, self._work = targets, values.Work()
-    if targets is None:
-      self._targets, self._work = self._optimize()
+    self._targets, self._work = self._optimize()
     self._edit = np.repeat(np.arange(len(edits)), [e.stages for e in edits])
     self.finite = whole(self._edit, self._targets.finite)
     self._seconds = {'optimize': time.monotonic() - begin}
@@ -169,6 +167,7 @@ class _Call:
         schedule=recipe.value,
         output=recipe.output,
         frame=self._frame,
+        memory=self._memory,
         progress=self._progress,
     )
     if all(edit.stages == 1 for edit in self._edits):

@@ -159,22 +159,22 @@ def unke_editor(spec: ModelSpec, recipe: Unke) -> base.Editor:
       *,
       owner: Sequence[int],
       frame: Frame | None,
-      targets: Targets | None,
+      memory: values.Memory | None,
       progress: Progress,
   ) -> tuple[tuple[Dense, ...], base.Info]:
     jobs = _jobs(spec, recipe, edits, owner)
-    begin, work = time.monotonic(), values.Work()
-    if targets is None:
-      found, work = values.autoregressive(
-          spec,
-          params,
-          edits,
-          layer=recipe.layers[-1],
-          schedule=recipe.value,
-          frame=frame,
-          progress=progress,
-      )
-      targets = jax.tree.map(lambda *x: np.concatenate(x), *found)
+    begin = time.monotonic()
+    found, work = values.autoregressive(
+        spec,
+        params,
+        edits,
+        layer=recipe.layers[-1],
+        schedule=recipe.value,
+        frame=frame,
+        memory=memory,
+        progress=progress,
+    )
+    targets = jax.tree.map(lambda *x: np.concatenate(x), *found)
     middle = time.monotonic()
     number = np.repeat(np.arange(len(edits)), [e.stages for e in edits])
     written = np.ones(len(edits), bool)
@@ -196,7 +196,7 @@ def unke_editor(spec: ModelSpec, recipe: Unke) -> base.Editor:
     info = _info(targets, written, fitting.distance, seconds, work, number)
     return fitting.deltas(), info
 
-  def edit(params, state, edits, *, frame=None, targets=None, progress=silent):
+  def edit(params, state, edits, *, frame=None, memory=None, progress=silent):
     if not edits:
       return Edited(), state, _nothing(spec, recipe)
     deltas, info = run(
@@ -205,7 +205,7 @@ def unke_editor(spec: ModelSpec, recipe: Unke) -> base.Editor:
         edits,
         owner=[0] * len(edits),
         frame=frame,
-        targets=targets,
+        memory=memory,
         progress=progress,
     )
     only = lambda x: jnp.asarray(x[:, 0])
@@ -218,7 +218,7 @@ def unke_editor(spec: ModelSpec, recipe: Unke) -> base.Editor:
       *,
       owner=None,
       frame=None,
-      targets=None,
+      memory=None,
       progress=silent,
   ):
     if not edits:
@@ -230,7 +230,7 @@ def unke_editor(spec: ModelSpec, recipe: Unke) -> base.Editor:
         edits,
         owner=owner,
         frame=frame,
-        targets=targets,
+        memory=memory,
         progress=progress,
     )
     return Edited(deltas=deltas), state, info

@@ -22,10 +22,11 @@ from jaxedit.values.frames import frame_for
 from jaxedit.values.loss import norm
 from jaxedit.values.parts import lower, prefix_kv, spread, trunk_kv, upper
 from jaxedit.values.room import Work
-from jaxedit.values.run import autoregressive, optimize
+from jaxedit.values.run import Memory, autoregressive, optimize
 from jaxedit.values.state import Schedule
 
 __all__ = [
+    'Memory',
     'Schedule',
     'Work',
     'autoregressive',

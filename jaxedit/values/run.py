@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -31,6 +32,19 @@ from jaxedit.values.room import Goal, Result, Run, Work
 from jaxedit.values.state import OUTPUTS, Schedule
 
 
+class Memory(Protocol):
+  """Remembers the states of edits, so that they are not optimised again.
+
+  It must tell apart whatever else states depend on: the model and the settings.
+  """
+
+  def recall(self, edit: EncodedEdit) -> Targets | None:
+    """The states of an edit, if it was remembered."""
+
+  def remember(self, edit: EncodedEdit, targets: Targets) -> None:
+    """Is told of the states of an edit as soon as they are found."""
+
+
 def optimize(
     spec: ModelSpec,
     params: Params,
@@ -40,6 +54,7 @@ def optimize(
     schedule: Schedule,
     output: str = 'block',
     frame: Frame | None = None,
+    memory: Memory | None = None,
     progress: Progress = silent,
 ) -> tuple[Targets, Work]:
   """Finds the wanted states of edits with one state each.
@@ -52,6 +67,7 @@ def optimize(
     schedule: settings.
     output: which output, 'block', 'mlp' or 'attn+mlp' (see `state`).
     frame: static shapes, of these edits and others; chosen unless given.
+    memory: what it recalls is not optimised, and all else is told to it.
     progress: progress display.
 
   Returns:
@@ -75,6 +91,7 @@ def optimize(
       schedule=schedule,
       output=output,
       frame=frame,
+      memory=memory,
       progress=progress,
   )
   return jax.tree.map(lambda *x: np.concatenate(x), *found), work
@@ -89,6 +106,7 @@ def autoregressive(
     schedule: Schedule,
     output: str = 'block',
     frame: Frame | None = None,
+    memory: Memory | None = None,
     progress: Progress = silent,
 ) -> tuple[list[Targets], Work]:
   """Finds the wanted states of edits whose targets go chunk by chunk.
@@ -103,6 +121,7 @@ def autoregressive(
       hold the state of the block or of the MLP; the change of the attention's
       output is optimised with the MLP's and let go of, as published.
     frame: static shapes, of these edits and others; chosen unless given.
+    memory: what it recalls is not optimised, and all else is told to it.
     progress: progress display.
 
   Returns:
@@ -113,6 +132,9 @@ def autoregressive(
   """
   if output not in OUTPUTS:
     raise ValueError(f'output is {output!r}; known are {", ".join(OUTPUTS)}')
+  targets = [memory.recall(edit) if memory else None for edit in edits]
+  if all(targets):
+    return targets, Work()
   frame = frame or frame_for(spec, params, edits)
   begin = time.monotonic()
   tokens, columns = seating.trunk_columns(frame)
@@ -120,26 +142,27 @@ def autoregressive(
   jax.block_until_ready(trunk)
   seconds = {'prepare': time.monotonic() - begin}
   total = Work(seconds=seconds, prepared=tokens.size)
-  found: dict[tuple[int, int], Result] = {}
-  home = [frame.room(edit) for edit in edits]
+  home = [
+      None if known else frame.room(edit) for edit, known in zip(edits, targets)
+  ]
   goal = Goal(layer, schedule, output)
-  with progress('optimize', len(edits), 'edit') as advance:
+  with progress('optimize', targets.count(None), 'edit') as advance:
     for number, room in enumerate(frame.rooms):
       order = [i for i, where in enumerate(home) if where == number]
       run = None  # gives the last room's memory back
       if order:
         run = Run(spec, params, edits, frame, room=room, trunk=trunk, goal=goal)
-        for key, result in run.results(order):
-          found[key] = result
-          last = key[1] + 1 == edits[key[0]].stages
-          advance(int(last))
+        stages: dict[int, list[Result]] = {i: [] for i in order}
+        for (i, _), result in run.results(order):
+          stages[i].append(result)
+          if len(stages[i]) == edits[i].stages:
+            targets[i] = _targets(stages.pop(i))
+            advance(1)
+            if memory:
+              memory.remember(edits[i], targets[i])
         total += run.work()
   spent = time.monotonic() - begin
   seconds = {**total.seconds, 'optimize': spent - total.seconds['prepare']}
-  targets = [
-      _targets([found[i, k] for k in range(edit.stages)])
-      for i, edit in enumerate(edits)
-  ]
   return targets, total._replace(seconds=seconds)
 
 
