@@ -113,8 +113,8 @@ def define_flags(texts: bool = False) -> None:
       'states',
       None,
       'Folder that keeps optimised states: a later run with the same model,'
-      ' records, last layer and value settings skips their optimisation, so that'
-      ' what follows can be tuned alone.',
+      ' last layer and value settings skips those of records that it finds there,'
+      ' so that what follows can be tuned alone.',
   )
   flags.DEFINE_string('output_dir', None, 'Folder for results.')
   flags.DEFINE_bool('overwrite', False, 'Replace results in --output_dir.')

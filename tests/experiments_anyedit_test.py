@@ -1,23 +1,15 @@
 """The program for long answers, from its flags to its files."""
 
-import contextlib
-import dataclasses
 import functools
-import io
-import itertools
-import json
 import os
 import pathlib
 import shutil
-import subprocess
-import sys
-import tempfile
 from unittest import mock
 
 import jax
 import numpy as np
+import programs
 import tiny_model
-from absl import flags
 from absl.testing import absltest, parameterized
 
 from experiments import (
@@ -28,20 +20,17 @@ from experiments import (
     job,
     resources,
 )
-from jaxedit import delta, values
+from jaxedit import delta
 from jaxedit.eval import answers
 from jaxedit.models import loading, tokenizer
 from jaxedit.stats import corpora
 from jaxedit.text import chat as chat_lib
 from jaxedit.text import passages as text_passages
 from jaxedit.types import Dense, Edited, LowRank
+from jaxedit.values import run as run_lib
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-FLAGFILES = sorted((ROOT / 'experiments/flagfiles').glob('anyedit_*.flags'))
+FLAGFILES = sorted((programs.ROOT / 'experiments/flagfiles').glob('anyedit_*.flags'))
 WINDOW = 3
-_WORDS = (
-    'the mother tongue of Toko Yasuda in Paris France a twin city is'.split()
-)
 
 
 def passage(name, answer, /, **changes):
@@ -70,81 +59,15 @@ LONG = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Done:
-  """How a run of the program ended."""
-
-  code: int
-  out: str
-  err: str
-  folder: pathlib.Path
-
-  @functools.cached_property
-  def results(self):
-    return json.loads((self.folder / 'results.json').read_text())
-
-  @functools.cached_property
-  def records(self):
-    lines = (self.folder / 'records.jsonl').read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-  @functools.cached_property
-  def delta(self):
-    return delta.load(self.folder / 'delta.safetensors')
-
-  @property
-  def files(self):
-    return sorted(path.name for path in self.folder.iterdir())
-
-
-class Setup:
+class Setup(programs.Setup):
   """Files and flags that all tests share."""
 
   def __init__(self):
-    self.stack = contextlib.ExitStack()
-    folder = self.stack.enter_context(tempfile.TemporaryDirectory())
-    self.folder = pathlib.Path(folder)
-    self.stack.enter_context(
-        mock.patch.dict(
-            os.environ, {'JAXEDIT_CACHE': str(self.folder / 'cache')}
-        )
-    )
-    # Compiling takes most of the time, the numbers are the same.
-    option = 'jax_disable_most_optimizations'
-    self.stack.callback(jax.config.update, option, jax.config.read(option))
-    jax.config.update(option, True)
-    known = set(flags.FLAGS)
-    anyedit_batch.define_flags()
-    self.names = sorted(set(flags.FLAGS) - known)
-    self.numbers = itertools.count()
-    self.model = tiny_model.make(self.folder / 'tiny', chats=True)
+    super().__init__(anyedit_batch, chats=True)
     self.data = self.write(*GOOD)
-    self.text = self.path('text.txt')
-    rng = np.random.default_rng(0)
-    self.text.write_text(
-        '\n'.join(' '.join(rng.choice(_WORDS, 12)) for _ in range(60))
-    )
 
-  def close(self):
-    for name in self.names:
-      delattr(flags.FLAGS, name)
-    self.stack.close()
-
-  def path(self, name):
-    """A path that nothing lies at."""
-    return self.folder / f'{next(self.numbers)}_{name}'
-
-  def write(self, *records):
-    """Writes records, or lines as they are, to a file."""
-    path = self.path('data.jsonl')
-    dump = lambda one: one if isinstance(one, str) else json.dumps(one)
-    path.write_text('\n'.join(map(dump, records)), encoding='utf-8')
-    return path
-
-  def arguments(self, **changes):
-    """The command line; None leaves a flag out, `words` are no flags."""
-    given = dict(
-        model=self.model,
+  def given(self):
+    return dict(
         data=self.data,
         layers='0,1',
         window=WINDOW,
@@ -155,36 +78,12 @@ class Setup:
         max_new_tokens=6,
         moments_corpus=f'file:{self.text}',
         moments_tokens=400,
-        compilation_cache=False,
-        output_dir=self.path('out'),
     )
-    given |= changes
-    words = given.pop('words', [])
-    given = {k: v for k, v in given.items() if v is not None}
-    return [f'--{k}={v}' for k, v in given.items()] + list(words)
-
-  def run(self, **changes):
-    """Runs the program in this process."""
-    arguments = self.arguments(**changes)
-    places = [a for a in arguments if a.startswith('--output_dir=')]
-    folder = pathlib.Path((places or ['=.'])[0].partition('=')[2])
-    out, err = io.StringIO(), io.StringIO()
-    for name in self.names:
-      flags.FLAGS[name].unparse()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-      try:
-        rest = common.parse(['anyedit_batch', *arguments])
-        code = common.attempt(anyedit_batch.main, rest)
-      except SystemExit as end:
-        code = end.code
-    return Done(code, out.getvalue(), err.getvalue(), folder)
 
   def recipe(self, **changes):
     """What flags make: (the method, its settings for the protocol)."""
-    for name in self.names:
-      flags.FLAGS[name].unparse()
-    common.parse(['anyedit_batch', *self.arguments(**changes)])
-    return anyedit_batch.recipe_of_flags()
+    with self.parsed(*self.arguments(**changes)):
+      return anyedit_batch.recipe_of_flags()
 
   def unke(self, **changes):
     """Runs with UnKE."""
@@ -229,18 +128,9 @@ class Setup:
     return self.write(one, two | case, three | case, four)
 
   @functools.cached_property
-  def base(self):
-    return loading.load_model(self.model)
-
-  @functools.cached_property
   def mute(self):
     """A model without a chat template."""
     return tiny_model.make(self.folder / 'mute')
-
-  @functools.cached_property
-  def poisoned(self):
-    place = self.folder / 'poisoned'
-    return tiny_model.make(place, chats=True, poisoned=True)
 
 
 def setUpModule():
@@ -252,12 +142,10 @@ def tearDownModule():
   SETUP.close()
 
 
-class Case(parameterized.TestCase):
+class Case(programs.Case):
 
   def succeed(self, run=None, **changes):
-    done = (run or SETUP.run)(**changes)
-    self.assertEqual(done.code, 0, done.err)
-    return done
+    return super().succeed(run or SETUP.run, **changes)
 
   def refuse(self, *sentences, weights=False, **changes):
     """Runs in vain; nothing expensive may have happened before.
@@ -267,8 +155,7 @@ class Case(parameterized.TestCase):
       weights: whether the weights had to be read for this.
       **changes: flags.
     """
-    stop = mock.Mock(side_effect=AssertionError('too late'))
-    targets = [
+    unreached = [
         (editing, 'judge'),
         (editing, 'edit_in_sequence'),
         (editing, 'edit_apart'),
@@ -276,18 +163,8 @@ class Case(parameterized.TestCase):
         (corpora, 'sample'),
     ]
     if not weights:
-      targets.append((loading, 'load_model'))
-    with contextlib.ExitStack() as stack:
-      for module, name in targets:
-        stack.enter_context(mock.patch.object(module, name, stop))
-      done = SETUP.run(**changes)
-    self.assertEqual(done.code, 2, done.err)
-    lines = [x for x in done.err.splitlines() if x.startswith('error: ')]
-    self.assertLen(lines, len(sentences), done.err)
-    for line, sentence in zip(lines, sentences):
-      self.assertRegex(line, sentence)
-    self.assertEqual(done.out, '')
-    return done
+      unreached.append((loading, 'load_model'))
+    return super().refuse(SETUP.run, sentences, unreached, **changes)
 
   def assert_judged_under(self, change, row):
     """Asks the model with a change merged what a record was asked."""
@@ -416,7 +293,7 @@ class WholeRunTest(Case):
         self.assertLen(row[when]['sub_texts'], 1)
 
   def test_delta_holds_every_record_alone(self):
-    edited, metadata = SETUP.whole.delta
+    edited, metadata = SETUP.whole.delta()
     self.assertTrue(metadata['independent'])
     self.assertEqual(metadata['records'], [1, 2, 3, 4])
     self.assertEqual(metadata['model_hash'], SETUP.base.hash)
@@ -438,24 +315,23 @@ class WholeRunTest(Case):
     """A run with kept states optimises nothing, and gives the same."""
     store = SETUP.path('states')
     self.assertEqual(self.succeed(states=store).records, SETUP.whole.records)
-    (path,) = store.iterdir()
-    written = path.read_bytes()
-    with mock.patch.object(
-        values, 'autoregressive', side_effect=AssertionError
-    ):
+    written = {path: path.read_bytes() for path in store.iterdir()}
+    self.assertLen(written, len(GOOD))
+    with mock.patch.object(run_lib, 'Run', side_effect=AssertionError):
       again = self.succeed(states=store)
       self.assertEqual(again.records, SETUP.whole.records)
       self.assertEqual(again.results['work']['steps'], 0)
       # What is inserted otherwise has the same states.
       other = self.succeed(states=store, moment_weight=1)
     self.assertNotEqual(other.records, SETUP.whole.records)
-    self.assertEqual(path.read_bytes(), written)
+    self.assertEqual({p: p.read_bytes() for p in store.iterdir()}, written)
     self.succeed(states=store, value_steps=3)
-    self.assertLen(list(store.iterdir()), 2)
+    self.assertLen(list(store.iterdir()), 2 * len(GOOD))
+    path = next(iter(written))
     path.write_bytes(b'{}')
     done = SETUP.run(states=store)
     self.assertEqual(done.code, 2)
-    self.assertIn(f'{path}: holds no states', done.err)
+    self.assertRegex(done.err, f'{path}: cannot be read .*delete it')
 
   def test_records_do_not_see_each_other(self):
     data = SETUP.write(*GOOD[::-1])
@@ -485,7 +361,7 @@ class SequenceTest(Case):
     done = SETUP.sequence
     self.assertEqual(done.code, 0, done.err)
     self.assertEqual(done.results['protocol']['mode'], 'sequential')
-    edited, metadata = done.delta
+    edited, metadata = done.delta()
     self.assertFalse(metadata['independent'])
     for row in done.records:
       self.assertTrue(row['written'])
@@ -504,7 +380,7 @@ class SequenceTest(Case):
 
   def test_case_is_one_edit(self):
     done = self.succeed(data=SETUP.cases)
-    edited, _ = done.delta
+    edited, _ = done.delta()
     self.assertEqual(edited.deltas[0].key.shape[1], 3)
     self.assertEqual(
         [row['case'] for row in done.records], ['', 'both', 'both', '']
@@ -521,7 +397,7 @@ class SequenceTest(Case):
 
   def test_batches_apart(self):
     done = self.succeed(batch_size=2, data=SETUP.cases)
-    edited, metadata = done.delta
+    edited, metadata = done.delta()
     self.assertTrue(metadata['independent'])
     self.assertEqual(edited.deltas[0].key.shape[1], 2)
     for entry, row in zip((0, 0, 0, 1), done.records):
@@ -531,7 +407,7 @@ class SequenceTest(Case):
   def test_post(self, post):
     done = self.succeed(data=SETUP.cases, reset=False, batch_size=2, post=post)
     self.assertEqual(done.results['protocol']['settings']['post'], post)
-    (change,) = done.delta[0].deltas
+    (change,) = done.delta()[0].deltas
     self.assertIsInstance(change, Dense)
     kernel = np.asarray(change.kernel)
     self.assertTrue(np.isfinite(kernel).all())
@@ -539,13 +415,13 @@ class SequenceTest(Case):
     if post == 'rect':  # two batches choose 0.4 of the entries each
       self.assertBetween(np.mean(kernel != 0), 0.4, 0.8)
     else:
-      plain = delta.kernel(SETUP.sequence.delta[0].deltas[0])
+      plain = delta.kernel(SETUP.sequence.delta()[0].deltas[0])
       for layer in (0, 1):
         largest = [np.linalg.norm(x, 2) for x in (plain[layer], kernel[layer])]
         self.assertLessEqual(largest[1], largest[0] * (1 + 1e-5))
         self.assertGreater(largest[1], 0)
         self.assertTrue(np.isfinite(own[layer]).all())
-    self.assert_judged_under(done.delta[0], done.records[0])
+    self.assert_judged_under(done.delta()[0], done.records[0])
 
 
 class OtherRowsTest(Case):
@@ -611,7 +487,7 @@ class OtherRowsTest(Case):
     protocol = done.results['protocol']
     self.assertEqual(protocol['method'], 'rome+anyedit')
     self.assertTrue(protocol['settings']['moments'])
-    edited, _ = done.delta
+    edited, _ = done.delta()
     self.assertEqual(edited.deltas[0].layers, (1,))
     for e, row in enumerate(done.records):
       self.assertTrue(row['written'])
@@ -641,7 +517,7 @@ class UnkeTest(Case):
     self.assertEqual(protocol['preserved']['texts'], 2)
     self.assertEqual(protocol['settings']['steps'], 10)
     self.assertEqual(protocol['settings']['value']['threshold'], 5e-3)
-    edited, metadata = done.delta
+    edited, metadata = done.delta()
     self.assertEqual(metadata['records'], [1, 2, 3, 4])
     self.assertTrue(metadata['independent'])
     leaves = {(d.site, d.leaf) for d in edited.deltas}
@@ -659,9 +535,7 @@ class UnkeTest(Case):
     store = SETUP.path('states')
     done = self.succeed(SETUP.unke, states=store)
     self.assertEqual(done.records, SETUP.block.records)
-    with mock.patch.object(
-        values, 'autoregressive', side_effect=AssertionError
-    ):
+    with mock.patch.object(run_lib, 'Run', side_effect=AssertionError):
       again = self.succeed(SETUP.unke, states=store)
     self.assertEqual(again.records, SETUP.block.records)
 
@@ -696,13 +570,13 @@ class UnkeTest(Case):
     settings = dict(batch_size=2)
     apart = self.succeed(SETUP.unke, **settings)
     row = self.succeed(SETUP.unke, reset=False, save_model=True, **settings)
-    edited, _ = apart.delta
+    edited, _ = apart.delta()
     for change in edited.deltas:
       self.assertEqual(change.kernel.shape[1], 2)
     for entry, record in zip((0, 0, 1, 1), apart.records):
       self.assert_judged_under(delta.one(edited, entry), record)
     for record in row.records:
-      self.assert_judged_under(row.delta[0], record)
+      self.assert_judged_under(row.delta()[0], record)
     metrics = row.results['metrics']
     for name, value in metrics['post'].items():
       self.assertAlmostEqual(metrics['saved'][name], value, delta=1e-6)
@@ -730,8 +604,10 @@ class UnkeTest(Case):
 
   def test_batches_need_no_factors(self):
     limit = delta.rank_limit(tiny_model.SPEC.mlp_width, tiny_model.SPEC.width)
-    recipe, _ = SETUP.recipe(method='unke', moment_weight=None)
-    job.require_factors(tiny_model.SPEC, recipe, limit + 1)
+    arguments = SETUP.arguments(method='unke', moment_weight=None)
+    with SETUP.parsed(*arguments):
+      recipe, _ = anyedit_batch.recipe_of_flags()
+      job.require_factors(tiny_model.SPEC, recipe, limit + 1)
 
   def test_preserved_texts_can_be_sampled(self):
     words = tokenizer.load_tokenizer(SETUP.model)
@@ -762,7 +638,7 @@ class NotFiniteTest(Case):
     self.assertIsNone(poisoned['loss'])
     self.assertTrue(all(row['written'] for row in sound))
     self.assertIn('1 edits were not written', done.out)
-    for part in jax.tree.leaves(done.delta[0]):
+    for part in jax.tree.leaves(done.delta()[0]):
       self.assertTrue(np.isfinite(part).all())
 
   def test_a_part_of_them_fails_alone(self):
@@ -851,7 +727,7 @@ class BadRecordTest(Case):
     self.assertIn('the limit is 96', skipped[1]['reason'])
     self.assertRegex(done.err, 'note: .*: 2 faulty records were skipped')
     self.assertRegex(done.err, 'note: --num_edits=9: .* holds 4 good records')
-    self.assertEqual(done.delta[1]['records'], [2, 4, 5, 6])
+    self.assertEqual(done.delta()[1]['records'], [2, 4, 5, 6])
 
   def test_nothing_left_after_skipping(self):
     data = SETUP.write(passage('Danielle', ''))
@@ -974,7 +850,7 @@ class OutputTest(Case):
     whole = ['delta.safetensors', 'moments.safetensors']
     if name == 'results.json':
       whole.append('records.jsonl')
-    self.assertEqual(done.files, whole)
+    self.assertEqual(done.files, [*whole, common.UNFINISHED])
 
   def test_interrupted_between_parts(self):
     replace = os.replace
@@ -993,7 +869,7 @@ class OutputTest(Case):
       done = SETUP.unke(output_dir=folder, overwrite=True)
     self.assertEqual(done.code, 130)
     # What is there belongs to the interrupted run.
-    self.assertEqual(done.files, ['deltas'])
+    self.assertEqual(done.files, ['deltas', common.UNFINISHED])
     names = [path.name for path in (folder / 'deltas').iterdir()]
     self.assertEqual(names, ['00001.safetensors'])
 
@@ -1010,25 +886,10 @@ class OutputTest(Case):
 
 class CommandTest(Case):
 
-  def start(self, *arguments):
-    """Starts the program as a user does."""
-    return subprocess.Popen(
-        [sys.executable, '-m', 'experiments.anyedit_batch', *arguments],
-        cwd=ROOT,
-        env={**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
   def test_help_and_errors(self):
     data = SETUP.write(passage('Danielle', ''), passage('Toko', ''))
-    helped = self.start('--help')
-    failed = self.start(*SETUP.arguments(data=data))
-    out, err = helped.communicate(timeout=300)
-    self.assertEqual(helped.returncode, 0, err)
-    for name in SETUP.names:
-      self.assertRegex(out, rf'--(\[no\])?{name}:')
+    failed = SETUP.start(*SETUP.arguments(data=data))
+    self.assert_helps(SETUP)
     out, err = failed.communicate(timeout=300)
     self.assertEqual((failed.returncode, out), (2, ''), err)
     lines = [x for x in err.splitlines() if x.startswith('error: ')]
@@ -1038,15 +899,11 @@ class CommandTest(Case):
   def test_flagfiles_parse(self):
     for path in FLAGFILES:
       with self.subTest(path.name):
-        for name in SETUP.names:
-          flags.FLAGS[name].unparse()
-        rest = common.parse(
-            ['anyedit_batch', f'--flagfile={path}', '--output_dir=x']
-        )
-        self.assertLen(rest, 1)
-        # Second moments may be made later.
-        with mock.patch.object(resources, 'check_flags'):
-          recipe, settings = anyedit_batch.recipe_of_flags()
+        with SETUP.parsed(f'--flagfile={path}', '--output_dir=x') as rest:
+          self.assertLen(rest, 1)
+          # Second moments may be made later.
+          with mock.patch.object(resources, 'check_flags'):
+            recipe, settings = anyedit_batch.recipe_of_flags()
         self.assertEqual(settings['layers'], list(recipe.layers))
         self.assertTrue(path.read_text('utf-8').startswith('#'))
 

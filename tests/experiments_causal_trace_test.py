@@ -1,23 +1,16 @@
 """The tracing program from its flags to its page, and all it must refuse."""
 
-import contextlib
 import functools
 import html.parser
-import io
-import itertools
-import json
-import os
 import pathlib
 import re
 import sys
 import tempfile
-import types
 from unittest import mock
 
-import jax
 import numpy as np
+import programs
 import tiny_model
-from absl import flags
 from absl.testing import absltest, parameterized
 
 from experiments import (
@@ -62,38 +55,14 @@ def known(prompt, subject, attribute, number):
   }
 
 
-class Setup:
+class Setup(programs.Setup):
   """Files and flags that all tests share."""
 
   def __init__(self):
-    self.stack = contextlib.ExitStack()
-    folder = self.stack.enter_context(tempfile.TemporaryDirectory())
-    self.folder = pathlib.Path(folder)
-    self.stack.enter_context(
-        mock.patch.dict(os.environ, {'JAXEDIT_CACHE': folder})
-    )
-    # Compiling takes most of the time, the numbers are the same.
-    option = 'jax_disable_most_optimizations'
-    self.stack.callback(jax.config.update, option, jax.config.read(option))
-    jax.config.update(option, True)
-    before = set(flags.FLAGS)
-    causal_trace.define_flags()
-    self.names = sorted(set(flags.FLAGS) - before)
-    self.numbers = itertools.count()
-    self.model = tiny_model.make(self.folder / 'tiny')
+    super().__init__(causal_trace)
 
-  def close(self):
-    for name in self.names:
-      delattr(flags.FLAGS, name)
-    self.stack.close()
-
-  def path(self, name):
-    return self.folder / f'{next(self.numbers)}_{name}'
-
-  def write(self, *records):
-    path = self.path('facts.jsonl')
-    path.write_text('\n'.join(map(json.dumps, records)))
-    return path
+  def given(self):
+    return dict(data=self.data, draws=2, window=2, plots=False)
 
   @functools.cached_property
   def answers(self):
@@ -117,27 +86,6 @@ class Setup:
         )
     )
 
-  def run(self, **changes):
-    """Runs the program in this process: (code, out, err, folder)."""
-    folder = changes.pop('output_dir', self.path('out'))
-    given = dict(
-        model=self.model, data=self.data, draws=2, window=2, plots=False,
-        compilation_cache=False, output_dir=folder,
-    ) | changes  # fmt: skip
-    arguments = [f'--{k}={v}' for k, v in given.items() if v is not None]
-    out, err = io.StringIO(), io.StringIO()
-    for name in self.names:
-      flags.FLAGS[name].unparse()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-      try:
-        rest = common.parse(['causal_trace', *arguments])
-        code = common.attempt(causal_trace.main, rest)
-      except SystemExit as end:
-        code = end.code
-    return types.SimpleNamespace(
-        code=code, out=out.getvalue(), err=err.getvalue(), folder=folder
-    )
-
   @functools.cached_property
   def whole(self):
     return self.run(kinds=','.join(ALL), plots=matplotlib is not None)
@@ -152,15 +100,6 @@ def tearDownModule():
   SETUP.close()
 
 
-def results_in(folder):
-  return json.loads((folder / 'results.json').read_text())
-
-
-def rows_in(folder):
-  lines = (folder / 'facts.jsonl').read_text().splitlines()
-  return [json.loads(line) for line in lines]
-
-
 class WholeRunTest(absltest.TestCase):
 
   def setUp(self):
@@ -169,7 +108,7 @@ class WholeRunTest(absltest.TestCase):
     self.assertEqual(self.done.code, 0, self.done.err)
 
   def test_takes_what_the_model_completes(self):
-    results, rows = results_in(self.done.folder), rows_in(self.done.folder)
+    results, rows = self.done.results, self.done.rows('facts.jsonl')
     self.assertEqual([row['number'] for row in rows], [1, 3])
     self.assertEqual([row['id'] for row in rows], ['10', '30'])
     self.assertEqual([row['completes'] for row in rows], ['whole', 'whole'])
@@ -180,7 +119,7 @@ class WholeRunTest(absltest.TestCase):
     self.assertIn('2 facts: p(answer)', self.done.out)
 
   def test_lines_say_where_the_subject_is(self):
-    for row in rows_in(self.done.folder):
+    for row in self.done.rows('facts.jsonl'):
       first, end = row['subject_tokens']
       subject = ''.join(row['tokens'][first:end])
       self.assertEqual(subject.strip(), row['subject'])
@@ -192,7 +131,7 @@ class WholeRunTest(absltest.TestCase):
     arrays = np.load(self.done.folder / 'traces.npz')
     np.testing.assert_array_equal(arrays['numbers'], [1, 3])
     layers = tiny_model.SPEC.layers
-    for i, row in enumerate(rows_in(self.done.folder)):
+    for i, row in enumerate(self.done.rows('facts.jsonl')):
       length, (first, end) = len(row['tokens']), row['subject_tokens']
       for kind in ALL:
         grid = arrays[f'{row["number"]}/{kind}']
@@ -209,7 +148,7 @@ class WholeRunTest(absltest.TestCase):
       self.assertEqual(arrays['high'][i], row['high'])
 
   def test_averages_are_of_the_arrays(self):
-    results, rows = results_in(self.done.folder), rows_in(self.done.folder)
+    results, rows = self.done.results, self.done.rows('facts.jsonl')
     arrays = np.load(self.done.folder / 'traces.npz')
     table = results['average_effects']
     self.assertEqual(set(table), set(ALL))
@@ -225,7 +164,7 @@ class WholeRunTest(absltest.TestCase):
     self.assertIsNotNone(results['total_effect']['half_width_95'])
 
   def test_protocol(self):
-    results = results_in(self.done.folder)
+    results = self.done.results
     protocol = results['protocol']
     self.assertEqual(protocol['kinds'], list(ALL))
     self.assertEqual(protocol['window'], 2)
@@ -298,9 +237,9 @@ class OtherRunsTest(absltest.TestCase):
         kinds='hidden', noise='0.5',
     )  # fmt: skip
     self.assertEqual(done.code, 0, done.err)
-    (row,) = rows_in(done.folder)
+    (row,) = done.rows('facts.jsonl')
     self.assertEqual(row['completes'], 'unasked')
-    results = results_in(done.folder)
+    results = done.results
     self.assertEqual(results['protocol']['noise']['scale'], 0.5)
     self.assertIsNone(results['total_effect']['half_width_95'])
     text = (done.folder / 'index.html').read_text()
@@ -314,11 +253,11 @@ class OtherRunsTest(absltest.TestCase):
         baseline_cells=9, plots=matplotlib is not None,
     )  # fmt: skip
     self.assertEqual(done.code, 0, done.err)
-    results = results_in(done.folder)
+    results = done.results
     for kind in kinds_asked.split(','):
       table = results['average_effects'][kind]
       self.assertEqual(list(table), ['last subject token'])
-      whole = results_in(SETUP.whole.folder)['average_effects'][kind]
+      whole = SETUP.whole.results['average_effects'][kind]
       np.testing.assert_allclose(
           table['last subject token']['mean'],
           whole['last subject token']['mean'],
@@ -333,7 +272,7 @@ class OtherRunsTest(absltest.TestCase):
         baseline='torch', baseline_cells=25,
     )  # fmt: skip
     self.assertEqual(done.code, 0, done.err)
-    work = results_in(done.folder)['work']
+    work = done.results['work']
     self.assertEqual(work['torch']['cells'], 25)
     self.assertLess(work['torch']['largest_difference'], 1e-5)
     self.assertGreater(work['torch']['wall_ratio'], 0)
@@ -367,7 +306,7 @@ class OtherRunsTest(absltest.TestCase):
     self.assertLen(traced, 2)
     self.assertFalse((folder / common.UNFINISHED).exists())
     spent = sum(one['seconds'].item() for one in [*saved, *traced])
-    self.assertAlmostEqual(results_in(folder)['work']['seconds'], spent)
+    self.assertAlmostEqual(done.results['work']['seconds'], spent)
     whole = SETUP.run(**(given | dict(output_dir=SETUP.path('out'))))
     arrays, wanted = (
         np.load(x / 'traces.npz') for x in (folder, whole.folder)
@@ -386,14 +325,14 @@ class OtherRunsTest(absltest.TestCase):
     )  # fmt: skip
     done = SETUP.run(**settings)
     self.assertEqual(done.code, 0, done.err)
-    self.assertLen(rows_in(folder), 3)
+    self.assertLen(done.rows('facts.jsonl'), 3)
     (folder / 'plots').mkdir()
     (folder / 'plots' / 'fact_00009_mlp.png').write_text('old')
     (folder / 'plots' / 'mine.png').write_text('kept')
     self.assertIn('--overwrite', SETUP.run(**settings).err)
     done = SETUP.run(**settings, overwrite=True, num_facts=1)
     self.assertEqual(done.code, 0, done.err)
-    self.assertLen(rows_in(folder), 1)
+    self.assertLen(done.rows('facts.jsonl'), 1)
     self.assertEqual(
         [path.name for path in (folder / 'plots').iterdir()], ['mine.png']
     )

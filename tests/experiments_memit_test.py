@@ -1,26 +1,20 @@
 """The editing program from its flags to its files, and all it must refuse."""
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib.util
-import io
-import itertools
 import json
 import os
 import pathlib
 import shutil
 import struct
-import subprocess
-import sys
-import tempfile
 from unittest import mock
 
 import jax
 import numpy as np
+import programs
 import tiny_model
-from absl import flags
 from absl.testing import absltest, parameterized
 
 from experiments import (
@@ -41,12 +35,8 @@ from jaxedit.text import batching
 from jaxedit.types import Columns
 from jaxedit.values import Schedule
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONTEXTS = ['{}', 'The Eiffel Tower. {}', 'Paris is in France. {}']
 LAYERS = (0, 1)
-_WORDS = (
-    'the mother tongue of Toko Yasuda in Paris France a twin city is'.split()
-)
 
 
 def record(subject, target='twin city', /, **changes):
@@ -69,77 +59,17 @@ GOOD = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Done:
-  """How a run of the program ended."""
-
-  code: int
-  out: str
-  err: str
-  folder: pathlib.Path
-
-  @functools.cached_property
-  def results(self):
-    return json.loads((self.folder / 'results.json').read_text())
-
-  @functools.cached_property
-  def records(self):
-    lines = (self.folder / 'records.jsonl').read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-  def delta(self, **options):
-    return delta.load(self.folder / 'delta.safetensors', **options)
-
-
-class Setup:
+class Setup(programs.Setup):
   """Files and flags that all tests share."""
 
   def __init__(self):
-    self.stack = contextlib.ExitStack()
-    folder = self.stack.enter_context(tempfile.TemporaryDirectory())
-    self.folder = pathlib.Path(folder)
-    self.cache = self.folder / 'cache'
-    self.stack.enter_context(
-        mock.patch.dict(os.environ, {'JAXEDIT_CACHE': str(self.cache)})
-    )
-    # Compiling takes most of the time, the numbers are the same.
-    option = 'jax_disable_most_optimizations'
-    self.stack.callback(jax.config.update, option, jax.config.read(option))
-    jax.config.update(option, True)
-    known = set(flags.FLAGS)
-    memit_batch.define_flags()
-    self.names = sorted(set(flags.FLAGS) - known)
-    self.numbers = itertools.count()
-    self.model = tiny_model.make(self.folder / 'tiny')
+    super().__init__(memit_batch)
     self.data = self.write(*GOOD)
-    self.text = self.path('text.txt')
-    rng = np.random.default_rng(0)
-    self.text.write_text(
-        '\n'.join(' '.join(rng.choice(_WORDS, 12)) for _ in range(60))
-    )
     self.contexts = self.path('contexts.json')
     self.contexts.write_text(json.dumps(CONTEXTS))
 
-  def close(self):
-    for name in self.names:
-      delattr(flags.FLAGS, name)
-    self.stack.close()
-
-  def path(self, name):
-    """A path that nothing lies at."""
-    return self.folder / f'{next(self.numbers)}_{name}'
-
-  def write(self, *records):
-    """Writes records, or lines as they are, to a file."""
-    path = self.path('data.jsonl')
-    dump = lambda one: one if isinstance(one, str) else json.dumps(one)
-    path.write_text('\n'.join(map(dump, records)), encoding='utf-8')
-    return path
-
-  def arguments(self, **changes):
-    """The command line; None leaves a flag out, `words` are no flags."""
-    given = dict(
-        model=self.model,
+  def given(self):
+    return dict(
         data=self.data,
         layers='0,1',
         batch_size=2,
@@ -151,38 +81,6 @@ class Setup:
         moments_corpus=f'file:{self.text}',
         moments_tokens=400,
         context_templates=self.contexts,
-        compilation_cache=False,
-        output_dir=self.path('out'),
-    ) | changes
-    words = given.pop('words', [])
-    given = {k: v for k, v in given.items() if v is not None}
-    return [f'--{k}={v}' for k, v in given.items()] + list(words)
-
-  def run(self, **changes):
-    """Runs the program in this process."""
-    arguments = self.arguments(**changes)
-    places = [a for a in arguments if a.startswith('--output_dir=')]
-    folder = pathlib.Path((places or ['=.'])[0].partition('=')[2])
-    out, err = io.StringIO(), io.StringIO()
-    for name in self.names:
-      flags.FLAGS[name].unparse()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-      try:
-        rest = common.parse(['memit_batch', *arguments])
-        code = common.attempt(memit_batch.main, rest)
-      except SystemExit as end:
-        code = end.code
-    return Done(code, out.getvalue(), err.getvalue(), folder)
-
-  def start(self, *arguments):
-    """Starts the program as a user does."""
-    return subprocess.Popen(
-        [sys.executable, '-m', 'experiments.memit_batch', *arguments],
-        cwd=ROOT,
-        env={**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
     )
 
   # Runs that several tests look at.
@@ -200,16 +98,8 @@ class Setup:
     return self.run(reset=True, batch_size=1, max_new_tokens=0)
 
   @functools.cached_property
-  def base(self):
-    return loading.load_model(self.model)
-
-  @functools.cached_property
   def coarse(self):
     return tiny_model.make(self.folder / 'coarse', dtype='bfloat16')
-
-  @functools.cached_property
-  def poisoned(self):
-    return tiny_model.make(self.folder / 'poisoned', poisoned=True)
 
 
 def setUpModule():
@@ -221,12 +111,10 @@ def tearDownModule():
   SETUP.close()
 
 
-class Case(parameterized.TestCase):
+class Case(programs.Case):
 
   def succeed(self, **changes):
-    done = SETUP.run(**changes)
-    self.assertEqual(done.code, 0, done.err)
-    return done
+    return super().succeed(SETUP.run, **changes)
 
   def refuse(self, *sentences, weights=False, **changes):
     """Runs in vain; nothing expensive may have happened before.
@@ -236,25 +124,14 @@ class Case(parameterized.TestCase):
       weights: whether the weights had to be read for this.
       **changes: flags.
     """
-    stop = mock.Mock(side_effect=AssertionError('too late'))
-    targets = [
+    unreached = [
         (editing, 'judge'),
         (collect_moments, 'collect'),
         (editing, 'edit_in_sequence'),
     ]
     if not weights:
-      targets.append((loading, 'load_model'))
-    with contextlib.ExitStack() as stack:
-      for module, name in targets:
-        stack.enter_context(mock.patch.object(module, name, stop))
-      done = SETUP.run(**changes)
-    self.assertEqual(done.code, 2)
-    lines = [x for x in done.err.splitlines() if x.startswith('error: ')]
-    self.assertLen(lines, len(sentences), done.err)
-    for line, sentence in zip(lines, sentences):
-      self.assertRegex(line, sentence)
-    self.assertEqual(done.out, '')
-    return done
+      unreached.append((loading, 'load_model'))
+    return super().refuse(SETUP.run, sentences, unreached, **changes)
 
 
 def logits(model, params, texts):
@@ -1042,11 +919,7 @@ class CommandTest(Case):
           self.assertNotIn(noise, err)
 
   def test_help_lists_all_flags(self):
-    process = SETUP.start('--help')
-    out, err = process.communicate(timeout=300)
-    self.assertEqual(process.returncode, 0, err)
-    for name in SETUP.names:
-      self.assertRegex(out, rf'--(\[no\])?{name}:')
+    self.assert_helps(SETUP)
 
 
 if __name__ == '__main__':

@@ -1,22 +1,12 @@
 """The search for layers: from traces to settings that memit_batch runs."""
 
-import contextlib
-import io
-import itertools
 import json
-import os
-import pathlib
-import tempfile
-import types
-from unittest import mock
 
-import jax
 import numpy as np
-import tiny_model
-from absl import flags
+import programs
 from absl.testing import absltest, parameterized
 
-from experiments import causal_trace, common, memit_batch, suggest
+from experiments import causal_trace, memit_batch, suggest
 from jaxedit.types import InputError
 
 RECORDS = [
@@ -94,49 +84,21 @@ class ProgramTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    stack = contextlib.ExitStack()
-    cls.addClassCleanup(stack.close)
-    folder = stack.enter_context(tempfile.TemporaryDirectory())
-    cls.folder, cls.numbers = pathlib.Path(folder), itertools.count()
-    stack.enter_context(mock.patch.dict(os.environ, {'JAXEDIT_CACHE': folder}))
-    option = 'jax_disable_most_optimizations'
-    stack.callback(jax.config.update, option, jax.config.read(option))
-    jax.config.update(option, True)
-    cls.model = tiny_model.make(cls.folder / 'tiny')
-    cls.data = cls.folder / 'facts.jsonl'
-    cls.data.write_text('\n'.join(map(json.dumps, RECORDS)))
-    cls.contexts = cls.folder / 'contexts.json'
-    cls.contexts.write_text('["{}", "In Paris. {}"]')
-
-  def run_program(self, program, *arguments, **given):
-    """Runs a program in this process."""
-    folder = self.folder / f'{next(self.numbers)}_out'
-    given = dict(
-        data=self.data, context_templates=self.contexts,
-        compilation_cache=False, output_dir=folder,
-    ) | given  # fmt: skip
-    known = set(flags.FLAGS)
-    program.define_flags()
-    out, err = io.StringIO(), io.StringIO()
-    try:
-      words = [f'--{k}={v}' for k, v in given.items() if v is not None]
-      with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        rest = common.parse(['program', *arguments, *words])
-        code = common.attempt(program.main, rest)
-    finally:
-      for name in set(flags.FLAGS) - known:
-        delattr(flags.FLAGS, name)
-    return types.SimpleNamespace(
-        code=code, out=out.getvalue(), err=err.getvalue(), folder=folder
+    cls.setup = programs.Setup(causal_trace)
+    cls.addClassCleanup(cls.setup.close)
+    contexts = cls.setup.path('contexts.json')
+    contexts.write_text('["{}", "In Paris. {}"]')
+    cls.given = dict(
+        data=cls.setup.write(*RECORDS), context_templates=contexts
     )
 
   def suggest(self, **given):
     settings = dict(
-        model=self.model, draws=2, window=2, plots=False, keep_wrong=True,
-        suggest_layers=True, kinds='hidden,mlp', value_steps=4,
-        moment_weight=20, moments_tokens=400, tokens='subject_last',
+        draws=2, window=2, plots=False, keep_wrong=True, suggest_layers=True,
+        kinds='hidden,mlp', value_steps=4, moment_weight=20,
+        moments_tokens=400, tokens='subject_last',
     )  # fmt: skip
-    return self.run_program(causal_trace, **(settings | given))
+    return self.setup.run(**(self.given | settings | given))
 
   def test_flagfile_gives_what_was_measured(self):
     done = self.suggest(
@@ -151,12 +113,15 @@ class ProgramTest(parameterized.TestCase):
     self.assertTrue((done.folder / 'plots/suggest.png').is_file())
     scores = [one['score'] for one in found['tries']]
     self.assertEqual(scores, sorted(scores, reverse=True))
-    data = self.folder / 'probed.jsonl'
-    data.write_text('\n'.join(map(json.dumps, RECORDS[1:])))
-    flagfile = f'--flagfile={done.folder / "suggested.flags"}'
-    again = self.run_program(memit_batch, flagfile, data=data, batch_size=3)
+    again = self.setup.run(
+        memit_batch,
+        flagfile=done.folder / 'suggested.flags',
+        model=None,
+        data=self.setup.write(*RECORDS[1:]),
+        batch_size=3,
+    )
     self.assertEqual(again.code, 0, again.err)
-    results = json.loads((again.folder / 'results.json').read_text())
+    results = again.results
     self.assertEqual(
         results['protocol']['settings']['layers'], found['tries'][0]['layers']
     )

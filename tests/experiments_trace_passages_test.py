@@ -1,20 +1,11 @@
 """How far one state reaches into an answer: the program and its parts."""
 
-import contextlib
-import io
-import json
-import os
-import pathlib
-import tempfile
-from unittest import mock
 
-import jax
 import numpy as np
-import tiny_model
-from absl import flags
+import programs
 from absl.testing import absltest
 
-from experiments import common, trace_passages
+from experiments import trace_passages
 from jaxedit.models import tokenizer as tokenizer_lib
 from jaxedit.text import chat as chat_lib
 from jaxedit.text import chunking
@@ -34,56 +25,32 @@ class PassagesTest(absltest.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    stack = contextlib.ExitStack()
-    cls.addClassCleanup(stack.close)
-    folder = stack.enter_context(tempfile.TemporaryDirectory())
-    cls.folder = pathlib.Path(folder)
-    stack.enter_context(mock.patch.dict(os.environ, {'JAXEDIT_CACHE': folder}))
-    option = 'jax_disable_most_optimizations'
-    stack.callback(jax.config.update, option, jax.config.read(option))
-    jax.config.update(option, True)
-    known = set(flags.FLAGS)
-    trace_passages.define_flags()
-    cls.names = sorted(set(flags.FLAGS) - known)
-    stack.callback(lambda: [delattr(flags.FLAGS, name) for name in cls.names])
-    cls.model = tiny_model.make(cls.folder / 'tiny', chats=True)
-
-  def run_program(self, **given):
-    for name in self.names:
-      flags.FLAGS[name].unparse()
-    words = [f'--{k}={v}' for k, v in given.items()]
-    err = io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()):
-      with contextlib.redirect_stderr(err):
-        rest = common.parse(['trace_passages', *words])
-        return common.attempt(trace_passages.main, rest), err.getvalue()
+    cls.setup = programs.Setup(trace_passages, chats=True)
+    cls.addClassCleanup(cls.setup.close)
 
   def test_whole_run(self):
-    data, out = self.folder / 'data.jsonl', self.folder / 'out'
-    data.write_text('\n'.join(map(json.dumps, RECORDS)))
-    code, err = self.run_program(
-        model=self.model, data=data, output_dir=out, window=3, stride=1,
-        draws=2, pushes=2, compilation_cache=False,
-    )  # fmt: skip
-    self.assertEqual(code, 0, err)
-    found = json.loads((out / 'results.json').read_text())
+    done = self.setup.run(
+        data=self.setup.write(*RECORDS), window=3, stride=1, draws=2, pushes=2
+    )
+    self.assertEqual(done.code, 0, done.err)
+    found = done.results
     self.assertEqual(found['reach'][0]['count'], 2)
     self.assertEqual(list(found['reach'][0]['moved']), ['0', '1'])
     self.assertGreater(found['reach'][0]['moved']['0'], 0)
     # The answer of one chunk has no later ones.
     self.assertLessEqual(found['locating']['later']['count'], 1)
     self.assertLen(found['locating']['first']['mean'], 3)
-    self.assertTrue((out / 'plots/reach.svg').is_file())
-    self.assertTrue((out / 'plots/locating.png').is_file())
+    self.assertTrue((done.folder / 'plots/reach.svg').is_file())
+    self.assertTrue((done.folder / 'plots/locating.png').is_file())
 
   def test_refuses_all_at_once(self):
-    code, err = self.run_program(noise='loud')
-    self.assertEqual(code, 2)
-    self.assertIn('--output_dir is missing', err)
-    self.assertIn('--noise=loud', err)
+    done = self.setup.run(noise='loud', output_dir=None)
+    self.assertEqual(done.code, 2)
+    self.assertIn('--output_dir is missing', done.err)
+    self.assertIn('--noise=loud', done.err)
 
   def test_question_and_chunks(self):
-    words = tokenizer_lib.load_tokenizer(self.model)
+    words = tokenizer_lib.load_tokenizer(self.setup.model)
     passage = Passage(1, '1', **RECORDS[0])
     for kind in ('template', 'none', 'In {} is'):
       end = None if kind == 'template' else ''
