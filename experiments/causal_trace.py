@@ -354,7 +354,7 @@ def _run(clock: editing.Clock) -> None:
   folder = common.claim_folder(FLAGS.output_dir, FLAGS.overwrite)
   common.use_compilation_cache(FLAGS.compilation_cache)
   model, words, loaded = load(clock)
-  probed = None
+  probed = suggested = None
   if FLAGS.suggest_layers:
     probed = suggest_stage.read_records(model, words)
     suggest_stage.check_proposal(model, probed)
@@ -397,11 +397,11 @@ def _run(clock: editing.Clock) -> None:
         facts=0 if config.last_only else config.fact_plots, progress=bar,
     )  # fmt: skip
   if FLAGS.suggest_layers:
-    lines = suggest_stage.run(
+    suggested = suggest_stage.run(
         model, words, probed, averages,
         folder=folder, kept=pieces, clock=clock, formats=config.formats,
     )  # fmt: skip
-    print('\n'.join(['', *lines]))
+    print('\n'.join(['', *suggested.lines()]))
   effort = trace_costs.work(
       model.spec, found, config.kinds, config.draws, config.last_only
   )
@@ -417,6 +417,9 @@ def _run(clock: editing.Clock) -> None:
       'versions': common.versions(),
       'timing': clock.seconds,
   }
+  if suggested:
+    results['suggested'] = suggested.report()
+    drawn |= {'suggest': suggested.plot} if suggested.plot else {}
   page = trace_page.page(results, rows, drawn)
   common.write_text(folder / 'index.html', page)
   common.write_json(folder / 'results.json', results)

@@ -14,13 +14,12 @@ It reads no flags and draws nothing but the one plot.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import editing, states
+from experiments import editing, states, trace_figures
 from experiments.kept import Kept
 from jaxedit.edit import closed_form
 from jaxedit.edit.recipe import Recipe, State
@@ -53,6 +52,11 @@ class Tried(NamedTuple):
     """Means over facts, and their score."""
     found = metrics.aggregate(self.records, resamples=1)
     return {name: found[name]['mean'] for name in ('score', 'es', 'ps', 'ns')}
+
+  @property
+  def interval(self) -> dict[str, float]:
+    """The score: 'mean', and 'low' and 'high' of its 95% interval."""
+    return metrics.aggregate(self.records)['score']
 
 
 class Prober:
@@ -285,38 +289,45 @@ def table(tries: Sequence[Tried], count: int = 8) -> list[str]:
   return lines
 
 
-def draw(
-    tries: Sequence[Tried],
-    effects: Mapping[str, np.ndarray],
-    places: Sequence[pathlib.Path],
-) -> None:
+def figure(tries: Sequence[Tried], effects: Mapping[str, np.ndarray]) -> Any:
   """Draws scores and effects by layer.
 
   Args:
     tries: what was tried.
     effects: name -> [L] average effect at the last subject token.
-    places: files to write, by their endings.
-  """
-  from matplotlib import pyplot
 
-  figure, axes = pyplot.subplots(2, 1, sharex=True, figsize=(7, 6))
-  for width in sorted({len(t.layers) for t in tries}):
-    mine = sorted(t for t in tries if len(t.layers) == width)
-    anchors = [t.layers[-1] for t in mine]
-    label = 'one layer' if width == 1 else f'{width} layers'
-    scores = [t.metrics['score'] for t in mine]
-    axes[0].plot(anchors, scores, marker='o', label=label)
-  best = ranked(tries)[0]
-  axes[0].axvline(best.layers[-1], color='gray', linestyle=':')
-  axes[0].set_ylabel('MEMIT score')
-  axes[0].set_ylim(0, 1)
-  for name, effect in effects.items():
-    axes[1].plot(effect, label=name)
-  axes[1].set_ylabel('average indirect effect')
-  axes[1].set_xlabel('layer (above: the last one edited)')
-  for axis in axes:
-    axis.legend(frameon=False)
-    axis.grid(alpha=0.3)
-  for place in places:
-    figure.savefig(place, bbox_inches='tight')
-  pyplot.close(figure)
+  Returns:
+    A matplotlib figure.
+  """
+  with trace_figures.styled():
+    made, (above, below) = trace_figures.new(4.6, rows=2)
+    widths = sorted({len(t.layers) for t in tries})
+    for place, width in enumerate(widths):
+      mine = sorted(t for t in tries if len(t.layers) == width)
+      shift = 0.12 * (2 * place - len(widths) + 1)  # intervals side by side
+      found = [t.interval for t in mine]
+      above.errorbar(
+          [t.layers[-1] + shift for t in mine],
+          [x['mean'] for x in found],
+          yerr=[
+              [x['mean'] - x['low'] for x in found],
+              [x['high'] - x['mean'] for x in found],
+          ],
+          marker='o',
+          markersize=4,
+          elinewidth=0.6,
+          label='one layer' if width == 1 else f'{width} layers',
+      )
+    best = ranked(tries)[0]
+    above.axvline(best.layers[-1], color=trace_figures.INK, ls=':', lw=0.8)
+    above.set_ylabel('MEMIT score')
+    above.set_title('by the last edited layer', loc='left')
+    for name, effect in effects.items():
+      below.plot(effect, label=name)
+    below.axhline(0, color=trace_figures.INK, linewidth=0.6)
+    below.set_ylabel('average effect')
+    below.set_title('restored at the last subject token', loc='left')
+    below.set_xlabel('layer')
+    for axes in (above, below):
+      axes.legend(fontsize=8)
+  return made

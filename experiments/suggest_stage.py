@@ -28,6 +28,7 @@ from experiments import (
     methods,
     resources,
     suggest,
+    trace_plots,
 )
 from experiments.kept import Kept
 from jaxedit.eval import datasets, harness
@@ -39,6 +40,7 @@ from jaxedit.types import InputError
 FLAGS = flags.FLAGS
 
 FILES = ('suggested.flags', 'suggest.json')
+_LISTED = 8  # tries that are told; suggest.json has all
 _LAST_SUBJECT = effects.CLASSES.index('last subject token')
 
 
@@ -56,6 +58,42 @@ class Proposal(NamedTuple):
   layers: tuple[int, ...]
   facts: Mapping[str, Any]
   model_hash: str
+
+
+class Suggested(NamedTuple):
+  """What a search found.
+
+  Attributes:
+    tries: all of them, the best first.
+    judged: how --proposal compares with the best, if it was given.
+    facts: on how many facts.
+    plot: as SVG, if it was drawn.
+  """
+
+  tries: Sequence[suggest.Tried]
+  judged: Mapping[str, Any] | None
+  facts: int
+  plot: str | None
+
+  def lines(self) -> list[str]:
+    """The best tries, and the comparison, to print."""
+    lines = suggest.table(self.tries)
+    if self.judged:
+      lines.append(
+          '{name}: score {score:.3f}, {difference:.3f} below the best here, 95%'
+          ' interval {low:.3f} to {high:.3f}, {facts} facts'.format(
+              name=FLAGS.proposal, facts=self.facts, **self.judged
+          )
+      )
+    return lines
+
+  def report(self) -> dict[str, Any]:
+    """The same for results.json; suggest.json has all tries."""
+    return {
+        'facts': self.facts,
+        'tries': suggest.report(self.tries[:_LISTED]),
+        'proposal': self.judged,
+    }
 
 
 def define_flags() -> None:
@@ -248,7 +286,7 @@ def run(
     kept: Kept,
     clock: editing.Clock,
     formats: Sequence[str],
-) -> list[str]:
+) -> Suggested:
   """Searches, and writes what was found.
 
   Args:
@@ -262,7 +300,7 @@ def run(
     formats: of the plot; none to draw nothing.
 
   Returns:
-    What was found, as lines to print.
+    What was found.
 
   Raises:
     InputError: moments cannot be used, or the traces show nothing.
@@ -288,19 +326,12 @@ def run(
       tries = suggest.search(prober, anchors, top=top, widths=widths, done=done)
     judged = _judge(prober, tries)
   _write(folder, bench, tries, subject, top, judged)
+  plot = None
   if formats:
-    places = [folder / 'plots' / f'suggest.{ending}' for ending in formats]
-    places[0].parent.mkdir(exist_ok=True)
-    suggest.draw(tries, subject, places)
-  lines = suggest.table(tries)
-  if judged:
-    lines.append(
-        '{name}: score {score:.3f}, {difference:.3f} below the best here, 95%'
-        ' interval {low:.3f} to {high:.3f}, {facts} facts'.format(
-            name=FLAGS.proposal, facts=len(records.records), **judged
-        )
-    )
-  return lines
+    (folder / 'plots').mkdir(exist_ok=True)
+    drawn = suggest.figure(tries, subject)
+    plot = trace_plots.save(drawn, folder / 'plots', 'suggest', formats)
+  return Suggested(tries, judged, len(records.records), plot)
 
 
 def _judge(

@@ -107,7 +107,7 @@ def heat_map(
     A figure.
   """
   with styled():
-    figure, axes = _figure(1.05 + 0.2 * len(labels))
+    figure, axes = new(1.05 + 0.2 * len(labels))
     least = float(np.nanmin(values)) if floor is None else floor
     most = float(np.nanmax(values))
     image = axes.imshow(
@@ -141,7 +141,7 @@ def effect_lines(average: effects.Average, *, kind: str, window: int) -> Any:
     A figure.
   """
   with styled():
-    figure, axes = _figure(3.6)
+    figure, axes = new(3.6)
     for row, name in enumerate(effects.CLASSES):
       mean, half = average.mean[row], average.half_width[row]
       if np.isnan(mean).all():
@@ -178,7 +178,7 @@ def severed_bars(averages: Mapping[str, effects.Average]) -> Any:
   row = effects.CLASSES.index('last subject token')
   shown = {kind: averages[kind] for kind in _SEVERED if kind in averages}
   with styled():
-    figure, axes = _figure(3.4)
+    figure, axes = new(3.4)
     for kind, average in shown.items():
       name, colour = _SEVERED[kind]
       mean, half = average.mean[row], average.half_width[row]
@@ -202,12 +202,21 @@ def severed_bars(averages: Mapping[str, effects.Average]) -> Any:
   return figure
 
 
-def _figure(height: float) -> tuple[Any, Any]:
+def new(height: float, rows: int = 1) -> tuple[Any, Any]:
+  """Makes an empty figure.
+
+  Args:
+    height: in inches.
+    rows: of axes, which share the horizontal one.
+
+  Returns:
+    (figure, its axes).
+  """
   # Not pyplot: it would keep every figure.
   from matplotlib import figure as figure_lib
 
   figure = figure_lib.Figure(figsize=(_WIDTH, height), layout='constrained')
-  return figure, figure.subplots()
+  return figure, figure.subplots(rows, sharex=True)
 
 
 def _layers(axes: Any, count: int, kind: str, window: int) -> None:

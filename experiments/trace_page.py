@@ -84,6 +84,7 @@ def page(
   name = html.escape(str(results['protocol']['model']))
   body = [
       _head(results),
+      _suggested(results, drawn),
       _averages(results, drawn),
       _severed(results, drawn),
       _facts(results, rows, drawn),
@@ -172,6 +173,37 @@ def _split(mean: float, half: float | None) -> tuple[str, str]:
   text = trace_results.interval(mean, half)
   value, _, rest = text.partition(' ')
   return value, rest
+
+
+def _suggested(results: Mapping[str, Any], drawn: Mapping[str, str]) -> str:
+  """The layers to edit, where they were searched."""
+  if 'suggested' not in results:
+    return ''
+  found = results['suggested']
+  names = ('score', 'es', 'ps', 'ns')
+  rows = ''
+  for one in found['tries']:
+    layers = ', '.join(map(str, one['layers']))
+    cells = ''.join(f'<td class="n">{one[name]:.3f}</td>' for name in names)
+    rows += f'<tr><td>{layers}</td>{cells}</tr>'
+  heads = ''.join(f'<th class="n">{name.upper()}</th>' for name in names)
+  told, judged = '', found['proposal']
+  if judged:
+    layers = ', '.join(map(str, judged['layers']))
+    told = (
+        f'<p>The proposed layers {layers} score {judged["score"]:.3f} on these'
+        f' facts, {judged["difference"]:.3f} below the best (95% interval'
+        f' {judged["low"]:.3f} to {judged["high"]:.3f}).</p>'
+    )
+  text = 'MEMIT score by the last edited layer, over the effects by layer.'
+  return (
+      '<h2>Layers to edit</h2><p>MEMIT on'
+      f' {found["facts"]} facts in one batch, the best layers first; the score is'
+      ' the harmonic mean of ES, PS and NS.</p>'
+      f'{told}<div class="plots">{_plot(drawn, "suggest", text)}<div class="wide">'
+      f'<table><thead><tr><th>layers</th>{heads}</tr></thead><tbody>{rows}'
+      '</tbody></table></div></div>'
+  )
 
 
 def _averages(results: Mapping[str, Any], drawn: Mapping[str, str]) -> str:

@@ -276,14 +276,9 @@ def draw(
     folder: pathlib.Path,
 ) -> None:
   """Draws both answers."""
-  import matplotlib
-
-  matplotlib.use('Agg')
-  from matplotlib import pyplot
-
   folder.mkdir(exist_ok=True)
   with trace_figures.styled():
-    figure, axes = pyplot.subplots(figsize=(5, 3.5))
+    reached, axes = trace_figures.new(3.4)
     for layer in table[0]['moved']:
       x = [row['from'] for row in table]
       y = [row['moved'][layer] for row in table]
@@ -292,20 +287,15 @@ def draw(
     axes.set_xlabel('distance from the pushed token, tokens')
     axes.set_ylabel('|change of log p|, nats')
     axes.legend(fontsize=7, ncol=2)
-    _save(figure, folder / 'reach')
-    figure, axes = pyplot.subplots(figsize=(5, 3.5))
+    located_in, axes = trace_figures.new(3.4)
     for name, row in located.items():
       if row['count']:
         axes.plot(row['mean'], label=f'{name} chunk (best: {row["layer"]})')
     axes.set_xlabel('layer whose state before the chunk is restored')
     axes.set_ylabel('share of p brought back')
     axes.legend()
-    _save(figure, folder / 'locating')
-
-
-def _save(figure: Any, path: pathlib.Path) -> None:
-  for ending in trace_plots.FORMATS:
-    figure.savefig(f'{path}.{ending}', bbox_inches='tight')
+  for name, figure in (('reach', reached), ('locating', located_in)):
+    trace_plots.save(figure, folder, name, trace_plots.FORMATS)
 
 
 def main() -> None:

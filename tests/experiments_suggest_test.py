@@ -111,6 +111,10 @@ class ProgramTest(parameterized.TestCase):
     layers = [one['layers'] for one in found['tries']]
     self.assertCountEqual(layers, [[0], [1], [2], [0, 1], [1, 2]])
     self.assertTrue((done.folder / 'plots/suggest.png').is_file())
+    page = (done.folder / 'index.html').read_text()
+    self.assertIn('<h2>Layers to edit</h2>', page)
+    self.assertIn('aria-label="MEMIT score by', page)
+    self.assertEqual(done.results['suggested']['tries'], found['tries'])
     scores = [one['score'] for one in found['tries']]
     self.assertEqual(scores, sorted(scores, reverse=True))
     again = self.setup.run(
@@ -142,6 +146,9 @@ class ProgramTest(parameterized.TestCase):
     found = json.loads((judged.folder / 'suggest.json').read_text())
     known = {tuple(t['layers']): t['score'] for t in found['tries']}
     mine = found['proposal']
+    self.assertEqual(judged.results['suggested']['proposal'], mine)
+    page = (judged.folder / 'index.html').read_text()
+    self.assertIn('<p>The proposed layers', page)
     self.assertEqual(mine['layers'], proposed)
     self.assertEqual(mine['score'], known[tuple(proposed)])
     self.assertAlmostEqual(
