@@ -29,7 +29,9 @@ from jaxedit.text import passages as text_passages
 from jaxedit.types import Dense, Edited, LowRank
 from jaxedit.values import run as run_lib
 
-FLAGFILES = sorted((programs.ROOT / 'experiments/flagfiles').glob('anyedit_*.flags'))
+FLAGFILES = sorted(
+    (programs.ROOT / 'experiments/flagfiles').glob('anyedit_*.flags')
+)
 WINDOW = 3
 
 

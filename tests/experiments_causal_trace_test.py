@@ -308,9 +308,7 @@ class OtherRunsTest(absltest.TestCase):
     spent = sum(one['seconds'].item() for one in [*saved, *traced])
     self.assertAlmostEqual(done.results['work']['seconds'], spent)
     whole = SETUP.run(**(given | dict(output_dir=SETUP.path('out'))))
-    arrays, wanted = (
-        np.load(x / 'traces.npz') for x in (folder, whole.folder)
-    )
+    arrays, wanted = (np.load(x / 'traces.npz') for x in (folder, whole.folder))
     for name in wanted.files:
       np.testing.assert_allclose(arrays[name], wanted[name], atol=1e-6)
     refused = SETUP.run(**given)

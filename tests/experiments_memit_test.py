@@ -559,7 +559,7 @@ class BadRecordTest(Case):
     self.refuse('record 1', 'record 2', data=data, on_bad_record='skip')
 
   def test_no_such_data(self):
-    self.refuse("nowhere.*there is no such file; check", data='nowhere.jsonl')
+    self.refuse('nowhere.*there is no such file; check', data='nowhere.jsonl')
 
   def test_data_without_records(self):
     self.refuse('holds no records', data=SETUP.write(''))
@@ -784,7 +784,9 @@ class BadModelTest(Case):
   def test_truncated_gguf(self):
     path = SETUP.path('model.gguf')
     path.write_bytes(b'GGUF' + struct.pack('<IQQ', 3, 10, 5) + bytes(10))
-    self.refuse('model.gguf: .*it ends inside the header.*; fetch the file', model=path)
+    self.refuse(
+        'model.gguf: .*it ends inside the header.*; fetch the file', model=path
+    )
 
   def test_pickle_alone(self):
     place = self.copy()

@@ -88,9 +88,7 @@ class ProgramTest(parameterized.TestCase):
     cls.addClassCleanup(cls.setup.close)
     contexts = cls.setup.path('contexts.json')
     contexts.write_text('["{}", "In Paris. {}"]')
-    cls.given = dict(
-        data=cls.setup.write(*RECORDS), context_templates=contexts
-    )
+    cls.given = dict(data=cls.setup.write(*RECORDS), context_templates=contexts)
 
   def suggest(self, **given):
     settings = dict(

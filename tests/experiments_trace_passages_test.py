@@ -1,6 +1,5 @@
 """How far one state reaches into an answer: the program and its parts."""
 
-
 import numpy as np
 import programs
 from absl.testing import absltest

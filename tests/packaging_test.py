@@ -221,7 +221,7 @@ class FlagfileTest(parameterized.TestCase):
         self.assertEqual(json.loads(out.splitlines()[-1]), {})
 
 
-PAGES = ('README.md', 'BUILD.md', 'docs/methods.md')
+PAGES = ('README.md', 'BUILD.md', 'docs/methods.md', 'docs/tracing.md')
 _FENCE = re.compile(r'^```.*?^```', re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r'\[([^\]]*)\]\(([^)\s]+)\)')
 
