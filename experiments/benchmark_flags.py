@@ -32,12 +32,7 @@ def define_flags() -> None:
   flags.DEFINE_integer(
       'num_edits', 32, 'Take the first N good records.', lower_bound=1
   )
-  flags.DEFINE_enum(
-      'on_bad_record',
-      'fail',
-      ('fail', 'skip'),
-      'A faulty record stops the run, or the next one takes its place.',
-  )
+  common.define_run_flags()
   _define_method_flags()
   _define_passage_flags()
   _define_run_flags()
@@ -121,8 +116,6 @@ def _define_run_flags() -> None:
         lower_bound=1e-3,
         upper_bound=1.0,
     )
-  flags.DEFINE_string('output_dir', None, 'Folder for results.')
-  flags.DEFINE_bool('overwrite', False, 'Replace results in --output_dir.')
   flags.DEFINE_string(
       'append', None, 'File to add the section to, e.g. BENCHMARKS.md.'
   )

@@ -73,12 +73,7 @@ def define_flags() -> None:
       'prompt', None, 'Trace this text alone, its subject filled in.'
   )
   flags.DEFINE_string('subject', None, 'The subject of --prompt.')
-  flags.DEFINE_enum(
-      'on_bad_record',
-      'fail',
-      ('fail', 'skip'),
-      'A faulty record stops the run, or the next one takes its place.',
-  )
+  common.define_run_flags()
   flags.DEFINE_integer(
       'num_facts',
       None,
@@ -96,8 +91,6 @@ def define_flags() -> None:
   _define_trace_flags()
   _define_baseline_flags()
   suggest_stage.define_flags()
-  flags.DEFINE_string('output_dir', None, 'Folder for results.')
-  flags.DEFINE_bool('overwrite', False, 'Replace results in --output_dir.')
   flags.DEFINE_bool('plots', True, 'Draw plots; --noplots needs no matplotlib.')
   flags.DEFINE_list(
       'formats', ','.join(trace_plots.FORMATS), 'Of plot files: png, svg.'

@@ -84,6 +84,18 @@ def define_model_flags() -> None:
   )
 
 
+def define_run_flags() -> None:
+  """Defines what runs over records have in common."""
+  flags.DEFINE_enum(
+      'on_bad_record',
+      'fail',
+      ('fail', 'skip'),
+      'A faulty record stops the run, or the next one takes its place.',
+  )
+  flags.DEFINE_string('output_dir', None, 'Folder for results.')
+  flags.DEFINE_bool('overwrite', False, 'Replace results in --output_dir.')
+
+
 def define_number(
     name: str, default: float | None, help_text: str, *, positive: bool = False
 ) -> None:

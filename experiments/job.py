@@ -87,12 +87,7 @@ def define_flags(texts: bool = False) -> None:
       'Take the first N good records; all unless given.',
       lower_bound=1,
   )
-  flags.DEFINE_enum(
-      'on_bad_record',
-      'fail',
-      ('fail', 'skip'),
-      'A faulty record stops the run, or the next one takes its place.',
-  )
+  common.define_run_flags()
   flags.DEFINE_integer(
       'batch_size', 100, 'Edits solved for together.', lower_bound=1
   )
@@ -116,8 +111,6 @@ def define_flags(texts: bool = False) -> None:
       ' last layer and value settings skips those of records that it finds there,'
       ' so that what follows can be tuned alone.',
   )
-  flags.DEFINE_string('output_dir', None, 'Folder for results.')
-  flags.DEFINE_bool('overwrite', False, 'Replace results in --output_dir.')
   flags.DEFINE_bool(
       'save_model',
       False,

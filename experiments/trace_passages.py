@@ -54,12 +54,7 @@ def define_flags() -> None:
   flags.DEFINE_integer(
       'num_edits', None, 'Take the first N good records.', lower_bound=1
   )
-  flags.DEFINE_enum(
-      'on_bad_record',
-      'fail',
-      ('fail', 'skip'),
-      'A faulty record stops the run, or the next one takes its place.',
-  )
+  common.define_run_flags()
   flags.DEFINE_string(
       'chat', chat_lib.TEMPLATE, 'Words around a question, as in anyedit_batch.'
   )
@@ -78,8 +73,6 @@ def define_flags() -> None:
   flags.DEFINE_integer(
       'draws', 4, 'Corrupted copies of a question.', lower_bound=1
   )
-  flags.DEFINE_string('output_dir', None, 'Folder for results.')
-  flags.DEFINE_bool('overwrite', False, 'Replace results in --output_dir.')
   flags.DEFINE_bool('plots', True, 'Draw plots; --noplots needs no matplotlib.')
   flags.adopt_module_key_flags(common)
 
