@@ -14,6 +14,9 @@ asks for a sequence of batches. In --output_dir the files of memit_batch:
   records.jsonl       one line a record: answers before and after, loss, steps
   moments.safetensors the second moments, if they were collected
   model/              with --save_model, the edited model, a Hugging Face folder
+
+A run that was stopped goes on with the same command: optimised states are kept
+in unfinished/ until it ends.
 """
 
 from __future__ import annotations

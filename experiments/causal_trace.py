@@ -343,14 +343,16 @@ def main() -> None:
 
 def _run(clock: editing.Clock) -> None:
   begin, bar = time.monotonic(), common.progress_bar
-  config = config_of_flags()
-  folder = common.claim_folder(FLAGS.output_dir, FLAGS.overwrite)
+  config, proposal = config_of_flags(), suggest_stage.read_proposal()
+  output = kept.Output(FLAGS.output_dir, FLAGS.overwrite)
+  folder = output.folder
   common.use_compilation_cache(FLAGS.compilation_cache)
   model, words, loaded = load(clock)
-  probed = suggested = None
+  probed = None
   if FLAGS.suggest_layers:
     probed = suggest_stage.read_records(model, words)
-    suggest_stage.check_proposal(model, probed)
+    if proposal:
+      suggest_stage.check_proposal(proposal, model, probed)
   asked = trace_stages.encode(words, loaded.records)
   level = trace_stages.noise_level(config, model, asked)
   with clock('complete'):
@@ -362,20 +364,10 @@ def _run(clock: editing.Clock) -> None:
       config.num_facts, len(picked), missed, loaded.source
   ):
     print(line, file=sys.stderr)
+  output.begin()
   common.clear(folder, stale(folder))
-  pieces = kept.unfinished(folder, trace_stages.about(config, model))
-  with clock('trace'):
-    results, seconds = trace_stages.trace(
-        config,
-        model,
-        picked,
-        level,
-        kept=pieces,
-        timer=lambda: time.monotonic() - clock.seconds['compile'],
-        progress=bar,
-    )
-  if pieces.found:
-    print(f'note: continued; {pieces.found} traces were kept', file=sys.stderr)
+  pieces = output.pieces(trace_stages.about(config, model))
+  results, effort = _trace(config, model, picked, level, pieces, clock)
   found, lost = trace_stages.collect(words, picked, results)
   kinds = [kind.name for kind in config.kinds]
   averages = trace_results.averages(found, kinds, config.last_only)
@@ -389,39 +381,84 @@ def _run(clock: editing.Clock) -> None:
         # A map of one token says no more than the averages.
         facts=0 if config.last_only else config.fact_plots, progress=bar,
     )  # fmt: skip
-  if FLAGS.suggest_layers:
+  report = {}
+  if probed:
     suggested = suggest_stage.run(
         model, words, probed, averages,
-        folder=folder, kept=pieces, clock=clock, formats=config.formats,
+        proposal=proposal, folder=folder, pieces=pieces, clock=clock,
+        formats=config.formats,
     )  # fmt: skip
     print('\n'.join(['', *suggested.lines()]))
-  effort = trace_costs.work(
-      model.spec, found, config.kinds, config.draws, config.last_only
-  )
-  effort |= {'seconds': seconds, 'flops_a_second': effort['flops'] / seconds}
+    report['suggested'] = suggested.report()
+    drawn |= {'suggest': suggested.plot} if suggested.plot else {}
+  effort = _effort(config, model, found, effort)
   if FLAGS.baseline == 'torch':
     cases = trace_stages.cases(config, picked, level, model.spec.width)
     effort['torch'] = baseline(config, model, cases, results, effort)
   clock.add({'total': time.monotonic() - begin})
-  results = {
+  report = {
       'protocol': protocol(config, model, loaded, level),
       **trace_results.results_of(found, averages, [*missed, *lost]),
+      **report,
       'work': effort,
       'versions': common.versions(),
       'timing': clock.seconds,
   }
-  if suggested:
-    results['suggested'] = suggested.report()
-    drawn |= {'suggest': suggested.plot} if suggested.plot else {}
-  page = trace_page.page(results, rows, drawn)
+  page = trace_page.page(report, rows, drawn)
   common.write_text(folder / 'index.html', page)
-  common.write_json(folder / 'results.json', results)
-  pieces.clear()
+  common.write_json(folder / 'results.json', report)
+  output.end()
   print('\n'.join(trace_results.summary_lines(found, averages, effort)))
   print(
       f'\n{len(found)} facts in {clock.seconds["total"]:.0f} s; results in'
       f' {folder}, open {folder / "index.html"}'
   )
+
+
+def _trace(
+    config: trace_stages.Config,
+    model: loading.Model,
+    picked: Sequence[trace_stages.Asked],
+    level: noise.Noise,
+    pieces: kept.Kept,
+    clock: editing.Clock,
+) -> tuple[list[causal.Traced], dict[str, Any]]:
+  """Traces facts: (results, seconds of all and how many were at hand)."""
+  with clock('trace'):
+    results, seconds = trace_stages.trace(
+        config,
+        model,
+        picked,
+        level,
+        pieces=pieces,
+        timer=lambda: time.monotonic() - clock.seconds['compile'],
+        progress=common.progress_bar,
+    )
+  if not pieces.found:
+    return results, {'seconds': seconds}
+  print(
+      f'note: {pieces.found} traces of a run that was stopped were kept; seconds'
+      ' of tracing are those of all runs',
+      file=sys.stderr,
+  )
+  return results, {'seconds': seconds, 'traces_kept': pieces.found}
+
+
+def _effort(
+    config: trace_stages.Config,
+    model: loading.Model,
+    found: Sequence[trace_results.Found],
+    spent: dict[str, Any],
+) -> dict[str, Any]:
+  """The arithmetic of a trace, and what it took."""
+  effort = trace_costs.work(
+      model.spec, found, config.kinds, config.draws, config.last_only
+  )
+  return {
+      **effort,
+      **spent,
+      'flops_a_second': effort['flops'] / spent['seconds'],
+  }
 
 
 if __name__ == '__main__':

@@ -44,9 +44,6 @@ _PACKAGES = (
 
 DTYPES = ('float32', 'bfloat16')
 
-# Folder of a run that has not ended, in its output folder; see `kept`.
-UNFINISHED = 'unfinished'
-
 
 def define_model_flags() -> None:
   """Defines the flags that choose and load a model."""
@@ -245,6 +242,31 @@ def run(main: Callable[[], None]) -> None:
   app.run(functools.partial(attempt, main), flags_parser=parse)
 
 
+def make_folder(path: str) -> pathlib.Path:
+  """Makes an output folder, if it is not there.
+
+  Args:
+    path: the folder.
+
+  Returns:
+    The folder, which exists and is writable.
+
+  Raises:
+    InputError: it cannot be written.
+  """
+  folder = pathlib.Path(path)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+      pass
+  except OSError as e:
+    raise InputError(
+        f'--output_dir={path}: cannot be written ({e.strerror}); choose'
+        ' another folder'
+    ) from None
+  return folder
+
+
 def claim_folder(path: str, overwrite: bool) -> pathlib.Path:
   """Makes an output folder that is ours to write.
 
@@ -256,21 +278,10 @@ def claim_folder(path: str, overwrite: bool) -> pathlib.Path:
     The folder, which exists and is writable.
 
   Raises:
-    InputError: it holds files already, other than those of a run that did not
-      end, or cannot be written.
+    InputError: it holds files already, or cannot be written.
   """
-  folder = pathlib.Path(path)
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    used = any(folder.iterdir()) and not (folder / UNFINISHED).is_dir()
-    with tempfile.TemporaryFile(dir=folder):
-      pass
-  except OSError as e:
-    raise InputError(
-        f'--output_dir={path}: cannot be written ({e.strerror}); choose'
-        ' another folder'
-    ) from None
-  if used and not overwrite:
+  folder = make_folder(path)
+  if any(folder.iterdir()) and not overwrite:
     raise InputError(
         f'--output_dir={path}: already has files; choose another folder or'
         ' pass --overwrite'

@@ -196,17 +196,18 @@ def _holds(folder: pathlib.Path, name: str) -> bool:
   return folder.resolve() in (path, *path.parents)
 
 
-def stale_results(folder: pathlib.Path) -> list[str]:
+def stale_results(output: kept.Output) -> list[str]:
   """Lists what an earlier run left that this one replaces.
 
   Raises:
     InputError: --save_model would replace a folder that no run has written.
   """
   try:
-    earlier = json.loads((folder / 'results.json').read_text('utf-8'))
+    path = output.folder / 'results.json'
+    earlier = json.loads(path.read_text('utf-8'))
   except (OSError, ValueError):
     earlier = {}
-  if 'saved' in earlier:
+  if 'saved' in earlier or output.resumed and FLAGS.save_model:
     return [*_RESULTS, 'model']
   if FLAGS.save_model and _model_folder().exists():
     raise InputError(
@@ -445,7 +446,7 @@ class _Ready:
     judge: (bench, outcome, base) -> evaluation.
     protocol: what the numbers mean.
     parts: indices of the records whose changes are held at one time.
-    unfinished: states that are kept until the run ends.
+    pieces: the states that are kept.
   """
 
   bench: editing.Workbench
@@ -454,35 +455,35 @@ class _Ready:
   judge: Judge
   protocol: dict[str, Any]
   parts: list[list[int]]
-  unfinished: kept.Kept
+  pieces: kept.Kept
 
 
 def _prepare(
     task: Task,
     chosen: tuple[Any, dict[str, Any]],
     clock: editing.Clock,
-    folder: pathlib.Path,
+    output: kept.Output,
 ) -> _Ready:
   """Finds everything; afterwards nothing is refused."""
   recipe, settings = chosen
   bench = load_bench(task, recipe, clock)
   for line in notes(bench.loaded):
     print(line, file=sys.stderr)
-  bench, given, source = task.complete(bench, recipe, clock, folder)
+  output.begin()
+  bench, given, source = task.complete(bench, recipe, clock, output.folder)
   side = task.side(bench, recipe)
   bench = editing.shape(bench, side)
   if not bench.each:
     require_factors(bench.model.spec, recipe, bench.frame.states)
   editor = task.editor(bench.model.spec, recipe)
   meaning = protocol(task, bench, recipe, settings, source)
-  unfinished = kept.unfinished(folder, meaning)
   if FLAGS.states:
-    place = kept.Kept(
-        pathlib.Path(FLAGS.states), states.about(bench.model, recipe)
-    )
-    editor = states.kept(editor, place)
+    folder = pathlib.Path(FLAGS.states)
+    pieces = kept.Kept(folder, states.about(bench.model, recipe))
+    editor = states.keeping(editor, pieces)
   else:
-    editor = states.kept(editor, unfinished, in_sequence=not bench.apart)
+    pieces = output.pieces(meaning)
+    editor = states.keeping(editor, pieces, in_sequence=not bench.apart)
   with clock('factor'):
     state = editor.init(bench.model.params, given)
   return _Ready(
@@ -492,17 +493,17 @@ def _prepare(
       judge=task.judge(bench),
       protocol=meaning,
       parts=bench.parts(side),
-      unfinished=unfinished,
+      pieces=pieces,
   )
 
 
 def _run(task: Task, clock: editing.Clock) -> None:
   begin = time.monotonic()
   chosen = task.recipe()
-  folder = common.claim_folder(FLAGS.output_dir, FLAGS.overwrite)
-  stale = stale_results(folder)
+  output = kept.Output(FLAGS.output_dir, FLAGS.overwrite)
+  folder, stale = output.folder, stale_results(output)
   common.use_compilation_cache(FLAGS.compilation_cache)
-  ready = _prepare(task, chosen, clock, folder)
+  ready = _prepare(task, chosen, clock, output)
   bench = ready.bench
   common.clear(folder, stale)
   if bench.templates:
@@ -512,9 +513,10 @@ def _run(task: Task, clock: editing.Clock) -> None:
   fluency = _perplexity(bench, None, 'pre', clock)
   outcome, post = _edit_parts(ready, pre, clock, folder)
   editing.require_some(outcome.info)
-  if ready.unfinished.found:
+  if ready.pieces.found:
     print(
-        f'note: continued; the states of {ready.unfinished.found} edits were kept',
+        f'note: the states of {ready.pieces.found} of {len(bench.records)} edits'
+        ' were kept; seconds are those of the others',
         file=sys.stderr,
     )
   fluency |= _perplexity(bench, outcome, 'post', clock)
@@ -523,8 +525,8 @@ def _run(task: Task, clock: editing.Clock) -> None:
       'protocol': ready.protocol,
       'work': editing.work_report(bench, outcome.info.work),
   }
-  if ready.unfinished.found:
-    results['continued'] = {'edits': ready.unfinished.found}
+  if ready.pieces.found:
+    results['work']['states_kept'] = ready.pieces.found
   if fluency:
     results['perplexity'] = fluency
   if FLAGS.save_model:
@@ -537,7 +539,7 @@ def _run(task: Task, clock: editing.Clock) -> None:
   write_results(
       folder, bench, outcome, evaluations, results=results, clock=clock
   )
-  ready.unfinished.clear()
+  output.end()
   print('\n'.join(summary_lines(task, bench, pre, post, outcome.info)))
   if fluency:
     before, after = (fluency[k]['value'] for k in ('pre', 'post'))

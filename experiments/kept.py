@@ -1,8 +1,8 @@
 """Keeps pieces of work in files, each named by all that it depends on.
 
-A run keeps what it has found so far in the folder `unfinished` of --output_dir,
-so that one that was stopped goes on with the same command: it finds the pieces
-there, another command does not, and a run that ends removes them.
+A run keeps what it has found so far in the folder `unfinished` of --output_dir
+(`Output`), so that one that was stopped goes on with the same command. A run
+that ends removes them.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from typing import Any
 import numpy as np
 import safetensors
 import safetensors.numpy
+from absl import flags
 
 from experiments import common
 from jaxedit.types import InputError
+
+_UNFINISHED, _COMMAND = 'unfinished', 'command.json'
 
 
 class Kept:
@@ -36,8 +39,7 @@ class Kept:
       folder: where they are.
       about: what all pieces depend on, plain JSON types.
     """
-    self._folder = folder
-    self._about = json.dumps(about, sort_keys=True).encode()
+    self._folder, self._about = folder, dict(about)
     self.found = 0
 
   def load(self, *parts: Any) -> dict[str, np.ndarray] | None:
@@ -74,27 +76,96 @@ class Kept:
     arrays = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
     common.write_bytes(self._path(parts), safetensors.numpy.save(arrays))
 
-  def clear(self) -> None:
-    """Removes all pieces."""
-    shutil.rmtree(self._folder, ignore_errors=True)
-
   def _path(self, parts: tuple[Any, ...]) -> pathlib.Path:
-    digest = hashlib.sha256(self._about)
-    for part in parts:
-      if isinstance(part, np.ndarray):
-        digest.update(f'{part.dtype}{part.shape}'.encode())
-        digest.update(np.ascontiguousarray(part).tobytes())
-      else:
-        digest.update(json.dumps(part).encode())
-    return self._folder / f'{digest.hexdigest()[:32]}.safetensors'
+    return self._folder / f'{digest(self._about, *parts)}.safetensors'
 
 
-def unfinished(output: pathlib.Path, about: Mapping[str, Any]) -> Kept:
-  """Opens what a run with this output folder keeps until it ends.
+def digest(*parts: Any) -> str:
+  """Hashes arrays and plain JSON types, in their order."""
+  found = hashlib.sha256()
+  for part in parts:
+    if isinstance(part, np.ndarray):
+      found.update(f'{part.dtype}{part.shape}'.encode())
+      found.update(np.ascontiguousarray(part).tobytes())
+    else:
+      found.update(json.dumps(part, sort_keys=True).encode())
+  return found.hexdigest()[:32]
 
-  Args:
-    output: the folder.
-    about: what all pieces depend on, beside the versions of all that computes.
+
+class Output:
+  """The output folder of a run that can be stopped and goes on.
+
+  Attributes:
+    folder: the folder.
+    resumed: whether this command was stopped there.
   """
-  about = {**about, 'versions': common.versions()}
-  return Kept(output / common.UNFINISHED, about)
+
+  def __init__(self, path: str, overwrite: bool):
+    """Claims the folder; nothing in it is changed before `begin`.
+
+    Args:
+      path: the folder.
+      overwrite: whether results of an earlier run may be replaced.
+
+    Raises:
+      InputError: it cannot be written, or holds files that are not to be
+        replaced.
+    """
+    self.folder = common.make_folder(path)
+    self._place = self.folder / _UNFINISHED
+    earlier, self._command = _read(self._place / _COMMAND), _command()
+    self.resumed = earlier == self._command
+    if earlier is None and self._place.exists():
+      raise InputError(
+          f'{self._place}: exists, and no run that was stopped has left it; move'
+          ' it away or choose another --output_dir'
+      )
+    if earlier is not None and not self.resumed:
+      if len(list(self._place.iterdir())) == 1:  # it had found nothing
+        shutil.rmtree(self._place)
+      elif not overwrite:
+        names = {*earlier.items()} ^ {*self._command.items()}
+        names = sorted({f'--{name}' for name, _ in names})
+        raise InputError(
+            f'--output_dir={path}: holds what a run with other flags'
+            f' ({", ".join(names)}) had found when it was stopped; run that one'
+            ' again, choose another folder, or pass --overwrite to lose it'
+        )
+    if not self.resumed:
+      common.claim_folder(path, overwrite)
+
+  def begin(self) -> None:
+    """From here on the folder is this run's."""
+    if not self.resumed:
+      shutil.rmtree(self._place, ignore_errors=True)
+    self._place.mkdir(exist_ok=True)
+    common.write_json(self._place / _COMMAND, self._command)
+
+  def pieces(self, about: Mapping[str, Any]) -> Kept:
+    """What this run keeps until it ends.
+
+    Args:
+      about: what all pieces depend on, beside the versions of all that computes.
+    """
+    return Kept(self._place, {**about, 'versions': common.versions()})
+
+  def end(self) -> None:
+    """Removes all pieces."""
+    shutil.rmtree(self._place, ignore_errors=True)
+
+
+def _command() -> dict[str, str]:
+  """The flags that were given, but for those of the folder itself."""
+  ours = ('output_dir', 'overwrite', 'flagfile')
+  return {
+      name: flags.FLAGS[name].serialize()
+      for name in sorted(flags.FLAGS)
+      if not flags.FLAGS[name].using_default_value and name not in ours
+  }
+
+
+def _read(path: pathlib.Path) -> dict[str, str] | None:
+  try:
+    return json.loads(path.read_text('utf-8'))
+  except (OSError, ValueError):
+    return None

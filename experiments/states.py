@@ -9,12 +9,12 @@ edits as ids, layer, output and settings.
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
 
-from experiments.kept import Kept
+from experiments import common
+from experiments.kept import Kept, digest
 from jaxedit.edit.base import Editor
 from jaxedit.models import loading
 from jaxedit.text.batching import EncodedEdit
@@ -32,6 +32,7 @@ def about(model: loading.Model, recipe: Any) -> dict[str, Any]:
     Plain JSON types.
   """
   return {
+      'jaxedit': common.versions()['jaxedit'],
       'model': model.hash,
       'dtype': str(model.params['embed']['embedding'].dtype),
       'layer': int(recipe.layers[-1]),
@@ -43,21 +44,21 @@ def about(model: loading.Model, recipe: Any) -> dict[str, Any]:
 class States:
   """A memory in files; see `values.Memory`."""
 
-  def __init__(self, place: Kept, *about: Any):
+  def __init__(self, place: Kept, *more: Any):
     """Opens it.
 
     Args:
       place: where the files are.
-      *about: what states depend on, beside what all in that place does.
+      *more: what states depend on, beside what all in that place does.
     """
-    self._place, self._about = place, about
+    self._place, self._more = place, more
 
   def recall(self, edit: EncodedEdit) -> Targets | None:
-    arrays = self._place.load(*self._about, *_parts(edit))
+    arrays = self._place.load(*self._more, *_parts(edit))
     return Targets(**arrays) if arrays else None
 
   def remember(self, edit: EncodedEdit, targets: Targets) -> None:
-    self._place.save(vars(targets), *self._about, *_parts(edit))
+    self._place.save(vars(targets), *self._more, *_parts(edit))
 
 
 def _parts(edit: EncodedEdit) -> list[Any]:
@@ -68,26 +69,30 @@ def _parts(edit: EncodedEdit) -> list[Any]:
   return [anchors, chunks, *(np.asarray(x, np.int32) for x in ids)]
 
 
-def kept(editor: Editor, place: Kept, *, in_sequence: bool = False) -> Editor:
+def keeping(
+    editor: Editor, place: Kept, *, in_sequence: bool = False
+) -> Editor:
   """Makes an editor that keeps its states.
 
   Args:
     editor: the method.
     place: where; it depends on `about`.
     in_sequence: whether each call edits the model that the last one left. Then
-      the place must depend on all that a run does, and states are those of the
-      same call of an earlier run. Otherwise the editor must be given the
+      the place must depend on all that a run does, and states depend on the
+      edits of all earlier calls, too. Otherwise the editor must be given the
       unedited model every time.
 
   Returns:
     The editor.
   """
-  calls = itertools.count()
+  earlier = digest()
 
   def call(edit: Any) -> Any:
     def run(params, state, edits, **more):
-      about = (next(calls),) if in_sequence else ()
-      return edit(params, state, edits, memory=States(place, *about), **more)
+      nonlocal earlier
+      memory = States(place, *([earlier] if in_sequence else []))
+      earlier = digest(earlier, *(x for edit in edits for x in _parts(edit)))
+      return edit(params, state, edits, memory=memory, **more)
 
     return run
 

@@ -69,7 +69,7 @@ class Prober:
       moments: Moments,
       *,
       judge: Callable[..., Any],
-      kept: Kept,
+      pieces: Kept,
       progress: Progress,
   ):
     """Makes a prober.
@@ -79,11 +79,11 @@ class Prober:
       recipe: the method; its layers are replaced.
       moments: of all layers that may be tried.
       judge: (bench, outcome, base) -> evaluation.
-      kept: states of an earlier run that was stopped, and a place for these.
+      pieces: states of an earlier run that was stopped, and a place for these.
       progress: of the optimisation.
     """
     self._bench, self._recipe, self._moments = bench, recipe, moments
-    self._judge, self._kept, self._progress = judge, kept, progress
+    self._judge, self._pieces, self._progress = judge, pieces, progress
     self._base = judge(bench, None, None)
     self._metrics: dict[int, Any] = {}
 
@@ -92,7 +92,7 @@ class Prober:
     bench, model = self._bench, self._bench.model
     recipe = dataclasses.replace(self._recipe, layers=layers)
     editor = closed_form.closed_form(model.spec, recipe)
-    memory = states.States(self._kept, states.about(model, recipe))
+    memory = states.States(self._pieces, states.about(model, recipe))
     state = State(tuple(self._metric(layer) for layer in layers), None)
     edited, _, info = editor.edit(
         model.params,

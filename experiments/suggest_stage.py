@@ -51,12 +51,14 @@ class Proposal(NamedTuple):
     path: its suggest.json.
     layers: the best.
     facts: what it was searched on, as `_write` writes it.
+    records: the same as (hash of the file, numbers in it).
     model_hash: of the model.
   """
 
   path: str
   layers: tuple[int, ...]
   facts: Mapping[str, Any]
+  records: tuple[str, frozenset[int]]
   model_hash: str
 
 
@@ -80,9 +82,9 @@ class Suggested(NamedTuple):
     lines = suggest.table(self.tries)
     if self.judged:
       lines.append(
-          '{name}: score {score:.3f}, {difference:.3f} below the best here, 95%'
+          '{source}: score {score:.3f}, {difference:.3f} below the best here, 95%'
           ' interval {low:.3f} to {high:.3f}, {facts} facts'.format(
-              name=FLAGS.proposal, facts=self.facts, **self.judged
+              facts=self.facts, **self.judged
           )
       )
     return lines
@@ -146,7 +148,8 @@ def define_flags() -> None:
 def check_flags() -> list[str]:
   """Finds flags that do not go together, one sentence each."""
   if not FLAGS.suggest_layers:
-    return []
+    unused = FLAGS.proposal is not None
+    return ['--proposal is judged with --suggest_layers: add it'] * unused
   problems = []
   if FLAGS.layers is not None:
     problems.append('--layers is what --suggest_layers finds: leave it out')
@@ -169,7 +172,7 @@ def check_flags() -> list[str]:
   checks = (
       lambda: resources.check_flags(_recipe((0,))),
       _given_contexts,
-      _given_proposal,
+      read_proposal,
   )
   for check in checks:
     try:
@@ -186,15 +189,25 @@ def _given_contexts() -> tuple[str, ...]:
   return tuple(templates.load_templates(FLAGS.context_templates))
 
 
-def _given_proposal() -> Proposal | None:
-  """What the search found that --proposal names."""
+def read_proposal() -> Proposal | None:
+  """Reads what an earlier search found, if --proposal names one.
+
+  Raises:
+    InputError: it is no suggest.json.
+  """
   path = FLAGS.proposal
   if not path:
     return None
   try:
     found = json.loads(pathlib.Path(path).read_text('utf-8'))
-    layers = tuple(map(int, found['tries'][0]['layers']))
-    return Proposal(path, layers, found['facts'], found['model_hash'])
+    facts = found['facts']
+    return Proposal(
+        path,
+        tuple(map(int, found['tries'][0]['layers'])),
+        facts,
+        (str(facts['sha256']), frozenset(map(int, facts['numbers']))),
+        str(found['model_hash']),
+    )
   except OSError as e:
     raise InputError(f'--proposal={path}: {e.strerror}') from e
   except (ValueError, LookupError, TypeError) as e:
@@ -204,25 +217,26 @@ def _given_proposal() -> Proposal | None:
     ) from e
 
 
-def check_proposal(model: loading.Model, loaded: datasets.Loaded) -> None:
-  """Checks that --proposal, if given, can be judged on these facts.
+def check_proposal(
+    proposal: Proposal, model: loading.Model, loaded: datasets.Loaded
+) -> None:
+  """Checks that a proposal can be judged on these facts.
 
   Args:
+    proposal: of `read_proposal`.
     model: the model.
     loaded: of `read_records`.
 
   Raises:
     InputError: it was found for another model, or on some of the same facts.
   """
-  proposal = _given_proposal()
-  if proposal is None:
-    return
   problems = []
   if proposal.model_hash != model.hash:
     problems.append('was found for another model')
   numbers = {record.number for record in loaded.records}
-  shared = numbers & set(proposal.facts['numbers'])
-  if shared and proposal.facts['sha256'] == loaded.sha256:
+  source, searched = proposal.records
+  shared = numbers & searched
+  if shared and source == loaded.sha256:
     problems.append(
         f'was found on {len(shared)} of the {len(numbers)} facts that would'
         ' judge it; pass over them with --probe_skip, or name other facts with'
@@ -282,8 +296,9 @@ def run(
     records: datasets.Loaded,
     averages: Mapping[str, effects.Average],
     *,
+    proposal: Proposal | None,
     folder: pathlib.Path,
-    kept: Kept,
+    pieces: Kept,
     clock: editing.Clock,
     formats: Sequence[str],
 ) -> Suggested:
@@ -294,8 +309,9 @@ def run(
     words: its tokenizer.
     records: of `read_records`.
     averages: kind -> effects of the traces.
+    proposal: of an earlier search, to be judged, if there is one.
     folder: where to write.
-    kept: states of an earlier run that was stopped, and a place for these.
+    pieces: states of an earlier run that was stopped, and a place for these.
     clock: stages are timed here.
     formats: of the plot; none to draw nothing.
 
@@ -317,14 +333,19 @@ def run(
   else:
     top = suggest.last_read(subject['hidden'])
     anchors = suggest.first_anchors(subject['hidden'], subject.get('mlp'))
+  last = max(top, *proposal.layers) if proposal else top
   with clock('probe_prepare'):
-    bench, prober = _prepare(model, words, records, top, folder, kept)
+    bench, prober = _prepare(model, words, records, last, folder, pieces)
   with clock('probe'):
     # The search adds a few to those of its first round.
     total = len(suggest.windows(anchors, widths))
     with common.progress_bar('probe', total, 'try') as done:
       tries = suggest.search(prober, anchors, top=top, widths=widths, done=done)
-    judged = _judge(prober, tries)
+    judged = None
+    if proposal:
+      if all(one.layers != proposal.layers for one in tries):
+        tries = suggest.ranked([*tries, prober(proposal.layers)])
+      judged = _judge(proposal, tries)
   _write(folder, bench, tries, subject, top, judged)
   plot = None
   if formats:
@@ -335,15 +356,12 @@ def run(
 
 
 def _judge(
-    prober: suggest.Prober, tries: Sequence[suggest.Tried]
-) -> dict[str, Any] | None:
+    proposal: Proposal, tries: Sequence[suggest.Tried]
+) -> dict[str, Any]:
   """Compares what was proposed with the best that was tried."""
-  proposal = _given_proposal()
-  if proposal is None:
-    return None
-  known = {one.layers: one for one in tries}
-  mine = known.get(proposal.layers) or prober(proposal.layers)
+  (mine,) = (one for one in tries if one.layers == proposal.layers)
   return {
+      'source': proposal.path,
       'layers': list(mine.layers),
       **mine.metrics,
       **suggest.compare(mine, tries[0], seed=FLAGS.seed),
@@ -357,7 +375,7 @@ def _prepare(
     loaded: datasets.Loaded,
     top: int,
     folder: pathlib.Path,
-    kept: Kept,
+    pieces: Kept,
 ) -> tuple[editing.Workbench, suggest.Prober]:
   """Encodes facts, and finds templates and moments."""
   bench = editing.Workbench(
@@ -383,7 +401,7 @@ def _prepare(
       recipe,
       moments,
       judge=judge,
-      kept=kept,
+      pieces=pieces,
       progress=common.progress_bar,
   )
   return bench, prober

@@ -20,7 +20,7 @@ from jaxedit.trace import effects
 from jaxedit.types import InputError, Progress, silent
 
 FORMATS = ('png', 'svg')
-# Files that `draw_all` may write.
+# Files that a run of causal_trace may write.
 NAMES = r'(average|severed|suggest|fact_\d+)(_\w+)?\.(png|svg)'
 MISSING = (
     'matplotlib is not installed, and plots need it; run `pip install'
@@ -134,7 +134,7 @@ def save(
   """Writes a figure, each file atomically.
 
   Args:
-    figure: from one of the functions here.
+    figure: of matplotlib.
     folder: where to write.
     name: file name without its ending.
     formats: of `FORMATS`.

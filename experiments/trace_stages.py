@@ -225,7 +225,7 @@ def trace(
     picked: Sequence[Asked],
     level: noise.Noise,
     *,
-    kept: Kept,
+    pieces: Kept,
     timer: Callable[[], float] = time.monotonic,
     progress: Progress = silent,
 ) -> tuple[list[causal.Traced], float]:
@@ -236,7 +236,7 @@ def trace(
     model: the model.
     picked: facts with the model's answers, which are scored.
     level: of the noise.
-    kept: results of an earlier run that was stopped, and a place for these.
+    pieces: results of an earlier run that was stopped, and a place for these.
     timer: tells seconds.
     progress: told of cells.
 
@@ -259,7 +259,7 @@ def trace(
       tokens = None
       if restricted:
         tokens = [(case.end - 1,) for case in all_cases]
-      found, spent = _trace(run, all_cases, tokens, kept, timer)
+      found, spent = _trace(run, kinds, all_cases, tokens, pieces, timer)
       parts.append(found)
       seconds += spent
   return [
@@ -272,25 +272,29 @@ def trace(
 
 def _trace(
     run: Callable[..., list[causal.Traced]],
+    kinds: Sequence[Kind],
     all_cases: Sequence[causal.Case],
     tokens: Sequence[Sequence[int]] | None,
-    kept: Kept,
+    pieces: Kept,
     timer: Callable[[], float],
 ) -> tuple[list[causal.Traced], float]:
   """Traces what is not at hand, and keeps it; see `trace`."""
 
+  names = [kind.name for kind in kinds]
+
   def about(i: int) -> tuple[Any, ...]:
     ids, first, end, drawn, labels = all_cases[i]
-    return ids, [first, end], drawn, labels, tokens and list(tokens[i])
+    columns = list(tokens[i]) if tokens else None
+    return names, ids, [first, end], drawn, labels, columns
 
   def keep(i: int, result: causal.Traced) -> None:
     nonlocal last
     now = timer()
-    kept.save(_packed(result, now - last), *about(missing[i]))
+    pieces.save(_packed(result, now - last), *about(missing[i]))
     spent.append(now - last)
     last = now
 
-  at_hand = [kept.load(*about(i)) for i in range(len(all_cases))]
+  at_hand = [pieces.load(*about(i)) for i in range(len(all_cases))]
   spent = [float(arrays['seconds'][0]) for arrays in at_hand if arrays]
   missing = [i for i, arrays in enumerate(at_hand) if arrays is None]
   last = timer()

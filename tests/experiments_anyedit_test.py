@@ -15,7 +15,6 @@ from absl.testing import absltest, parameterized
 from experiments import (
     anyedit_batch,
     collect_moments,
-    common,
     editing,
     job,
     resources,
@@ -852,7 +851,7 @@ class OutputTest(Case):
     whole = ['delta.safetensors', 'moments.safetensors']
     if name == 'results.json':
       whole.append('records.jsonl')
-    self.assertEqual(done.files, [*whole, common.UNFINISHED])
+    self.assertEqual(done.files, [*whole, 'unfinished'])
 
   def test_interrupted_between_parts(self):
     replace = os.replace
@@ -871,7 +870,7 @@ class OutputTest(Case):
       done = SETUP.unke(output_dir=folder, overwrite=True)
     self.assertEqual(done.code, 130)
     # What is there belongs to the interrupted run.
-    self.assertEqual(done.files, ['deltas', common.UNFINISHED])
+    self.assertEqual(done.files, ['deltas', 'unfinished'])
     names = [path.name for path in (folder / 'deltas').iterdir()]
     self.assertEqual(names, ['00001.safetensors'])
 

@@ -15,7 +15,6 @@ from absl.testing import absltest, parameterized
 
 from experiments import (
     causal_trace,
-    common,
     kept,
     trace_costs,
     trace_figures,
@@ -302,9 +301,10 @@ class OtherRunsTest(absltest.TestCase):
     with mock.patch.object(kept.Kept, 'save', count):
       done = SETUP.run(**given)
     self.assertEqual(done.code, 0, done.err)
-    self.assertIn('continued; 4 traces were kept', done.err)
+    self.assertIn('4 traces of a run that was stopped were kept', done.err)
+    self.assertEqual(done.results['work']['traces_kept'], 4)
     self.assertLen(traced, 2)
-    self.assertFalse((folder / common.UNFINISHED).exists())
+    self.assertFalse((folder / 'unfinished').exists())
     spent = sum(one['seconds'].item() for one in [*saved, *traced])
     self.assertAlmostEqual(done.results['work']['seconds'], spent)
     whole = SETUP.run(**(given | dict(output_dir=SETUP.path('out'))))

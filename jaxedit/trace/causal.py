@@ -41,10 +41,12 @@ from jaxedit.trace.groups import by_width, groups, padded
 from jaxedit.trace.kinds import Kind
 from jaxedit.types import Params, Progress, silent
 
-# Tokens that a device runs at a time; and memory for the tables of a group.
+# Tokens that a device runs at a time; and memory for the tables of a group, whose
+# results are told together: on a slow device groups are smaller.
 _PLACES = {'cpu': 1024}
 _ACCELERATOR_PLACES = 8192
-_TABLE_BYTES = 2**29
+_TABLE_BYTES = {'cpu': 2**29}
+_ACCELERATOR_TABLE_BYTES = 2 * 2**30
 
 
 class Prediction(NamedTuple):
@@ -199,4 +201,5 @@ def _group_size(
   column = 4 * spec.width * tables
   column += 2 * store * spec.kv_heads * spec.head_size
   each = len(cases[0].noise) * longest * spec.layers * column
-  return max(1, _TABLE_BYTES // each)
+  room = _TABLE_BYTES.get(jax.default_backend(), _ACCELERATOR_TABLE_BYTES)
+  return max(1, room // each)
