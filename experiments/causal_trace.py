@@ -342,11 +342,21 @@ def main() -> None:
 
 
 def _run(clock: editing.Clock) -> None:
-  begin, bar = time.monotonic(), common.progress_bar
-  config, proposal = config_of_flags(), suggest_stage.read_proposal()
-  output = kept.Output(FLAGS.output_dir, FLAGS.overwrite)
-  folder = output.folder
-  common.use_compilation_cache(FLAGS.compilation_cache)
+  config = config_of_flags()
+  with kept.Output(FLAGS.output_dir, FLAGS.overwrite) as output:
+    common.use_compilation_cache(FLAGS.compilation_cache)
+    lines = _work(config, output, clock)
+  print('\n'.join(lines))
+
+
+def _work(
+    config: trace_stages.Config,
+    output: kept.Output,
+    clock: editing.Clock,
+) -> list[str]:
+  """Traces and writes everything; returns what to print."""
+  folder, bar = output.folder, common.progress_bar
+  proposal = suggest_stage.read_proposal()
   model, words, loaded = load(clock)
   probed = None
   if FLAGS.suggest_layers:
@@ -395,7 +405,7 @@ def _run(clock: editing.Clock) -> None:
   if FLAGS.baseline == 'torch':
     cases = trace_stages.cases(config, picked, level, model.spec.width)
     effort['torch'] = baseline(config, model, cases, results, effort)
-  clock.add({'total': time.monotonic() - begin})
+  clock.stop()
   report = {
       'protocol': protocol(config, model, loaded, level),
       **trace_results.results_of(found, averages, [*missed, *lost]),
@@ -407,12 +417,11 @@ def _run(clock: editing.Clock) -> None:
   page = trace_page.page(report, rows, drawn)
   common.write_text(folder / 'index.html', page)
   common.write_json(folder / 'results.json', report)
-  output.end()
-  print('\n'.join(trace_results.summary_lines(found, averages, effort)))
-  print(
+  return [
+      *trace_results.summary_lines(found, averages, effort),
       f'\n{len(found)} facts in {clock.seconds["total"]:.0f} s; results in'
-      f' {folder}, open {folder / "index.html"}'
-  )
+      f' {folder}, open {folder / "index.html"}',
+  ]
 
 
 def _trace(

@@ -38,10 +38,15 @@ _PERPLEXITY_ROW = 512  # tokens a window
 
 
 class Clock:
-  """Adds up wall seconds by stage."""
+  """Adds up wall seconds by stage; it starts when it is made."""
 
   def __init__(self):
+    self._begin = time.monotonic()
     self.seconds: dict[str, float] = {}
+
+  def stop(self) -> None:
+    """Writes down the 'total'."""
+    self.seconds['total'] = time.monotonic() - self._begin
 
   @contextlib.contextmanager
   def __call__(self, stage: str) -> Iterator[None]:

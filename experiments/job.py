@@ -14,8 +14,7 @@ import json
 import os
 import pathlib
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -498,12 +497,23 @@ def _prepare(
 
 
 def _run(task: Task, clock: editing.Clock) -> None:
-  begin = time.monotonic()
   chosen = task.recipe()
-  output = kept.Output(FLAGS.output_dir, FLAGS.overwrite)
-  folder, stale = output.folder, stale_results(output)
-  common.use_compilation_cache(FLAGS.compilation_cache)
-  ready = _prepare(task, chosen, clock, output)
+  with kept.Output(FLAGS.output_dir, FLAGS.overwrite) as output:
+    stale = stale_results(output)
+    common.use_compilation_cache(FLAGS.compilation_cache)
+    ready = _prepare(task, chosen, clock, output)
+    lines = _work(task, ready, stale, clock, output.folder)
+  print('\n'.join(lines))
+
+
+def _work(
+    task: Task,
+    ready: _Ready,
+    stale: Sequence[str],
+    clock: editing.Clock,
+    folder: pathlib.Path,
+) -> list[str]:
+  """Edits, judges and writes everything; returns what to print."""
   bench = ready.bench
   common.clear(folder, stale)
   if bench.templates:
@@ -534,23 +544,23 @@ def _run(task: Task, clock: editing.Clock) -> None:
       results['saved'], evaluations['saved'] = save_and_judge(
           bench, outcome, folder, functools.partial(ready.judge, base=pre)
       )
-  clock.add({'total': time.monotonic() - begin})
+  clock.stop()
   results |= task.tables(evaluations)
   write_results(
       folder, bench, outcome, evaluations, results=results, clock=clock
   )
-  output.end()
-  print('\n'.join(summary_lines(task, bench, pre, post, outcome.info)))
+  lines = summary_lines(task, bench, pre, post, outcome.info)
   if fluency:
     before, after = (fluency[k]['value'] for k in ('pre', 'post'))
-    print(
+    lines.append(
         f'perplexity of {FLAGS.perplexity_text}: {before:.2f} before,'
         f' {after:.2f} after ({fluency["post"]["tokens"]} tokens)'
     )
-  print(
+  lines.append(
       f'\n{len(bench.records)} edits in {clock.seconds["total"]:.0f} s; results'
       f' in {folder}'
   )
+  return lines
 
 
 def _edit_parts(

@@ -95,6 +95,9 @@ def digest(*parts: Any) -> str:
 class Output:
   """The output folder of a run that can be stopped and goes on.
 
+  As a context it removes what was kept at the end of a run, and where one is
+  refused before it has found anything.
+
   Attributes:
     folder: the folder.
     resumed: whether this command was stopped there.
@@ -121,7 +124,7 @@ class Output:
           ' it away or choose another --output_dir'
       )
     if earlier is not None and not self.resumed:
-      if len(list(self._place.iterdir())) == 1:  # it had found nothing
+      if self._empty():
         shutil.rmtree(self._place)
       elif not overwrite:
         names = {*earlier.items()} ^ {*self._command.items()}
@@ -149,9 +152,17 @@ class Output:
     """
     return Kept(self._place, {**about, 'versions': common.versions()})
 
-  def end(self) -> None:
-    """Removes all pieces."""
-    shutil.rmtree(self._place, ignore_errors=True)
+  def __enter__(self) -> Output:
+    return self
+
+  def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    refused = isinstance(error, InputError) and self._empty()
+    if kind is None or refused:
+      shutil.rmtree(self._place, ignore_errors=True)
+
+  def _empty(self) -> bool:
+    """Whether there is nothing but the command."""
+    return [path.name for path in self._place.glob('*')] == [_COMMAND]
 
 
 def _command() -> dict[str, str]:

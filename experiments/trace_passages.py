@@ -20,7 +20,6 @@ In --output_dir:
 from __future__ import annotations
 
 import pathlib
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -293,7 +292,6 @@ def draw(
 
 def main() -> None:
   clock = editing.Clock()
-  begin = time.monotonic()
   check_flags()
   folder = common.claim_folder(FLAGS.output_dir, FLAGS.overwrite)
   common.use_compilation_cache(FLAGS.compilation_cache)
@@ -331,7 +329,7 @@ def main() -> None:
     located = locating(model, cases, common.progress_bar)
   if FLAGS.plots:
     draw(table, located, folder / 'plots')
-  clock.add({'total': time.monotonic() - begin})
+  clock.stop()
   protocol = {
       'model': FLAGS.model,
       'revision': FLAGS.revision,

@@ -85,7 +85,8 @@ class OutputTest(Case):
       self.assertTrue(output.resumed)
       output.begin()
       self.assertEqual(output.pieces({}).load(1) is not None, found)
-      output.end()
+      with output:
+        pass
     self.assertEqual(
         [path.name for path in self.folder.iterdir()], ['moments.safetensors']
     )
@@ -113,6 +114,16 @@ class OutputTest(Case):
     (self.folder / 'moments.safetensors').unlink()
     with self.claim(tokens='last') as output:
       self.assertFalse(output.resumed)
+
+  def test_what_is_refused_leaves_nothing_but_what_was_found(self):
+    for found in (False, True):
+      with self.assertRaises(InputError):
+        with self.claim(tokens='all') as output, output:
+          output.begin()
+          if found:
+            output.pieces({}).save({'x': np.ones(1)}, 1)
+          raise InputError('refused')
+      self.assertEqual((self.folder / 'unfinished').exists(), found)
 
   def test_a_folder_that_is_not_ours_stays(self):
     (self.folder / 'unfinished').mkdir()
