@@ -176,7 +176,9 @@ def _command() -> dict[str, str]:
 
 
 def _read(path: pathlib.Path) -> dict[str, str] | None:
+  """The command of a run that was stopped, if one was."""
   try:
-    return json.loads(path.read_text('utf-8'))
+    found = json.loads(path.read_text('utf-8'))
   except (OSError, ValueError):
     return None
+  return found if isinstance(found, dict) else None

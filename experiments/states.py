@@ -90,8 +90,10 @@ def keeping(
   def call(edit: Any) -> Any:
     def run(params, state, edits, **more):
       nonlocal earlier
-      memory = States(place, *([earlier] if in_sequence else []))
-      earlier = digest(earlier, *(x for edit in edits for x in _parts(edit)))
+      memory = States(place)
+      if in_sequence:
+        memory = States(place, earlier)
+        earlier = digest(earlier, *(x for one in edits for x in _parts(one)))
       return edit(params, state, edits, memory=memory, **more)
 
     return run

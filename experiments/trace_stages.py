@@ -279,7 +279,6 @@ def _trace(
     timer: Callable[[], float],
 ) -> tuple[list[causal.Traced], float]:
   """Traces what is not at hand, and keeps it; see `trace`."""
-
   names = [kind.name for kind in kinds]
 
   def about(i: int) -> tuple[Any, ...]:

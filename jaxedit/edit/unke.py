@@ -129,10 +129,10 @@ def unke_editor(spec: ModelSpec, recipe: Unke) -> base.Editor:
   Returns:
     The editor. Its `init(params, preserved)` takes the texts whose outputs
     shall stay, arrays of ids. Its `edit(params, state, edits, frame=None,
-    memory=None, progress=silent)` takes what `text` encodes, in one context each; the change
-    is `Dense`, one a parameter of the block. `edit_each` takes `owner` as well,
-    [E] the group of an edit (each its own unless given); its changes are numpy
-    arrays [n, G, ...], as they need not fit the device.
+    memory=None, progress=silent)` takes what `text` encodes, in one context
+    each; the change is `Dense`, one a parameter of the block. `edit_each` takes
+    `owner` as well, [E] the group of an edit (each its own unless given); its
+    changes are numpy arrays [n, G, ...], as they need not fit the device.
 
   Raises:
     InputError: a layer is out of range, a setting cannot be used; from `init`,
