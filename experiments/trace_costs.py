@@ -7,8 +7,8 @@
           first restored one
 
 Products with weights and of queries with keys are counted, as in `costs`; the
-head at one column of each row here, at every column there. Not counted: padding, norms, and the run that
-finds the answer. Nothing here measures.
+head at one column of each row here, at every column there. Not counted: padding,
+norms, and the run that finds the answer. Nothing here measures.
 """
 
 from __future__ import annotations

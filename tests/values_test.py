@@ -198,10 +198,10 @@ class InvarianceTest(parameterized.TestCase):
     )
     self._same(got, jax.tree.map(lambda x: x[:2], self.base))
 
-  @parameterized.parameters(False, True)
-  def test_the_last_edits_move_to_a_smaller_room(self, chunked):
+  def _long(self, count, chunked):
+    """(edits with longer targets, what optimises them)."""
     some = facts.random_edits(
-        9, seed=3, contexts=2, kl=not chunked, targets=(4, 6, 5)
+        count, seed=3, contexts=2, kl=not chunked, targets=(4, 6, 5)
     )
     if chunked:
       cut = lambda n: tuple((i, min(i + 2, n)) for i in range(0, n, 2))
@@ -214,6 +214,11 @@ class InvarianceTest(parameterized.TestCase):
         layer=LAYER,
         schedule=PLAIN,
     )
+    return some, run
+
+  @parameterized.parameters(False, True)
+  def test_the_last_edits_move_to_a_smaller_room(self, chunked):
+    some, run = self._long(9, chunked)
     frame = seating.frame(some, slots=6)
     (got, work) = run(frame=frame)
     want, _ = run(frame=seating.frame(some, slots=1))
@@ -223,20 +228,8 @@ class InvarianceTest(parameterized.TestCase):
 
   @parameterized.parameters(False, True)
   def test_what_is_remembered_is_not_run_again(self, chunked):
-    some = facts.random_edits(
-        4, seed=3, contexts=2, kl=not chunked, targets=(4, 6, 5)
-    )
-    if chunked:
-      some = [dataclasses.replace(e, chunks=((0, 2), (2, 4))) for e in some]
-    run = functools.partial(
-        values.autoregressive,
-        self.pair.spec,
-        self.pair.params,
-        some,
-        layer=LAYER,
-        schedule=PLAIN,
-        frame=seating.frame(some, slots=2),
-    )
+    some, run = self._long(4, chunked)
+    run = functools.partial(run, frame=seating.frame(some, slots=2))
     memory = Memory()
     want, whole = run(memory=memory)
     self.assertCountEqual(memory.known, [edit.number for edit in some])
