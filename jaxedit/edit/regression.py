@@ -28,6 +28,7 @@ import optax
 from jaxedit.models import decoder
 from jaxedit.models.blocks import wide
 from jaxedit.models.spec import ModelSpec
+from jaxedit.text.batching import round_up
 from jaxedit.types import PADDING, TRUNK, Array, Columns, Params, Ragged
 
 _ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
@@ -99,7 +100,7 @@ def power_of_two(n: int) -> int:
 def shape_of(
     groups: Sequence[Sequence[Sequence[int]]],
     pads: bool,
-    up: Callable[[int], int] = power_of_two,
+    up: Callable[[int], int] = round_up,
 ) -> tuple[int, int, int]:
   """Chooses static shapes.
 

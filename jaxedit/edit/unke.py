@@ -34,7 +34,7 @@ from jaxedit.edit import base, regression
 from jaxedit.edit.recipe import check_layers
 from jaxedit.edit.regression import Goals, Rule, Side, Texts
 from jaxedit.models.spec import ModelSpec
-from jaxedit.text.batching import EncodedEdit, round_up
+from jaxedit.text.batching import EncodedEdit
 from jaxedit.text.chunking import Chunking
 from jaxedit.text.seating import Frame
 from jaxedit.types import (
@@ -144,7 +144,7 @@ def unke_editor(spec: ModelSpec, recipe: Unke) -> base.Editor:
   def init(params: Params, preserved: Sequence[np.ndarray]) -> State:
     _check_preserved(spec, preserved)
     # They stay the same all along, so that a tight shape pays.
-    shape = regression.shape_of([preserved], recipe.pads, round_up)
+    shape = regression.shape_of([preserved], recipe.pads, _tight)
     pad = recipe.pad_id if recipe.pads else None
     texts = regression.pack(preserved, shape, pad)
     h = regression.enter(spec, params, texts, stop=recipe.layers[-1] + 1)
@@ -386,6 +386,11 @@ class _Fitting:
       *site, leaf = (part.key for part in path)
       found.append(Dense(self._recipe.layers, '/'.join(site), change, leaf))
     return tuple(found)
+
+
+def _tight(n: int) -> int:
+  """A length that leaves next to nothing empty."""
+  return -(-n // 16) * 16
 
 
 def _broken(h: Array, texts: Texts) -> list[int]:

@@ -35,11 +35,8 @@ from jaxedit.text.templates import template_faults
 
 Ladder = tuple[int, ...]
 
-# Steps of one while lengths are small, of a quarter at most beyond.
-LADDER: Ladder = (
-    2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96,
-    112, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024,
-)  # fmt: skip
+# Steps of one while lengths are small, of a quarter of a power of two beyond.
+LADDER: Ladder = (2, 3, *(q << p for p in range(16) for q in range(4, 8)))
 ANCHORS = ('subject_last', 'prompt_last')
 # Records tokenised at once: bounds the memory that character offsets take.
 _CHUNK = 512
