@@ -36,8 +36,8 @@ def _encode(records=RECORDS, **options):
 class LadderTest(parameterized.TestCase):
 
   @parameterized.parameters(
-      (0, 2), (1, 2), (4, 4), (9, 10), (17, 20), (1024, 1024), (1025, 2048),
-      (2049, 3072),
+      (0, 2), (1, 2), (4, 4), (9, 10), (17, 20), (1024, 1024), (1025, 1280),
+      (2049, 2560), (300_000, 458_752),
   )  # fmt: skip
   def test_round_up(self, n, wanted):
     self.assertEqual(batching.round_up(n), wanted)

@@ -6,6 +6,7 @@ and applies the changes of earlier chunks again each time.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -138,6 +139,31 @@ class OracleTest(parameterized.TestCase):
     some = edits('four', 2)[::-1]
     got = run(naive_oracle.pair('llama'), some, frame(2))
     self._check(got[::-1], naive('llama', 'four', 2))
+
+  def test_progress_counts_chunks(self):
+    """Edits of many chunks end together; a bar of edits would stand still."""
+    pair, some, advanced = naive_oracle.pair('llama'), edits('mixed', 2), []
+
+    @contextlib.contextmanager
+    def progress(stage, total, unit):
+      advanced.append([stage, total, unit])
+      yield advanced.append
+
+    for these in (some, edits('one', 2)):
+      values.autoregressive(
+          pair.spec,
+          pair.params,
+          these,
+          layer=LAYER,
+          schedule=PLAIN,
+          frame=frame(2),
+          progress=progress,
+      )
+    stages = sum(edit.stages for edit in some)
+    want = [['optimize', stages, 'chunk'], *[1] * stages]
+    self.assertEqual(
+        advanced, [*want, ['optimize', len(some), 'edit'], *[1] * len(some)]
+    )
 
   def test_one_chunk_equals_optimize(self):
     pair = naive_oracle.pair('llama')

@@ -146,18 +146,20 @@ def autoregressive(
       None if known else frame.room(edit) for edit, known in zip(edits, targets)
   ]
   goal = Goal(layer, schedule, output)
-  with progress('optimize', targets.count(None), 'edit') as advance:
+  stages = sum(e.stages for e, known in zip(edits, targets) if known is None)
+  unit = 'edit' if stages == targets.count(None) else 'chunk'
+  with progress('optimize', stages, unit) as advance:
     for number, room in enumerate(frame.rooms):
       order = [i for i, where in enumerate(home) if where == number]
       run = None  # gives the last room's memory back
       if order:
         run = Run(spec, params, edits, frame, room=room, trunk=trunk, goal=goal)
-        stages: dict[int, list[Result]] = {i: [] for i in order}
+        found: dict[int, list[Result]] = {i: [] for i in order}
         for (i, _), result in run.results(order):
-          stages[i].append(result)
-          if len(stages[i]) == edits[i].stages:
-            targets[i] = _targets(stages.pop(i))
-            advance(1)
+          found[i].append(result)
+          advance(1)
+          if len(found[i]) == edits[i].stages:
+            targets[i] = _targets(found.pop(i))
             if memory:
               memory.remember(edits[i], targets[i])
         total += run.work()
