@@ -31,7 +31,16 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import common, editing, job, methods, resources
+from experiments import (
+    common,
+    job,
+    job_flags,
+    judging,
+    methods,
+    resources,
+    timing,
+    workbench,
+)
 from jaxedit.edit import closed_form, parity, unke
 from jaxedit.edit.anyedit import anyedit
 from jaxedit.eval import answers, longform, minilm, passages, similarity
@@ -60,7 +69,7 @@ _PRESERVED_TOKENS = 128
 
 def define_flags() -> None:
   """Defines this program's flags."""
-  job.define_flags(texts=True)
+  job_flags.define_flags(texts=True)
   flags.FLAGS.set_default('batch_size', 1)
   flags.FLAGS.set_default('reset', True)
   flags.DEFINE_string(
@@ -83,7 +92,7 @@ def define_flags() -> None:
   )
   _define_edit_flags()
   _define_answer_flags()
-  flags.adopt_module_key_flags(job)
+  flags.adopt_module_key_flags(job_flags)
   flags.adopt_module_key_flags(common)  # numbers of this program
 
 
@@ -161,7 +170,7 @@ def recipe_of_flags() -> tuple[Any, dict[str, Any]]:
   Raises:
     InputError: all that is wrong with the flags.
   """
-  problems, chosen = job.check_flags(), None
+  problems, chosen = job_flags.check_flags(), None
   problems += [f'--{fault}' for fault in _decoding().faults()]
   unkes = FLAGS.method in methods.TEXT_METHODS
   value = VALUE
@@ -253,11 +262,11 @@ def _check(tokenizer: Any, spec: ModelSpec, recipe: Any) -> Any:
 
 
 def _complete(
-    bench: editing.Workbench,
+    bench: workbench.Workbench,
     recipe: Any,
-    clock: editing.Clock,
+    clock: timing.Clock,
     folder: pathlib.Path,
-) -> tuple[editing.Workbench, Any, dict[str, Any]]:
+) -> tuple[workbench.Workbench, Any, dict[str, Any]]:
   """Adds the records as ids, and second moments or texts to preserve."""
   bench = dataclasses.replace(bench, encoded=_encode(bench, recipe))
   if isinstance(recipe, unke.Unke):
@@ -273,7 +282,7 @@ def _complete(
   return bench, moments, source
 
 
-def _preserved(bench: editing.Workbench) -> list[np.ndarray]:
+def _preserved(bench: workbench.Workbench) -> list[np.ndarray]:
   """Texts whose outputs UnKE keeps, as ids."""
   count, model = FLAGS.preserve_count, bench.model
   limit = min(_PRESERVED_TOKENS, model.spec.max_positions)
@@ -301,7 +310,7 @@ def _preserved(bench: editing.Workbench) -> list[np.ndarray]:
   return [np.asarray(ids, np.int32) for ids in texts]
 
 
-def _encode(bench: editing.Workbench, recipe: Any) -> tuple[EncodedEdit, ...]:
+def _encode(bench: workbench.Workbench, recipe: Any) -> tuple[EncodedEdit, ...]:
   """Encodes passages.
 
   Raises:
@@ -331,7 +340,7 @@ def _editor(spec: ModelSpec, recipe: Any) -> Any:
   return make(spec, recipe)
 
 
-def _side(bench: editing.Workbench, recipe: Any) -> int:
+def _side(bench: workbench.Workbench, recipe: Any) -> int:
   """Batches that fit into memory side by side.
 
   UnKE changes a whole block for every batch; a closed form holds the keys of
@@ -363,7 +372,7 @@ def _encoder() -> minilm.Encoder | None:
   return minilm.load_encoder(FLAGS.encoder, common.progress_bar)
 
 
-def _judge(bench: editing.Workbench) -> job.Judge:
+def _judge(bench: workbench.Workbench) -> job.Judge:
   """The evaluation with the flags' settings."""
   words = _words(bench.tokenizer)
   evaluate = functools.partial(
@@ -379,10 +388,10 @@ def _judge(bench: editing.Workbench) -> job.Judge:
       progress=common.progress_bar,
       **words,
   )
-  return functools.partial(editing.judge, evaluate=evaluate, seed=FLAGS.seed)
+  return functools.partial(judging.judge, evaluate=evaluate, seed=FLAGS.seed)
 
 
-def _protocol(bench: editing.Workbench) -> dict[str, Any]:
+def _protocol(bench: workbench.Workbench) -> dict[str, Any]:
   words = _words(bench.tokenizer)
   return {
       'facts': FLAGS.facts,

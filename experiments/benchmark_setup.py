@@ -11,7 +11,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from experiments import benchmark_passages, editing, resources
+from experiments import benchmark_passages, resources, workbench
 from experiments.benchmark_presets import (
     PRESETS,
     RandomMoments,
@@ -197,7 +197,7 @@ def _edits(
         max_answer_tokens=config.max_answer_tokens,
         **read,
     )
-  check = editing.record_check(
+  check = workbench.record_check(
       words, spec, contexts=config.contexts, max_new_tokens=0
   )
   records = datasets.load_records(config.data, check=check, **read).records

@@ -33,9 +33,9 @@ from absl import flags
 from experiments import (
     benchmark_torch,
     common,
-    editing,
     kept,
     suggest_stage,
+    timing,
     trace_costs,
     trace_page,
     trace_plots,
@@ -227,7 +227,7 @@ def read_facts(
 
 
 def load(
-    clock: editing.Clock,
+    clock: timing.Clock,
 ) -> tuple[loading.Model, Any, reading.Loaded[known_facts.Fact]]:
   """Loads everything, the cheap and most often faulty things first.
 
@@ -336,12 +336,12 @@ def baseline(
 
 
 def main() -> None:
-  clock = editing.Clock()
+  clock = timing.Clock()
   with common.compile_seconds(clock.seconds):
     _run(clock)
 
 
-def _run(clock: editing.Clock) -> None:
+def _run(clock: timing.Clock) -> None:
   config = config_of_flags()
   with kept.Output(FLAGS.output_dir, FLAGS.overwrite) as output:
     common.use_compilation_cache(FLAGS.compilation_cache)
@@ -352,7 +352,7 @@ def _run(clock: editing.Clock) -> None:
 def _work(
     config: trace_stages.Config,
     output: kept.Output,
-    clock: editing.Clock,
+    clock: timing.Clock,
 ) -> list[str]:
   """Traces and writes everything; returns what to print."""
   folder, bar = output.folder, common.progress_bar
@@ -430,7 +430,7 @@ def _trace(
     picked: Sequence[trace_stages.Asked],
     level: noise.Noise,
     pieces: kept.Kept,
-    clock: editing.Clock,
+    clock: timing.Clock,
 ) -> tuple[list[causal.Traced], dict[str, Any]]:
   """Traces facts: (results, seconds of all and how many were at hand)."""
   with clock('trace'):

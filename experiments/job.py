@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -19,11 +18,21 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from experiments import common, editing, kept, methods, resources, states
+from experiments import (
+    common,
+    editing,
+    job_flags,
+    job_report,
+    judging,
+    kept,
+    states,
+    timing,
+    workbench,
+)
 from jaxedit import delta as delta_lib
 from jaxedit.edit.base import Editor
 from jaxedit.edit.recipe import Recipe, check_layers
-from jaxedit.eval import datasets, harness, report
+from jaxedit.eval import datasets, harness
 from jaxedit.models import hub, loading, tokenizer
 from jaxedit.models.spec import ModelSpec
 from jaxedit.types import Edited, InputError
@@ -32,7 +41,6 @@ FLAGS = flags.FLAGS
 
 # What --overwrite removes; the moments may be this run's own input.
 _RESULTS = ('results.json', 'records.jsonl', 'delta.safetensors', 'deltas')
-_LISTED = 5  # skipped records that are told at once; results.json has all
 
 Judge = Callable[..., harness.Evaluation]
 
@@ -48,7 +56,7 @@ class Task(NamedTuple):
     complete: (bench, method, clock, folder) -> (bench with its records as ids,
       what the editor's `init` takes, its provenance).
     judge: (bench) -> (bench, outcome, base) -> evaluation.
-    protocol: (bench) -> what else a reader needs to know.
+    protocol: (bench) -> how answers are judged.
     show: (records, before, after, how many) -> texts to print.
     side: (bench, method) -> batches whose changes are held side by side, where
       they know nothing of each other; None for all.
@@ -59,140 +67,16 @@ class Task(NamedTuple):
   editor: Callable[[ModelSpec, Any], Editor]
   read: Callable[[Any], datasets.Loaded]
   check: Callable[[Any, ModelSpec, Any], Callable[[Any], list[str]]]
-  complete: Callable[..., tuple[editing.Workbench, Any, dict[str, Any]]]
-  judge: Callable[[editing.Workbench], Judge]
-  protocol: Callable[[editing.Workbench], dict[str, Any]]
+  complete: Callable[..., tuple[workbench.Workbench, Any, dict[str, Any]]]
+  judge: Callable[[workbench.Workbench], Judge]
+  protocol: Callable[[workbench.Workbench], dict[str, Any]]
   show: Callable[..., str]
-  side: Callable[[editing.Workbench, Any], int | None] = (
+  side: Callable[[workbench.Workbench, Any], int | None] = (
       lambda bench, recipe: None
   )
   tables: Callable[[dict[str, harness.Evaluation]], dict[str, Any]] = (
       lambda evaluations: {}
   )
-
-
-def define_flags(texts: bool = False) -> None:
-  """Defines the flags that all editing programs have.
-
-  Args:
-    texts: whether the program edits passages.
-  """
-  common.define_model_flags()
-  methods.define_flags(texts)
-  resources.define_flags()
-  flags.DEFINE_integer(
-      'num_edits',
-      None,
-      'Take the first N good records; all unless given.',
-      lower_bound=1,
-  )
-  common.define_run_flags()
-  flags.DEFINE_integer(
-      'batch_size', 100, 'Edits solved for together.', lower_bound=1
-  )
-  flags.DEFINE_bool(
-      'reset',
-      False,
-      'Start every batch from the unedited model (independent batches) instead'
-      ' of the model that the last batch left.',
-  )
-  flags.DEFINE_integer(
-      'slots',
-      None,
-      'Edits optimised side by side; as many as are of use and have room in'
-      ' memory unless given.',
-      lower_bound=1,
-  )
-  flags.DEFINE_string(
-      'states',
-      None,
-      'Folder that keeps optimised states: a later run with the same model,'
-      ' last layer and value settings skips those of records that it finds there,'
-      ' so that what follows can be tuned alone.',
-  )
-  flags.DEFINE_bool(
-      'save_model',
-      False,
-      'Also write the merged model to OUTPUT_DIR/model, and evaluate that.',
-  )
-  flags.DEFINE_bool(
-      'keep_original',
-      False,
-      'Keep the replaced matrices in the saved model for an exact restore.',
-  )
-  flags.DEFINE_enum(
-      'edited_dtype',
-      'source',
-      ('source', 'float32'),
-      'Dtype of edited matrices in the saved model.',
-  )
-  flags.DEFINE_integer(
-      'eval_batch_size', 64, 'Rows an evaluation batch.', lower_bound=1
-  )
-  flags.DEFINE_string(
-      'perplexity_text',
-      None,
-      'Plain text file whose perplexity is measured before and after.',
-  )
-  flags.DEFINE_integer(
-      'perplexity_tokens',
-      20000,
-      'Tokens of it that are scored at most.',
-      lower_bound=1,
-  )
-  flags.DEFINE_integer(
-      'show', 4, 'Texts before and after to print.', lower_bound=0
-  )
-  # Those that others defined are shown by --help too.
-  flags.adopt_module_key_flags(common)
-  flags.adopt_module_key_flags(methods)
-  flags.adopt_module_key_flags(resources)
-
-
-def check_flags() -> list[str]:
-  """Finds flags that do not go together, one sentence each."""
-  problems = []
-  if not FLAGS.output_dir:
-    problems.append('--output_dir is missing: name a folder for the results')
-  elif _holds(_model_folder(), FLAGS.model):
-    problems.append(
-        f'--model={FLAGS.model} lies where --output_dir={FLAGS.output_dir}'
-        ' would replace it; choose another --output_dir'
-    )
-  if FLAGS.save_model and FLAGS.reset:
-    problems.append(
-        '--save_model needs one edited model; --reset makes one a batch: leave'
-        ' one of them out'
-    )
-  if FLAGS.perplexity_text and FLAGS.reset:
-    problems.append(
-        '--perplexity_text needs one edited model; --reset makes one a batch:'
-        ' leave one of them out'
-    )
-  if (
-      FLAGS.perplexity_text
-      and not pathlib.Path(FLAGS.perplexity_text).is_file()
-  ):
-    problems.append(
-        f'--perplexity_text={FLAGS.perplexity_text}: no such file; name a plain'
-        ' text'
-    )
-  if FLAGS.post != 'none' and FLAGS.reset:
-    problems.append(
-        f'--post={FLAGS.post} shapes the one change of a sequence; --reset makes'
-        ' one a batch: leave one of them out'
-    )
-  return problems
-
-
-def _model_folder() -> pathlib.Path:
-  return pathlib.Path(FLAGS.output_dir) / 'model'
-
-
-def _holds(folder: pathlib.Path, name: str) -> bool:
-  """Says whether a model's path is a folder or lies in it."""
-  path = pathlib.Path(os.path.expanduser(name)).resolve()
-  return folder.resolve() in (path, *path.parents)
 
 
 def stale_results(output: kept.Output) -> list[str]:
@@ -208,17 +92,17 @@ def stale_results(output: kept.Output) -> list[str]:
     earlier = {}
   if 'saved' in earlier or output.resumed and FLAGS.save_model:
     return [*_RESULTS, 'model']
-  if FLAGS.save_model and _model_folder().exists():
+  if FLAGS.save_model and job_flags.model_folder().exists():
     raise InputError(
-        f'{_model_folder()}: exists, and no run in this folder has saved it;'
+        f'{job_flags.model_folder()}: exists, and no run in this folder has saved it;'
         ' move it away or choose another --output_dir'
     )
   return list(_RESULTS)
 
 
 def load_bench(
-    task: Task, recipe: Any, clock: editing.Clock
-) -> editing.Workbench:
+    task: Task, recipe: Any, clock: timing.Clock
+) -> workbench.Workbench:
   """Loads everything, the cheap and most often faulty things first.
 
   Args:
@@ -247,7 +131,7 @@ def load_bench(
     check_layers(layout.spec, recipe.layers)
     words = tokenizer.load_tokenizer(folder)
     loaded = task.read(task.check(words, layout.spec, recipe))
-    cases = editing.case_numbers(loaded.records)
+    cases = workbench.case_numbers(loaded.records)
     if FLAGS.states and not FLAGS.reset and max(cases) >= FLAGS.batch_size:
       raise InputError(
           f'--states={FLAGS.states}: in a sequence the states of a batch depend'
@@ -256,7 +140,7 @@ def load_bench(
     least = min(FLAGS.batch_size, len(loaded.records))
     require_factors(layout.spec, recipe, least)
     model = loading.load_model(folder, FLAGS.dtype, common.progress_bar)
-  return editing.Workbench(
+  return workbench.Workbench(
       model=model,
       tokenizer=words,
       loaded=loaded,
@@ -288,62 +172,8 @@ def require_factors(spec: ModelSpec, recipe: Any, states: int) -> None:
     )
 
 
-def notes(loaded: datasets.Loaded) -> list[str]:
-  """What a user should know of the records before the run."""
-  found, lines = len(loaded.records), []
-  if loaded.skipped:
-    lines.append(
-        f'note: {loaded.source}: {len(loaded.skipped)} faulty records were'
-        ' skipped, results.json lists them; the first are'
-    )
-    lines += [
-        f'  record {one.number} (id {one.id}): {one.reason}'
-        for one in loaded.skipped[:_LISTED]
-    ]
-  if FLAGS.num_edits and found < FLAGS.num_edits:
-    lines.append(
-        f'note: --num_edits={FLAGS.num_edits}: {loaded.source} holds {found}'
-        ' good records; all of them are edited'
-    )
-  return lines
-
-
-def protocol(
-    task: Task,
-    bench: editing.Workbench,
-    recipe: Any,
-    settings: dict[str, Any],
-    source: dict[str, Any],
-) -> dict[str, Any]:
-  """Everything a reader needs to know what the numbers mean."""
-  loaded = bench.loaded
-  return {
-      'model': FLAGS.model,
-      'revision': FLAGS.revision,
-      'model_hash': bench.model.hash,
-      'dtype': FLAGS.dtype,
-      'method': recipe.name,
-      'settings': settings,
-      **source,
-      'data': {
-          'source': str(loaded.source),
-          'format': loaded.format,
-          'sha256': loaded.sha256,
-          'records': len(loaded.records),
-      },
-      'batch_size': bench.batch_size,
-      'mode': 'independent' if bench.apart else 'sequential',
-      'evaluated': 'all records after all edits, each under its own change'
-      if bench.apart
-      else 'all records after all edits',
-      **task.protocol(bench),
-      'intervals': '95% percentile bootstrap over records',
-      'seed': FLAGS.seed,
-  }
-
-
 def save_and_judge(
-    bench: editing.Workbench,
+    bench: workbench.Workbench,
     outcome: editing.Outcome,
     folder: pathlib.Path,
     judge: Callable[..., harness.Evaluation],
@@ -363,7 +193,7 @@ def save_and_judge(
   # In bf16 the matrices that were kept in float32 would be rounded after all.
   dtype = 'float32' if FLAGS.edited_dtype == 'float32' else FLAGS.dtype
   again = loading.load_model(saved.folder, dtype)
-  bench = editing.replace_model(bench, again)
+  bench = workbench.replace_model(bench, again)
   facts = {
       'folder': str(saved.folder),
       'evaluated_in': dtype,
@@ -374,62 +204,9 @@ def save_and_judge(
   return facts, judge(bench, None)
 
 
-def summary_lines(
-    task: Task,
-    bench: editing.Workbench,
-    pre: harness.Evaluation,
-    post: harness.Evaluation,
-    info: Any,
-) -> list[str]:
-  """What the program prints at the end."""
-  lines = ['']
-  known = editing.knowledge(pre)
-  if known:
-    lines.append(
-        f'The unedited model prefers the true answer on'
-        f' {known["prefers_true"]:.0%} of the facts and completes it on'
-        f' {known["completes_true"]:.0%}.'
-    )
-  lost = len(info.written) - int(info.written.sum())
-  if lost:
-    lines.append(f'{lost} edits were not written: their loss was not finite.')
-  lines += ['', report.table(pre, post), '']
-  if FLAGS.max_new_tokens and FLAGS.show:
-    lines.append(task.show(bench.records, pre, post, FLAGS.show))
-  return lines
-
-
-def write_results(
-    folder: pathlib.Path,
-    bench: editing.Workbench,
-    outcome: editing.Outcome,
-    evaluations: dict[str, harness.Evaluation],
-    *,
-    results: dict[str, Any],
-    clock: editing.Clock,
-) -> None:
-  """Writes records.jsonl and, last of all, results.json."""
-  pre, post = evaluations['pre'], evaluations['post']
-  common.write_jsonl(
-      folder / 'records.jsonl',
-      editing.record_rows(bench, outcome.info, pre, post),
-  )
-  common.write_json(
-      folder / 'results.json',
-      {
-          **editing.metric_tables(evaluations),
-          **results,
-          'unedited': editing.knowledge(pre),
-          'skipped': [vars(one) for one in bench.loaded.skipped],
-          'versions': common.versions(),
-          'timing': clock.seconds,
-      },
-  )
-
-
 def run(task: Task) -> None:
   """Does the whole job of a program; flags are parsed."""
-  clock = editing.Clock()
+  clock = timing.Clock()
   with common.compile_seconds(clock.seconds):
     _run(task, clock)
 
@@ -448,7 +225,7 @@ class _Ready:
     pieces: the states that are kept.
   """
 
-  bench: editing.Workbench
+  bench: workbench.Workbench
   editor: Editor
   state: Any
   judge: Judge
@@ -460,22 +237,28 @@ class _Ready:
 def _prepare(
     task: Task,
     chosen: tuple[Any, dict[str, Any]],
-    clock: editing.Clock,
+    clock: timing.Clock,
     output: kept.Output,
 ) -> _Ready:
   """Finds everything; afterwards nothing is refused."""
   recipe, settings = chosen
   bench = load_bench(task, recipe, clock)
-  for line in notes(bench.loaded):
+  for line in job_report.notes(bench.loaded):
     print(line, file=sys.stderr)
   output.begin()
   bench, given, source = task.complete(bench, recipe, clock, output.folder)
   side = task.side(bench, recipe)
-  bench = editing.shape(bench, side)
+  bench = workbench.shape(bench, side)
   if not bench.each:
     require_factors(bench.model.spec, recipe, bench.frame.states)
   editor = task.editor(bench.model.spec, recipe)
-  meaning = protocol(task, bench, recipe, settings, source)
+  meaning = job_report.protocol(
+      bench,
+      recipe,
+      settings=settings,
+      source=source,
+      scores=task.protocol(bench),
+  )
   if FLAGS.states:
     folder = pathlib.Path(FLAGS.states)
     pieces = kept.Kept(folder, states.about(bench.model, recipe))
@@ -496,7 +279,7 @@ def _prepare(
   )
 
 
-def _run(task: Task, clock: editing.Clock) -> None:
+def _run(task: Task, clock: timing.Clock) -> None:
   chosen = task.recipe()
   with kept.Output(FLAGS.output_dir, FLAGS.overwrite) as output:
     stale = stale_results(output)
@@ -510,7 +293,7 @@ def _work(
     task: Task,
     ready: _Ready,
     stale: Sequence[str],
-    clock: editing.Clock,
+    clock: timing.Clock,
     folder: pathlib.Path,
 ) -> list[str]:
   """Edits, judges and writes everything; returns what to print."""
@@ -533,7 +316,7 @@ def _work(
   evaluations = {'pre': pre, 'post': post}
   results: dict[str, Any] = {
       'protocol': ready.protocol,
-      'work': editing.work_report(bench, outcome.info.work),
+      'work': judging.work_report(bench, outcome.info.work),
   }
   if ready.pieces.found:
     results['work']['states_kept'] = ready.pieces.found
@@ -546,10 +329,12 @@ def _work(
       )
   clock.stop()
   results |= task.tables(evaluations)
-  write_results(
+  job_report.write_results(
       folder, bench, outcome, evaluations, results=results, clock=clock
   )
-  lines = summary_lines(task, bench, pre, post, outcome.info)
+  lines = job_report.summary_lines(
+      bench, pre, post, info=outcome.info, show=task.show
+  )
   if fluency:
     before, after = (fluency[k]['value'] for k in ('pre', 'post'))
     lines.append(
@@ -566,7 +351,7 @@ def _work(
 def _edit_parts(
     ready: _Ready,
     pre: harness.Evaluation,
-    clock: editing.Clock,
+    clock: timing.Clock,
     folder: pathlib.Path,
 ) -> tuple[editing.Outcome, harness.Evaluation]:
   """Edits, saves and judges all records, part by part."""
@@ -594,11 +379,11 @@ def _edit_parts(
 
 
 def _edit_part(
-    bench: editing.Workbench,
+    bench: workbench.Workbench,
     method: tuple[Editor, Any],
     keep: Callable[..., None],
     judge: Callable[..., harness.Evaluation],
-    clock: editing.Clock,
+    clock: timing.Clock,
     *,
     alone: bool,
 ) -> tuple[editing.Outcome, harness.Evaluation]:
@@ -613,7 +398,7 @@ def _edit_part(
 
 
 def _edit(
-    bench: editing.Workbench, editor: Editor, state: Any
+    bench: workbench.Workbench, editor: Editor, state: Any
 ) -> editing.Outcome:
   """Makes all edits, in a sequence or apart."""
   edit = editing.edit_apart if bench.apart else editing.edit_in_sequence
@@ -624,16 +409,16 @@ def _edit(
 
 
 def _perplexity(
-    bench: editing.Workbench,
+    bench: workbench.Workbench,
     outcome: editing.Outcome | None,
     name: str,
-    clock: editing.Clock,
+    clock: timing.Clock,
 ) -> dict[str, Any]:
   """Reads --perplexity_text, if there is one."""
   if not FLAGS.perplexity_text:
     return {}
   with clock('perplexity'):
-    found = editing.read_perplexity(
+    found = judging.read_perplexity(
         bench,
         FLAGS.perplexity_text,
         FLAGS.perplexity_tokens,

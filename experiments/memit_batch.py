@@ -27,7 +27,16 @@ from typing import Any
 
 from absl import flags
 
-from experiments import common, editing, job, methods, resources
+from experiments import (
+    common,
+    job,
+    job_flags,
+    judging,
+    methods,
+    resources,
+    timing,
+    workbench,
+)
 from jaxedit.edit import closed_form
 from jaxedit.eval import datasets, harness, report
 from jaxedit.text import templates
@@ -38,7 +47,7 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
   """Defines this program's flags."""
-  job.define_flags()
+  job_flags.define_flags()
   flags.DEFINE_string(
       'data',
       'demo',
@@ -63,7 +72,7 @@ def define_flags() -> None:
       'Length of generated texts, tokens; 0 generates none.',
       lower_bound=0,
   )
-  flags.adopt_module_key_flags(job)
+  flags.adopt_module_key_flags(job_flags)
 
 
 def recipe_of_flags() -> tuple[closed_form.Recipe, dict[str, Any]]:
@@ -75,7 +84,7 @@ def recipe_of_flags() -> tuple[closed_form.Recipe, dict[str, Any]]:
   Raises:
     InputError: all that is wrong with the flags.
   """
-  problems, chosen = job.check_flags(), None
+  problems, chosen = job_flags.check_flags(), None
   try:
     chosen = methods.recipe_of_flags()
   except InputError as e:
@@ -107,7 +116,7 @@ def _given_templates() -> tuple[str, ...]:
 
 def _check(words: Any, spec: Any, recipe: closed_form.Recipe) -> Any:
   """The check of a record under the templates, if they are given."""
-  return editing.record_check(
+  return workbench.record_check(
       words,
       spec,
       contexts=_given_templates(),
@@ -117,11 +126,11 @@ def _check(words: Any, spec: Any, recipe: closed_form.Recipe) -> Any:
 
 
 def complete(
-    bench: editing.Workbench,
+    bench: workbench.Workbench,
     recipe: closed_form.Recipe,
-    clock: editing.Clock,
+    clock: timing.Clock,
     folder: pathlib.Path,
-) -> tuple[editing.Workbench, Any, dict[str, Any]]:
+) -> tuple[workbench.Workbench, Any, dict[str, Any]]:
   """Adds context templates, the records as ids, and second moments.
 
   Templates and moments are made if none were given.
@@ -142,7 +151,7 @@ def complete(
         bench.model, bench.tokenizer, FLAGS.seed
     )
     # Records that are too long under the templates are told before more is run.
-    bench = editing.encode_facts(bench, chosen, recipe.anchor)
+    bench = workbench.encode_facts(bench, chosen, recipe.anchor)
   if moments is None:
     with clock('moments'):
       moments = find()
@@ -150,19 +159,19 @@ def complete(
   return bench, moments, source
 
 
-def judge_of_flags(bench: editing.Workbench) -> job.Judge:
-  """The evaluation with the flags' settings; see `editing.judge`."""
+def judge_of_flags(bench: workbench.Workbench) -> job.Judge:
+  """The evaluation with the flags' settings; see `judging.judge`."""
   evaluate = functools.partial(
       harness.evaluate,
       max_new_tokens=FLAGS.max_new_tokens,
-      stop=editing.stop_tokens(bench),
+      stop=workbench.stop_tokens(bench),
       batch_size=FLAGS.eval_batch_size,
       progress=common.progress_bar,
   )
-  return functools.partial(editing.judge, evaluate=evaluate, seed=FLAGS.seed)
+  return functools.partial(judging.judge, evaluate=evaluate, seed=FLAGS.seed)
 
 
-def _protocol(bench: editing.Workbench) -> dict[str, Any]:
+def _protocol(bench: workbench.Workbench) -> dict[str, Any]:
   return {
       'templates': list(bench.templates),
       'decoding': f'greedy, {FLAGS.max_new_tokens} new tokens at most, stopped'

@@ -20,7 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import common, editing, job, memit_batch
+from experiments import (
+    common,
+    editing,
+    job,
+    job_report,
+    judging,
+    memit_batch,
+    timing,
+    workbench,
+)
 from jaxedit.edit import closed_form
 from jaxedit.types import InputError, Targets
 
@@ -73,11 +82,11 @@ def main() -> None:
     )
   folder = common.claim_folder(FLAGS.output_dir, FLAGS.overwrite)
   common.use_compilation_cache(FLAGS.compilation_cache)
-  clock = editing.Clock()
+  clock = timing.Clock()
   task = memit_batch.TASK
   bench = job.load_bench(task, recipe, clock)
   bench, moments, source = task.complete(bench, recipe, clock, folder)
-  bench = editing.shape(bench, None)
+  bench = workbench.shape(bench, None)
   widen = lambda x: x.astype(jnp.float32)
   wide = dataclasses.replace(
       bench.model, params=jax.tree.map(widen, bench.model.params)
@@ -88,7 +97,7 @@ def main() -> None:
   state = editor.init(bench.model.params, moments)
   tables, targets = {}, {}
   for name, model in (('bfloat16', bench.model), ('float32', wide)):
-    mine = editing.replace_model(bench, model)
+    mine = workbench.replace_model(bench, model)
     outcome = editing.edit_in_sequence(mine, editor, state, common.progress_bar)
     targets[name] = outcome.info.targets
     tables[name] = judge(mine, outcome, None)
@@ -97,8 +106,10 @@ def main() -> None:
       folder / 'precision.json',
       {
           **found,
-          **editing.metric_tables(tables),
-          'protocol': job.protocol(task, bench, recipe, settings, source),
+          **judging.metric_tables(tables),
+          'protocol': job_report.protocol(
+              task, bench, recipe, settings, source
+          ),
           'versions': common.versions(),
       },
   )

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import editing, states, trace_figures
+from experiments import editing, states, trace_figures, workbench
 from experiments.kept import Kept
 from jaxedit.edit import closed_form
 from jaxedit.edit.recipe import Recipe, State
@@ -64,7 +64,7 @@ class Prober:
 
   def __init__(
       self,
-      bench: editing.Workbench,
+      bench: workbench.Workbench,
       recipe: Recipe,
       moments: Moments,
       *,

@@ -24,11 +24,13 @@ from absl import flags
 
 from experiments import (
     common,
-    editing,
+    judging,
     methods,
     resources,
     suggest,
+    timing,
     trace_plots,
+    workbench,
 )
 from experiments.kept import Kept
 from jaxedit.eval import datasets, harness
@@ -264,7 +266,7 @@ def read_records(model: loading.Model, words: Any) -> datasets.Loaded:
       source,
       limit=FLAGS.probe_skip + wanted,
       on_bad_record=FLAGS.on_bad_record,
-      check=editing.record_check(
+      check=workbench.record_check(
           words, model.spec, contexts=(), max_new_tokens=0
       ),
   )
@@ -299,7 +301,7 @@ def run(
     proposal: Proposal | None,
     folder: pathlib.Path,
     pieces: Kept,
-    clock: editing.Clock,
+    clock: timing.Clock,
     formats: Sequence[str],
 ) -> Suggested:
   """Searches, and writes what was found.
@@ -376,9 +378,9 @@ def _prepare(
     top: int,
     folder: pathlib.Path,
     pieces: Kept,
-) -> tuple[editing.Workbench, suggest.Prober]:
+) -> tuple[workbench.Workbench, suggest.Prober]:
   """Encodes facts, and finds templates and moments."""
-  bench = editing.Workbench(
+  bench = workbench.Workbench(
       model=model,
       tokenizer=words,
       loaded=loaded,
@@ -388,10 +390,10 @@ def _prepare(
   contexts = _given_contexts() or resources.sample_templates(
       model, words, FLAGS.seed
   )
-  bench = editing.encode_facts(bench, contexts, recipe.anchor)
-  bench = editing.shape(bench, None)
+  bench = workbench.encode_facts(bench, contexts, recipe.anchor)
+  bench = workbench.shape(bench, None)
   judge = functools.partial(
-      editing.judge,
+      judging.judge,
       evaluate=functools.partial(harness.evaluate, max_new_tokens=0),
       seed=FLAGS.seed,
   )
@@ -409,7 +411,7 @@ def _prepare(
 
 def _write(
     folder: pathlib.Path,
-    bench: editing.Workbench,
+    bench: workbench.Workbench,
     tries: Sequence[suggest.Tried],
     subject: Mapping[str, np.ndarray],
     top: int,

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import common, editing, trace_figures, trace_plots
+from experiments import common, timing, trace_figures, trace_plots
 from jaxedit.eval import passages
 from jaxedit.models import hub, loading
 from jaxedit.models import tokenizer as tokenizer_lib
@@ -91,7 +91,7 @@ def check_flags() -> None:
     trace_plots.require()
 
 
-def load(clock: editing.Clock) -> tuple[loading.Model, Any, Any, Any]:
+def load(clock: timing.Clock) -> tuple[loading.Model, Any, Any, Any]:
   """Loads everything, the cheap and most often faulty things first.
 
   Returns:
@@ -291,7 +291,7 @@ def draw(
 
 
 def main() -> None:
-  clock = editing.Clock()
+  clock = timing.Clock()
   check_flags()
   folder = common.claim_folder(FLAGS.output_dir, FLAGS.overwrite)
   common.use_compilation_cache(FLAGS.compilation_cache)

@@ -17,6 +17,7 @@ from experiments import (
     collect_moments,
     editing,
     job,
+    judging,
     resources,
 )
 from jaxedit import delta
@@ -157,7 +158,7 @@ class Case(programs.Case):
       **changes: flags.
     """
     unreached = [
-        (editing, 'judge'),
+        (judging, 'judge'),
         (editing, 'edit_in_sequence'),
         (editing, 'edit_apart'),
         (collect_moments, 'collect'),

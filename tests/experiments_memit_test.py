@@ -22,6 +22,7 @@ from experiments import (
     common,
     editing,
     job,
+    judging,
     kept,
     memit_batch,
     resources,
@@ -126,7 +127,7 @@ class Case(programs.Case):
       **changes: flags.
     """
     unreached = [
-        (editing, 'judge'),
+        (judging, 'judge'),
         (collect_moments, 'collect'),
         (editing, 'edit_in_sequence'),
     ]
@@ -870,7 +871,7 @@ class BadMomentsTest(Case):
   def test_too_little_text(self):
     text = SETUP.path('text.txt')
     text.write_text('the tongue of Paris')
-    with mock.patch.object(editing, 'judge') as judge:
+    with mock.patch.object(judging, 'judge') as judge:
       done = SETUP.run(moments_corpus=f'file:{text}')
     judge.assert_not_called()
     self.assertEqual(done.code, 2)
