@@ -28,7 +28,7 @@ from experiments.benchmark_setup import Setup
 from jaxedit.edit.base import Editor, Info
 from jaxedit.stats import moments as moments_lib
 from jaxedit.stats import packing
-from jaxedit.text.seating import Frame
+from jaxedit.text.rooms import Frame
 from jaxedit.types import TRUNK, Progress
 
 # Columns of the products that give the ceiling.

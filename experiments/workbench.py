@@ -15,7 +15,7 @@ from jaxedit import values
 from jaxedit.eval import datasets, generation, harness
 from jaxedit.models import loading
 from jaxedit.models.spec import ModelSpec
-from jaxedit.text import batching, seating, templates
+from jaxedit.text import batching, rooms, templates
 from jaxedit.types import Record
 
 # Tokens that a sampled context and its full stop may add to a prompt.
@@ -47,7 +47,7 @@ class Workbench:
   slots: int | None = None
   templates: tuple[str, ...] = ()
   encoded: tuple[batching.EncodedEdit, ...] = ()
-  frame: seating.Frame | None = None
+  frame: rooms.Frame | None = None
 
   @property
   def records(self) -> Sequence[Any]:

@@ -29,7 +29,7 @@ from jaxedit.edit import (
 )
 from jaxedit.models import decoder
 from jaxedit.testing import facts
-from jaxedit.text import batching, seating
+from jaxedit.text import batching, rooms
 from jaxedit.types import InputError, Targets
 from jaxedit.values import pool
 
@@ -66,11 +66,11 @@ def edits(seed: int = 1, **options: Any) -> list[batching.EncodedEdit]:
   return facts.random_edits(EDITS, **options)
 
 
-def frame(some: Sequence[batching.EncodedEdit], slots: int) -> seating.Frame:
+def frame(some: Sequence[batching.EncodedEdit], slots: int) -> rooms.Frame:
   """One frame for all batches of a test."""
   if len(some[0].rows) == len(edits()[0].rows):
     some = [edit for seed in SEEDS for edit in edits(seed)]
-  return seating.frame(some, slots=slots, batch=EDITS)
+  return rooms.frame(some, slots=slots, batch=EDITS)
 
 
 class Bench(NamedTuple):
@@ -382,7 +382,7 @@ class MemitTest(parameterized.TestCase):
     moments = facts.random_moments(pair.spec, layers, seed=2, scale=0.3)
     state = editor.init(pair.params, moments)
     edited, _, info = editor.edit(
-        pair.params, state, some, frame=seating.frame(some, slots=slots)
+        pair.params, state, some, frame=rooms.frame(some, slots=slots)
     )
     want, distance = naive_oracle.memit(
         pair.torch,

@@ -32,7 +32,7 @@ from jaxedit.edit import (
 )
 from jaxedit.solve.ridge import Factors
 from jaxedit.testing import facts
-from jaxedit.text import chunking, seating
+from jaxedit.text import chunking, rooms
 from jaxedit.types import InputError, Targets
 
 WEIGHT, RIDGE, SHARE = 0.3, 0.2, 0.6
@@ -151,7 +151,7 @@ class Case:
 
   def edit(self, some, *, each=False, model=None, **options):
     call = self.editor.edit_each if each else self.editor.edit
-    options = {'frame': seating.frame(some, slots=4)} | options
+    options = {'frame': rooms.frame(some, slots=4)} | options
     given = {'params': self.pair.params, 'state': self.state} | {
         k: options.pop(k) for k in ('params', 'state') if k in options
     }

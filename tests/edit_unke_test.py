@@ -28,7 +28,7 @@ from jaxedit.edit import forward, regression, unke
 from jaxedit.models import decoder, loading
 from jaxedit.models import spec as spec_lib
 from jaxedit.testing import facts
-from jaxedit.text import batching, seating
+from jaxedit.text import batching, rooms
 from jaxedit.text.chunking import Chunking
 from jaxedit.types import InputError, Targets
 from jaxedit.values import pool
@@ -574,7 +574,7 @@ class EditorTest(parameterized.TestCase):
 def common_frame():
   """One frame for all batches."""
   some = [e for seed in (1, 6) for e in edits(seed, True)]
-  return seating.frame(some, slots=4, batch=EDITS)
+  return rooms.frame(some, slots=4, batch=EDITS)
 
 
 if __name__ == '__main__':

@@ -880,7 +880,7 @@ class OutputTest(Case):
     place.mkdir()
     (place / 'results.json').write_text('old')
     stop = mock.Mock(side_effect=KeyboardInterrupt)
-    with mock.patch.object(job.resources, 'collect', stop):
+    with mock.patch.object(resources, 'collect', stop):
       done = SETUP.run(output_dir=place, overwrite=True)
     self.assertEqual(done.code, 130)
     self.assertEqual((place / 'results.json').read_text(), 'old')

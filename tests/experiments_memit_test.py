@@ -22,6 +22,7 @@ from experiments import (
     common,
     editing,
     job,
+    job_report,
     judging,
     kept,
     memit_batch,
@@ -748,7 +749,7 @@ class OutputTest(Case):
 
   def test_goes_on_where_the_saved_model_was_judged(self):
     settings = dict(num_edits=2, max_new_tokens=0, save_model=True)
-    with mock.patch.object(job, 'write_results', side_effect=KeyboardInterrupt):
+    with mock.patch.object(job_report, 'write_results', side_effect=KeyboardInterrupt):
       done = SETUP.run(**settings)
     self.assertEqual(done.code, 130)
     self.assertTrue((done.folder / 'model').is_dir())

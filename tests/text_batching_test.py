@@ -9,7 +9,7 @@ from absl.testing import absltest, parameterized
 
 from jaxedit import testing, types
 from jaxedit.eval import datasets
-from jaxedit.text import batching, locate, seating
+from jaxedit.text import batching, locate, rooms, tiles
 
 TEMPLATES = ('{}', 'The guitar in Paris. {}', 'You. {}')
 RECORDS = tuple(
@@ -190,11 +190,11 @@ class SpeedTest(absltest.TestCase):
     )
     begin = time.perf_counter()
     encoded = _encode(loaded.records)
-    frame = seating.frame(encoded, slots=64)
+    frame = rooms.frame(encoded, slots=64)
     seen = []
     for number, room in enumerate(frame.rooms):
       order = [i for i, e in enumerate(encoded) if frame.room(e) == number]
-      for tile in seating.row_tiles(encoded, order, frame, room):
+      for tile in tiles.row_tiles(encoded, order, frame, room):
         seen.extend(tile.edit[tile.edit >= 0].tolist())
     # Twenty times what it takes: this only finds work that grows too fast.
     self.assertLess(time.perf_counter() - begin, 10)

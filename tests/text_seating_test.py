@@ -10,7 +10,7 @@ from absl.testing import absltest, parameterized
 
 from jaxedit import types
 from jaxedit.testing import facts
-from jaxedit.text import batching, seating
+from jaxedit.text import batching, rooms, seating, tiles
 
 TEMPLATES = ('{}', 'The guitar in Paris. {}', 'You. {}')
 RECORDS = tuple(
@@ -111,7 +111,7 @@ class FrameTest(parameterized.TestCase):
   @parameterized.product(anchor=list(batching.ANCHORS), kl=['{} is a', None])
   def test_trunks_are_the_longest_common_heads(self, anchor, kl):
     edits = encode(anchor=anchor, kl_template=kl)
-    frame = seating.frame(edits)
+    frame = rooms.frame(edits)
     self.assertEqual(frame.kl, kl is not None)
     self.assertEqual(frame.contexts, len(TEMPLATES))
     self.assertEqual(frame.rows, len(TEMPLATES) + frame.kl)
@@ -128,7 +128,7 @@ class FrameTest(parameterized.TestCase):
     # The context in words is shared as a whole, and one token begins all.
     self.assertGreater(len(frame.trunk[1]), 3)
     self.assertLen(frame.trunk[0], 1)
-    tokens, columns = seating.trunk_columns(frame)
+    tokens, columns = tiles.trunk_columns(frame)
     self.assertEqual(tokens.shape, (frame.rows, frame.shared))
     for c, ids in enumerate((*frame.trunk, [])[: frame.rows]):
       real = columns.segment[c] == types.TRUNK
@@ -140,20 +140,20 @@ class FrameTest(parameterized.TestCase):
 
   def test_equal_edits_share_what_is_left_of_the_anchor(self):
     edit = encode()[1]
-    frame = seating.frame([edit, edit])
+    frame = rooms.frame([edit, edit])
     for row, anchor, trunk in zip(edit.rows, edit.anchors, frame.trunk):
       np.testing.assert_array_equal(trunk, row[:anchor])
 
   def test_nothing_is_shared_if_not_wanted(self):
     edits = encode()
     for frame in (
-        seating.frame(edits, share=False),
-        seating.frame(edits).apart(),
+        rooms.frame(edits, share=False),
+        rooms.frame(edits).apart(),
     ):
       self.assertEqual(frame.shared, 0)
       self.assertEqual(frame.contexts, len(TEMPLATES))
       self.assertEqual(frame.key, frame.whole)
-      tokens, _ = seating.trunk_columns(frame)
+      tokens, _ = tiles.trunk_columns(frame)
       self.assertEqual(tokens.shape, (frame.rows, 0))
 
   def test_rooms_by_width(self):
@@ -166,7 +166,7 @@ class FrameTest(parameterized.TestCase):
         )
         for edit in edits
     ]
-    frame = seating.frame(edits, widths=(4, 7))
+    frame = rooms.frame(edits, widths=(4, 7))
     self.assertLen(frame.rooms, 3)
     limits = [room.limit for room in frame.rooms]
     self.assertEqual(limits, [4, 7, max(suffix)])
@@ -176,12 +176,12 @@ class FrameTest(parameterized.TestCase):
       self.assertLessEqual(length, limits[number])
       self.assertGreater(length, [0, *limits][number])
     # A limit that nobody needs makes no room.
-    self.assertLen(seating.frame(edits, widths=(1, 100)).rooms, 1)
+    self.assertLen(rooms.frame(edits, widths=(1, 100)).rooms, 1)
 
   @parameterized.product(slots=[None, 1, 2, 8], places=[1, 64], batch=[None, 3])
   def test_rooms_hold_their_largest_edit(self, slots, places, batch):
     edits = random_edits(20, 4, chunked=True)
-    frame = seating.frame(
+    frame = rooms.frame(
         edits, slots=slots, places=places, batch=batch, widths=(6,)
     )
     self.assertEqual(frame.batch, batch or 20)
@@ -200,20 +200,20 @@ class FrameTest(parameterized.TestCase):
     # Sixteen columns are a whole step of the budget; one more is needed.
     ids = np.arange(2, 18, dtype=np.int32)
     edit = batching.EncodedEdit(1, (ids[:1],), (0,), ids, ids[:1])
-    frame = seating.frame([edit])
+    frame = rooms.frame([edit])
     self.assertGreater(frame.rooms[0].places, len(ids))
     self.assertTrue(seating.Seating(frame, frame.rooms[0]).fits(edit))
 
   def test_misuse(self):
     edits = encode()
     with self.assertRaisesRegex(ValueError, 'slot'):
-      seating.frame(edits, slots=0)
+      rooms.frame(edits, slots=0)
     fewer = [dataclasses.replace(edits[0], rows=edits[0].rows[:2])]
     for other in (encode(kl_template=None)[:1], fewer):
       with self.assertRaisesRegex(ValueError, 'contexts'):
-        seating.frame([edits[1], *other])
+        rooms.frame([edits[1], *other])
     with self.assertRaises(ValueError):
-      seating.frame([])
+      rooms.frame([])
 
 
 class TileTest(parameterized.TestCase):
@@ -246,12 +246,12 @@ class TileTest(parameterized.TestCase):
     edits = encode(anchor=anchor, kl_template=kl)
     if window:
       edits = [cut(edit, window) for edit in edits]
-    frame = seating.frame(edits, slots=slots, share=share, widths=(12,))
+    frame = rooms.frame(edits, slots=slots, share=share, widths=(12,))
     seen = []
     for number, room in enumerate(frame.rooms):
       order = [i for i, e in enumerate(edits) if frame.room(e) == number][::-1]
       begin = len(seen)
-      for tile in seating.row_tiles(edits, order, frame, room):
+      for tile in tiles.row_tiles(edits, order, frame, room):
         self.assertEqual(tile.edit.shape, (room.tile[0],))
         self.assertEqual(tile.tokens.shape, (1, room.tile[1]))
         self.assertEqual(tile.rows.index.shape[1], room.tile[2])
@@ -298,12 +298,12 @@ class TileTest(parameterized.TestCase):
     edits = encode()
     if window:
       edits = [cut(edit, window, 1) for edit in edits]
-    frame = seating.frame(edits, slots=slots, share=bool(share), places=8)
+    frame = rooms.frame(edits, slots=slots, share=bool(share), places=8)
     frame = frame.apart() if share == 'apart' else frame
     rows, places, width = frame.key.text if text else frame.key.upto
     for bare, contexts in ((True, [0]), (False, [1, 2])):
       seen = []
-      for tile in seating.key_tiles(edits, frame, bare=bare, text=text):
+      for tile in tiles.key_tiles(edits, frame, bare=bare, text=text):
         self.assertEqual(tile.tokens.shape, (1, places))
         self.assertEqual(tile.rows.index.shape, (rows, width))
         self.assertEqual(tile.anchor.shape, (rows, frame.stages))
@@ -333,16 +333,16 @@ class TileTest(parameterized.TestCase):
 
   def test_one_context_has_no_others(self):
     edits = facts.random_edits(3, seed=1, contexts=1)
-    frame = seating.frame(edits)
-    self.assertEmpty(list(seating.key_tiles(edits, frame, bare=False)))
+    frame = rooms.frame(edits)
+    self.assertEmpty(list(tiles.key_tiles(edits, frame, bare=False)))
 
   def test_empty_slots_are_all_padding(self):
     edits = encode()
-    frame = seating.frame(edits, slots=8)
+    frame = rooms.frame(edits, slots=8)
     (room,) = frame.rooms
     for tile, width in (
-        (next(seating.row_tiles(edits, [3], frame, room)), frame.rows),
-        (next(seating.key_tiles(edits[:1], frame, bare=True)), 1),
+        (next(tiles.row_tiles(edits, [3], frame, room)), frame.rows),
+        (next(tiles.key_tiles(edits[:1], frame, bare=True)), 1),
     ):
       self.assertGreater(len(tile.edit), 1)
       self.assertGreaterEqual(tile.edit[0], 0)
@@ -358,9 +358,9 @@ class TileTest(parameterized.TestCase):
 
   def test_no_edits_no_tiles(self):
     edits = encode()
-    frame = seating.frame(edits)
-    self.assertEmpty(list(seating.row_tiles(edits, [], frame, frame.rooms[0])))
-    self.assertEmpty(list(seating.key_tiles([], frame, bare=True)))
+    frame = rooms.frame(edits)
+    self.assertEmpty(list(tiles.row_tiles(edits, [], frame, frame.rooms[0])))
+    self.assertEmpty(list(tiles.key_tiles([], frame, bare=True)))
 
 
 class Model:
@@ -525,13 +525,13 @@ class SeatingTest(parameterized.TestCase):
 
   def test_an_empty_room(self):
     edits = encode()
-    frame = seating.frame(edits, slots=3)
+    frame = rooms.frame(edits, slots=3)
     Model(self, frame, frame.rooms[0]).check()
 
   @parameterized.parameters('{} is a', None)
   def test_fits_is_exact(self, kl):
     edits = [cut(edit, 2, 1) for edit in encode(kl_template=kl)]
-    frame = seating.frame(edits, slots=2)
+    frame = rooms.frame(edits, slots=2)
     room = frame.rooms[0]
     for edit in edits:
       for k in range(edit.stages):
@@ -547,7 +547,7 @@ class SeatingTest(parameterized.TestCase):
   @parameterized.product(anchor=list(batching.ANCHORS), kl=['{} is a', None])
   def test_sit_and_leave(self, anchor, kl):
     edits = encode(anchor=anchor, kl_template=kl)
-    frame = seating.frame(edits, slots=5)
+    frame = rooms.frame(edits, slots=5)
     model = Model(self, frame, frame.rooms[0])
     self.assertEqual(frame.rooms[0].slots, 5)
     for edit in edits:
@@ -561,7 +561,7 @@ class SeatingTest(parameterized.TestCase):
 
   def test_freed_places_are_used_again(self):
     edits = encode()
-    frame = seating.frame(edits, slots=1)
+    frame = rooms.frame(edits, slots=1)
     model = Model(self, frame, frame.rooms[0])
     for i in (2, 0, 4, 2, 1, 3, 2) * 3:
       self.assertTrue(model.fits(edits[i], 0))
@@ -572,7 +572,7 @@ class SeatingTest(parameterized.TestCase):
 
   def test_views_do_not_change_later(self):
     edits = encode()
-    frame = seating.frame(edits, slots=2)
+    frame = rooms.frame(edits, slots=2)
     room = seating.Seating(frame, frame.rooms[0])
     room.sit(0, edits[0], 0)
     before = room.seats()
@@ -586,7 +586,7 @@ class SeatingTest(parameterized.TestCase):
   def test_chunks_move_on(self, overlap, kl):
     edits = [cut(edit, 2 + overlap, overlap) for edit in encode(kl_template=kl)]
     self.assertGreater(max(edit.stages for edit in edits), 2)
-    frame = seating.frame(edits, slots=2)
+    frame = rooms.frame(edits, slots=2)
     model = Model(self, frame, frame.rooms[0])
     for edit in edits:
       model.sit(1, edit)
@@ -608,7 +608,7 @@ class SeatingTest(parameterized.TestCase):
         max_tokens=99,
     )
     edits = [cut(edit, 2) for edit in edits]
-    frame = seating.frame(edits, slots=1)
+    frame = rooms.frame(edits, slots=1)
     model = Model(self, frame, frame.rooms[0])
     edit = edits[2]
     self.assertLen(set(model.moved(edit, 0)), 2)
@@ -622,7 +622,7 @@ class SeatingTest(parameterized.TestCase):
   def test_any_sequence_keeps_the_tables(self, seed, kl):
     rng = np.random.default_rng(seed)
     edits = random_edits(15, seed, kl=kl, chunked=seed > 0)
-    frame = seating.frame(
+    frame = rooms.frame(
         edits, slots=int(rng.integers(2, 6)), share=bool(seed % 2), widths=(5,)
     )
     room = frame.rooms[-1]

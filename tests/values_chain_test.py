@@ -18,7 +18,7 @@ from absl.testing import absltest, parameterized
 
 from jaxedit import values
 from jaxedit.testing import facts
-from jaxedit.text import batching, seating
+from jaxedit.text import batching, rooms
 
 PLAIN = values.Schedule(
     steps=4, rate=0.3, decay=0.5, clamp=5.0, kl=0.0625, threshold=0.0
@@ -57,10 +57,10 @@ def edits(kind: str, contexts: int, kl: bool = False) -> Edits:
 
 
 @functools.cache
-def frame(contexts: int, kl: bool = False) -> seating.Frame:
+def frame(contexts: int, kl: bool = False) -> rooms.Frame:
   """One frame for all kinds, so that a family compiles once."""
   some = [edit for kind in KINDS for edit in edits(kind, contexts, kl)]
-  made = seating.frame(some, slots=2)
+  made = rooms.frame(some, slots=2)
   assert len(made.rooms) == 1 and made.rooms[0].slots < len(TARGETS)
   return made
 

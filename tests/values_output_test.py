@@ -17,7 +17,7 @@ from absl.testing import absltest, parameterized
 
 from jaxedit import values
 from jaxedit.testing import facts
-from jaxedit.text import batching, seating
+from jaxedit.text import batching, rooms
 from jaxedit.values import pool
 
 PLAIN = values.Schedule(
@@ -52,11 +52,11 @@ def edits(kind: str = 'plain', seed: int = 1) -> Edits:
 
 
 @functools.cache
-def frame(slots: int = 4) -> seating.Frame:
+def frame(slots: int = 4) -> rooms.Frame:
   """One frame for all edits, so that a family compiles once."""
   cases = [(kind, seed) for kind in ('plain', 'chunks') for seed in (1, 2)]
   every = [edit for case in (*cases, ('short', 1)) for edit in edits(*case)]
-  made = seating.frame(every, slots=slots)
+  made = rooms.frame(every, slots=slots)
   assert len(made.rooms) == 1
   return made
 

@@ -12,7 +12,7 @@ from absl.testing import absltest, parameterized
 
 from jaxedit import values
 from jaxedit.testing import facts
-from jaxedit.text import batching, seating
+from jaxedit.text import batching, rooms
 
 PLAIN = values.Schedule(
     steps=5, rate=0.1, decay=0.5, clamp=5.0, kl=0.0625, threshold=0.0
@@ -38,7 +38,7 @@ def edits(kind: str = 'plain') -> tuple[batching.EncodedEdit, ...]:
 
 def optimize(pair, some, schedule, layer=LAYER, **shape):
   """Targets of edits in a frame of their own."""
-  frame = seating.frame(some, **{'slots': SLOTS, **shape})
+  frame = rooms.frame(some, **{'slots': SLOTS, **shape})
   found, _ = values.optimize(
       pair.spec,
       pair.params,
@@ -185,7 +185,7 @@ class InvarianceTest(parameterized.TestCase):
     self._same(got, self.base)
 
   def test_a_frame_of_more_edits(self):
-    frame = seating.frame(
+    frame = rooms.frame(
         [*edits(), *facts.random_edits(9, seed=5, contexts=2)], slots=3
     )
     got, _ = values.optimize(
@@ -219,9 +219,9 @@ class InvarianceTest(parameterized.TestCase):
   @parameterized.parameters(False, True)
   def test_the_last_edits_move_to_a_smaller_room(self, chunked):
     some, run = self._long(9, chunked)
-    frame = seating.frame(some, slots=6)
+    frame = rooms.frame(some, slots=6)
     (got, work) = run(frame=frame)
-    want, _ = run(frame=seating.frame(some, slots=1))
+    want, _ = run(frame=rooms.frame(some, slots=1))
     self.assertLess(work.computed, work.steps * frame.rooms[0].places)
     for a, b in zip(got, want):
       self._same(a, b)
@@ -229,7 +229,7 @@ class InvarianceTest(parameterized.TestCase):
   @parameterized.parameters(False, True)
   def test_what_is_remembered_is_not_run_again(self, chunked):
     some, run = self._long(4, chunked)
-    run = functools.partial(run, frame=seating.frame(some, slots=2))
+    run = functools.partial(run, frame=rooms.frame(some, slots=2))
     memory = Memory()
     want, whole = run(memory=memory)
     self.assertCountEqual(memory.known, [edit.number for edit in some])
@@ -270,7 +270,7 @@ class InvarianceTest(parameterized.TestCase):
   def test_neighbours_of_one_shape_change_no_bit(self):
     first, others = edits(), facts.random_edits(EDITS, seed=7, contexts=2)
     mixed = [first[0], *others[1:]]
-    frame = seating.frame([*first, *mixed], slots=EDITS, share=False)
+    frame = rooms.frame([*first, *mixed], slots=EDITS, share=False)
     run = functools.partial(
         values.optimize,
         self.pair.spec,
@@ -286,7 +286,7 @@ class InvarianceTest(parameterized.TestCase):
     self.assertEqual(changed.tolist(), [False, *[True] * (EDITS - 1)])
 
   def test_work_is_counted(self):
-    frame = seating.frame(edits(), slots=2)
+    frame = rooms.frame(edits(), slots=2)
     _, work = values.optimize(
         self.pair.spec,
         self.pair.params,

@@ -26,9 +26,10 @@ from jaxedit.models import decoder
 from jaxedit.models.blocks import wide
 from jaxedit.models.spec import ModelSpec
 from jaxedit.solve.ridge import Factors
-from jaxedit.text import seating
+from jaxedit.text import tiles
 from jaxedit.text.batching import EncodedEdit
-from jaxedit.text.seating import Frame, Tile
+from jaxedit.text.rooms import Frame
+from jaxedit.text.tiles import Tile
 from jaxedit.types import KV, Array, Columns, Params, Ragged, Tap
 
 # A layer's change: factors, or one matrix [F, D].
@@ -285,11 +286,11 @@ class Climb:
     self._stages = np.array([edit.stages for edit in edits])
     self._first = np.cumsum(self._stages) - self._stages
     self._sides = tuple(
-        list(seating.key_tiles(edits, frame, bare=bare, text=self._text))
+        list(tiles.key_tiles(edits, frame, bare=bare, text=self._text))
         for bare in (True, False)
     )
     first = recipe.layers[0]
-    tokens, columns = seating.trunk_columns(frame)
+    tokens, columns = tiles.trunk_columns(frame)
     self._trunk, kv = None, None
     if tokens.shape[1]:
       h, kv = _enter_trunk(spec, params, tokens, columns, layer=first)
@@ -305,8 +306,8 @@ class Climb:
     return int(self._stages.sum())
 
   def _each(self) -> Iterator[tuple[int, int, Tile]]:
-    for side, tiles in enumerate(self._sides):
-      for t, tile in enumerate(tiles):
+    for side, shared in enumerate(self._sides):
+      for t, tile in enumerate(shared):
         yield side, t, tile
 
   def _numbers(self, tile: Tile) -> np.ndarray:

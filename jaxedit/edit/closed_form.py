@@ -29,7 +29,7 @@ from jaxedit.models.spec import ModelSpec
 from jaxedit.solve.ridge import Factors
 from jaxedit.stats.moments import Moments
 from jaxedit.text.batching import EncodedEdit
-from jaxedit.text.seating import Frame
+from jaxedit.text.rooms import Frame
 from jaxedit.types import (
     Delta,
     Dense,

@@ -32,9 +32,9 @@ from jaxedit.edit.systems import Apart, Rows, Together
 from jaxedit.models.spec import ModelSpec
 from jaxedit.solve.ridge import Factors
 from jaxedit.solve.shaping import rect
-from jaxedit.text import seating
+from jaxedit.text import rooms
 from jaxedit.text.batching import EncodedEdit
-from jaxedit.text.seating import Frame
+from jaxedit.text.rooms import Frame
 from jaxedit.types import Params, Progress, Targets, silent
 
 
@@ -87,7 +87,7 @@ def insert(
   Returns:
     What was written.
   """
-  frame = frame or seating.frame(edits)
+  frame = frame or rooms.frame(edits)
   states = sum(edit.stages for edit in edits)
   if owner is None:
     systems: Any = Together(frame, states)

@@ -22,7 +22,7 @@ from jaxedit.edit.recipe import Recipe
 from jaxedit.solve.metric import Metric
 from jaxedit.solve.ridge import Factors, ridge_dense, ridge_update
 from jaxedit.text.batching import EncodedEdit, round_up
-from jaxedit.text.seating import Frame
+from jaxedit.text.rooms import Frame
 from jaxedit.types import Array
 
 # Of independent groups, those solved for in one call share this much memory.

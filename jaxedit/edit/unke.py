@@ -36,7 +36,7 @@ from jaxedit.edit.regression import Goals, Rule, Side, Texts
 from jaxedit.models.spec import ModelSpec
 from jaxedit.text.batching import EncodedEdit
 from jaxedit.text.chunking import Chunking
-from jaxedit.text.seating import Frame
+from jaxedit.text.rooms import Frame
 from jaxedit.types import (
     Array,
     Dense,

@@ -8,7 +8,7 @@ the last:
                   anchor
 
 What lies left of the anchor A (the edited position) is constant while its value
-is optimised. `seating` lays rows out for a device.
+is optimised. `rooms`, `tiles` and `seating` lay rows out for a device.
 
 The KL row is the subject in a neutral cloze; only its columns up to its anchor
 matter, because the distribution compared is the one at the anchor.

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from jaxedit.models.spec import ModelSpec
-from jaxedit.text import seating
+from jaxedit.text import rooms
 from jaxedit.text.batching import EncodedEdit
-from jaxedit.text.seating import Frame
+from jaxedit.text.rooms import Frame
 from jaxedit.types import Params
 
 # Suffix tokens that keep the matrix units busy; more only lengthen the tail in
@@ -51,7 +51,7 @@ def frame_for(
     room = max(16, int(share // _place_bytes(spec, params)))
     # A power of two, so that a little more or less memory changes no shape.
     places = min(places, 2 ** int(np.log2(room)))
-  return seating.frame(edits, slots=slots, batch=batch, places=places)
+  return rooms.frame(edits, slots=slots, batch=batch, places=places)
 
 
 def _place_bytes(spec: ModelSpec, params: Params) -> int:

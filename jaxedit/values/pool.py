@@ -17,7 +17,8 @@ import optax
 
 from jaxedit.models import ragged
 from jaxedit.models.spec import ModelSpec
-from jaxedit.text.seating import Seats, Tile
+from jaxedit.text.seating import Seats
+from jaxedit.text.tiles import Tile
 from jaxedit.types import KV, Array, Params
 from jaxedit.values import loss as loss_lib
 from jaxedit.values.loss import Aux, norm

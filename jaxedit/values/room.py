@@ -18,9 +18,10 @@ import numpy as np
 
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
-from jaxedit.text import seating
+from jaxedit.text import seating, tiles
 from jaxedit.text.batching import EncodedEdit
-from jaxedit.text.seating import Frame, Room, Tile
+from jaxedit.text.rooms import Frame, Room
+from jaxedit.text.tiles import Tile
 from jaxedit.types import KV, Params
 from jaxedit.values import pool as pool_lib
 from jaxedit.values.state import Parts, Pool, Ready, Schedule, State
@@ -142,9 +143,9 @@ class Run:
       self, order: Sequence[int]
   ) -> Iterator[tuple[tuple[int, int], Result]]:
     """Optimises the edits named; yields ((edit, stage), result)."""
-    tiles = seating.row_tiles(self._edits, order, self._frame, self._room)
+    source = tiles.row_tiles(self._edits, order, self._frame, self._room)
     while True:
-      self._fill(tiles)
+      self._fill(source)
       if not self._seated:
         return
       if self._exhausted and not self._waiting and not self._parked:
@@ -175,7 +176,7 @@ class Run:
     self._counts['scored_computed'] += ran * (room.scored + kl)
     self._counts['steps'] += ran
 
-  def _fill(self, tiles: Iterator[Tile]) -> None:
+  def _fill(self, source: Iterator[Tile]) -> None:
     """Seats who waits, first in line first as far as they fit."""
     for slot, (who, k) in list(self._parked.items()):
       if self._seating.fits(self._edits[who.edit], k):
@@ -190,12 +191,12 @@ class Run:
         self._take(slot, who, 0)
       # One tile more gives a choice of edits that may fit; a second would only
       # take memory.
-      elif len(self._waiting) >= self._room.tile[0] or not self._more(tiles):
+      elif len(self._waiting) >= self._room.tile[0] or not self._more(source):
         return
 
-  def _more(self, tiles: Iterator[Tile]) -> bool:
+  def _more(self, source: Iterator[Tile]) -> bool:
     """Runs the constant part of a further tile; says if there was one."""
-    tile = next(tiles, None)
+    tile = next(source, None)
     if tile is None:
       self._exhausted = True
       return False

@@ -22,9 +22,9 @@ import jax
 import numpy as np
 
 from jaxedit.models.spec import ModelSpec
-from jaxedit.text import seating
+from jaxedit.text import tiles
 from jaxedit.text.batching import EncodedEdit
-from jaxedit.text.seating import Frame
+from jaxedit.text.rooms import Frame
 from jaxedit.types import Params, Progress, Targets, silent
 from jaxedit.values.frames import frame_for
 from jaxedit.values.parts import trunk_kv
@@ -137,7 +137,7 @@ def autoregressive(
     return targets, Work()
   frame = frame or frame_for(spec, params, edits)
   begin = time.monotonic()
-  tokens, columns = seating.trunk_columns(frame)
+  tokens, columns = tiles.trunk_columns(frame)
   trunk = _trunk_kv(spec, params, tokens, columns)
   jax.block_until_ready(trunk)
   seconds = {'prepare': time.monotonic() - begin}
