@@ -14,11 +14,16 @@ import functools
 import jax
 import naive_oracle
 import numpy as np
+import torch
+import transformers
 from absl.testing import absltest, parameterized
 
-from jaxedit import values
+from jaxedit import testing, values
+from jaxedit.eval import passages
+from jaxedit.models import loading, tokenizer
 from jaxedit.testing import facts
-from jaxedit.text import batching, rooms
+from jaxedit.text import batching, chat, rooms
+from jaxedit.text import passages as text_passages
 
 PLAIN = values.Schedule(
     steps=4, rate=0.3, decay=0.5, clamp=5.0, kl=0.0625, threshold=0.0
@@ -105,7 +110,7 @@ class ChunksTest(parameterized.TestCase):
     self.assertEqual(counts, {1, 2, 3})
 
 
-class OracleTest(parameterized.TestCase):
+class OracleCase(parameterized.TestCase):
 
   def _check(self, got, want, tolerance=1e-5):
     self.assertLen(got, len(want))
@@ -126,6 +131,9 @@ class OracleTest(parameterized.TestCase):
         np.testing.assert_allclose(
             targets.likelihood[k], f.likelihood, rtol=rtol
         )
+
+
+class OracleTest(OracleCase):
 
   @parameterized.product(
       case=[('llama', 2), ('gptj', 1)], kind=['three', 'overlap', 'mixed']
@@ -232,6 +240,34 @@ class OracleTest(parameterized.TestCase):
     without = naive_oracle.chain(model, edit, LAYER, still)[1]
     gap = abs(with_first.losses[0] / without.losses[0] - 1)
     self.assertGreater(gap, 1e-3)
+
+
+class SmolLm2Test(OracleCase):
+  """The published rate and clamp on a real model, in f32."""
+
+  def test_chunks_of_a_passage(self):
+    folder = testing.demo_model()
+    model = loading.load_model(folder, 'float32')
+    words = tokenizer.load_tokenizer(folder)
+    record = passages.load_passages('demo', limit=1).records
+    (edit,) = text_passages.encode_passages(
+        words, record, chat=chat.chat_of(words, 'template'), max_tokens=2048
+    )
+    target, cut = edit.target[:20], ((0, 8), (6, 14), (12, 20))
+    edit = dataclasses.replace(edit, target=target, chunks=cut)
+    schedule = values.Schedule(
+        steps=4, rate=0.5, decay=1e-3, clamp=4.0, kl=0.0, threshold=1e-2
+    )
+    torch.set_num_threads(1)
+    naive = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32
+    )
+    naive.eval().requires_grad_(False)
+    want = naive_oracle.chain(naive, edit, 8, schedule)
+    (got,), _ = values.autoregressive(
+        model.spec, model.params, [edit], layer=8, schedule=schedule
+    )
+    self._check([got], [want], 1e-4)
 
 
 class FiniteTest(absltest.TestCase):
