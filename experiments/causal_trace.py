@@ -360,9 +360,7 @@ def _work(
   model, words, loaded = load(clock)
   probed = None
   if FLAGS.suggest_layers:
-    probed = suggest_stage.read_records(model, words)
-    if proposal:
-      suggest_stage.check_proposal(proposal, model, probed)
+    probed = suggest_stage.read_records(model, words, proposal)
   asked = trace_stages.encode(words, loaded.records)
   level = trace_stages.noise_level(config, model, asked)
   with clock('complete'):
@@ -395,6 +393,7 @@ def _work(
   if probed:
     suggested = suggest_stage.run(
         model, words, probed, averages,
+        traced=suggest_stage.facts_of(loaded, [one.fact for one in picked]),
         proposal=proposal, folder=folder, pieces=pieces, clock=clock,
         formats=config.formats,
     )  # fmt: skip

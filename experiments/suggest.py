@@ -19,7 +19,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import editing, states, trace_figures, workbench
+from experiments import (
+    editing,
+    states,
+    trace_figures,
+    trace_results,
+    workbench,
+)
 from experiments.kept import Kept
 from jaxedit.edit import closed_form
 from jaxedit.edit.recipe import Recipe, State
@@ -251,7 +257,11 @@ def compare(
 def report(tries: Sequence[Tried]) -> list[dict[str, Any]]:
   """Tries as plain JSON types, in their order."""
   return [
-      {'layers': list(t.layers), **t.metrics, 'distance': t.distance}
+      {
+          'layers': list(t.layers),
+          **t.metrics,
+          'distance': trace_results.number(t.distance),
+      }
       for t in tries
   ]
 
@@ -310,8 +320,9 @@ def figure(tries: Sequence[Tried], effects: Mapping[str, np.ndarray]) -> Any:
           [t.layers[-1] + shift for t in mine],
           [x['mean'] for x in found],
           yerr=[
-              [x['mean'] - x['low'] for x in found],
-              [x['high'] - x['mean'] for x in found],
+              # Rounding may leave a bound on the wrong side.
+              [max(0, x['mean'] - x['low']) for x in found],
+              [max(0, x['high'] - x['mean']) for x in found],
           ],
           marker='o',
           markersize=4,

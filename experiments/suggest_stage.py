@@ -7,7 +7,8 @@ See `suggest` for how layers are searched. Written to the output folder:
   plots/suggest.*  scores and effects by layer
 
 With --proposal, the suggest.json of an earlier search, the layers that it found
-are compared with the best that is found here, on facts that the search never saw.
+are compared with the best that is found here, on facts that the search never saw:
+neither tried nor traced there.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from absl import flags
 
 from experiments import (
@@ -30,6 +30,7 @@ from experiments import (
     suggest,
     timing,
     trace_plots,
+    trace_results,
     workbench,
 )
 from experiments.kept import Kept
@@ -52,15 +53,15 @@ class Proposal(NamedTuple):
   Attributes:
     path: its suggest.json.
     layers: the best.
-    facts: what it was searched on, as `_write` writes it.
-    records: the same as (hash of the file, numbers in it).
+    facts: what they were tried on, as `_write` writes it.
+    seen: facts that were tried or traced, as (hash of the file, number in it).
     model_hash: of the model.
   """
 
   path: str
   layers: tuple[int, ...]
   facts: Mapping[str, Any]
-  records: tuple[str, frozenset[int]]
+  seen: frozenset[tuple[str, int]]
   model_hash: str
 
 
@@ -132,8 +133,8 @@ def define_flags() -> None:
       'proposal',
       None,
       'suggest.json of an earlier search: its layers are compared with the best'
-      ' that is found here (with --probe=all: the best there is) on the facts'
-      ' tried here, which must be others; see --probe_skip.',
+      ' that is found here (with --probe=all: the best there is). Facts that'
+      ' the search tried or traced are passed over.',
   )
   flags.DEFINE_string(
       'context_templates',
@@ -158,6 +159,11 @@ def check_flags() -> list[str]:
   if FLAGS.method != 'memit':
     problems.append(
         f'--method={FLAGS.method}: layers are searched with memit; leave it out'
+    )
+  if FLAGS.post != 'none':
+    problems.append(
+        f'--post={FLAGS.post}: layers are searched with changes as they are;'
+        ' leave it out, and give it to memit_batch'
     )
   widths = FLAGS.probe_widths
   if not widths or not all(x.isdecimal() and int(x) for x in widths):
@@ -207,7 +213,11 @@ def read_proposal() -> Proposal | None:
         path,
         tuple(map(int, found['tries'][0]['layers'])),
         facts,
-        (str(facts['sha256']), frozenset(map(int, facts['numbers']))),
+        frozenset(
+            (str(some['sha256']), int(number))
+            for some in (facts, found['traced'])
+            for number in some['numbers']
+        ),
         str(found['model_hash']),
     )
   except OSError as e:
@@ -219,62 +229,45 @@ def read_proposal() -> Proposal | None:
     ) from e
 
 
-def check_proposal(
-    proposal: Proposal, model: loading.Model, loaded: datasets.Loaded
-) -> None:
-  """Checks that a proposal can be judged on these facts.
-
-  Args:
-    proposal: of `read_proposal`.
-    model: the model.
-    loaded: of `read_records`.
-
-  Raises:
-    InputError: it was found for another model, or on some of the same facts.
-  """
-  problems = []
-  if proposal.model_hash != model.hash:
-    problems.append('was found for another model')
-  numbers = {record.number for record in loaded.records}
-  source, searched = proposal.records
-  shared = numbers & searched
-  if shared and source == loaded.sha256:
-    problems.append(
-        f'was found on {len(shared)} of the {len(numbers)} facts that would'
-        ' judge it; pass over them with --probe_skip, or name other facts with'
-        ' --probe_data'
-    )
-  if problems:
-    raise InputError(*(f'--proposal={proposal.path}: {x}' for x in problems))
-
-
-def read_records(model: loading.Model, words: Any) -> datasets.Loaded:
+def read_records(
+    model: loading.Model, words: Any, proposal: Proposal | None
+) -> datasets.Loaded:
   """Reads the facts to try.
 
   Args:
     model: the model.
     words: its tokenizer.
+    proposal: of an earlier search, whose facts are passed over.
 
   Returns:
     The facts.
 
   Raises:
-    InputError: they are faulty, too few, or lack what they are judged by.
+    InputError: the proposal is another model's; facts are faulty, too few, or
+      lack what they are judged by.
   """
+  if proposal and proposal.model_hash != model.hash:
+    raise InputError(f'--proposal={proposal.path}: was found for another model')
   source, wanted = FLAGS.probe_data or FLAGS.data, FLAGS.probe_facts
+  seen = proposal.seen if proposal else frozenset()
   loaded = datasets.load_records(
       source,
-      limit=FLAGS.probe_skip + wanted,
+      limit=FLAGS.probe_skip + wanted + len(seen),
       on_bad_record=FLAGS.on_bad_record,
       check=workbench.record_check(
-          words, model.spec, contexts=(), max_new_tokens=0
+          words, model.spec, contexts=_given_contexts(), max_new_tokens=0
       ),
   )
-  records = loaded.records[FLAGS.probe_skip :]
+  records = [
+      record
+      for record in loaded.records[FLAGS.probe_skip :]
+      if (loaded.sha256, record.number) not in seen
+  ][:wanted]
   if len(records) < 2:
+    passed = ' and those that the search has seen' if proposal else ''
     raise InputError(
         f'{source}: {len(loaded.records)} good records leave {len(records)}'
-        f' after --probe_skip={FLAGS.probe_skip}; at least 2 are needed'
+        f' after --probe_skip={FLAGS.probe_skip}{passed}; at least 2 are needed'
     )
   for name, part in (('paraphrases', 'PS'), ('neighbours', 'NS')):
     if not any(getattr(record, name) for record in records):
@@ -282,7 +275,7 @@ def read_records(model: loading.Model, words: Any) -> datasets.Loaded:
           f'{source}: no record has {name}, which {part} is read on; give'
           ' --probe_data that has, such as CounterFact'
       )
-  return dataclasses.replace(loaded, records=records)
+  return dataclasses.replace(loaded, records=tuple(records))
 
 
 def _recipe(layers: Sequence[int]) -> Any:
@@ -298,6 +291,7 @@ def run(
     records: datasets.Loaded,
     averages: Mapping[str, effects.Average],
     *,
+    traced: Mapping[str, Any],
     proposal: Proposal | None,
     folder: pathlib.Path,
     pieces: Kept,
@@ -311,6 +305,7 @@ def run(
     words: its tokenizer.
     records: of `read_records`.
     averages: kind -> effects of the traces.
+    traced: which facts those are of, as `facts_of` gives it.
     proposal: of an earlier search, to be judged, if there is one.
     folder: where to write.
     pieces: states of an earlier run that was stopped, and a place for these.
@@ -348,13 +343,34 @@ def run(
       if all(one.layers != proposal.layers for one in tries):
         tries = suggest.ranked([*tries, prober(proposal.layers)])
       judged = _judge(proposal, tries)
-  _write(folder, bench, tries, subject, top, judged)
+  searched = {
+      'facts': facts_of(records, records.records),
+      'traced': dict(traced),
+      'effects': subject,
+      'last_anchor': top,
+      'proposal': judged,
+  }
+  _write(folder, bench, tries, searched)
   plot = None
   if formats:
     (folder / 'plots').mkdir(exist_ok=True)
     drawn = suggest.figure(tries, subject)
     plot = trace_plots.save(drawn, folder / 'plots', 'suggest', formats)
   return Suggested(tries, judged, len(records.records), plot)
+
+
+def facts_of(loaded: Any, facts: Sequence[Any]) -> dict[str, Any]:
+  """Names facts of a file in plain JSON types.
+
+  Args:
+    loaded: the file.
+    facts: some of its facts.
+  """
+  return {
+      'source': str(loaded.source),
+      'sha256': loaded.sha256,
+      'numbers': [fact.number for fact in facts],
+  }
 
 
 def _judge(
@@ -413,13 +429,14 @@ def _write(
     folder: pathlib.Path,
     bench: workbench.Workbench,
     tries: Sequence[suggest.Tried],
-    subject: Mapping[str, np.ndarray],
-    top: int,
-    judged: Mapping[str, Any] | None,
+    searched: Mapping[str, Any],
 ) -> None:
-  """Writes suggest.json and suggested.flags."""
+  """Writes suggest.json, with what was searched, and suggested.flags."""
   best, found = tries[0], bench.loaded
-  number = lambda x: float(x) if np.isfinite(x) else None
+  effect = {
+      name: [trace_results.number(x) for x in mean]
+      for name, mean in searched['effects'].items()
+  }
   value = _recipe(best.layers).value
   common.write_json(
       folder / 'suggest.json',
@@ -431,14 +448,8 @@ def _write(
               ]
               for t in tries
           },
-          'effects': {k: list(map(number, v)) for k, v in subject.items()},
-          'last_anchor': top,
-          'proposal': judged,
-          'facts': {
-              'source': str(found.source),
-              'sha256': found.sha256,
-              'numbers': [record.number for record in found.records],
-          },
+          **searched,
+          'effects': effect,
           'model_hash': bench.model.hash,
           'moment_weight': FLAGS.moment_weight,
           'value': value._asdict(),
@@ -450,7 +461,7 @@ def _write(
       f'MEMIT in {FLAGS.model}, layers found by causal_trace --suggest_layers.',
       '',
       '  python -m experiments.memit_batch --flagfile='
-      f'{folder / "suggested.flags"} --data=counterfact.json',
+      f'{folder / "suggested.flags"} --data={found.source}',
       '',
       f'Measured on {len(found.records)} facts of {found.source}, one batch:'
       f' score {score["score"]:.3f},',
@@ -459,6 +470,7 @@ def _write(
   given = {
       'model': FLAGS.model,
       'revision': FLAGS.revision,
+      'wheel': FLAGS.wheel,
       'dtype': FLAGS.dtype,
       'seed': FLAGS.seed,  # templates and moments are drawn with it
       'context_templates': FLAGS.context_templates,

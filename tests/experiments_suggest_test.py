@@ -23,6 +23,7 @@ RECORDS = [
         ('Toko Yasuda', 'piano'),
         ('Sydney', 'twin city'),
         ('Wellington', 'guitar'),
+        ('Vienna', 'twin city'),
     )
 ]
 
@@ -119,7 +120,7 @@ class ProgramTest(parameterized.TestCase):
         memit_batch,
         flagfile=done.folder / 'suggested.flags',
         model=None,
-        data=self.setup.write(*RECORDS[1:]),
+        data=self.setup.write(*RECORDS[1:4]),
         batch_size=3,
     )
     self.assertEqual(again.code, 0, again.err)
@@ -133,11 +134,17 @@ class ProgramTest(parameterized.TestCase):
       )
 
   def test_judges_a_proposal_on_other_facts(self):
-    same = dict(probe='all', probe_widths='1', probe_facts=2)
-    done = self.suggest(**same)
+    same = dict(probe='all', probe_widths='1', num_facts=2)
+    done = self.suggest(**same, probe_facts=2, probe_skip=1)
     self.assertEqual(done.code, 0, done.err)
     path = done.folder / 'suggest.json'
-    judged = self.suggest(**same, probe_skip=2, proposal=path)
+    seen = json.loads(path.read_text())
+    self.assertEqual(seen['traced']['numbers'], [1, 2])
+    self.assertEqual(seen['facts']['numbers'], [2, 3])
+    judged = self.suggest(**same, probe_facts=2, proposal=path)
+    self.assertEqual(judged.code, 0, judged.err)
+    found = json.loads((judged.folder / 'suggest.json').read_text())
+    self.assertEqual(found['facts']['numbers'], [4, 5])
     self.assertEqual(judged.code, 0, judged.err)
     self.assertIn('below the best here', judged.out)
     proposed = json.loads(path.read_text())['tries'][0]['layers']
@@ -153,21 +160,22 @@ class ProgramTest(parameterized.TestCase):
         mine['difference'], found['tries'][0]['score'] - mine['score']
     )
     self.assertLessEqual(mine['low'], mine['difference'])
-    self.assertEqual(mine['searched_on']['numbers'], [1, 2])
-    overlapping = self.suggest(**same, probe_skip=1, proposal=path)
-    self.assertEqual(overlapping.code, 2)
-    self.assertIn('found on 1 of the 2 facts', overlapping.err)
+    self.assertEqual(mine['searched_on']['numbers'], [2, 3])
+    refused = self.suggest(**same, probe_skip=4, proposal=path)
+    self.assertEqual(refused.code, 2)
+    self.assertIn('and those that the search has seen', refused.err)
 
   @parameterized.parameters(
       (dict(layers='1'), '--layers is what --suggest_layers finds'),
       (dict(method='rome', moment_weight=None), 'searched with memit'),
+      (dict(post='prune'), '--post=prune: layers are searched with'),
       (dict(probe_widths='0'), 'give numbers of layers'),
       (dict(kinds='mlp'), 'needs the kind hidden'),
       (dict(moments='none.safetensors'), 'no such file; collect'),
       (dict(context_templates='none.json'), 'none.json'),
       (dict(ridge=1), '--ridge is no setting of memit'),
       (dict(proposal='none.json'), '--proposal=none.json: No such file'),
-      (dict(probe_skip=3), 'leave 1 after --probe_skip=3'),
+      (dict(probe_skip=4), 'leave 1 after --probe_skip=4'),
   )
   def test_says_what_is_wrong(self, given, sentence):
     done = self.suggest(**given)
