@@ -37,6 +37,8 @@ FLAGS = flags.FLAGS
 
 _SHOWN = ('es', 'ps', 'ns')
 
+define_flags = memit_batch.define_flags
+
 
 def agreement(one: Targets, other: Targets) -> dict[str, Any]:
   """Says how far wanted states are apart.
@@ -108,7 +110,11 @@ def main() -> None:
           **found,
           **judging.metric_tables(tables),
           'protocol': job_report.protocol(
-              task, bench, recipe, settings, source
+              bench,
+              recipe,
+              settings=settings,
+              source=source,
+              scores=task.protocol(bench),
           ),
           'versions': common.versions(),
       },
@@ -125,5 +131,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  memit_batch.define_flags()
+  define_flags()
   common.run(main)
