@@ -219,13 +219,33 @@ def _words(tokenizer: Any) -> dict[str, Any]:
 
 
 def _read(check: Any) -> Any:
-  return passages.load_passages(
+  """Reads the passages.
+
+  Raises:
+    InputError: they are faulty; a published schedule needs batches of one size.
+  """
+  loaded = passages.load_passages(
       FLAGS.data,
       limit=FLAGS.num_edits,
       on_bad_record=FLAGS.on_bad_record,
       check=check,
       facts=FLAGS.facts,
   )
+  cases = workbench.case_numbers(loaded.records)
+  if not _shadowed():
+    return loaded
+  slip = '--parity=anyedit: the published schedule depends on the edits a batch'
+  if max(cases) + 1 < len(cases):
+    raise InputError(
+        f'{slip}, and {loaded.source} has cases of several rewrites, which are'
+        ' edited together; leave --parity=anyedit out for these'
+    )
+  if rest := len(cases) % FLAGS.batch_size:
+    raise InputError(
+        f'{slip}, and the last batch would have {rest}; let --num_edits be a'
+        f' multiple of --batch_size={FLAGS.batch_size}'
+    )
+  return loaded
 
 
 def _check(tokenizer: Any, spec: ModelSpec, recipe: Any) -> Any:
@@ -311,18 +331,7 @@ def _preserved(bench: workbench.Workbench) -> list[np.ndarray]:
 
 
 def _encode(bench: workbench.Workbench, recipe: Any) -> tuple[EncodedEdit, ...]:
-  """Encodes passages.
-
-  Raises:
-    InputError: a published schedule needs batches of one size.
-  """
-  sizes = sorted({len(indices) for indices in bench.batches()})
-  if _shadowed() and sizes != [FLAGS.batch_size]:
-    raise InputError(
-        f'--parity=anyedit: the published schedule depends on the edits a batch,'
-        f' and there are batches of {", ".join(map(str, sizes))}; let'
-        ' --num_edits be a multiple of --batch_size'
-    )
+  """Encodes passages."""
   encoded = text_passages.encode_passages(
       bench.tokenizer,
       bench.records,
@@ -333,11 +342,18 @@ def _encode(bench: workbench.Workbench, recipe: Any) -> tuple[EncodedEdit, ...]:
   return tuple(encoded)
 
 
-def _editor(spec: ModelSpec, recipe: Any) -> Any:
-  make = closed_form.closed_form
-  if isinstance(recipe, unke.Unke):
-    make = unke.unke_editor
-  return make(spec, recipe)
+def _editor(bench: workbench.Workbench, recipe: Any) -> Any:
+  if not isinstance(recipe, unke.Unke):
+    return closed_form.closed_form(bench.model.spec, recipe)
+  if recipe.pads:
+    recipe = dataclasses.replace(recipe, pad_id=pad_id(bench.tokenizer))
+  return unke.unke_editor(bench.model.spec, recipe)
+
+
+def pad_id(tokenizer: Any) -> int:
+  """The token that pads: the tokenizer's own, or else its end of text."""
+  ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+  return next(i for i in ids if i is not None)
 
 
 def _side(bench: workbench.Workbench, recipe: Any) -> int:

@@ -212,13 +212,20 @@ def require_some(info: Info) -> None:
   """Refuses a run in which no edit could be written.
 
   Raises:
-    InputError: no loss stayed finite.
+    InputError: no loss stayed finite, or nothing could be solved for.
   """
-  if len(info.written) and not info.written.any():
+  if not len(info.written) or info.written.any():
+    return
+  if info.targets.finite.any():
     raise InputError(
-        'no edit was written: every loss stopped being finite; lower'
-        ' --value_rate or load the model with --dtype=float32'
+        'no edit was written: the system to solve is singular, as the keys that'
+        ' are held leave no direction free; edit fewer together (--batch_size)'
+        ' or with a ridge, as MEMIT does'
     )
+  raise InputError(
+      'no edit was written: every loss stopped being finite; lower'
+      ' --value_rate or load the model with --dtype=float32'
+  )
 
 
 def write_delta(

@@ -50,7 +50,7 @@ class Task(NamedTuple):
 
   Attributes:
     recipe: () -> (method, its settings for the protocol).
-    editor: (spec, method) -> editor.
+    editor: (bench, method) -> editor.
     read: (check of a record, or None) -> records.
     check: (tokenizer, spec, method) -> check of a record.
     complete: (bench, method, clock, folder) -> (bench with its records as ids,
@@ -64,7 +64,7 @@ class Task(NamedTuple):
   """
 
   recipe: Callable[[], tuple[Any, dict[str, Any]]]
-  editor: Callable[[ModelSpec, Any], Editor]
+  editor: Callable[[workbench.Workbench, Any], Editor]
   read: Callable[[Any], datasets.Loaded]
   check: Callable[[Any, ModelSpec, Any], Callable[[Any], list[str]]]
   complete: Callable[..., tuple[workbench.Workbench, Any, dict[str, Any]]]
@@ -251,7 +251,7 @@ def _prepare(
   bench = workbench.shape(bench, side)
   if not bench.each:
     require_factors(bench.model.spec, recipe, bench.frame.states)
-  editor = task.editor(bench.model.spec, recipe)
+  editor = task.editor(bench, recipe)
   meaning = job_report.protocol(
       bench,
       recipe,

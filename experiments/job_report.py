@@ -19,7 +19,7 @@ _LISTED = 5  # skipped records that are told at once; results.json has all
 
 def notes(loaded: datasets.Loaded) -> list[str]:
   """What a user should know of the records before the run."""
-  found, lines = len(loaded.records), []
+  found, lines = len(set(workbench.case_numbers(loaded.records))), []
   if loaded.skipped:
     lines.append(
         f'note: {loaded.source}: {len(loaded.skipped)} faulty records were'

@@ -181,7 +181,9 @@ def _protocol(bench: workbench.Workbench) -> dict[str, Any]:
 
 TASK = job.Task(
     recipe=recipe_of_flags,
-    editor=closed_form.closed_form,
+    editor=lambda bench, recipe: closed_form.closed_form(
+        bench.model.spec, recipe
+    ),
     read=read_records,
     check=_check,
     complete=complete,

@@ -110,14 +110,13 @@ def define_flags(texts: bool = False) -> None:
   common.define_number(
       'ridge',
       None,
-      'Ridge of the solve (EMMET 0.1, AlphaEdit 10).',
+      'Ridge of the solve (EMMET 0.1, of one fact alone 0; AlphaEdit 10).',
   )
   common.define_number(
       'null_space_share',
       None,
       'AlphaEdit: share of the second moments held by directions that may not'
-      ' be changed (default 0.9).',
-      positive=True,
+      ' be changed, below 1 (default 0.9).',
   )
   common.define_number(
       'null_space_threshold',
@@ -212,12 +211,15 @@ def recipe_of_flags(
   if layers is not None and FLAGS.method in _SPREAD:
     arguments['layers'] = layers
   if value is not None:
-    arguments['value'] = value
+    # When PMET stops is its own rule.
+    arguments['value'] = value._replace(ease=row.make().value.ease)
   arguments |= {
       name: getattr(FLAGS, flag)
       for name, flag in row.settings.items()
       if getattr(FLAGS, flag) is not None
   }
+  if FLAGS.method == 'emmet' and FLAGS.ridge is not None:
+    arguments['lone_ridge'] = None  # what is asked for holds for one fact, too
   if FLAGS.layers is not None:
     try:
       arguments['layers'] = common.layer_list(FLAGS.layers, 'layers')
@@ -265,6 +267,11 @@ def _strange(row: _Row, texts: bool) -> list[str]:
   if texts and FLAGS.kl_weight is not None:
     problems.append(
         '--kl_weight: passages have no subject and so no KL row; leave it out'
+    )
+  if (FLAGS.null_space_share or 0) >= 1:
+    problems.append(
+        f'--null_space_share={FLAGS.null_space_share:g} leaves no direction that'
+        ' may be changed; give a share below 1'
     )
   if FLAGS.method in TEXT_METHODS and FLAGS.post != 'none':
     problems.append(

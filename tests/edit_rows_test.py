@@ -238,6 +238,17 @@ class OracleTest(parameterized.TestCase):
     with self.assertRaisesRegex(InputError, 'one sequence'):
       case.edit(edits(), each=True)
 
+  def test_rect_hides_no_singular_system(self):
+    solve = systems.Together.solve
+
+    def singular(self, *given):
+      return jax.tree.map(lambda x: x * np.nan, solve(self, *given))
+
+    with mock.patch.object(systems.Together, 'solve', singular):
+      edited, _, info = Case('memit', keep=0.4).edit(edits())
+    self.assertFalse(info.written.any())
+    self.assertFalse(np.asarray(edited.deltas[0].kernel).any())
+
 
 class PromiseTest(parameterized.TestCase):
 

@@ -21,6 +21,7 @@ from experiments import (
     resources,
 )
 from jaxedit import delta
+from jaxedit.edit import unke
 from jaxedit.eval import answers
 from jaxedit.models import loading, tokenizer
 from jaxedit.stats import corpora
@@ -477,6 +478,12 @@ class OtherRowsTest(Case):
           method=method, moment_weight=20 if method == 'memit' else None,
       )  # fmt: skip
 
+  def test_parity_with_anyedit_refuses_cases_of_several_rewrites(self):
+    self.refuse(
+        'cases of several rewrites, which are edited together; leave --parity',
+        anyedit=False, parity='anyedit', data=SETUP.cases,
+    )  # fmt: skip
+
   def test_chunks_have_no_shadowed_schedule(self):
     recipe, _ = SETUP.recipe(parity='anyedit')
     self.assertEqual(recipe.name, 'memit+anyedit')
@@ -604,6 +611,31 @@ class UnkeTest(Case):
     self.assertTrue(recipe.pads)
     self.assertTrue(settings['pads'])
 
+  def test_published_padding_is_the_tokenizers(self):
+    made = mock.create_autospec(unke.unke_editor, side_effect=KeyboardInterrupt)
+    words = tokenizer.load_tokenizer(SETUP.model)
+    with mock.patch.object(unke, 'unke_editor', made):
+      SETUP.unke(parity='anyedit')
+    (_, recipe), _ = made.call_args
+    self.assertEqual(recipe.pad_id, words.eos_token_id)
+    self.assertNotEqual(recipe.pad_id, 0)
+    pick = lambda *ids: anyedit_batch.pad_id(mock.Mock(**dict(zip(
+        ('pad_token_id', 'eos_token_id'), ids))))  # fmt: skip
+    self.assertEqual([pick(3, 5), pick(None, 5), pick(None, None)], [3, 5, 0])
+
+  def test_a_given_ridge_holds_for_one_fact(self):
+    names = dict(method='emmet', anyedit=False)
+    recipe, _ = SETUP.recipe(**names)
+    self.assertEqual((recipe.ridge_of(1), recipe.ridge_of(2)), (0, 0.1))
+    self.assertEqual(recipe.ridge_of(1, held=3), 0.1)
+    recipe, settings = SETUP.recipe(ridge=0.5, **names)
+    self.assertEqual((recipe.ridge_of(1), recipe.ridge_of(2)), (0.5, 0.5))
+    self.assertIsNone(settings['lone_ridge'])
+
+  def test_pmet_stops_by_its_own_rule(self):
+    recipe, _ = SETUP.recipe(method='pmet')
+    self.assertEqual((recipe.value.ease, recipe.value.kl), (0.01, 0))
+
   def test_batches_need_no_factors(self):
     limit = delta.rank_limit(tiny_model.SPEC.mlp_width, tiny_model.SPEC.width)
     arguments = SETUP.arguments(method='unke', moment_weight=None)
@@ -678,6 +710,8 @@ class BadRecordTest(Case):
       ('long_sub_question',
        {'sub_questions': [{'prompt': 'a' + ' in' * 93, 'answer': 'city'}]},
        "question 'a in.* shorten it"),
+      ('no_word', {'sub_questions': [{'prompt': 'a', 'answer': '. .'}]},
+       "answer '. .' has no word"),
   )  # fmt: skip
   def test_fault_is_told_with_its_record(self, changes, sentence):
     faulty = GOOD[0] | changes
@@ -755,6 +789,8 @@ class BadFlagTest(Case):
       ('boundary', dict(boundary='word'), 'boundary=word'),
       ('no_answers', dict(max_new_tokens=0), 'max_new_tokens=0'),
       ('top_p', dict(top_p=2), 'top_p.*at most 1'),
+      ('share', dict(null_space_share=1, method='alphaedit', moment_weight=None),
+       'null_space_share=1 leaves no direction'),
       ('temperature', dict(temperature=-1), 'temperature=-1'),
       ('no_output', dict(output_dir=None), 'output_dir is missing: name a'),
       ('save_and_reset', dict(save_model=True),

@@ -166,6 +166,21 @@ class HeldTest(parameterized.TestCase):
       self.assertLess(np.abs(held @ change).max(), 1e-6)
 
   @parameterized.parameters(False, True)
+  def test_may_repeat_beyond_the_rank(self, constraint):
+    # Texts with one opening: many held keys that leave directions free.
+    keys, residuals = draw(2)
+    some, _ = draw(5, 3)
+    given = {'ridge': 0.0, 'constraint': draw(2, 4)[0] if constraint else None}
+    want = product(factors('covariance', keys, residuals, held=some, **given))
+    held = np.tile(some, (8, 1))
+    self.assertGreater(len(held), F)
+    found = factors('covariance', keys, residuals, held=held, **given)
+    self.assertLess(error(product(found), want), 1e-4)
+    matrix = dense('covariance', keys, residuals, held=held, **given)
+    self.assertLess(error(matrix, want), 1e-4)
+    self.assertLess(np.abs(held @ matrix).max(), 1e-4)
+
+  @parameterized.parameters(False, True)
   def test_more_of_them_than_the_rank(self, constraint):
     keys, residuals = draw(3)
     held, _ = draw(3 * F, 5)

@@ -39,7 +39,7 @@ class Recipe:
     metric: (gram [F, F] average second moment) -> metric S.
     value: settings of the value optimisation.
     ridge: r in the closed form.
-    lone_ridge: r of a system of one row; None for `ridge`.
+    lone_ridge: r of a system of one row and none held; None for `ridge`.
     bare: weight of the bare prompt in the average of the keys; the other
       contexts share the rest evenly. None for the same as any other.
     constraint: keys at which the change is held to R, 'same' as those it is
@@ -90,9 +90,9 @@ class Recipe:
       return 1.0
     return 1 / contexts if self.bare is None else self.bare
 
-  def ridge_of(self, rows: int) -> float:
-    """r of a system with that many rows."""
-    lone = rows == 1 and self.lone_ridge is not None
+  def ridge_of(self, rows: int, held: int = 0) -> float:
+    """r of a system with that many rows and held rows."""
+    lone = rows == 1 and not held and self.lone_ridge is not None
     return self.lone_ridge if lone else self.ridge
 
 

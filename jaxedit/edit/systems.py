@@ -83,15 +83,16 @@ class Together:
     """Solves for one change of a layer; `owner` is not asked."""
     del owner
     full, count = self._rows, len(rows.keys)
+    held = 0 if rows.held is None else len(rows.held)
     dense = not pays(full, rows.keys.shape[1], rows.residuals.shape[1])
     # What solves for a matrix widens its keys block by block, and held keys are
     # widened so in either case.
     put = lambda x: None if x is None else _pad(_as(x, dense), full)
-    room = _room(0 if rows.held is None else len(rows.held))
+    room = _room(held)
     hold = lambda x: None if x is None else _pad(x, room)
     rows = Rows(*map(put, rows[:4]), *map(hold, rows[4:]))
     solve = _solve_dense if dense else _solve_factors
-    ridge = recipe.ridge_of(count)
+    ridge = recipe.ridge_of(count, held)
     return solve(metric, jax.tree.map(jnp.asarray, rows), ridge)
 
   def sound(self, change: Change) -> tuple[Change, np.ndarray]:
@@ -121,12 +122,14 @@ class Apart:
   ) -> Factors:
     """Solves for the changes of all groups; `owner` [P] is a held key's edit."""
     index, held = self._index, None
+    counts, others = (index >= 0).sum(1), np.zeros(self._groups, int)
     if rows.held is not None:
       held = _members(self._group[owner], self._groups, 1)
+      others = (held >= 0).sum(1)
       idle = _room(held.shape[1]) - held.shape[1]
       held = np.pad(held, [(0, 0), (0, idle)], constant_values=-1)
-    counts = (index >= 0).sum(1)
-    ridge = np.array([recipe.ridge_of(count) for count in counts], np.float64)
+    ridge = [recipe.ridge_of(*sizes) for sizes in zip(counts, others)]
+    ridge = np.array(ridge, np.float64)
     size = index.shape[1] + (0 if held is None else held.shape[1])
     step = max(1, _GROUP_BYTES // (32 * size * rows.keys.shape[1]))
     step = min(step, self._most)

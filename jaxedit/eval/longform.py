@@ -169,7 +169,8 @@ def _stream(record: Passage, place: int) -> int:
 
   Sub-questions come last, so that leaving them out moves no other stream.
   """
-  name = f'{record.number}/{place}'.encode()
+  # Rewrites of one case have one number.
+  name = f'{record.number}/{record.id}/{place}'.encode()
   digest = hashlib.blake2b(name, digest_size=4).digest()
   return int.from_bytes(digest, 'big') >> 1
 
@@ -223,9 +224,16 @@ def record_check(
   room = spec.max_positions - max_new_tokens
 
   def check(record: Passage) -> list[str]:
-    texts = [text for _, text, _ in _asked(record, sub_questions)]
+    asked = _asked(record, sub_questions)
+    texts = [text for _, text, _ in asked]
     prompts = passages_lib.encode_questions(tokenizer, texts, chat, double_bos)
-    return [
+    faults = [
+        f'answer {answer[:40]!r} has no word to compare an answer with; write it'
+        ' out or remove its question.'
+        for answer in dict.fromkeys(answer for *_, answer in asked)
+        if not similarity.has_words(answer)
+    ]
+    return faults + [
         f'question {text[:60]!r}: its {len(ids)} tokens and'
         f' {max_new_tokens} generated ones are more than the'
         f' {spec.max_positions} positions of the model; shorten it or generate'

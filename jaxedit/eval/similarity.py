@@ -285,7 +285,7 @@ def _check(predictions: Sequence[str], references: Sequence[str]) -> None:
         f' {len(references)} references; give one reference a prediction.'
     )
   for i, reference in enumerate(references):
-    if not any(any(sentence) for sentence in _sentences(reference)):
+    if not has_words(reference):
       problems.append(
           f'reference {i} ({reference[:40]!r}) has no word to score against;'
           ' remove the pair or correct the reference.'
@@ -300,6 +300,11 @@ def _check(predictions: Sequence[str], references: Sequence[str]) -> None:
 def _spaced(prediction: str) -> str:
   """Adds the space that the published protocol wants somewhere."""
   return prediction if ' ' in prediction else prediction + ' '
+
+
+def has_words(text: str) -> bool:
+  """Says whether scores can be read against a text."""
+  return any(any(sentence) for sentence in _sentences(text))
 
 
 def _sentences(text: str) -> list[list[str]]:

@@ -44,6 +44,9 @@ Array = jax.Array
 BLOCK = 1024
 # Ridge of held keys at least, in roundings of their sum of squares.
 _SOFT = 8
+# The same of all keys in the coordinates of the metric, as a power of a rounding:
+# of what keys do not reach, rounding leaves its share over this one's.
+_SOFT_POWER = 2 / 3
 
 
 class Factors(NamedTuple):
@@ -144,7 +147,8 @@ def ridge_dense(
     residuals: [M, D] wanted change of the output; zero rows ask that the output
       stay where it is.
     ridge: r. With 0, C X = R and H X = 0 are exact up to as many active rows as
-      the rank; beyond, X is the least-squares solution where C is K.
+      the rank (to about 1e-4 where M + P is above it); beyond, X is the
+      least-squares solution where C is K.
     active: [M] bool; other rows take no part, as if they were not there.
     constraint: [M, F] C; `keys` unless given.
     held: [P, F] H, keys whose output is to stay where it is.
@@ -153,8 +157,8 @@ def ridge_dense(
 
   Returns:
     [F, D] X in the dtype of the metric; not finite where the system is
-    singular, with ridge 0 also where M + P is above the rank and fewer rows are
-    active.
+    singular, with ridge 0 and nothing held also where M is above the rank and
+    fewer rows are active.
 
   Source: as `ridge_update`; the rank x rank form is the normal equations.
   """
@@ -275,6 +279,9 @@ def _solve_coordinates(
   gram, moved = _fold(add, start, count, min(block, count))
   if held is not None:
     gram = _fold(hold, gram, _count(held), min(block, _count(held)))
+    # They repeat, and may all together leave directions free.
+    least = jnp.finfo(dtype).eps ** _SOFT_POWER * jnp.trace(gram)
+    ridge = jnp.maximum(ridge, least)
   diagonal = jnp.full(size, ridge)
   return _solve(gram, moved, diagonal, symmetric=constraint is None)
 
