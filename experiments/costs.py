@@ -147,8 +147,9 @@ def solve_flops(
   """FLOPs of the closed forms, on factored metrics.
 
   For M states and P held rows: a triangular solve of F for every row and one
-  more for every state, the products of all rows, a Cholesky factor of them,
-  held rows taken off the states', and two solves for the residuals.
+  more for every state, the products of either, their Cholesky factors, held
+  rows taken off the states', and two solves for the residuals; with more rows
+  than F one system of F x F, see `solve.ridge`.
 
   Args:
     spec: the architecture; the edited map is [F, D].
@@ -157,9 +158,14 @@ def solve_flops(
   """
   f, d, total = float(spec.mlp_width), float(spec.width), 0.0
   for m, p in solved:
-    rows = float(m + p)
-    total += f * f * (rows + m) + 2 * f * rows**2 + rows**3 / 3
-    total += 2 * f * m * p + 2 * m * m * d
+    m, p = float(m), float(p)
+    if m + p > f:
+      total += 3 * (m + p) * f * f + 2 * m * f * d + f**3 / 3 + 3 * f * f * d
+      continue
+    total += 2 * f * f * m + 2 * f * m * m + m**3 / 3 + 2 * m * m * d
+    total += (
+        f * f * p + 2 * f * p * p + p**3 / 3 + 4 * f * p * m + 2 * p * p * m
+    )
   return layers * total
 
 

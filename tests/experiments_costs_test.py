@@ -143,11 +143,15 @@ class CostsTest(parameterized.TestCase):
         costs.solve_flops(SPEC, 2, [(m, 0)]),
         2 * (2 * f * f * m + 2 * f * m * m + m**3 / 3 + 2 * m * m * d),
     )
-    # Three states beside ten held keys, twice: 13 rows are whitened, 3 lifted.
-    one = f * f * (13 + 3) + 2 * f * 13 * 13 + 13**3 / 3
-    one += 2 * f * 3 * 10 + 2 * 3 * 3 * d
+    # Three states beside ten held keys, twice: 13 rows are whitened, 3 lifted,
+    # 10 x 10 and 3 x 3 are factored.
+    one = f * f * (13 + 3) + 2 * f * (10 * 10 + 3 * 3) + (10**3 + 3**3) / 3
+    one += 4 * f * 3 * 10 + 2 * 10 * 10 * 3 + 2 * 3 * 3 * d
     got = costs.solve_flops(SPEC, 2, [(3, 10), (3, 10)])
     self.assertAlmostEqual(got, 2 * 2 * one)
+    # More rows than F: sums over all of them, one factor, solves for D columns.
+    one = 3 * 53 * f * f + 2 * 3 * f * d + f**3 / 3 + 3 * f * f * d
+    self.assertAlmostEqual(costs.solve_flops(SPEC, 2, [(3, 50)]), 2 * one)
     self.assertAlmostEqual(costs.factor_flops(SPEC, 2), 2 * f**3 / 3)
 
   def test_insertion_of_texts(self):
