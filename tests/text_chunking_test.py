@@ -165,6 +165,11 @@ class CutsTest(parameterized.TestCase):
       '#include <a.h>\n|int main() {\n|  puts("A. B");\n|}\n',
       'SELECT a. B FROM c\n|WHERE x;\n',
       'for (;;) {\n|\tA. B();\n|}',
+      'x = 1\n|# First. Then.\n|# Second. So.\n|y = 2\n',
+      '# Opens. A file.\n|# With two. Of them.\n\n|import os\n',
+      '# Opens. A file.\n|"""Does. Things.\n\n|And more. So.\n|"""\n|x = 1\n',
+      '-- First. Then.\n|SELECT a FROM b;\n',
+      'def a\n|  puts "Hello. World"\n|end\n',
   )
   def test_code_in_prose(self, text):
     wanted = text.replace('Text. More', 'Text.| More')
@@ -174,6 +179,8 @@ class CutsTest(parameterized.TestCase):
       'Since \\(a. B\\) it is.| So $x. Y$ holds.| Use `a. B` now.',
       'Thus:\n|\\[\na = b.\nC\n\\]\n|And $$a. B$$ too.\n\n|End.',
       'A\n|\\begin{align}\nx &= 1. \\\\\n\ny &= 2. Z\n\\end{align}\n|So.',
+      '\\begin{a}\n\\begin{a}\nB. C\n\\end{a}\nD. E\n\\end{a}\n|So.',
+      '```latex\n|\\begin{a}\nB. C\nD\n\\end{a}\n|```\n|So.',
       'It costs $5. The other is $6.| End of \\$3. Costs $4.',
       'An open \\( bracket. Here.| And $x and. Then.| And \\begin{a}. End.',
   )
@@ -224,6 +231,23 @@ class ChunkTest(ChunksCase):
     )
     self.assertEqual(
         split(text, window=2)[2:4], [' $a +', ' b$ holds'], 'longer than it'
+    )
+
+  def test_rows_of_a_long_environment_stay_whole(self):
+    rows = [f'x_{i} &= a + b_{i} \\\\\n' for i in range(6)]
+    text = '\\begin{align}\n' + ''.join(rows) + '\\end{align}'
+    offsets = [match.span() for match in re.finditer(r' *\S+\n?', text)]
+    chunks = chunking.chunk(
+        text, range(len(offsets)), offsets, chunking.Chunking(15, 0, 'sentence')
+    )
+    parts = [text[offsets[a][0] : offsets[b - 1][1]] for a, b in chunks]
+    self.assertEqual(
+        parts,
+        [
+            '\\begin{align}\n' + ''.join(rows[:2]),
+            ''.join(rows[2:4]),
+            ''.join(rows[4:]) + '\\end{align}',
+        ],
     )
 
   def test_overlap(self):

@@ -10,8 +10,9 @@ then becomes a chunk without a new token, whose labels are shifted by one.
 
 With sentences, a text is cut where a reader would: at ends of sentences, of
 list items, of lines of verse and of lines of code, and never inside a formula
-that fits in a window. What is longer than a window falls back to windows; short
-neighbours are put together as long as they fit in one.
+or an environment of LaTeX that fits in a window. Of those that do not, lines stay
+whole. What is longer than a window falls back to windows; short neighbours are
+put together as long as they fit in one.
 
 Source: AnyEdit (Jiang et al. 2025, arXiv 2502.05628), windows of 40 or 50
 tokens without overlap. The sentences are our own rules: no model, no word
@@ -27,7 +28,7 @@ import bisect
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from jaxedit.types import InputError
@@ -68,15 +69,19 @@ _STARTERS = frozenset(
     ' Is Are Each Every Both Also Given Next Another'.split()
 )
 
+_LINE_END = re.compile(r'\s*\n')
 _FENCE = re.compile(r'\s*(?:```|~~~)')
 _ITEM = re.compile(
     r'\s*(?:[-*+•–]|\(?\d{1,3}[.)]|\(?[a-zA-Z]\)|\(?[ivx]+[.)]|#+)\s'
 )
+# A comment at the head of a line is told from a heading by the code around it.
+_COMMENT = re.compile(r'\s*(?:#+|--|;+|%+)\s')
+_QUOTED = re.compile(r'(?s)("""|\'\'\').*?\1')
+_ENVIRONMENT = re.compile(r'\\(begin|end)\{([^}]*)\}')
 # Formulas and code inside a line. An amount of money is no formula: a closing
 # dollar follows no space and stands before no digit.
 _HELD = re.compile(
-    r'(?s)\\begin\{(?P<name>[^}]*)\}.*?\\end\{(?P=name)\}'
-    r'|\\\[(?:(?!\n\s*\n).)*?\\\]'
+    r'(?s)\\\[(?:(?!\n\s*\n).)*?\\\]'
     r'|\\\((?:(?!\n\s*\n).)*?\\\)'
     r'|\$\$(?:(?!\n\s*\n).)+?\$\$'
     r'|(?<![\\$\w])\$(?=[^\s$])[^$\n]*?(?<=[^\s\\])\$(?![\d$])'
@@ -92,6 +97,7 @@ _CODE = re.compile(r"""(?x)\s*(?:
     | (?:if|elif|else|for|while|try|except|finally|with|switch|case|do)\b
         .*[:{]\s*(?:\#.*|//.*)?
     | (?:return|yield|raise|throw|assert|del|print|echo)\b(?!.*[a-z]\.$).*
+    | [a-z_]+\s+(?:"[^"]*"|'[^']*')
     | (?:break|continue|pass|else|do|then|fi|done|end)\b;?\s*
     | (?:SELECT|INSERT|UPDATE|DELETE|CREATE|FROM|WHERE|JOIN|GROUP\ BY)\s.*
     | \#\s*(?:include|define|ifdef|ifndef|endif|pragma|!)\b.*
@@ -224,13 +230,16 @@ def chunk(
   ends, held = cuts(text)
   starts = list(itertools.accumulate((a for a, _ in offsets), max))
   stops = list(itertools.accumulate((b for _, b in offsets), max))
+  whole = []
+  for first, last in held:
+    begin = bisect.bisect_right(stops, first)
+    end = bisect.bisect_left(starts, last)
+    if end - begin <= window:
+      whole.append((begin, end))
+    else:
+      ends += [m.end() for m in _LINE_END.finditer(text, first, last)]
   borders = {bisect.bisect_left(starts, end) for end in ends}
   borders = sorted(borders - {0, len(ids)}) + [len(ids)]
-  whole = [
-      (bisect.bisect_right(stops, begin), bisect.bisect_left(starts, end))
-      for begin, end in held
-  ]
-  whole = [(begin, end) for begin, end in whole if end - begin <= window]
   pieces: list[Span] = []
   for begin, end in itertools.pairwise([0, *borders]):
     for part in _windows(begin, end, window, whole):
@@ -270,13 +279,16 @@ def cuts(text: str) -> tuple[list[int], list[Span]]:
     formulas and the inline code, which hold no end).
   """
   lines = _lines(text)
-  fenced = _fenced(lines)
-  held = [
-      match.span()
-      for begin, end, inside in fenced
-      if not inside
-      for match in _HELD.finditer(text, begin, end)
-  ]
+  fenced = _fenced(text, lines)
+  held = _outermost(
+      _environments(text),
+      (
+          match.span()
+          for begin, end, inside in fenced
+          if not inside
+          for match in _HELD.finditer(text, begin, end)
+      ),
+  )
   ends = set()
   for block in _blocks(lines, fenced):
     for begin, end, whole in block:
@@ -291,6 +303,32 @@ def cuts(text: str) -> tuple[list[int], list[Span]]:
     return at >= 0 and end < held[at][1]
 
   return sorted(e for e in ends if 0 < e < stop and not inside(e)), held
+
+
+def _environments(text: str) -> Iterator[Span]:
+  """Yields LaTeX environments; one that is never closed is none."""
+  opened: list[tuple[str, int]] = []
+  for match in _ENVIRONMENT.finditer(text):
+    kind, name = match.groups()
+    if kind == 'begin':
+      opened.append((name, match.start()))
+    elif name in [other for other, _ in opened]:
+      while True:
+        other, begin = opened.pop()
+        if other == name:
+          yield begin, match.end()
+          break
+
+
+def _outermost(*spans_: Iterable[Span]) -> list[Span]:
+  """Sorts spans and leaves out those that begin inside another."""
+  found: list[Span] = []
+  for begin, end in sorted(
+      itertools.chain(*spans_), key=lambda s: (s[0], -s[1])
+  ):
+    if not found or begin >= found[-1][1]:
+      found.append((begin, end))
+  return found
 
 
 def _lines(text: str) -> list[_Line]:
@@ -308,13 +346,17 @@ def _lines(text: str) -> list[_Line]:
   return lines
 
 
-def _fenced(lines: Sequence[_Line]) -> list[tuple[int, int, bool]]:
-  """Tells fenced code, with its fences, from the rest: (begin, end, inside)."""
+def _fenced(text: str, lines: Sequence[_Line]) -> list[tuple[int, int, bool]]:
+  """Tells fenced code and quoted blocks from the rest: (begin, end, inside)."""
   parts: list[tuple[int, int, bool]] = []
-  inside = False
+  quoted = [match.span() for match in _QUOTED.finditer(text)]
+  inside, block = False, 0
   for line in lines:
     fence = bool(_FENCE.match(line.text))
-    code = inside or fence
+    while block < len(quoted) and quoted[block][1] <= line.begin:
+      block += 1
+    quote = block < len(quoted) and quoted[block][0] < line.end
+    code = inside or fence or quote
     inside ^= fence
     if parts and parts[-1][2] == code:
       parts[-1] = (parts[-1][0], line.end, code)
@@ -333,10 +375,11 @@ def _blocks(
       for begin, end, inside in fenced
       if inside and begin <= line.begin < end
   }
+  alike = _alike(lines, code)
   coded = False
-  for paragraph in _paragraphs(lines, code):
+  for paragraph in _paragraphs(lines, code, alike):
     first = paragraph[0]
-    looks = sum(_looks_like_code(line.text) for line in paragraph)
+    looks = sum(line.begin in alike for line in paragraph)
     coded = (
         first.begin in code
         or 2 * looks >= len(paragraph)
@@ -354,8 +397,23 @@ def _blocks(
       ]
 
 
+def _alike(lines: Sequence[_Line], code: set[int]) -> set[int]:
+  """Where lines begin that look like code, comments beside it included."""
+  looks = [line.begin in code or _looks_like_code(line.text) for line in lines]
+  # A comment goes with the line before it, unless parted from it, or with the
+  # next that is none.
+  comment = [bool(_COMMENT.match(line.text)) for line in lines]
+  following = False
+  for i in reversed(range(len(lines))):
+    following = looks[i] or comment[i] and following
+    looks[i] = following
+  for i in range(1, len(lines)):
+    looks[i] |= comment[i] and looks[i - 1] and not lines[i - 1].last
+  return {line.begin for line, like in zip(lines, looks) if like}
+
+
 def _paragraphs(
-    lines: Sequence[_Line], code: set[int]
+    lines: Sequence[_Line], code: set[int], alike: set[int]
 ) -> Iterator[list[_Line]]:
   """Groups lines; blank lines, list items and fences part them."""
   group: list[_Line] = []
@@ -363,7 +421,7 @@ def _paragraphs(
     if group and (
         group[-1].last
         or (group[-1].begin in code) != (line.begin in code)
-        or _ITEM.match(line.text)
+        or (_ITEM.match(line.text) and line.begin not in alike)
     ):
       yield group
       group = []
