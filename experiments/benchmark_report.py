@@ -176,7 +176,9 @@ def _table(results: Mapping[str, Any]) -> list[str]:
       '|---|---|---|---|---|---|---|---|',
   ]
   for stage in results['stages']:
-    count, warm = stage['count'], stage['seconds'][1:] or stage['seconds']
+    # No answer may have a token, where weights are random.
+    count = max(stage['count'], 1)
+    warm = stage['seconds'][1:] or stage['seconds']
     flops = sum(stage['flops'].values()) / count
     cells = (
         f'{stage["name"]}, {_ARTICLES[stage["unit"]]}',

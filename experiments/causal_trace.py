@@ -331,7 +331,9 @@ def baseline(
       timed,
       [result.scores for result in results],
       seconds=effort['seconds'],
-      total=effort['cells'],
+      totals=trace_torch.counts(
+          cases, config.kinds, model.spec.layers, last_only=config.last_only
+      ),
   )
 
 

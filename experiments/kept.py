@@ -118,7 +118,9 @@ class Output:
     self._place = self.folder / _UNFINISHED
     earlier, self._command = _read(self._place / _COMMAND), _command()
     self.resumed = earlier == self._command
-    if earlier is None and self._place.exists():
+    # A run that was killed at its very beginning leaves an empty folder.
+    strange = self._place.exists() and any(self._place.iterdir())
+    if earlier is None and strange:
       raise InputError(
           f'{self._place}: exists, and no run that was stopped has left it; move'
           ' it away or choose another --output_dir'

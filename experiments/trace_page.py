@@ -144,7 +144,9 @@ def _head(results: Mapping[str, Any]) -> str:
   for kind, roles in results['average_effects'].items():
     if kind not in trace_figures.MAPS:
       continue
-    role = max(roles, key=lambda name: roles[name]['peak']['mean'])
+    # The last state of all brings everything back, whatever was stored where.
+    told = [n for n in roles if (kind, n) != ('hidden', 'last token')]
+    role = max(told or roles, key=lambda name: roles[name]['peak']['mean'])
     top = roles[role]['peak']
     value, half = _split(top['mean'], top['half_width_95'])
     cards.append(

@@ -186,9 +186,9 @@ def locating(
 
   Returns:
     'first' (chunk of a passage) and 'later' -> share of what the corruption took
-    that restoring brings back: 'mean' and 'half_width_95' by layer, 'count' of
-    passages; and 'layer', where it is largest. Nothing for 'later' where no
-    answer has more than one chunk.
+    that restoring brings back, over all passages: 'mean' and 'half_width_95' by
+    layer, 'count' of passages; and 'layer', where it is largest. Nothing for
+    'later' where no answer has more than one chunk.
   """
   flat = [case for some in cases for case in some]
   anchors = [(len(case.ids) - len(case.labels),) for case in flat]
@@ -196,30 +196,38 @@ def locating(
       model.spec, model.params, flat,
       kinds=[kinds.HIDDEN], tokens=anchors, progress=progress,
   )  # fmt: skip
-  shares, at = {'first': [], 'later': []}, 0
+  rows, at = {'first': [], 'later': []}, 0
   for some in cases:
-    rows = []
+    chunks = []
     for result, (anchor,) in zip(found[at:], anchors[at : at + len(some)]):
       effect = result.scores['hidden'][anchor] - result.low
-      lost = result.high - result.low
-      rows.append(effect / lost if lost > 0 else np.full_like(effect, np.nan))
+      chunks.append([*effect, result.high - result.low])
     at += len(some)
-    shares['first'].append(rows[0])
-    if rows[1:]:
-      shares['later'].append(np.nanmean(rows[1:], axis=0))
-  return {name: _located(rows) for name, rows in shares.items() if rows}
+    rows['first'].append(chunks[0])
+    if chunks[1:]:
+      rows['later'].append(np.mean(chunks[1:], axis=0))
+  return {name: _located(np.array(x)) for name, x in rows.items() if x}
 
 
-def _located(rows: Sequence[np.ndarray]) -> dict[str, Any]:
-  rows = [row for row in rows if np.isfinite(row).all()]
-  if not rows:
+def _located(rows: np.ndarray, resamples: int = 1000) -> dict[str, Any]:
+  """Sums up [passages, L + 1] effects by layer and, last, what was lost.
+
+  The share is one of means: where a corruption takes next to nothing, the share
+  of a single passage says next to nothing either.
+  """
+  rows = rows[np.isfinite(rows).all(1)]
+  count = len(rows)
+  share = lambda rows: rows[..., :-1].mean(-2) / rows[..., -1:].mean(-2)
+  if not count or rows[:, -1].mean() <= 0:
     return {'count': 0}
-  mean, half = effects.interval(np.array(rows))
+  drawn = np.random.default_rng(0).integers(0, count, (resamples, count))
+  mean, half = share(rows), 1.96 * share(rows[drawn]).std(axis=0)
+  known = count > 1 and np.isfinite(half).all()
   # The last layer's state is read as it stands, whatever came before.
   return {
-      'count': len(rows),
+      'count': count,
       'mean': mean.tolist(),
-      'half_width_95': [x if np.isfinite(x) else None for x in half.tolist()],
+      'half_width_95': half.tolist() if known else [None] * len(half),
       'layer': int(np.argmax(mean[:-1])),
   }
 

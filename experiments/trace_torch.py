@@ -91,6 +91,21 @@ def sample(
   return found
 
 
+def counts(
+    cases: Sequence[Case],
+    kinds: Sequence[Kind],
+    layers: int,
+    *,
+    last_only: bool = False,
+) -> dict[str, int]:
+  """How many cells of every kind a trace has; see `sample`."""
+  columns = sum(len(case.ids) for case in cases)
+  return {
+      kind.name: layers * (len(cases) if kind.sever or last_only else columns)
+      for kind in kinds
+  }
+
+
 def run(
     model: Any,
     cases: Sequence[Case],
@@ -204,7 +219,7 @@ def compare(
     grids: Sequence[Mapping[str, np.ndarray]],
     *,
     seconds: float,
-    total: int,
+    totals: Mapping[str, int],
 ) -> dict[str, Any]:
   """Compares the loop with a trace.
 
@@ -213,21 +228,27 @@ def compare(
     timed: what they took and gave.
     grids: kind -> [T, L] scores of every case.
     seconds: of the whole trace, compiled before.
-    total: cells of the trace.
+    totals: kind -> cells of the trace.
 
   Returns:
-    Plain JSON types: 'cells' timed, 'seconds_a_cell' (mean, with 'spread', the
-    standard error), 'seconds' all cells would take, 'wall_ratio' and
-    'largest_difference' of a score.
+    Plain JSON types: 'cells' timed, 'seconds_a_cell' (mean over the cells of the
+    trace, with 'spread', the standard error), 'seconds' all of those would take,
+    'wall_ratio' and 'largest_difference' of a score.
   """
   ours = np.array([grids[c.case][c.kind.name][c.token, c.layer] for c in cells])
-  mean = float(timed.seconds.mean())
-  error = float(timed.seconds.std(ddof=1) / np.sqrt(len(cells)))
+  # Cells are drawn evenly over kinds, of which the trace has more or fewer.
+  whole, square, names = 0.0, 0.0, np.array([c.kind.name for c in cells])
+  for name, count in totals.items():
+    some = timed.seconds[names == name]
+    some = some if len(some) > 1 else timed.seconds
+    whole += count * float(some.mean())
+    square += count**2 * float(some.var(ddof=1)) / len(some)
+  cells_in_all = sum(totals.values())
   return {
       'cells': len(cells),
-      'seconds_a_cell': mean,
-      'spread': error,
-      'seconds': mean * total,
-      'wall_ratio': mean * total / seconds,
+      'seconds_a_cell': whole / cells_in_all,
+      'spread': square**0.5 / cells_in_all,
+      'seconds': whole,
+      'wall_ratio': whole / seconds,
       'largest_difference': float(np.abs(ours - timed.scores).max()),
   }
