@@ -110,6 +110,9 @@ def measure(
   # Chosen now, when the metrics have their place in memory.
   frame = values.frame_for(model.spec, model.params, setup.edits, slots=slots)
   stages = benchmark_stages.edit_stages(setup, frame)
+  merging = []  # changes of edits that are made alone stay apart
+  if not setup.apart:
+    merging = [benchmark_stages.Stage('merge', 'edit', len(setup.edits))]
   rival = benchmark_compare.build(setup, baseline) if baseline else None
   info = facts = None
   for turn in range(1 + repeat):
@@ -117,6 +120,8 @@ def measure(
         model.params, state, setup.edits, frame=frame, progress=progress
     )
     benchmark_stages.add_edit(setup, stages, info)
+    for stage in merging:
+      benchmark_stages.add_merge(setup, stage, edited)
     judge(edited, progress)
     if rival:
       rival.ours(state, info.targets, progress)
@@ -124,7 +129,8 @@ def measure(
         rival.theirs(progress)
   if rival:
     facts = rival.facts(state, info.targets, stages, progress=progress)
-  return [moments, factor, *stages.values(), judge.stage], facts
+  stages = [moments, factor, *stages.values(), *merging, judge.stage]
+  return stages, facts
 
 
 def workload(

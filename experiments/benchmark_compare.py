@@ -141,6 +141,7 @@ class Comparison:
     }
     return {
         'torch': benchmark_torch.require().__version__,
+        'torch_tf32': benchmark_torch.tf32(),
         'edits': self.count,
         **parts,
         'both': _both(*parts.values()),

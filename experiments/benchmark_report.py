@@ -25,7 +25,8 @@ NO_PLOT = (
 )
 _ARTICLES = {'edit': 'an edit', 'token': 'a token', 'layer': 'a layer'}
 # Stages that every edit pays for, in the order in which they run.
-_PER_EDIT = ('prepare', 'optimize', 'insert', 'evaluate')
+_TO_THE_CHANGE = ('prepare', 'optimize', 'insert', 'merge')
+_PER_EDIT = (*_TO_THE_CHANGE, 'evaluate')
 
 
 def hardware() -> str:
@@ -115,6 +116,7 @@ def section(results: Mapping[str, Any]) -> str:
       '',
       *_table(results),
       '',
+      *_whole_lines(results['stages']),
       *_optimize_lines(results),
       *_answer_lines(results),
   ]
@@ -237,11 +239,26 @@ def _answer_lines(results: Mapping[str, Any]) -> list[str]:
   return found
 
 
+def _whole_lines(stages: Sequence[Mapping[str, Any]]) -> list[str]:
+  """From records to the merged change, where there is one change."""
+  parts = [s for s in stages if s['name'] in _TO_THE_CHANGE]
+  if not parts or parts[-1]['name'] != 'merge':
+    return []
+  return [
+      f'All {parts[0]["count"]} edits, from ids to the weights with their change:'
+      f' {_seconds(sum(s["median_seconds"] for s in parts))}, and'
+      f' {_seconds(sum(s["compile_seconds"] for s in parts))} for compiling.',
+      '',
+  ]
+
+
 def _baseline_lines(baseline: Mapping[str, Any], chunked: bool) -> list[str]:
   """The comparison with torch."""
+  rounded = {None: '', False: ', TF32 off', True: ', TF32 on'}
   lines = [
       f'Against the published loop in PyTorch {baseline["torch"]} (one edit at'
-      ' a time, full forwards, dense solves), same edits, same process;'
+      ' a time, full forwards, dense solves'
+      f'{rounded[baseline.get("torch_tf32")]}), same edits, same process;'
       f' {baseline["edits"]} edits on its side, ours at their share of the'
       ' FLOPs:',
       '',

@@ -25,11 +25,12 @@ import numpy as np
 
 from experiments import benchmark_lengths, costs
 from experiments.benchmark_setup import Setup
+from jaxedit import delta as delta_lib
 from jaxedit.edit.base import Editor, Info
 from jaxedit.stats import moments as moments_lib
 from jaxedit.stats import packing
 from jaxedit.text.rooms import Frame
-from jaxedit.types import TRUNK, Progress
+from jaxedit.types import TRUNK, Edited, LowRank, Progress
 
 # Columns of the products that give the ceiling.
 _SIZES = {'cpu': 2048, 'gpu': 8192, 'tpu': 8192}
@@ -271,6 +272,26 @@ def edit_stages(setup: Setup, frame: Frame) -> dict[str, Stage]:
   insert.bytes = costs.model_bytes(spec, last + 1, itemsize(setup))
   insert.bytes += 8.0 * len(layers) * spec.mlp_width**2
   return {stage.name: stage for stage in (lower, optimize, insert)}
+
+
+def add_merge(setup: Setup, stage: Stage, edited: Edited) -> None:
+  """Merges the change into the weights, and enters the time.
+
+  Args:
+    setup: what to run on.
+    stage: by the edit.
+    edited: a change that all edits share.
+  """
+  merged, seconds = timed(lambda: delta_lib.apply(setup.model.params, edited))
+  del merged
+  stage.seconds.append(seconds)
+  stage.peak = peak_bytes()
+  spec, layers = setup.model.spec, len(setup.recipe.layers)
+  numbers = float(layers * spec.mlp_width * spec.width)
+  states = sum(edit.stages for edit in setup.edits)
+  factors = any(isinstance(delta, LowRank) for delta in edited.deltas)
+  stage.flops = {'float32': numbers * (2 * states if factors else 1)}
+  stage.bytes = 2 * itemsize(setup) * numbers
 
 
 def add_edit(setup: Setup, stages: dict[str, Stage], info: Info) -> None:

@@ -111,6 +111,14 @@ def _ready(torch: Any, model: Any) -> Any:
   return model.to('cuda' if torch.cuda.is_available() else 'cpu').eval()
 
 
+def tf32() -> bool | None:
+  """Whether torch's products of f32 are rounded to TF32; None without a GPU."""
+  torch = require()
+  if not torch.cuda.is_available():
+    return None
+  return bool(torch.backends.cuda.matmul.allow_tf32)
+
+
 def block(model: Any, layer: int) -> Any:
   """The module of one transformer block."""
   for path in _BLOCKS:

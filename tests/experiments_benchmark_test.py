@@ -477,7 +477,10 @@ class ProgramTest(parameterized.TestCase):
   def check_results(self, folder):
     results = json.loads((folder / 'out' / 'results.json').read_text())
     stages = {stage['name']: stage for stage in results['stages']}
-    names = ('moments', 'factor', 'prepare', 'optimize', 'insert', 'evaluate')
+    names = (
+        'moments', 'factor', 'prepare', 'optimize', 'insert', 'merge',
+        'evaluate',
+    )  # fmt: skip
     self.assertEqual(tuple(stages), names)
     for name, stage in stages.items():
       self.assertLen(stage['seconds'], 2, name)
