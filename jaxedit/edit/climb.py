@@ -296,8 +296,8 @@ class Climb:
       h, kv = _enter_trunk(spec, params, tokens, columns, layer=first)
       self._trunk = _Trunk(h, columns)
     self._at = [
-        [_enter(spec, params, kv, tile, layer=first) for tile in tiles]
-        for tiles in self._sides
+        [_enter(spec, params, kv, tile, layer=first) for tile in side]
+        for side in self._sides
     ]
 
   @property
@@ -306,9 +306,9 @@ class Climb:
     return int(self._stages.sum())
 
   def _each(self) -> Iterator[tuple[int, int, Tile]]:
-    for side, shared in enumerate(self._sides):
-      for t, tile in enumerate(shared):
-        yield side, t, tile
+    for number, side in enumerate(self._sides):
+      for t, tile in enumerate(side):
+        yield number, t, tile
 
   def _numbers(self, tile: Tile) -> np.ndarray:
     """[R, K] which of the M states an anchor has, -1 for none."""

@@ -8,7 +8,7 @@ the suffix:
   trunk            own
   t t t t t t t t | t t t | A t t t y y y
 
-A tile (`tiles`) holds own columns of some edits. A room (`seating`) is where
+A tile (`tiles`) holds own columns of some edits. A room, filled by `seating`, is where
 suffixes are optimised: a fixed number of slots (edits), places (tokens) and scored
 places. An edit that is done leaves, and another takes its slot and any free
 places; so rooms need no padding, and one compiled shape serves edits of any length
@@ -18,7 +18,7 @@ attention does pad rows to the width.
 Axis letters: E slots, C contexts, R rows, N places, W columns of a suffix, P
 columns before it, K scored places, n labels of a row.
 
-All three hold numpy arrays only and know nothing of models.
+This file, `tiles` and `seating` hold numpy arrays only and know nothing of models.
 """
 
 from __future__ import annotations
