@@ -16,7 +16,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from jaxedit import testing
-from jaxedit.models import loading
+from jaxedit.models import families, loading
 from jaxedit.models import tokenizer as tokenizer_lib
 from jaxedit.trace import causal, kinds, tail
 
@@ -75,8 +75,6 @@ def model(family: str) -> naive_oracle.Pair:
 def all_kinds(family: str) -> tuple[kinds.Kind, ...]:
   mlps, attentions = WINDOWS[family]
   some = (kinds.HIDDEN, kinds.mlp(mlps), kinds.attention(attentions))
-  if family in ('mistral', 'qwen2'):  # blocks like those of 'llama'
-    return some
   return *some, kinds.severed_mlp(), kinds.severed_attention()
 
 
@@ -153,6 +151,9 @@ def same(found, wanted, atol=2e-7):
 
 class OracleTest(parameterized.TestCase):
   """The oracle is naive_trace, which runs every cell in full."""
+
+  def test_no_family_is_left_out(self):
+    self.assertCountEqual(CHANGES, families.NAMES)
 
   @parameterized.parameters(*CHANGES)
   def test_family(self, family):

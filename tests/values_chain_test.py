@@ -148,6 +148,14 @@ class OracleTest(OracleCase):
     got = run(naive_oracle.pair('llama'), some, frame(2))
     self._check(got[::-1], naive('llama', 'four', 2))
 
+  def test_a_tail_shorter_than_the_overlap_and_a_single_token(self):
+    pair = naive_oracle.pair('llama')
+    some = facts.random_edits(2, seed=5, contexts=1, targets=(5, 1), kl=False)
+    cut = (((0, 4), (2, 5)), ((0, 1),))
+    some = [dataclasses.replace(e, chunks=c) for e, c in zip(some, cut)]
+    want = [naive_oracle.chain(pair.torch, e, LAYER, PLAIN) for e in some]
+    self._check(run(pair, some, rooms.frame(some)), want)
+
   def test_progress_counts_chunks(self):
     """Edits of many chunks end together; a bar of edits would stand still."""
     pair, some, advanced = naive_oracle.pair('llama'), edits('mixed', 2), []
