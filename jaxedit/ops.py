@@ -3,6 +3,11 @@
 A kernel runs only where `WINS` names it. No accelerator was measured so far, so
 the table is empty and every operation runs its reference; a row is added with
 its figures in BENCHMARKS.md, from `python -m jaxedit.kernels.<op>.bench`.
+
+What a row would change: `linear_logprob` serves scoring, perplexity and tracing,
+not the value optimisation, whose KL rows need all logits anyway. `gram` is called
+by nothing yet: `stats.moments` sums the upper triangle alone, half the products,
+and a kernel has to win against that before it takes its place.
 """
 
 from __future__ import annotations
