@@ -362,6 +362,7 @@ def _work(
   model, words, loaded = load(clock)
   probed = None
   if FLAGS.suggest_layers:
+    suggest_stage.check_moments(model)
     probed = suggest_stage.read_records(model, words, proposal)
   asked = trace_stages.encode(words, loaded.records)
   level = trace_stages.noise_level(config, model, asked)

@@ -122,18 +122,32 @@ def sample_templates(
   )
 
 
-def check_moments(path: str, recipe: Recipe) -> None:
-  """Refuses what `load_moments` would, as far as needs no model.
+def check_moments(
+    path: str, recipe: Recipe, model: loading.Model | None = None
+) -> tuple[int, ...] | None:
+  """Refuses what `load_moments` would, without reading matrices.
 
   Args:
     path: as for `load_moments`.
     recipe: the method.
+    model: the model they must be of, if it is known yet.
+
+  Returns:
+    The layers that the file has; None for a folder of published files.
 
   Raises:
-    InputError: the file is missing, cut short, or lacks a layer.
+    InputError: the file is missing, cut short, of another model, or lacks a
+      layer.
   """
-  if not pathlib.Path(path).is_dir():
-    storage.check(path, layers=recipe.layers, site=recipe.site)
+  if pathlib.Path(path).is_dir():
+    return None
+  record = storage.check(
+      path,
+      model_hash=model.hash if model else None,
+      layers=recipe.layers,
+      site=recipe.site,
+  )
+  return tuple(map(int, record['layers']))
 
 
 def load_moments(

@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -229,6 +230,37 @@ def read_proposal() -> Proposal | None:
     ) from e
 
 
+def check_moments(model: loading.Model) -> None:
+  """Refuses second moments that could not be used after the traces.
+
+  Raises:
+    InputError: they are another model's, or lack a layer that will be tried.
+  """
+  layers = range(model.spec.layers) if FLAGS.probe == 'all' else (0,)
+  if FLAGS.moments:
+    resources.check_moments(FLAGS.moments, _recipe(layers), model)
+
+
+def bounded(top: int) -> int:
+  """The last layer up to which --moments has all, but `top` at most.
+
+  Args:
+    top: last layer that the traces leave.
+  """
+  have = None
+  if FLAGS.moments:
+    have = resources.check_moments(FLAGS.moments, _recipe((0,)))
+  if have is None or {*range(top + 1)} <= {*have}:
+    return top
+  last = next(n for n in range(top + 1) if n not in have) - 1
+  print(
+      f'note: the traces leave layers 0 to {top}, of which --moments has 0 to'
+      f' {last}: none above is tried',
+      file=sys.stderr,
+  )
+  return last
+
+
 def read_records(
     model: loading.Model, words: Any, proposal: Proposal | None
 ) -> datasets.Loaded:
@@ -328,8 +360,9 @@ def run(
     top = model.spec.layers - 1
     anchors = list(range(top + 1))
   else:
-    top = suggest.last_read(subject['hidden'])
+    top = bounded(suggest.last_read(subject['hidden']))
     anchors = suggest.first_anchors(subject['hidden'], subject.get('mlp'))
+    anchors = sorted({min(anchor, top) for anchor in anchors})
   last = max(top, *proposal.layers) if proposal else top
   with clock('probe_prepare'):
     bench, prober = _prepare(model, words, records, last, folder, pieces)
