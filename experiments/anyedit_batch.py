@@ -36,6 +36,7 @@ from experiments import (
     job,
     job_flags,
     judging,
+    kept,
     methods,
     resources,
     timing,
@@ -292,7 +293,11 @@ def _complete(
   if isinstance(recipe, unke.Unke):
     with clock('preserve'):
       texts = _preserved(bench)
-    source = {'corpus': FLAGS.preserve, 'texts': len(texts)}
+    source = {
+        'corpus': FLAGS.preserve,
+        'texts': len(texts),
+        'ids_digest': kept.digest(*texts),
+    }
     return bench, texts, {'preserved': source}
   with clock('moments'):
     moments = resources.find_moments(

@@ -654,7 +654,9 @@ class UnkeTest(Case):
     self.assertEqual(sample.call_args.kwargs['seed'], 3)
     self.assertEqual(sample.call_args.kwargs['stop_ids'], [1])
     source = done.results['protocol']['preserved']
-    self.assertEqual(source, {'corpus': 'self', 'texts': 2})
+    self.assertEqual((source['corpus'], source['texts']), ('self', 2))
+    other = SETUP.block.results['protocol']['preserved']
+    self.assertNotEqual(source['ids_digest'], other['ids_digest'])
 
 
 class NotFiniteTest(Case):
