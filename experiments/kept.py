@@ -104,7 +104,7 @@ class Output:
   """
 
   def __init__(self, path: str, overwrite: bool):
-    """Claims the folder; nothing in it is changed before `begin`.
+    """Claims the folder; nothing that was found is changed before `begin`.
 
     Args:
       path: the folder.
@@ -118,9 +118,9 @@ class Output:
     self._place = self.folder / _UNFINISHED
     earlier, self._command = _read(self._place / _COMMAND), _command()
     self.resumed = earlier == self._command
-    # A run that was killed at its very beginning leaves an empty folder.
-    strange = self._place.exists() and any(self._place.iterdir())
-    if earlier is None and strange:
+    if self._place.is_dir() and not any(self._place.iterdir()):
+      self._place.rmdir()  # of a run that was killed as it began
+    if earlier is None and self._place.exists():
       raise InputError(
           f'{self._place}: exists, and no run that was stopped has left it; move'
           ' it away or choose another --output_dir'

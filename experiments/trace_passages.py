@@ -206,14 +206,22 @@ def locating(
     rows['first'].append(chunks[0])
     if chunks[1:]:
       rows['later'].append(np.mean(chunks[1:], axis=0))
-  return {name: _located(np.array(x)) for name, x in rows.items() if x}
+  return {name: located(np.array(x)) for name, x in rows.items() if x}
 
 
-def _located(rows: np.ndarray, resamples: int = 1000) -> dict[str, Any]:
-  """Sums up [passages, L + 1] effects by layer and, last, what was lost.
+def located(rows: np.ndarray, resamples: int = 1000) -> dict[str, Any]:
+  """Sums up what restoring brings back.
 
   The share is one of means: where a corruption takes next to nothing, the share
   of a single passage says next to nothing either.
+
+  Args:
+    rows: [passages, L + 1] effects by layer and, last, what was lost.
+    resamples: of passages, for the interval.
+
+  Returns:
+    The entry of a chunk, see `locating`; the 'count' alone where nothing was
+    lost.
   """
   rows = rows[np.isfinite(rows).all(1)]
   count = len(rows)

@@ -125,6 +125,12 @@ class OutputTest(Case):
           raise InputError('refused')
       self.assertEqual((self.folder / 'unfinished').exists(), found)
 
+  def test_a_run_killed_as_it_began_is_in_nobodys_way(self):
+    (self.folder / 'unfinished').mkdir()
+    with self.claim(tokens='all') as output:
+      self.assertFalse(output.resumed)
+      output.begin()
+
   def test_a_folder_that_is_not_ours_stays(self):
     (self.folder / 'unfinished').mkdir()
     (self.folder / 'unfinished' / 'novel.txt').write_text('old')

@@ -42,6 +42,20 @@ class PassagesTest(absltest.TestCase):
     self.assertTrue((done.folder / 'plots/reach.svg').is_file())
     self.assertTrue((done.folder / 'plots/locating.png').is_file())
 
+  def test_shares_are_of_means(self):
+    # The second passage lost next to nothing, the last is broken.
+    rows = [[0.1, 0.3, 0.2, 0.5], [0.0, 0.002, 0.0, 0.001], [np.nan] * 4]
+    found = trace_passages.located(np.array(rows))
+    self.assertEqual((found['count'], found['layer']), (2, 1))
+    np.testing.assert_allclose(
+        found['mean'], np.array([0.1, 0.302, 0.2]) / 0.501, rtol=1e-12
+    )
+    self.assertLess(max(found['half_width_95']), 10)
+    alone = trace_passages.located(np.array(rows[:1]))
+    self.assertEqual(alone['half_width_95'], [None] * 3)
+    nothing = trace_passages.located(np.array([[0.1, 0.1, 0.1, -0.2]]))
+    self.assertEqual(nothing, {'count': 0})
+
   def test_refuses_all_at_once(self):
     done = self.setup.run(noise='loud', output_dir=None)
     self.assertEqual(done.code, 2)
