@@ -21,10 +21,12 @@ in unfinished/ until it ends.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import itertools
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -84,6 +86,12 @@ def define_flags() -> None:
       'unstructured',
       passages.FACTS,
       'AKEW: write the long text of a fact or its short object.',
+  )
+  flags.DEFINE_integer(
+      'per_category',
+      None,
+      'Take the first N good records of every category.',
+      lower_bound=1,
   )
   flags.DEFINE_integer(
       'max_answer_tokens',
@@ -173,6 +181,11 @@ def recipe_of_flags() -> tuple[Any, dict[str, Any]]:
   """
   problems, chosen = job_flags.check_flags(), None
   problems += [f'--{fault}' for fault in _decoding().faults()]
+  if FLAGS.per_category and FLAGS.num_edits:
+    problems.append(
+        '--num_edits takes the first of all, --per_category of every category:'
+        ' leave one of them out'
+    )
   unkes = FLAGS.method in methods.TEXT_METHODS
   value = VALUE
   if unkes:
@@ -232,6 +245,9 @@ def _read(check: Any) -> Any:
       check=check,
       facts=FLAGS.facts,
   )
+  if FLAGS.per_category:
+    some = first_of_each(loaded.records, FLAGS.per_category)
+    loaded = dataclasses.replace(loaded, records=some)
   cases = workbench.case_numbers(loaded.records)
   if not _shadowed():
     return loaded
@@ -247,6 +263,25 @@ def _read(check: Any) -> Any:
         f' multiple of --batch_size={FLAGS.batch_size}'
     )
   return loaded
+
+
+def first_of_each(
+    records: Sequence[Passage], count: int
+) -> tuple[Passage, ...]:
+  """The first passages of every category, in their order.
+
+  Args:
+    records: passages; those of one case count once and stay together.
+    count: cases of a category.
+  """
+  taken: dict[str, set[int]] = collections.defaultdict(set)
+  found = []
+  for record, case in zip(records, workbench.case_numbers(records)):
+    mine = taken[record.category]
+    if case in mine or len(mine) < count:
+      mine.add(case)
+      found.append(record)
+  return tuple(found)
 
 
 def _check(tokenizer: Any, spec: ModelSpec, recipe: Any) -> Any:

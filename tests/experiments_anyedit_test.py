@@ -381,6 +381,17 @@ class SequenceTest(Case):
       self.assertAlmostEqual(value, saved[name], delta=1e-6)
     self.assertIn('saved', results['categories'])
 
+  def test_first_of_every_category(self):
+    one, two, three, four = GOOD
+    case = {'case': 'both', 'category': 'music'}
+    data = SETUP.write(one, two | case, three | case, one | {'question': 'x'},
+                       four | {'category': 'music'})  # fmt: skip
+    done = self.succeed(data=data, per_category=1)
+    self.assertEqual([row['number'] for row in done.records], [1, 2, 3])
+    self.refuse(
+        '--num_edits takes the first of all', per_category=1, num_edits=2
+    )
+
   def test_case_is_one_edit(self):
     done = self.succeed(data=SETUP.cases)
     edited, _ = done.delta()

@@ -169,6 +169,8 @@ class CutsTest(parameterized.TestCase):
       '# Opens. A file.\n|# With two. Of them.\n\n|import os\n',
       '# Opens. A file.\n|"""Does. Things.\n\n|And more. So.\n|"""\n|x = 1\n',
       '-- First. Then.\n|SELECT a FROM b;\n',
+      "'''Ada''' was born.| She wrote.\n\n|It was '''good'''.| So.",
+      'x = \'\'\'\n|A. B\n\n|C. D\n|\'\'\'\n|y = 1',
       'def a\n|  puts "Hello. World"\n|end\n',
   )
   def test_code_in_prose(self, text):

@@ -76,7 +76,11 @@ _ITEM = re.compile(
 )
 # A comment at the head of a line is told from a heading by the code around it.
 _COMMENT = re.compile(r'\s*(?:#+|--|;+|%+)\s')
-_QUOTED = re.compile(r'(?s)("""|\'\'\').*?\1')
+# A block of text in code, not a word in bold: it opens and ends a line.
+_QUOTED = re.compile(
+    r'(?ms)^[ \t]*(?:[\w.]+[ \t]*=[ \t]*|return[ \t]+)?[rRuUbBfF]*'
+    r'("""|\'\'\').*?\1[ \t]*$'
+)
 _ENVIRONMENT = re.compile(r'\\(begin|end)\{([^}]*)\}')
 # Formulas and code inside a line. An amount of money is no formula: a closing
 # dollar follows no space and stands before no digit.
