@@ -17,6 +17,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from experiments import (
@@ -92,10 +93,16 @@ class Prober:
     self._judge, self._pieces, self._progress = judge, pieces, progress
     self._base = judge(bench, None, None)
     self._metrics: dict[int, Any] = {}
+    self._anchor: int | None = None
 
   def __call__(self, layers: tuple[int, ...]) -> Tried:
     """Edits all facts at once in these layers and reads them."""
     bench, model = self._bench, self._bench.model
+    if self._anchor not in (None, layers[-1]):
+      # Every anchor has programs of its own. Dozens of anchors would run into
+      # the number of memory maps that Linux allows a process.
+      jax.clear_caches()
+    self._anchor = layers[-1]
     recipe = dataclasses.replace(self._recipe, layers=layers)
     editor = closed_form.closed_form(model.spec, recipe)
     memory = states.States(self._pieces, states.about(model, recipe))

@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import io
 import json
+from unittest import mock
 
+import jax
 import numpy as np
 import programs
 from absl.testing import absltest, parameterized
@@ -105,10 +107,15 @@ class ProgramTest(parameterized.TestCase):
     return self.setup.run(**(self.given | settings | given))
 
   def test_flagfile_gives_what_was_measured(self):
-    done = self.suggest(
-        probe='all', probe_widths='1,2', probe_facts=3, probe_skip=1, plots=True
-    )
+    clear = mock.Mock()
+    with mock.patch.object(jax, 'clear_caches', clear):
+      done = self.suggest(
+          probe='all', probe_widths='1,2', probe_facts=3, probe_skip=1,
+          plots=True,
+      )  # fmt: skip
     self.assertEqual(done.code, 0, done.err)
+    # Programs of another anchor are let go of: two changes of three anchors.
+    self.assertEqual(clear.call_count, 2)
     found = json.loads((done.folder / 'suggest.json').read_text())
     self.assertIsNone(found['proposal'])
     self.assertEqual(found['facts']['numbers'], [2, 3, 4])
