@@ -39,6 +39,9 @@ _COARSE = 6
 # The subject is read no more where restoring it gives back less than this share
 # of the largest effect.
 _READ = 0.5
+# Every anchor has programs of its own; those of two dozen have run into the number
+# of memory maps that Linux allows a process.
+_ANCHORS = 8
 
 
 class Tried(NamedTuple):
@@ -93,16 +96,15 @@ class Prober:
     self._judge, self._pieces, self._progress = judge, pieces, progress
     self._base = judge(bench, None, None)
     self._metrics: dict[int, Any] = {}
-    self._anchor: int | None = None
+    self._anchors: set[int] = set()  # those with programs in memory
 
   def __call__(self, layers: tuple[int, ...]) -> Tried:
     """Edits all facts at once in these layers and reads them."""
     bench, model = self._bench, self._bench.model
-    if self._anchor not in (None, layers[-1]):
-      # Every anchor has programs of its own. Dozens of anchors would run into
-      # the number of memory maps that Linux allows a process.
+    self._anchors.add(layers[-1])
+    if len(self._anchors) > _ANCHORS:
       jax.clear_caches()
-    self._anchor = layers[-1]
+      self._anchors = {layers[-1]}
     recipe = dataclasses.replace(self._recipe, layers=layers)
     editor = closed_form.closed_form(model.spec, recipe)
     memory = states.States(self._pieces, states.about(model, recipe))

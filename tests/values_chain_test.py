@@ -80,7 +80,7 @@ def naive(family, kind, contexts, schedule=PLAIN, layer=LAYER):
   ]
 
 
-def run(pair, some, shapes, schedule=PLAIN, layer=LAYER):
+def run(pair, some, shapes, schedule=PLAIN, layer=LAYER, **options):
   found, _ = values.autoregressive(
       pair.spec,
       pair.params,
@@ -88,6 +88,7 @@ def run(pair, some, shapes, schedule=PLAIN, layer=LAYER):
       layer=layer,
       schedule=schedule,
       frame=shapes,
+      **options,
   )
   return found
 
@@ -166,15 +167,7 @@ class OracleTest(OracleCase):
       yield advanced.append
 
     for these in (some, edits('one', 2)):
-      values.autoregressive(
-          pair.spec,
-          pair.params,
-          these,
-          layer=LAYER,
-          schedule=PLAIN,
-          frame=frame(2),
-          progress=progress,
-      )
+      run(pair, these, frame(2), progress=progress)
     stages = sum(edit.stages for edit in some)
     want = [['optimize', stages, 'chunk'], *[1] * stages]
     self.assertEqual(

@@ -180,10 +180,7 @@ class _Climbing:
     rows, owner = self._rows(found, away, i)
     with jax.enable_x64(True):
       exact = systems.solve(self._state.metrics[metric], rows, owner, recipe)
-      solved: Any = True
       if recipe.keep < 1:
-        # It would take what is not finite for no change.
-        exact, solved = systems.sound(exact)
         kernel = self._params['layers']
         for name in (*recipe.site.split('/'), 'kernel'):
           kernel = kernel[name]
@@ -193,7 +190,7 @@ class _Climbing:
       change = jax.tree.map(lambda x: np.asarray(x, dtype), exact)
     # Nothing of a singular system may reach the model.
     change, sound = systems.sound(change)
-    self.active = whole(self._edit, self.active & sound & solved)
+    self.active = whole(self._edit, self.active & sound)
     self.solved.append(change)
     return jax.tree.map(jnp.asarray, change)
 

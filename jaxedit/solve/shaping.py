@@ -26,10 +26,11 @@ def rect(change: Array, kernel: Array, keep: float) -> Array:
     keep: share of the entries that is kept, in (0, 1]; published 0.4.
 
   Returns:
-    [F, D], zero elsewhere.
+    [F, D], zero elsewhere; not finite where X is not.
   """
   score = jnp.abs(change / (kernel.astype(change.dtype) + 1e-8))
-  return jnp.where(score >= jnp.quantile(score, 1 - keep), change, 0)
+  # A comparison with what is not a number is false, and hides nothing so.
+  return jnp.where(score < jnp.quantile(score, 1 - keep), 0, change)
 
 
 def prune(change: Array, kernel: Array) -> Array:
