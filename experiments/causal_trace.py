@@ -34,6 +34,7 @@ from experiments import (
     benchmark_torch,
     common,
     kept,
+    suggest_inputs,
     suggest_stage,
     timing,
     trace_costs,
@@ -90,7 +91,7 @@ def define_flags() -> None:
   )
   _define_trace_flags()
   _define_baseline_flags()
-  suggest_stage.define_flags()
+  suggest_inputs.define_flags()
   flags.DEFINE_bool('plots', True, 'Draw plots; --noplots needs no matplotlib.')
   flags.DEFINE_list(
       'formats', ','.join(trace_plots.FORMATS), 'Of plot files: png, svg.'
@@ -176,7 +177,7 @@ def config_of_flags() -> trace_stages.Config:
     noise.parse(FLAGS.noise)
   except InputError as error:
     problems += [f'--noise={FLAGS.noise}: {text}' for text in error.problems]
-  problems += suggest_stage.check_flags()
+  problems += suggest_inputs.check_flags()
   if problems:
     raise InputError(*problems)
   if FLAGS.plots:
@@ -358,12 +359,12 @@ def _work(
 ) -> list[str]:
   """Traces and writes everything; returns what to print."""
   folder, bar = output.folder, common.progress_bar
-  proposal = suggest_stage.read_proposal()
+  proposal = suggest_inputs.read_proposal()
   model, words, loaded = load(clock)
   probed = None
   if FLAGS.suggest_layers:
-    suggest_stage.check_moments(model)
-    probed = suggest_stage.read_records(model, words, proposal)
+    suggest_inputs.check_moments(model)
+    probed = suggest_inputs.read_records(model, words, proposal)
   asked = trace_stages.encode(words, loaded.records)
   level = trace_stages.noise_level(config, model, asked)
   with clock('complete'):
@@ -396,7 +397,7 @@ def _work(
   if probed:
     suggested = suggest_stage.run(
         model, words, probed, averages,
-        traced=suggest_stage.facts_of(loaded, [one.fact for one in picked]),
+        traced=suggest_inputs.facts_of(loaded, [one.fact for one in picked]),
         proposal=proposal, folder=folder, pieces=pieces, clock=clock,
         formats=config.formats,
     )  # fmt: skip

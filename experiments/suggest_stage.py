@@ -13,11 +13,8 @@ neither tried nor traced there.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +26,7 @@ from experiments import (
     methods,
     resources,
     suggest,
+    suggest_inputs,
     timing,
     trace_plots,
     trace_results,
@@ -37,33 +35,13 @@ from experiments import (
 from experiments.kept import Kept
 from jaxedit.eval import datasets, harness
 from jaxedit.models import loading
-from jaxedit.text import templates
 from jaxedit.trace import effects
-from jaxedit.types import InputError
 
 FLAGS = flags.FLAGS
 
 FILES = ('suggested.flags', 'suggest.json')
 _LISTED = 8  # tries that are told; suggest.json has all
 _LAST_SUBJECT = effects.CLASSES.index('last subject token')
-
-
-class Proposal(NamedTuple):
-  """What an earlier search found.
-
-  Attributes:
-    path: its suggest.json.
-    layers: the best.
-    facts: what they were tried on, as `_write` writes it.
-    seen: facts that were tried or traced, as (hash of the file, number in it).
-    model_hash: of the model.
-  """
-
-  path: str
-  layers: tuple[int, ...]
-  facts: Mapping[str, Any]
-  seen: frozenset[tuple[str, int]]
-  model_hash: str
 
 
 class Suggested(NamedTuple):
@@ -102,221 +80,6 @@ class Suggested(NamedTuple):
     }
 
 
-def define_flags() -> None:
-  """Defines the flags of the search."""
-  flags.DEFINE_bool(
-      'suggest_layers',
-      False,
-      'Also search the layers to edit with MEMIT: the traces say how far up to'
-      ' look, MEMIT is tried on --probe_facts facts, and suggested.flags is a'
-      ' flagfile for memit_batch. Value, moment and --moment_weight flags are'
-      ' those of memit_batch.',
-  )
-  flags.DEFINE_string(
-      'probe_data',
-      None,
-      'Facts to try MEMIT on, as --data of memit_batch; --data unless given.',
-  )
-  flags.DEFINE_integer('probe_facts', 50, 'How many of them.', lower_bound=2)
-  flags.DEFINE_integer(
-      'probe_skip', 0, 'How many good ones to pass over first.', lower_bound=0
-  )
-  flags.DEFINE_enum(
-      'probe',
-      'search',
-      ('search', 'all'),
-      'Try anchors coarsely and then near the best, or all there are.',
-  )
-  flags.DEFINE_list(
-      'probe_widths', '1,5', 'Numbers of layers that are edited together.'
-  )
-  flags.DEFINE_string(
-      'proposal',
-      None,
-      'suggest.json of an earlier search: its layers are compared with the best'
-      ' that is found here (with --probe=all: the best there is). Facts that'
-      ' the search tried or traced are passed over.',
-  )
-  flags.DEFINE_string(
-      'context_templates',
-      None,
-      'JSON list of contexts with one {} each; sampled from the model unless'
-      ' given.',
-  )
-  methods.define_flags()
-  resources.define_flags()
-  flags.adopt_module_key_flags(methods)
-  flags.adopt_module_key_flags(resources)
-
-
-def check_flags() -> list[str]:
-  """Finds flags that do not go together, one sentence each."""
-  if not FLAGS.suggest_layers:
-    unused = FLAGS.proposal is not None
-    return ['--proposal is judged with --suggest_layers: add it'] * unused
-  problems = []
-  if FLAGS.layers is not None:
-    problems.append('--layers is what --suggest_layers finds: leave it out')
-  if FLAGS.method != 'memit':
-    problems.append(
-        f'--method={FLAGS.method}: layers are searched with memit; leave it out'
-    )
-  if FLAGS.post != 'none':
-    problems.append(
-        f'--post={FLAGS.post}: layers are searched with changes as they are;'
-        ' leave it out, and give it to memit_batch'
-    )
-  widths = FLAGS.probe_widths
-  if not widths or not all(x.isdecimal() and int(x) for x in widths):
-    problems.append(
-        f'--probe_widths={",".join(widths)}: give numbers of layers, e.g. 1,5'
-    )
-  if 'hidden' not in FLAGS.kinds:
-    problems.append('--suggest_layers needs the kind hidden; add it to --kinds')
-  if FLAGS.probe_data is None and FLAGS.prompt is not None:
-    problems.append('--suggest_layers: name facts to try with --probe_data')
-  if problems:
-    return problems
-  # All are needed after the traces only; layer 0 is part of every search.
-  checks = (
-      lambda: resources.check_flags(_recipe((0,))),
-      _given_contexts,
-      read_proposal,
-  )
-  for check in checks:
-    try:
-      check()
-    except InputError as e:
-      problems += e.problems
-  return problems
-
-
-def _given_contexts() -> tuple[str, ...]:
-  """The context templates that flags name, if they do."""
-  if not FLAGS.context_templates:
-    return ()
-  return tuple(templates.load_templates(FLAGS.context_templates))
-
-
-def read_proposal() -> Proposal | None:
-  """Reads what an earlier search found, if --proposal names one.
-
-  Raises:
-    InputError: it is no suggest.json.
-  """
-  path = FLAGS.proposal
-  if not path:
-    return None
-  try:
-    found = json.loads(pathlib.Path(path).read_text('utf-8'))
-    facts = found['facts']
-    return Proposal(
-        path,
-        tuple(map(int, found['tries'][0]['layers'])),
-        facts,
-        frozenset(
-            (str(some['sha256']), int(number))
-            for some in (facts, found['traced'])
-            for number in some['numbers']
-        ),
-        str(found['model_hash']),
-    )
-  except OSError as e:
-    raise InputError(f'--proposal={path}: {e.strerror}') from e
-  except (ValueError, LookupError, TypeError) as e:
-    raise InputError(
-        f'--proposal={path}: is no suggest.json ({e!r}); give the one that an'
-        ' earlier --suggest_layers wrote'
-    ) from e
-
-
-def check_moments(model: loading.Model) -> None:
-  """Refuses second moments that could not be used after the traces.
-
-  Raises:
-    InputError: they are another model's, or lack a layer that will be tried.
-  """
-  layers = range(model.spec.layers) if FLAGS.probe == 'all' else (0,)
-  if FLAGS.moments:
-    resources.check_moments(FLAGS.moments, _recipe(layers), model)
-
-
-def bounded(top: int) -> int:
-  """The last layer up to which --moments has all, but `top` at most.
-
-  Args:
-    top: last layer that the traces leave.
-  """
-  have = None
-  if FLAGS.moments:
-    have = resources.check_moments(FLAGS.moments, _recipe((0,)))
-  if have is None or {*range(top + 1)} <= {*have}:
-    return top
-  last = next(n for n in range(top + 1) if n not in have) - 1
-  print(
-      f'note: the traces leave layers 0 to {top}, of which --moments has 0 to'
-      f' {last}: none above is tried',
-      file=sys.stderr,
-  )
-  return last
-
-
-def read_records(
-    model: loading.Model, words: Any, proposal: Proposal | None
-) -> datasets.Loaded:
-  """Reads the facts to try.
-
-  Args:
-    model: the model.
-    words: its tokenizer.
-    proposal: of an earlier search, whose facts are passed over.
-
-  Returns:
-    The facts.
-
-  Raises:
-    InputError: the proposal is another model's; facts are faulty, too few, or
-      lack what they are judged by.
-  """
-  if proposal and proposal.model_hash != model.hash:
-    raise InputError(f'--proposal={proposal.path}: was found for another model')
-  source, wanted = FLAGS.probe_data or FLAGS.data, FLAGS.probe_facts
-  seen = proposal.seen if proposal else frozenset()
-  loaded = datasets.load_records(
-      source,
-      limit=FLAGS.probe_skip + wanted + len(seen),
-      on_bad_record=FLAGS.on_bad_record,
-      check=workbench.record_check(
-          words, model.spec, contexts=_given_contexts(), max_new_tokens=0
-      ),
-  )
-  records = [
-      record
-      for record in loaded.records[FLAGS.probe_skip :]
-      if (loaded.sha256, record.number) not in seen
-  ][:wanted]
-  if len(records) < 2:
-    passed = ' and those that the search has seen' if proposal else ''
-    raise InputError(
-        f'{source}: {len(loaded.records)} good records leave {len(records)}'
-        f' after --probe_skip={FLAGS.probe_skip}{passed}; at least 2 are needed'
-    )
-  for name, part in (('paraphrases', 'PS'), ('neighbours', 'NS')):
-    if not any(getattr(record, name) for record in records):
-      raise InputError(
-          f'{source}: no record has {name}, which {part} is read on; give'
-          ' --probe_data that has, such as CounterFact'
-      )
-  return dataclasses.replace(loaded, records=tuple(records))
-
-
-def _recipe(layers: Sequence[int]) -> Any:
-  """MEMIT with the flags' settings."""
-  recipe, settings = methods.recipe_of_flags()
-  del settings
-  return dataclasses.replace(recipe, layers=tuple(layers))
-
-
 def run(
     model: loading.Model,
     words: Any,
@@ -324,7 +87,7 @@ def run(
     averages: Mapping[str, effects.Average],
     *,
     traced: Mapping[str, Any],
-    proposal: Proposal | None,
+    proposal: suggest_inputs.Proposal | None,
     folder: pathlib.Path,
     pieces: Kept,
     clock: timing.Clock,
@@ -335,9 +98,9 @@ def run(
   Args:
     model: the unedited model.
     words: its tokenizer.
-    records: of `read_records`.
+    records: of `suggest_inputs.read_records`.
     averages: kind -> effects of the traces.
-    traced: which facts those are of, as `facts_of` gives it.
+    traced: which facts those are of, as `suggest_inputs.facts_of` gives it.
     proposal: of an earlier search, to be judged, if there is one.
     folder: where to write.
     pieces: states of an earlier run that was stopped, and a place for these.
@@ -360,7 +123,7 @@ def run(
     top = model.spec.layers - 1
     anchors = list(range(top + 1))
   else:
-    top = bounded(suggest.last_read(subject['hidden']))
+    top = suggest_inputs.bounded(suggest.last_read(subject['hidden']))
     anchors = suggest.first_anchors(subject['hidden'], subject.get('mlp'))
     anchors = sorted({min(anchor, top) for anchor in anchors})
   last = max(top, *proposal.layers) if proposal else top
@@ -377,7 +140,7 @@ def run(
         tries = suggest.ranked([*tries, prober(proposal.layers)])
       judged = _judge(proposal, tries)
   searched = {
-      'facts': facts_of(records, records.records),
+      'facts': suggest_inputs.facts_of(records, records.records),
       'traced': dict(traced),
       'effects': subject,
       'last_anchor': top,
@@ -392,22 +155,8 @@ def run(
   return Suggested(tries, judged, len(records.records), plot)
 
 
-def facts_of(loaded: Any, facts: Sequence[Any]) -> dict[str, Any]:
-  """Names facts of a file in plain JSON types.
-
-  Args:
-    loaded: the file.
-    facts: some of its facts.
-  """
-  return {
-      'source': str(loaded.source),
-      'sha256': loaded.sha256,
-      'numbers': [fact.number for fact in facts],
-  }
-
-
 def _judge(
-    proposal: Proposal, tries: Sequence[suggest.Tried]
+    proposal: suggest_inputs.Proposal, tries: Sequence[suggest.Tried]
 ) -> dict[str, Any]:
   """Compares what was proposed with the best that was tried."""
   (mine,) = (one for one in tries if one.layers == proposal.layers)
@@ -435,8 +184,8 @@ def _prepare(
       loaded=loaded,
       batch_size=len(loaded.records),
   )
-  recipe = _recipe(range(top + 1))
-  contexts = _given_contexts() or resources.sample_templates(
+  recipe = suggest_inputs.recipe_of(range(top + 1))
+  contexts = suggest_inputs.given_contexts() or resources.sample_templates(
       model, words, FLAGS.seed
   )
   bench = workbench.encode_facts(bench, contexts, recipe.anchor)
@@ -470,7 +219,7 @@ def _write(
       name: [trace_results.number(x) for x in mean]
       for name, mean in searched['effects'].items()
   }
-  value = _recipe(best.layers).value
+  value = suggest_inputs.recipe_of(best.layers).value
   common.write_json(
       folder / 'suggest.json',
       {

@@ -11,7 +11,7 @@ import numpy as np
 import programs
 from absl.testing import absltest, parameterized
 
-from experiments import causal_trace, memit_batch, suggest, suggest_stage
+from experiments import causal_trace, memit_batch, suggest, suggest_inputs
 from jaxedit.stats import storage
 from jaxedit.testing import facts
 from jaxedit.types import InputError
@@ -187,20 +187,20 @@ class ProgramTest(parameterized.TestCase):
     storage.save(path, dataclasses.replace(found, provenance=about))
     given = self.given | dict(suggest_layers=True, moments=path)
     with self.setup.parsed(*self.setup.arguments(**given)):
-      suggest_stage.check_moments(model)
+      suggest_inputs.check_moments(model)
       err = io.StringIO()
       with contextlib.redirect_stderr(err):
-        tops = [suggest_stage.bounded(top) for top in (0, 1, 2)]
+        tops = [suggest_inputs.bounded(top) for top in (0, 1, 2)]
       self.assertEqual(tops, [0, 1, 1])
       self.assertIn('layers 0 to 2, of which --moments has 0 to 1', err.getvalue())
     with self.setup.parsed(*self.setup.arguments(**given, probe='all')):
       with self.assertRaisesRegex(InputError, 'of layers 0, 1, not of 2'):
-        suggest_stage.check_moments(model)
+        suggest_inputs.check_moments(model)
     about['model'] = 'another'
     storage.save(path, dataclasses.replace(found, provenance=about))
     with self.setup.parsed(*self.setup.arguments(**given)):
       with self.assertRaisesRegex(InputError, "with hash 'another'"):
-        suggest_stage.check_moments(model)
+        suggest_inputs.check_moments(model)
 
   @parameterized.parameters(
       (dict(layers='1'), '--layers is what --suggest_layers finds'),
