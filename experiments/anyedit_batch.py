@@ -47,6 +47,7 @@ from experiments import (
 from jaxedit.edit import closed_form, parity, unke
 from jaxedit.edit.anyedit import anyedit
 from jaxedit.eval import answers, longform, minilm, passages, similarity
+from jaxedit.models import tokenizer as tokenizer_lib
 from jaxedit.models.decode import Decoding
 from jaxedit.models.spec import ModelSpec
 from jaxedit.stats import corpora
@@ -67,7 +68,6 @@ VALUE = Schedule(
 _UNKE_THRESHOLD = 5e-3
 # Memory for the changes of batches that know nothing of each other.
 _SIDE_BYTES = 4 * 2**30
-_PRESERVED_TOKENS = 128
 
 
 def define_flags() -> None:
@@ -128,7 +128,10 @@ def _define_edit_flags() -> None:
       f'UnKE: text whose outputs are kept: {corpora.KINDS}.',
   )
   flags.DEFINE_integer(
-      'preserve_count', 20, 'UnKE: how many texts of it (20).', lower_bound=1
+      'preserve_count', 20, 'UnKE: how many texts of it.', lower_bound=1
+  )
+  flags.DEFINE_integer(
+      'preserve_tokens', 128, 'UnKE: the longest of them.', lower_bound=1
   )
 
 
@@ -142,8 +145,8 @@ def _define_answer_flags() -> None:
   flags.DEFINE_string(
       'answer_end',
       None,
-      'Text that ends an answer and is part of what is written; the end of turn'
-      ' of the chat template unless given.',
+      'Text that ends an answer and is part of what is written, line breaks as'
+      r' \n; the end of turn of the chat template unless given.',
   )
   flags.DEFINE_integer(
       'max_new_tokens', 512, 'Longest answer given, tokens.', lower_bound=1
@@ -225,9 +228,11 @@ def _shadowed() -> bool:
 def _words(tokenizer: Any) -> dict[str, Any]:
   """How questions are asked."""
   # A flagfile has one flag a line.
-  kind = FLAGS.chat.replace(r'\n', '\n')
+  broken = lambda text: text and text.replace(r'\n', '\n')
   return {
-      'chat': chat_lib.chat_of(tokenizer, kind, FLAGS.answer_end),
+      'chat': chat_lib.chat_of(
+          tokenizer, broken(FLAGS.chat), broken(FLAGS.answer_end)
+      ),
       'double_bos': FLAGS.parity == 'anyedit',
   }
 
@@ -249,7 +254,8 @@ def _read(check: Any) -> Any:
     some = first_of_each(loaded.records, FLAGS.per_category)
     loaded = dataclasses.replace(loaded, records=some)
   cases = workbench.case_numbers(loaded.records)
-  if not _shadowed():
+  # Without a check, what is faulty is still among them.
+  if check is None or not _shadowed():
     return loaded
   slip = '--parity=anyedit: the published schedule depends on the edits a batch'
   if max(cases) + 1 < len(cases):
@@ -272,16 +278,18 @@ def first_of_each(
 
   Args:
     records: passages; those of one case count once and stay together.
-    count: cases of a category.
+    count: cases of a category, which is that of a case's first passage.
   """
-  taken: dict[str, set[int]] = collections.defaultdict(set)
-  found = []
-  for record, case in zip(records, workbench.case_numbers(records)):
-    mine = taken[record.category]
-    if case in mine or len(mine) < count:
-      mine.add(case)
-      found.append(record)
-  return tuple(found)
+  cases = workbench.case_numbers(records)
+  category: dict[int, str] = {}
+  for record, case in zip(records, cases):
+    category.setdefault(case, record.category)
+  taken, left = set(), collections.Counter()
+  for case, name in category.items():
+    left[name] += 1
+    if left[name] <= count:
+      taken.add(case)
+  return tuple(r for r, case in zip(records, cases) if case in taken)
 
 
 def _check(tokenizer: Any, spec: ModelSpec, recipe: Any) -> Any:
@@ -345,11 +353,14 @@ def _complete(
 def _preserved(bench: workbench.Workbench) -> list[np.ndarray]:
   """Texts whose outputs UnKE keeps, as ids."""
   count, model = FLAGS.preserve_count, bench.model
-  limit = min(_PRESERVED_TOKENS, model.spec.max_positions)
+  limit = min(FLAGS.preserve_tokens, model.spec.max_positions)
   if FLAGS.preserve != 'self':
     documents = corpora.open_documents(FLAGS.preserve, seed=FLAGS.seed)
     found = corpora.tokenised(documents, bench.tokenizer, limit)
-    texts = [ids for ids in itertools.islice(found, count) if ids]
+    texts = list(itertools.islice(filter(None, found), count))
+    bos = bench.tokenizer.bos_token_id
+    if FLAGS.parity == 'anyedit' and bos is not None:
+      texts = [[bos] * (ids[0] == bos) + ids for ids in texts]
   else:
     starts = corpora.sample_starts(bench.tokenizer)
     texts = corpora.sample(
@@ -434,7 +445,10 @@ def _judge(bench: workbench.Workbench) -> job.Judge:
   evaluate = functools.partial(
       longform.evaluate,
       stop=answers.end_ids(
-          bench.tokenizer, bench.model.spec.vocab, words['chat'].end
+          bench.tokenizer,
+          bench.model.spec.vocab,
+          words['chat'].end,
+          tokenizer_lib.end_ids(bench.model.folder),
       ),
       sub_questions=FLAGS.sub_questions,
       encoder=_encoder(),

@@ -24,7 +24,8 @@ def define_flags(texts: bool = False) -> None:
   flags.DEFINE_integer(
       'num_edits',
       None,
-      'Take the first N good records; all unless given.',
+      'Take the first N good records (cases, where several are one edit); all'
+      ' unless given.',
       lower_bound=1,
   )
   common.define_run_flags()

@@ -113,7 +113,10 @@ def summary_lines(
     )
   lost = len(info.written) - int(info.written.sum())
   if lost:
-    lines.append(f'{lost} edits were not written: their loss was not finite.')
+    lines.append(
+        f'{lost} edits were not written: their loss, keys or change were not'
+        ' finite.'
+    )
   lines += ['', report.table(pre, post), '']
   if FLAGS.max_new_tokens and FLAGS.show:
     lines.append(show(bench.records, pre, post, FLAGS.show))

@@ -156,7 +156,7 @@ def record_rows(
   """One JSON object a record: the edit, how it went, before and after."""
   finite = lambda x: float(x) if np.isfinite(x) else None
   drop = lambda entry: {
-      k: v for k, v in entry.items() if k not in ('number', 'id')
+      k: v for k, v in entry.items() if k not in ('number', 'id', 'case')
   }
   rows = []
   for i, record in enumerate(bench.records):

@@ -97,8 +97,10 @@ def define_flags(texts: bool = False) -> None:
   flags.DEFINE_list(
       'layers',
       None,
-      "Layers to edit; the method's own for GPT-J (MEMIT, PMET 3-8; ROME, EMMET"
-      ' 5) or Llama-3-8B (AlphaEdit 4-8) unless given.',
+      'Layers to edit (MEMIT, PMET, AlphaEdit 4-8; ROME, EMMET 5; UnKE 7).'
+      if texts
+      else "Layers to edit; the method's own for GPT-J (MEMIT, PMET 3-8; ROME,"
+      ' EMMET 5) or Llama-3-8B (AlphaEdit 4-8) unless given.',
   )
   common.define_number(
       'moment_weight',
@@ -157,35 +159,55 @@ def define_flags(texts: bool = False) -> None:
       'Behave as published code does where that moves numbers; docs/methods.md'
       ' lists what each bundle sets.',
   )
-  _define_value_flags()
+  _define_value_flags(texts)
 
 
-def _define_value_flags() -> None:
+def _define_value_flags(texts: bool) -> None:
+  pick = lambda facts, passages: passages if texts else facts
   flags.DEFINE_integer(
       'value_steps',
       None,
-      'Losses evaluated an edit at most (v_num_grad_steps; MEMIT 25, ROME 20,'
-      ' PMET 30).',
+      pick(
+          'Losses evaluated an edit at most (v_num_grad_steps; MEMIT 25, ROME 20,'
+          ' PMET 30).',
+          'Losses evaluated a chunk at most (v_num_grad_steps; 25).',
+      ),
       lower_bound=1,
   )
   common.define_number(
       'value_rate',
       None,
-      'Learning rate of the value optimisation (v_lr; published 0.5, PMET 0.2,'
-      ' AlphaEdit 0.1, at width 4096: the first step has length rate *'
-      ' sqrt(width)).',
+      'Learning rate of the value optimisation (v_lr; published'
+      f' {pick("0.5, PMET 0.2, AlphaEdit 0.1,", "0.5")} at width 4096: the first'
+      ' step has length rate * sqrt(width)).',
   )
   common.define_number(
-      'value_decay', None, 'Weight of |d| / |z0|^2 (v_weight_decay; 0.5).'
+      'value_decay',
+      None,
+      'Weight of |d| / |z0|^2 (v_weight_decay;' f' {pick("0.5", "0.001")}).',
   )
   common.define_number(
-      'clamp', None, 'Largest |d| / |z0| (clamp_norm_factor; 0.75, ROME 4).'
+      'clamp',
+      None,
+      'Largest |d| / |z0| (clamp_norm_factor;'
+      f' {pick("0.75, ROME 4", "4")}).',
   )
   common.define_number(
-      'kl_weight', None, 'Weight of the KL term (kl_factor; 0.0625, PMET 1).'
+      'kl_weight',
+      None,
+      pick(
+          'Weight of the KL term (kl_factor; 0.0625, PMET 1).',
+          'Not for passages: they have no subject and so no KL row.',
+      ),
   )
   common.define_number(
-      'stop_loss', None, 'An edit stops below this loss, nats (0.05).'
+      'stop_loss',
+      None,
+      pick(
+          'An edit stops below this loss, nats (0.05).',
+          'A chunk stops below this loss, nats (0.01; UnKE 0.005, and 0 for UnKE'
+          ' and AlphaEdit with --noanyedit).',
+      ),
   )
 
 
@@ -218,6 +240,8 @@ def recipe_of_flags(
       for name, flag in row.settings.items()
       if getattr(FLAGS, flag) is not None
   }
+  if FLAGS.null_space_share is not None and FLAGS.null_space_threshold is None:
+    arguments['threshold'] = None  # a bundle's would win over the share
   if FLAGS.method == 'emmet' and FLAGS.ridge is not None:
     arguments['lone_ridge'] = None  # what is asked for holds for one fact, too
   if FLAGS.layers is not None:
@@ -236,13 +260,16 @@ def recipe_of_flags(
   recipe = dataclasses.replace(recipe, value=recipe.value._replace(**given))
   if FLAGS.post == 'rect':
     recipe = dataclasses.replace(recipe, keep=_RECT_KEEP)
-  names = ('site', 'anchor', 'output', 'ridge', 'steps', 'rate', 'decay')
+  names = ('site', 'anchor', 'output', 'ridge', 'lone_ridge', 'steps')
+  names += ('rate', 'decay')
   mine = {n: getattr(recipe, n) for n in names if hasattr(recipe, n)}
   # What was left out too: numbers need all that they depend on.
   taken = inspect.signature(row.make).parameters
   arguments = {n: taken[n].default for n in row.settings} | arguments
   for name in ('layers', 'value'):
     arguments.pop(name, None)
+  if arguments.get('threshold') is not None:
+    del arguments['share']  # plays no part
   return recipe, {
       'layers': list(recipe.layers),
       'post': FLAGS.post,
@@ -272,6 +299,11 @@ def _strange(row: _Row, texts: bool) -> list[str]:
     problems.append(
         f'--null_space_share={FLAGS.null_space_share:g} leaves no direction that'
         ' may be changed; give a share below 1'
+    )
+  if None not in (FLAGS.null_space_share, FLAGS.null_space_threshold):
+    problems.append(
+        '--null_space_share and --null_space_threshold are two ways to choose'
+        ' the same directions: leave one of them out'
     )
   if FLAGS.method in TEXT_METHODS and FLAGS.post != 'none':
     problems.append(

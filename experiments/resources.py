@@ -10,11 +10,13 @@ import hashlib
 import pathlib
 from typing import Any
 
+import numpy as np
 from absl import flags, logging
 
 from experiments import collect_moments, common
 from jaxedit.edit.recipe import Recipe
 from jaxedit.models import decode, loading
+from jaxedit.solve.metric import identity
 from jaxedit.stats import corpora, storage
 from jaxedit.stats import moments as moments_lib
 from jaxedit.text import templates
@@ -70,11 +72,15 @@ def find_moments(
     folder: those that are collected appear here.
 
   Returns:
-    The moments.
+    The moments; zeros for a method that weighs no keys by them.
 
   Raises:
     InputError: see `load_moments` and `collect`.
   """
+  if recipe.metric is identity:
+    width = moments_lib.key_width(model.spec, recipe.site)
+    none = np.broadcast_to(0.0, (len(recipe.layers), width, width))
+    return moments_lib.Moments(recipe.layers, none, 0, {'corpus': 'none'})
   if FLAGS.moments:
     return load_moments(model, recipe, FLAGS.moments)
   return collect(

@@ -77,6 +77,7 @@ class EndsTest(parameterized.TestCase):
     self.assertEqual(answers.end_ids(tokenizer, 1), ())
     line = tokenizer.convert_tokens_to_ids('\u010a')
     self.assertEqual(answers.end_ids(tokenizer, 400, '\n'), (1, line))
+    self.assertEqual(answers.end_ids(tokenizer, 400, '', (7, 400)), (1, 7))
     # Only the special ones of several.
     self.assertEqual(answers.end_ids(tokenizer, 400, '<unk>\n'), (1, 2))
     with self.assertRaisesRegex(InputError, "'END END'.*nothing can stop"):

@@ -108,6 +108,17 @@ class AggregateTest(absltest.TestCase):
     out = metrics.aggregate([{'es': 1.0}] * 7)['es']
     self.assertEqual(out, dict(mean=1.0, low=1.0, high=1.0, n=7))
 
+  def test_a_case_weighs_as_one(self):
+    entries = [
+        {'case': 'c', 'metrics': {'es': 1.0, 'ps': 0.5}},
+        {'case': '', 'metrics': {'es': 0.0}},
+        {'case': 'c', 'metrics': {'es': 0.0, 'ps': None}},
+        {'metrics': {'es': 1.0}},
+    ]
+    found = metrics.by_case(entries)
+    self.assertEqual(found, [{'es': 0.5, 'ps': 0.5}, {'es': 0.0}, {'es': 1.0}])
+    self.assertEqual(metrics.aggregate(found)['es']['n'], 3)
+
   def test_records_are_drawn_jointly(self):
     # ns fails exactly where es and ps succeed, so es + ns is 1 in every sample
     # and score = 3 / (2 / e + 1 / (1 - e)) cannot exceed its maximum over e.

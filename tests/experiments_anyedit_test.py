@@ -27,7 +27,7 @@ from jaxedit.models import loading, tokenizer
 from jaxedit.stats import corpora
 from jaxedit.text import chat as chat_lib
 from jaxedit.text import passages as text_passages
-from jaxedit.types import Dense, Edited, LowRank
+from jaxedit.types import Dense, Edited, LowRank, Passage
 from jaxedit.values import run as run_lib
 
 FLAGFILES = sorted(
@@ -392,6 +392,13 @@ class SequenceTest(Case):
         '--num_edits takes the first of all', per_category=1, num_edits=2
     )
 
+  def test_first_cases_are_whole(self):
+    name = lambda i, case, kind: Passage(i, str(i), 'q', 'a', (), (), kind, case)
+    some = [name(1, '', 'B'), name(2, 'c', 'A'), name(3, 'c', 'B'),
+            name(4, '', 'A'), name(5, 'd', 'C'), name(6, 'd', 'C')]  # fmt: skip
+    found = anyedit_batch.first_of_each(some, 1)
+    self.assertEqual([one.number for one in found], [1, 2, 3, 5, 6])
+
   def test_case_is_one_edit(self):
     done = self.succeed(data=SETUP.cases)
     edited, _ = done.delta()
@@ -634,6 +641,43 @@ class UnkeTest(Case):
         ('pad_token_id', 'eos_token_id'), ids))))  # fmt: skip
     self.assertEqual([pick(3, 5), pick(None, 5), pick(None, None)], [3, 5, 0])
 
+  @parameterized.parameters(
+      ('memit', 'alphaedit', dict(share=None, threshold=0.02, remember=True)),
+      ('easyedit', 'alphaedit', dict(share=None, threshold=0.02)),
+      ('easyedit', 'rome', dict(moments=False)),
+      ('easyedit', 'emmet', dict(lone_ridge=None)),
+      ('anyedit', 'alphaedit', dict(share=None, threshold=0.02, remember=False)),
+  )
+  def test_bundles(self, bundle, method, wanted):
+    layers = dict(layers='1') if method == 'rome' else {}
+    names = dict(method=method, moment_weight=None, **layers)
+    _, settings = SETUP.recipe(parity=bundle, **names)
+    self.assertContainsSubset(
+        wanted.items(), {k: settings.get(k) for k in wanted}.items()
+    )
+    _, settings = SETUP.recipe(**names)
+    for name, value in wanted.items():
+      if name != 'remember':
+        self.assertNotEqual(settings[name], value)
+
+  def test_a_given_flag_wins_over_a_bundle(self):
+    names = dict(method='alphaedit', moment_weight=None, parity='easyedit')
+    gram = np.diag([1.0, 2.0, 3.0, 6.0])
+    rank = lambda recipe: recipe.metric(gram).basis.shape[-1]
+    recipe, settings = SETUP.recipe(null_space_share=0.6, **names)
+    self.assertEqual((settings['share'], settings['threshold']), (0.6, None))
+    self.assertEqual(rank(recipe), 2)
+    recipe, settings = SETUP.recipe(null_space_threshold=1.5, **names)
+    self.assertEqual(settings['threshold'], 1.5)
+    self.assertEqual(rank(recipe), 1)
+
+  def test_no_moments_are_collected_where_none_count(self):
+    names = dict(method='rome', layers='1', moment_weight=None)
+    with mock.patch.object(resources, 'collect', side_effect=AssertionError):
+      done = self.succeed(parity='easyedit', moments=None, **names)
+    source = done.results['protocol']['moments']
+    self.assertEqual(source, {'corpus': 'none', 'tokens': 0})
+
   def test_a_given_ridge_holds_for_one_fact(self):
     names = dict(method='emmet', anyedit=False)
     recipe, _ = SETUP.recipe(**names)
@@ -804,6 +848,9 @@ class BadFlagTest(Case):
       ('top_p', dict(top_p=2), 'top_p.*at most 1'),
       ('share', dict(null_space_share=1, method='alphaedit', moment_weight=None),
        'null_space_share=1 leaves no direction'),
+      ('share_and_threshold',
+       dict(null_space_share=0.5, null_space_threshold=0.1, method='alphaedit',
+            moment_weight=None), 'are two ways to choose'),
       ('temperature', dict(temperature=-1), 'temperature=-1'),
       ('no_output', dict(output_dir=None), 'output_dir is missing: name a'),
       ('save_and_reset', dict(save_model=True),

@@ -136,6 +136,23 @@ class LoadTest(parameterized.TestCase):
     super().setUp()
     self.root = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
 
+  @parameterized.parameters(
+      (None, ()),
+      ('{}', ()),
+      ('{"eos_token_id": 7}', (7,)),
+      ('{"eos_token_id": [7, 2]}', (7, 2)),
+  )
+  def test_ends_of_a_generation(self, text, wanted):
+    if text is not None:
+      (self.root / 'generation_config.json').write_text(text)
+    self.assertEqual(tokenizer_lib.end_ids(self.root), wanted)
+
+  @parameterized.parameters('nope', '[]', '{"eos_token_id": "a"}')
+  def test_ends_that_cannot_be(self, text):
+    (self.root / 'generation_config.json').write_text(text)
+    with self.assertRaisesRegex(types.InputError, 'generation_config'):
+      tokenizer_lib.end_ids(self.root)
+
   def test_loads_what_was_built(self):
     tokenizer = tokenizer_lib.load_tokenizer(write_folder(self.root))
     self.assertLen(tokenizer, len(TOKENS))

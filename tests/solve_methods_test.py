@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from jaxedit.edit import emmet, memit, pmet, rome
 from jaxedit.solve import metric as metrics
+from jaxedit.solve import shaping
 from jaxedit.solve.ridge import ridge_dense, ridge_update
 
 F, D = 24, 10
@@ -105,6 +107,52 @@ class PublishedTest(parameterized.TestCase):
     want = np.outer(u, wanted[0] / (base[0] @ u))
     return star, base, wanted[:1], want
 
+  @parameterized.product(kind=KINDS, left=(1, 3, 6))
+  def test_pmet(self, kind, left):
+    """Of what is missing a layer writes one over the root of those left."""
+    recipe = pmet.pmet((0, 1, 2), moment_weight=LAMBDA)
+    keys, residuals = draw(4, kind)
+    k, r = long(keys, residuals)
+    a = LAMBDA * long(gram(kind))[0] + k.T @ k
+    want = solve(a, k.T @ r / np.sqrt(np.longdouble(left)))
+    with jax.enable_x64(True):
+      metric = recipe.metric(jnp.asarray(gram(kind)))
+    share = recipe.spread(left)
+    found = both(metric, keys, share * residuals, ridge=recipe.ridge)
+    self.agree(found, want, tolerance(kind))
+
+  @parameterized.parameters(*KINDS)
+  def test_rows_of_the_table(self, kind):
+    """A recipe's own metric and ridge give the formula with its settings."""
+    keys, residuals = draw(4, kind)
+    c, k, r = long(gram(kind), keys, residuals)
+    for recipe, weight, ridge in (
+        (memit.memit((0,), moment_weight=LAMBDA), LAMBDA, 1.0),
+        (rome.rome((0,)), 1.0, 0.0),
+        (emmet.emmet((0,), moment_weight=LAMBDA, ridge=0.3), LAMBDA, 0.3),
+    ):
+      with self.subTest(recipe.name):
+        along = solve(weight * c, k.T)
+        want = along @ solve(k @ along + ridge * np.eye(4), r)
+        with jax.enable_x64(True):
+          metric = recipe.metric(jnp.asarray(gram(kind)))
+        found = both(metric, keys, residuals, ridge=recipe.ridge_of(4))
+        self.agree(found, want, tolerance(kind))
+
+  def test_prune(self):
+    """Singular values s above the kernel's S become log(s) - log(S) + S."""
+    rng = np.random.default_rng(3)
+    kernel = rng.standard_normal((F, D))
+    change = rng.standard_normal((F, D)) * np.logspace(-1, 1.5, D)
+    limit = np.linalg.svd(kernel, compute_uv=False)[0]
+    u, s, v = np.linalg.svd(change, full_matrices=False)
+    above = s > limit
+    self.assertTrue(above.any() and not above.all())
+    s[above] = np.log(s[above] / limit) + limit
+    with jax.enable_x64(True):
+      got = shaping.prune(jnp.asarray(change), jnp.asarray(kernel))
+    self.assertLess(error(np.asarray(got), u * s @ v), 1e-10)
+
   @parameterized.parameters(*KINDS)
   def test_rome(self, kind):
     star, base, wanted, want = self.rome(kind, 'mean', 'bare')
@@ -156,10 +204,10 @@ class PublishedTest(parameterized.TestCase):
   def test_emmet_of_one_edit_is_rome_with_averaged_keys(self, kind):
     star, _, wanted, want = self.rome(kind, 'mean', 'mean')
     metric = metric_of(metrics.covariance, kind, LAMBDA)
-    emmet = both(metric, star, wanted, ridge=0.0)
-    rome = both(metric, star, wanted, ridge=0.0, constraint=star)
-    self.agree(emmet, want, tolerance(kind))
-    self.agree(emmet, rome['factors'], 1e-13)
+    mine = both(metric, star, wanted, ridge=0.0)
+    twin = both(metric, star, wanted, ridge=0.0, constraint=star)
+    self.agree(mine, want, tolerance(kind))
+    self.agree(mine, twin['factors'], 1e-13)
 
   @parameterized.product(
       kind=KINDS, rows=(1, 5), prior=(0, 3, 4 * F), ridge=(1.0, 10.0)

@@ -72,6 +72,10 @@ class FileTest(parameterized.TestCase):
     lines = [json.dumps({'t': text}) for text in ('one', ' ', 'two\nlines')]
     path = self.write('\n\n'.join(lines))
     self.assertEqual(corpora.jsonl_documents(path, 't'), ['one', 'two\nlines'])
+    # Marks that Unicode counts as line ends may stand in JSON as they are.
+    text = 'a\u2028b\x85c'
+    path = self.write(json.dumps({'t': text}, ensure_ascii=False))
+    self.assertEqual(corpora.jsonl_documents(path, 't'), [text])
 
   def test_jsonl_tells_every_fault(self):
     path = self.write('{"t": "a"}\n{"u": 1, "v": 2}\nnope\n[1]\n{"t": 3}\n')

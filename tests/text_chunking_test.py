@@ -172,6 +172,8 @@ class CutsTest(parameterized.TestCase):
       "'''Ada''' was born.| She wrote.\n\n|It was '''good'''.| So.",
       'x = \'\'\'\n|A. B\n\n|C. D\n|\'\'\'\n|y = 1',
       'def a\n|  puts "Hello. World"\n|end\n',
+      'This is it. It works.\n|It is short. It has a text.\n'
+      f'|print("Hello. World. {"Long. " * 12}")\n|That is all. Done.\n',
   )
   def test_code_in_prose(self, text):
     wanted = text.replace('Text. More', 'Text.| More')

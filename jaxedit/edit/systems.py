@@ -82,8 +82,12 @@ class Together:
   ) -> Change:
     """Solves for one change of a layer; `owner` is not asked."""
     del owner
-    full, count = self._rows, len(rows.keys)
+    full = self._rows
     held = 0 if rows.held is None else len(rows.held)
+    # Rows that take no part have no say in the ridge.
+    sizes = [
+        int(x.sum()) for x in (rows.active, rows.held_active) if x is not None
+    ]
     dense = not pays(full, rows.keys.shape[1], rows.residuals.shape[1])
     # What solves for a matrix widens its keys block by block, and held keys are
     # widened so in either case.
@@ -92,7 +96,7 @@ class Together:
     hold = lambda x: None if x is None else _pad(x, room)
     rows = Rows(*map(put, rows[:4]), *map(hold, rows[4:]))
     solve = _solve_dense if dense else _solve_factors
-    ridge = recipe.ridge_of(count, held)
+    ridge = recipe.ridge_of(*sizes)
     return solve(metric, jax.tree.map(jnp.asarray, rows), ridge)
 
   def sound(self, change: Change) -> tuple[Change, np.ndarray]:
@@ -122,13 +126,14 @@ class Apart:
   ) -> Factors:
     """Solves for the changes of all groups; `owner` [P] is a held key's edit."""
     index, held = self._index, None
-    counts, others = (index >= 0).sum(1), np.zeros(self._groups, int)
+    sizes = [np.bincount(self._number, rows.active, self._groups)]
     if rows.held is not None:
-      held = _members(self._group[owner], self._groups, 1)
-      others = (held >= 0).sum(1)
+      mine = self._group[owner]
+      sizes.append(np.bincount(mine, rows.held_active, self._groups))
+      held = _members(mine, self._groups, 1)
       idle = _room(held.shape[1]) - held.shape[1]
       held = np.pad(held, [(0, 0), (0, idle)], constant_values=-1)
-    ridge = [recipe.ridge_of(*sizes) for sizes in zip(counts, others)]
+    ridge = [recipe.ridge_of(*map(int, some)) for some in zip(*sizes)]
     ridge = np.array(ridge, np.float64)
     size = index.shape[1] + (0 if held is None else held.shape[1])
     step = max(1, _GROUP_BYTES // (32 * size * rows.keys.shape[1]))

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from jaxedit import delta
@@ -35,7 +35,9 @@ from jaxedit.types import (
 )
 
 
-def end_ids(tokenizer: Any, vocab: int, chat_end: str = '') -> tuple[int, ...]:
+def end_ids(
+    tokenizer: Any, vocab: int, chat_end: str = '', named: Iterable[int] = ()
+) -> tuple[int, ...]:
   """Lists the tokens that end an answer.
 
   Args:
@@ -43,14 +45,16 @@ def end_ids(tokenizer: Any, vocab: int, chat_end: str = '') -> tuple[int, ...]:
     vocab: rows of the model's embedding; ids from there up cannot occur.
     chat_end: text that ends a turn of the chat, '' without one. Of several
       tokens the special ones count.
+    named: further ids, those of the model's generation_config.json.
 
   Returns:
-    Ids of the end-of-text token and of the end of a turn, ascending.
+    Ids of the end-of-text token, of the end of a turn and those named,
+    ascending.
 
   Raises:
     InputError: the end of a turn is several tokens, all of them ordinary.
   """
-  ends = {tokenizer.eos_token_id} - {None}
+  ends = {tokenizer.eos_token_id, *named} - {None}
   if chat_end:
     ids = tokenizer(chat_end, add_special_tokens=False)['input_ids']
     if len(ids) > 1:

@@ -197,7 +197,7 @@ def join(parts: Sequence[Evaluation], *, seed: int) -> Evaluation:
   """
   entries = [entry for part in parts for entry in part.per_record]
   preferred = tuple(p for part in parts for p in part.preferred)
-  summary = metrics.aggregate([e['metrics'] for e in entries], seed)
+  summary = metrics.aggregate(metrics.by_case(entries), seed)
   return Evaluation(entries, summary, preferred)
 
 

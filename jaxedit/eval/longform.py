@@ -89,8 +89,9 @@ def evaluate(
     progress: progress display.
 
   Returns:
-    The evaluation; entries of `per_record` hold 'category', 'metrics', 'text',
-    'paraphrase_texts' and 'sub_texts'.
+    The evaluation; entries of `per_record` hold 'category', 'case', 'metrics',
+    'text', 'paraphrase_texts' and 'sub_texts'. Passages of one case weigh as
+    one in the summary.
 
   Raises:
     InputError: see `answers.answers`.
@@ -129,6 +130,7 @@ def evaluate(
           'number': record.number,
           'id': record.id,
           'category': record.category,
+          'case': record.case,
           'metrics': {},
           'text': None,
           'paraphrase_texts': [],
@@ -151,7 +153,7 @@ def evaluate(
     for name in rows[0]:
       mean = float(np.mean([row[name] for row in rows]))
       entries[i]['metrics'][f'{kind}/{name}'] = mean
-  summary = metrics.aggregate([entry['metrics'] for entry in entries], seed)
+  summary = metrics.aggregate(metrics.by_case(entries), seed)
   return Evaluation(entries, summary, ((),) * len(entries))
 
 
@@ -188,13 +190,13 @@ def by_category(
     category -> metric id -> fields of `metrics.Interval`; empty where there
     are fewer than two categories.
   """
-  groups: dict[str, list[dict[str, float]]] = {}
+  groups: dict[str, list[dict[str, Any]]] = {}
   for entry in evaluation.per_record:
-    groups.setdefault(entry['category'], []).append(entry['metrics'])
+    groups.setdefault(entry['category'], []).append(entry)
   if len(groups) < 2:
     return {}
   return {
-      name: metrics.aggregate(rows, seed)
+      name: metrics.aggregate(metrics.by_case(rows), seed)
       for name, rows in sorted(groups.items())
   }
 

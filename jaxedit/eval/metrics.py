@@ -191,6 +191,32 @@ def _harmonic(values: np.ndarray) -> np.ndarray:
   return np.where(missing, np.nan, np.where(positive, mean, 0.0))
 
 
+def by_case(
+    entries: Sequence[Mapping[str, Any]],
+) -> list[dict[str, float]]:
+  """Gives the metrics of every case: of several records the means.
+
+  Args:
+    entries: records, with 'metrics' and, where several records are one edit,
+      the name of their 'case'.
+
+  Returns:
+    A metric id -> value a case, as `aggregate` wants them.
+  """
+  cases: dict[Any, list[Mapping[str, float]]] = {}
+  for i, entry in enumerate(entries):
+    cases.setdefault(entry.get('case') or i, []).append(entry['metrics'])
+  found = []
+  for rows in cases.values():
+    present: dict[str, list[float]] = {}
+    for row in rows:
+      for name, value in row.items():
+        if value is not None:
+          present.setdefault(name, []).append(value)
+    found.append({name: float(np.mean(x)) for name, x in present.items()})
+  return found
+
+
 def aggregate(
     per_record: Sequence[Mapping[str, float]],
     seed: int = 0,

@@ -316,6 +316,34 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
   return tokenizer
 
 
+def end_ids(folder: str | os.PathLike[str]) -> tuple[int, ...]:
+  """Lists the tokens at which a model is meant to stop.
+
+  Args:
+    folder: of the model.
+
+  Returns:
+    `eos_token_id` of generation_config.json, which may name several; empty
+    where there is no such file or field.
+
+  Raises:
+    InputError: the file is not what it should be.
+  """
+  path = pathlib.Path(folder) / 'generation_config.json'
+  try:
+    found = _read_json(path).get('eos_token_id')
+  except ValueError as error:
+    raise types.InputError(str(error)) from error
+  ids = found if isinstance(found, list) else [found]
+  ids = [] if found is None else ids
+  if not all(type(i) is int and i >= 0 for i in ids):
+    raise types.InputError(
+        f'{path}: eos_token_id {found!r} is neither a token id nor a list of'
+        ' them; correct or remove it.'
+    )
+  return tuple(ids)
+
+
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
   """Reads a JSON object; {} where there is no file. Raises ValueError."""
   try:

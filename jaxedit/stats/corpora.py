@@ -123,7 +123,8 @@ def jsonl_documents(path: str | os.PathLike[str], field: str) -> list[str]:
       objects with a string in that field; all such lines at once.
   """
   problems, documents = [], []
-  for number, line in enumerate(_read(path).splitlines(), 1):
+  # Other marks that Unicode calls line ends may stand in a JSON string.
+  for number, line in enumerate(_read(path).split('\n'), 1):
     if not line.strip():
       continue
     try:

@@ -396,7 +396,11 @@ def _blocks(
     else:
       several = len(paragraph) > 1
       yield [
-          (line.begin, line.end, several and _width(line.text) <= _VERSE)
+          (
+              line.begin,
+              line.end,
+              several and (line.begin in alike or _width(line.text) <= _VERSE),
+          )
           for line in paragraph
       ]
 
