@@ -80,6 +80,7 @@ def measure(
     *,
     repeat: int,
     slots: int | None = None,
+    memory: float | None = None,
     baseline: int = 0,
     moments_rows: int = 4,
     eval_rows: int = 64,
@@ -92,6 +93,7 @@ def measure(
     setup: what to run on.
     repeat: warm calls of every stage.
     slots: edits side by side, or None.
+    memory: bytes to plan with, or None.
     baseline: edits that torch runs too; 0 for none.
     moments_rows: rows of text a batch of moments.
     eval_rows: rows of a batch of evaluation.
@@ -108,7 +110,9 @@ def measure(
   edit = editor.edit_each if setup.apart else editor.edit
   judge = benchmark_judges.judge(setup, eval_rows, max_new_tokens)
   # Chosen now, when the metrics have their place in memory.
-  frame = values.frame_for(model.spec, model.params, setup.edits, slots=slots)
+  frame = values.frame_for(
+      model.spec, model.params, setup.edits, slots=slots, memory=memory
+  )
   stages = benchmark_stages.edit_stages(setup, frame)
   merging = []  # changes of edits that are made alone stay apart
   if not setup.apart:
@@ -116,13 +120,16 @@ def measure(
   rival = benchmark_compare.build(setup, baseline) if baseline else None
   info = facts = None
   for turn in range(1 + repeat):
-    edited, _, info = edit(
-        model.params, state, setup.edits, frame=frame, progress=progress
+    (edited, _, info), seconds = benchmark_stages.timed(
+        lambda: edit(
+            model.params, state, setup.edits, frame=frame, progress=progress
+        )
     )
     benchmark_stages.add_edit(setup, stages, info)
     for stage in merging:
-      benchmark_stages.add_merge(setup, stage, edited)
+      benchmark_stages.add_merge(setup, stage, edited, seconds)
     judge(edited, progress)
+    del edited  # a whole model's, when the next one is made
     if rival:
       rival.ours(state, info.targets, progress)
       if turn:  # torch compiles nothing
@@ -163,6 +170,7 @@ def workload(
       'suffix': float(loads.suffix.sum()) / rows,
       'labels': float(loads.scored.sum()) / rows,
       'slots': FLAGS.slots,
+      'memory_gib': FLAGS.memory_gib,
       'repeat': FLAGS.repeat,
       'cold': FLAGS.cold,
       'seed': config.seed,
@@ -193,6 +201,7 @@ def main() -> None:
         setup,
         repeat=FLAGS.repeat,
         slots=FLAGS.slots,
+        memory=common.memory_of_flags(),
         baseline=FLAGS.baseline_edits if FLAGS.baseline == 'torch' else 0,
         moments_rows=FLAGS.moments_rows,
         eval_rows=FLAGS.eval_batch_size,

@@ -31,6 +31,7 @@ from experiments import (
 )
 from experiments.benchmark_setup import Setup
 from experiments.benchmark_stages import Stage, dtype_of
+from jaxedit import values
 from jaxedit.edit import closed_form
 from jaxedit.solve.ridge import Factors
 from jaxedit.text.batching import EncodedEdit
@@ -254,6 +255,9 @@ def _insert(
 ) -> tuple[list[np.ndarray], float]:
   """Our insertion of the compared edits: the changes, and seconds."""
   setup, count = comparison.setup, comparison.count
+  frame = values.frame_for(
+      setup.model.spec, setup.model.params, comparison.edits
+  )
   begin = time.perf_counter()
   written = closed_form.insert(
       setup.model.spec,
@@ -264,6 +268,7 @@ def _insert(
       targets=targets,
       active=np.ones(comparison.states, bool),
       owner=np.arange(count) if setup.apart else None,
+      frame=frame,
       progress=progress,
   )
   solved = jax.block_until_ready(written.changes)

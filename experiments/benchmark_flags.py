@@ -69,12 +69,7 @@ def _define_method_flags() -> None:
       None,
       'JSON list of contexts with one {} each; six fixed ones unless given.',
   )
-  flags.DEFINE_integer(
-      'slots',
-      None,
-      'Edits optimised side by side; what the library chooses unless given.',
-      lower_bound=1,
-  )
+  common.define_room_flags()
 
 
 def _define_run_flags() -> None:

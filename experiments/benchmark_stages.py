@@ -52,6 +52,7 @@ class Stage:
     bytes: bytes of weights and metrics that it reads at least.
     peak: peak memory of the process after it, bytes.
     more: further counts, by name.
+    whole: of the last stage of an edit, wall time from its beginning.
   """
 
   name: str
@@ -62,6 +63,7 @@ class Stage:
   bytes: float = 0.0
   peak: int = 0
   more: dict[str, float] = dataclasses.field(default_factory=dict)
+  whole: list[float] = dataclasses.field(default_factory=list)
 
   @property
   def median(self) -> float:
@@ -274,18 +276,22 @@ def edit_stages(setup: Setup, frame: Frame) -> dict[str, Stage]:
   return {stage.name: stage for stage in (lower, optimize, insert)}
 
 
-def add_merge(setup: Setup, stage: Stage, edited: Edited) -> None:
+def add_merge(
+    setup: Setup, stage: Stage, edited: Edited, before: float
+) -> None:
   """Merges the change into the weights, and enters the time.
 
   Args:
     setup: what to run on.
     stage: by the edit.
     edited: a change that all edits share.
+    before: seconds that the editor's whole call took.
   """
   merged, seconds = timed(lambda: delta_lib.apply(setup.model.params, edited))
   del merged
   stage.seconds.append(seconds)
   stage.peak = peak_bytes()
+  stage.whole.append(before + seconds)
   spec, layers = setup.model.spec, len(setup.recipe.layers)
   numbers = float(layers * spec.mlp_width * spec.width)
   states = sum(edit.stages for edit in setup.edits)

@@ -19,6 +19,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -138,6 +139,30 @@ def layer_list(names: Sequence[str] | None, flag: str) -> tuple[int, ...]:
   return layers
 
 
+def define_room_flags() -> None:
+  """Defines flags that say how much runs side by side."""
+  flags.DEFINE_integer(
+      'slots',
+      None,
+      'Edits optimised side by side; as many as are of use and have room in'
+      ' memory unless given.',
+      lower_bound=1,
+  )
+  define_number(
+      'memory_gib',
+      None,
+      "GiB of the device's memory to plan with, weights included; all that is"
+      ' free unless given.',
+      positive=True,
+  )
+
+
+def memory_of_flags() -> float | None:
+  """Bytes of --memory_gib, if it is given."""
+  given = flags.FLAGS.memory_gib
+  return None if given is None else given * 2**30
+
+
 def cache_dir() -> pathlib.Path:
   """Where models, moments and compiled programs are kept between runs."""
   return hub.cache_folder()
@@ -151,19 +176,25 @@ def use_compilation_cache(enabled: bool) -> None:
 
 @contextlib.contextmanager
 def compile_seconds(seconds: dict[str, float]) -> Iterator[None]:
-  """Adds up the time spent compiling programs, as seconds['compile'].
+  """Adds up the time spent on programs before they run, as seconds['compile'].
 
-  It is part of the stages in which they are first run.
-
-  What comes from the persistent cache counts with the time it takes to load.
+  That is tracing, lowering and compiling; it is part of the stages in which they
+  are first run. What comes from the persistent cache counts with the time it
+  takes to load.
   """
-  event = '/jax/core/compile/backend_compile_duration'
   seconds['compile'] = 0.0
+  spans: list[tuple[float, float]] = []  # (end, duration), within no other
 
   def listen(name: str, duration: float, **details: Any) -> None:
     del details
-    if name == event:
-      seconds['compile'] += duration
+    if not name.startswith('/jax/core/compile/'):
+      return
+    # A function is traced while those that call it are: an outer span ends last.
+    end = time.monotonic()
+    while spans and spans[-1][0] > end - duration:
+      seconds['compile'] -= spans.pop()[1]
+    spans.append((end, duration))
+    seconds['compile'] += duration
 
   jax.monitoring.register_event_duration_secs_listener(listen)
   try:

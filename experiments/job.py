@@ -147,6 +147,7 @@ def load_bench(
       batch_size=FLAGS.batch_size,
       apart=FLAGS.reset,
       slots=FLAGS.slots,
+      memory=common.memory_of_flags(),
   )
 
 

@@ -38,13 +38,7 @@ def define_flags(texts: bool = False) -> None:
       'Start every batch from the unedited model (independent batches) instead'
       ' of the model that the last batch left.',
   )
-  flags.DEFINE_integer(
-      'slots',
-      None,
-      'Edits optimised side by side; as many as are of use and have room in'
-      ' memory unless given.',
-      lower_bound=1,
-  )
+  common.define_room_flags()
   flags.DEFINE_string(
       'states',
       None,

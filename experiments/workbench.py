@@ -34,6 +34,7 @@ class Workbench:
     apart: batches know nothing of each other.
     slots: edits optimised side by side; None for as many as are of use and
       have room in memory.
+    memory: bytes of the device's memory to plan with; None for all.
     templates: context templates, the bare '{}' first; of facts.
     encoded: the records as ids, once they are.
     frame: the static shapes that all batches share, once `shape` has run.
@@ -45,6 +46,7 @@ class Workbench:
   batch_size: int
   apart: bool = False
   slots: int | None = None
+  memory: float | None = None
   templates: tuple[str, ...] = ()
   encoded: tuple[batching.EncodedEdit, ...] = ()
   frame: rooms.Frame | None = None
@@ -124,6 +126,7 @@ def shape(bench: Workbench, side: int | None) -> Workbench:
       bench.encoded,
       slots=bench.slots,
       batch=batch,
+      memory=bench.memory,
   )
   return dataclasses.replace(bench, frame=frame)
 

@@ -24,6 +24,7 @@ from jaxedit import values
 from jaxedit.edit import (
     alphaedit,
     anyedit,
+    climb,
     closed_form,
     emmet,
     memit,
@@ -34,7 +35,7 @@ from jaxedit.edit import (
 )
 from jaxedit.solve.ridge import Factors
 from jaxedit.testing import facts
-from jaxedit.text import chunking, rooms
+from jaxedit.text import chunking, rooms, tiles
 from jaxedit.types import InputError, Targets
 
 WEIGHT, RIDGE, SHARE = 0.3, 0.2, 0.6
@@ -222,6 +223,20 @@ class OracleTest(parameterized.TestCase):
       for a, b in zip(np.asarray(got), want):
         self.assertLess(error(a, b), 2e-3)
       np.testing.assert_allclose(info.distance[:, rows], distance, atol=2e-3)
+
+  @parameterized.parameters('memit', 'rome')
+  def test_tiles_and_where_they_wait_do_not_matter(self, name):
+    case, some = Case(name), edits(count=5, contexts=4)
+    whole, _, want = case.edit(some)
+    small = rooms.frame(some, slots=4, places=16)
+    self.assertGreater(len(list(tiles.key_tiles(some, small, bare=False))), 1)
+    with mock.patch.object(climb, '_resident_bytes', lambda: 1000):
+      parts, _, info = case.edit(some, frame=small)
+    got, wanted_ = (
+        np.asarray(delta_lib.kernel(x.deltas[0])) for x in (parts, whole)
+    )
+    self.assertLess(error(got, wanted_), 1e-4)
+    np.testing.assert_allclose(info.distance, want.distance, atol=1e-5)
 
   def test_rect_is_written_before_the_next_layer(self):
     def shape(change, kernel):

@@ -513,7 +513,8 @@ class ProgramTest(parameterized.TestCase):
     self.assertIsNone(results['baseline'])
     section = (folder / 'out' / 'section.md').read_text()
     self.assertEndsWith((folder / 'B.md').read_text(), section)
-    for word in ('--preset=gpt2-xl', 'GFLOP/s', 'optimize, an edit', 'jax'):
+    for word in ('--preset=gpt2-xl', 'GFLOP/s', 'optimize, an edit', 'jax',
+                 'with their change, by the clock: '):
       self.assertIn(word, section)
     self.assertIn(section, done.stdout)
     drawn = (folder / 'out' / 'time.png').exists()

@@ -46,6 +46,7 @@ SHARED_BY_EDITORS = tuple(
         'base',
         'recipe',
         'climb',
+        'folds',
         'systems',
         'insertion',
         'regression',

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxedit import values
+from jaxedit.edit import folds
 from jaxedit.edit.recipe import Recipe
 from jaxedit.models import decoder
 from jaxedit.models.blocks import wide
@@ -34,6 +35,9 @@ from jaxedit.types import KV, Array, Columns, Params, Ragged, Tap
 
 # A layer's change: factors, or one matrix [F, D].
 Change = Factors | Array
+# Of the rows that wait between layers, so much stays on an accelerator; more goes
+# back to the host.
+_RESIDENT_BYTES = 2 * 2**30
 
 
 class Keys(NamedTuple):
@@ -257,6 +261,12 @@ def _write(
   return h + m
 
 
+def _resident_bytes() -> float:
+  """Bytes of waiting rows that stay on the device."""
+  cpu = jax.devices()[0].platform == 'cpu'
+  return np.inf if cpu else _RESIDENT_BYTES
+
+
 class Climb:
   """All rows of a batch on their way through the edited layers."""
 
@@ -289,16 +299,25 @@ class Climb:
         list(tiles.key_tiles(edits, frame, bare=bare, text=self._text))
         for bare in (True, False)
     )
+    self._folds = tuple(
+        [folds.find(self._numbers(tile), each) for tile in side]
+        for side, each in zip(self._sides, (1, frame.contexts - 1))
+    )
     first = recipe.layers[0]
     tokens, columns = tiles.trunk_columns(frame)
     self._trunk, kv = None, None
     if tokens.shape[1]:
       h, kv = _enter_trunk(spec, params, tokens, columns, layer=first)
       self._trunk = _Trunk(h, columns)
-    self._at = [
-        [_enter(spec, params, kv, tile, layer=first) for tile in side]
-        for side in self._sides
-    ]
+    room = _resident_bytes()
+    self._at: list[list[Any]] = [[], []]
+    self._far: list[list[bool]] = [[], []]  # who waits on the host
+    for side, t, tile in self._each():
+      h = _enter(spec, params, kv, tile, layer=first)
+      room -= 2 * h.nbytes  # with the input of the MLP
+      self._far[side].append(room < 0)
+      self._at[side].append(None)
+      self._keep(side, t, h)
 
   @property
   def states(self) -> int:
@@ -316,15 +335,21 @@ class Climb:
     taken = (tile.edit >= 0)[:, None] & (k < self._stages[tile.edit][:, None])
     return np.where(taken, self._first[tile.edit][:, None] + k, -1)
 
+  def _keep(self, side: int, t: int, rows: Any) -> None:
+    """Puts a tile's rows where they wait."""
+    if self._far[side][t]:
+      rows = jax.tree.map(np.asarray, rows)
+    self._at[side][t] = rows
+
   def _gather(self, side: int, parts: Iterator[Array]) -> np.ndarray:
     """Averages what anchors hold [R, K, .] over the contexts of a side."""
-    total = None
-    for tile, part in zip(self._sides[side], parts):
+    total, mine = None, self._folds[side]
+    found = (folds.fold(part, one.index) for part, one in zip(parts, mine))
+    for part, one in zip(folds.ahead(found), mine):
       part = np.asarray(part)
       if total is None:
         total = np.zeros((self.states, part.shape[-1]), part.dtype)
-      numbers = self._numbers(tile)
-      np.add.at(total, numbers[numbers >= 0], part[numbers >= 0])
+      total[one.states] += part[: len(one.states)]
     return total / (1 if side == 0 else self._contexts - 1)
 
   def _mean(self, bare: np.ndarray, others: np.ndarray | None, weight: float):
@@ -335,9 +360,10 @@ class Climb:
     if self._trunk is not None:
       self._trunk = _halt_trunk(*self._model, self._trunk, layer=layer)
     for side, t, tile in self._each():
-      self._at[side][t] = _halt(
+      halted = _halt(
           *self._model, self._at[side][t], tile, self._trunk, layer=layer
       )
+      self._keep(side, t, halted)
 
   def keys(self, layer: int) -> Keys:
     """Reads the keys of all edits before the MLP of a layer."""
@@ -346,22 +372,16 @@ class Climb:
     )
     held: list[tuple[np.ndarray, np.ndarray]] = []
 
-    def at_anchors(side: int) -> Iterator[np.ndarray]:
+    def at_anchors(side: int) -> Iterator[Array]:
       # A tile at a time: the keys of all contexts would fill the memory.
       for at, tile in zip(self._at[side], self._sides[side]):
-        shape = tile.anchor.shape
-        if not self._text:
-          yield np.asarray(read(at, tile.anchor.reshape(-1))).reshape(
-              *shape, -1
-          )
-          continue
-        every = np.asarray(read(at, None))
-        rest = tile.rows.row < len(tile.edit)
-        rest[tile.anchor[self._numbers(tile) >= 0]] = False
-        held.append((every[rest], tile.edit[tile.rows.row[rest]]))
-        # One row more, for anchors that are not there.
-        every = np.append(every, np.zeros_like(every[:1]), axis=0)
-        yield every[tile.anchor]
+        if self._text:
+          every = np.asarray(read(at, None))
+          rest = tile.rows.row < len(tile.edit)
+          rest[tile.anchor[self._numbers(tile) >= 0]] = False
+          held.append((every[rest], tile.edit[tile.rows.row[rest]]))
+        found = read(at, tile.anchor.reshape(-1))
+        yield found.reshape(*tile.anchor.shape, -1)
 
     bare = self._gather(0, at_anchors(0))
     others = self._gather(1, at_anchors(1)) if self._sides[1] else None
@@ -429,4 +449,4 @@ class Climb:
       self._trunk = _Trunk(h, self._trunk.columns)
     for side, t, tile in self._each():
       own = self._own(change, tile)
-      self._at[side][t] = put(*self._at[side][t], tile.rows, change=own)
+      self._keep(side, t, put(*self._at[side][t], tile.rows, change=own))

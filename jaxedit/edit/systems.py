@@ -2,7 +2,8 @@
 
 All edits in one system, or independent groups of edits side by side, each with a
 system of its own; shapes are padded with idle rows, so that batches of other
-sizes do not compile anew. A system without a finite solution gives no change.
+sizes do not compile anew. Rows go to the device as they are, and are widened there.
+A system without a finite solution gives no change.
 
 Axes: M states of all edits, G groups, m states of a group, P held keys, p of a
 group, F key width, D width.
@@ -89,9 +90,7 @@ class Together:
         int(x.sum()) for x in (rows.active, rows.held_active) if x is not None
     ]
     dense = not pays(full, rows.keys.shape[1], rows.residuals.shape[1])
-    # What solves for a matrix widens its keys block by block, and held keys are
-    # widened so in either case.
-    put = lambda x: None if x is None else _pad(_as(x, dense), full)
+    put = lambda x: None if x is None else _pad(x, full)
     room = _room(held)
     hold = lambda x: None if x is None else _pad(x, room)
     rows = Rows(*map(put, rows[:4]), *map(hold, rows[4:]))
@@ -181,17 +180,12 @@ def _take(rows: Rows, index: np.ndarray, held: np.ndarray | None) -> Rows:
       return None
     some = x[np.maximum(index, 0)]
     none = (index < 0).reshape(*index.shape, *[1] * (x.ndim - 1))
-    return _as(np.where(none, np.zeros((), x.dtype), some), False)
+    return np.where(none, np.zeros((), x.dtype), some)
 
   first = (pick(x, index) for x in rows[:4])
   if held is None:
     return Rows(*first, None, None)
   return Rows(*first, *(pick(x, held) for x in rows[4:]))
-
-
-def _as(x: np.ndarray, narrow: bool) -> np.ndarray:
-  """Widens numbers for an exact solve, unless told otherwise."""
-  return x if narrow or x.dtype == bool else x.astype(np.float64)
 
 
 def _pad(x: np.ndarray, rows: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from jaxedit.types import Params
 # which the last edits leave places empty.
 _PLACES_CPU = 256
 _PLACES_ACCELERATOR = 2048
+_PLACES_LEAST = 16
 # Of the free memory, what the optimiser may plan with.
 _MEMORY_SHARE = 0.6
 
@@ -29,6 +30,7 @@ def frame_for(
     *,
     slots: int | None = None,
     batch: int | None = None,
+    memory: float | None = None,
 ) -> Frame:
   """Chooses the static shapes of a run from its edits and the free memory.
 
@@ -39,16 +41,21 @@ def frame_for(
     slots: edits optimised side by side; None for as many as are of use and have
       room in memory.
     batch: edits a batch at most; None if all are one batch.
+    memory: bytes of the device's memory to plan with, weights included; None
+      for all that is free.
 
   Returns:
     The frame.
   """
   device = jax.devices()[0]
   places = _PLACES_CPU if device.platform == 'cpu' else _PLACES_ACCELERATOR
-  free = _free_bytes(device)
-  if free is not None:
-    share = _MEMORY_SHARE * free
-    room = max(16, int(share // _place_bytes(spec, params)))
+  free = [_free_bytes(device)]
+  if memory is not None:
+    free.append(memory - sum(x.nbytes for x in jax.tree.leaves(params)))
+  free = [x for x in free if x is not None]
+  if free:
+    share = _MEMORY_SHARE * min(free)
+    room = max(_PLACES_LEAST, int(share // _place_bytes(spec, params)))
     # A power of two, so that a little more or less memory changes no shape.
     places = min(places, 2 ** int(np.log2(room)))
   return rooms.frame(edits, slots=slots, batch=batch, places=places)
