@@ -16,6 +16,7 @@ import jax
 import naive_oracle
 import naive_rows
 import numpy as np
+import products
 import torch
 from absl.testing import absltest, parameterized
 
@@ -36,7 +37,7 @@ from jaxedit.edit import (
 from jaxedit.solve.ridge import Factors
 from jaxedit.testing import facts
 from jaxedit.text import chunking, rooms, tiles
-from jaxedit.types import InputError, Targets
+from jaxedit.types import Dense, InputError, LowRank, Targets
 
 WEIGHT, RIDGE, SHARE = 0.3, 0.2, 0.6
 # name -> (row, its slow twin, layers)
@@ -237,6 +238,26 @@ class OracleTest(parameterized.TestCase):
     )
     self.assertLess(error(got, wanted_), 1e-4)
     np.testing.assert_allclose(info.distance, want.distance, atol=1e-5)
+
+  def test_products_of_f32_are_exact(self):
+    names = ('_enter', '_halt', '_foresee', '_read_keys', '_measure', '_write')
+    with products.watched(climb, *names) as found:
+      Case('memit').edit(edits())
+    self.assertSameElements(found, names)
+    self.assertTrue(products.highest(found), found)
+
+  @parameterized.parameters('memit', 'alphaedit')
+  def test_one_matrix_where_factors_would_be_larger(self, name):
+    case = Case(name)
+    factors, _, _ = case.edit(edits())
+    with mock.patch.object(systems, 'pays', lambda *sizes: False):
+      matrix, _, _ = case.edit(edits())
+    self.assertIsInstance(factors.deltas[0], LowRank)
+    self.assertIsInstance(matrix.deltas[0], Dense)
+    got, want = (
+        np.asarray(delta_lib.kernel(x.deltas[0])) for x in (matrix, factors)
+    )
+    self.assertLess(error(got, want), 1e-5)
 
   def test_rect_is_written_before_the_next_layer(self):
     def shape(change, kernel):

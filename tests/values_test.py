@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import naive_oracle
 import numpy as np
+import products
 from absl.testing import absltest, parameterized
 
 from jaxedit import values
 from jaxedit.testing import facts
 from jaxedit.text import batching, rooms
+from jaxedit.values import frames, pool
 
 PLAIN = values.Schedule(
     steps=5, rate=0.1, decay=0.5, clamp=5.0, kl=0.0625, threshold=0.0
@@ -262,15 +265,20 @@ class InvarianceTest(parameterized.TestCase):
       want = optimize(pair, edits(), schedule, slots=EDITS)
       self.assertGreater(len(set(want.steps.tolist())), 1)
       self.assertEqual(want.z.dtype, np.float64)
-      for shape in (dict(slots=1), dict(slots=2, share=False)):
+      for shape in (
+          dict(slots=1),
+          dict(slots=2, share=False, widths=(3, 5)),
+          dict(slots=None, places=24),
+      ):
         got = optimize(pair, edits()[::-1], schedule, **shape)
         np.testing.assert_array_equal(got.steps[::-1], want.steps)
         np.testing.assert_allclose(got.z[::-1], want.z, rtol=1e-10, atol=1e-10)
 
-  def test_neighbours_of_one_shape_change_no_bit(self):
+  @parameterized.parameters(EDITS, 2)
+  def test_neighbours_of_one_shape_change_no_bit(self, slots):
     first, others = edits(), facts.random_edits(EDITS, seed=7, contexts=2)
     mixed = [first[0], *others[1:]]
-    frame = rooms.frame([*first, *mixed], slots=EDITS, share=False)
+    frame = rooms.frame([*first, *mixed], slots=slots, share=False)
     run = functools.partial(
         values.optimize,
         self.pair.spec,
@@ -284,6 +292,12 @@ class InvarianceTest(parameterized.TestCase):
       np.testing.assert_array_equal(a[0], b[0])
     changed = np.any(np.asarray(before.z) != np.asarray(after.z), axis=-1)
     self.assertEqual(changed.tolist(), [False, *[True] * (EDITS - 1)])
+
+  def test_products_of_f32_are_exact(self):
+    with products.watched(pool, 'prepare', 'advance') as found:
+      optimize(self.pair, edits(), PLAIN)
+    self.assertSameElements(found, ('prepare', 'advance'))
+    self.assertTrue(products.highest(found), found)
 
   def test_work_is_counted(self):
     frame = rooms.frame(edits(), slots=2)
@@ -306,6 +320,28 @@ class InvarianceTest(parameterized.TestCase):
     self.assertEqual(work.scored, PLAIN.steps * labels)
     self.assertEqual(work.computed, work.steps * frame.rooms[0].places)
     self.assertBetween(work.waste, 0, 0.6)
+
+
+class MemoryTest(absltest.TestCase):
+
+  def places(self, memory=None, free=None):
+    pair = model('llama')
+    some = facts.random_edits(200, seed=5, contexts=2)
+    with mock.patch.object(frames, '_free_bytes', lambda device: free):
+      frame = values.frame_for(pair.spec, pair.params, some, memory=memory)
+    return frame.rooms[0].places
+
+  def test_rooms_fit_what_is_given(self):
+    params = jax.tree.leaves(model('llama').params)
+    weights = sum(x.nbytes for x in params)
+    whole = self.places()
+    small = self.places(memory=weights + 2e6)
+    self.assertLess(small, whole)
+    self.assertEqual(self.places(memory=weights + 1e12), whole)
+    # What is free counts too, and so do the weights of what is given.
+    self.assertEqual(self.places(memory=1e12, free=2e6), small)
+    self.assertEqual(self.places(free=2e6), small)
+    self.assertLess(self.places(memory=weights), small)
 
 
 class FiniteTest(parameterized.TestCase):
