@@ -22,7 +22,7 @@ from jaxedit import testing, values
 from jaxedit.eval import passages
 from jaxedit.models import loading, tokenizer
 from jaxedit.testing import facts
-from jaxedit.text import batching, chat, rooms
+from jaxedit.text import batching, chat, chunking, rooms
 from jaxedit.text import passages as text_passages
 
 PLAIN = values.Schedule(
@@ -149,14 +149,6 @@ class OracleTest(OracleCase):
     got = run(naive_oracle.pair('llama'), some, frame(2))
     self._check(got[::-1], naive('llama', 'four', 2))
 
-  def test_a_tail_shorter_than_the_overlap_and_a_single_token(self):
-    pair = naive_oracle.pair('llama')
-    some = facts.random_edits(2, seed=5, contexts=1, targets=(5, 1), kl=False)
-    cut = (((0, 4), (2, 5)), ((0, 1),))
-    some = [dataclasses.replace(e, chunks=c) for e, c in zip(some, cut)]
-    want = [naive_oracle.chain(pair.torch, e, LAYER, PLAIN) for e in some]
-    self._check(run(pair, some, rooms.frame(some)), want)
-
   def test_progress_counts_chunks(self):
     """Edits of many chunks end together; a bar of edits would stand still."""
     pair, some, advanced = naive_oracle.pair('llama'), edits('mixed', 2), []
@@ -220,17 +212,27 @@ class OracleTest(OracleCase):
     got = run(naive_oracle.pair('llama'), edits('mixed', 2), frame(2), schedule)
     self._check(got, want)
 
-  def test_f64_with_a_kl_row(self):
+  def _check_in_f64(self, some, shapes):
     # GPT-2 computes in the dtype of its weights throughout.
     pair = naive_oracle.pair('gpt2')
-    some = edits('mixed', 2, True)
     exact = copy.deepcopy(pair.torch).double()
     want = [naive_oracle.chain(exact, edit, LAYER, PLAIN) for edit in some]
     with jax.enable_x64(True):
       params = jax.tree.map(lambda x: np.asarray(x, np.float64), pair.params)
-      got = run(pair._replace(params=params), some, frame(2, True))
+      got = run(pair._replace(params=params), some, shapes)
     self.assertEqual(got[0].z.dtype, np.float64)
     self._check(got, want, 1e-8)
+
+  def test_f64_with_a_kl_row(self):
+    self._check_in_f64(edits('mixed', 2, True), frame(2, True))
+
+  def test_f64_with_a_tail_shorter_than_the_overlap_and_a_single_token(self):
+    lengths = (6, 1, 4)
+    some = facts.random_edits(3, seed=5, contexts=1, targets=lengths, kl=False)
+    cut = [chunking.spans(length, 5, 3) for length in lengths]
+    self.assertEqual(cut, [((0, 5), (2, 6)), ((0, 1),), ((0, 4),)])
+    some = [dataclasses.replace(e, chunks=c) for e, c in zip(some, cut)]
+    self._check_in_f64(some, rooms.frame(some))
 
   def test_earlier_changes_matter(self):
     # Without the first chunk's change the second comes out differently.
