@@ -83,6 +83,7 @@ def measure(
     memory: float | None = None,
     baseline: int = 0,
     moments_rows: int = 4,
+    moments_tokens: int | None = None,
     eval_rows: int = 64,
     max_new_tokens: int = 64,
     progress: Progress = silent,
@@ -96,6 +97,7 @@ def measure(
     memory: bytes to plan with, or None.
     baseline: edits that torch runs too; 0 for none.
     moments_rows: rows of text a batch of moments.
+    moments_tokens: tokens to collect moments from as a whole; None not to.
     eval_rows: rows of a batch of evaluation.
     max_new_tokens: longest answer that is given to a passage.
     progress: progress display.
@@ -105,6 +107,13 @@ def measure(
   """
   model, often = setup.model, dict(repeat=repeat, progress=progress)
   moments = benchmark_stages.time_moments(setup, rows=moments_rows, **often)
+  texts = [moments]
+  if moments_tokens:
+    texts.append(
+        benchmark_stages.time_collection(
+            setup, rows=moments_rows, tokens=moments_tokens, progress=progress
+        )
+    )
   editor = closed_form.closed_form(model.spec, setup.recipe)
   factor, state = benchmark_stages.time_factor(setup, editor, **often)
   edit = editor.edit_each if setup.apart else editor.edit
@@ -136,7 +145,7 @@ def measure(
         rival.theirs(progress)
   if rival:
     facts = rival.facts(state, info.targets, stages, progress=progress)
-  stages = [moments, factor, *stages.values(), *merging, judge.stage]
+  stages = [*texts, factor, *stages.values(), *merging, judge.stage]
   return stages, facts
 
 
@@ -171,6 +180,7 @@ def workload(
       'labels': float(loads.scored.sum()) / rows,
       'slots': FLAGS.slots,
       'memory_gib': FLAGS.memory_gib,
+      'moments_tokens': FLAGS.moments_tokens,
       'repeat': FLAGS.repeat,
       'cold': FLAGS.cold,
       'seed': config.seed,
@@ -204,6 +214,7 @@ def main() -> None:
         memory=common.memory_of_flags(),
         baseline=FLAGS.baseline_edits if FLAGS.baseline == 'torch' else 0,
         moments_rows=FLAGS.moments_rows,
+        moments_tokens=FLAGS.moments_tokens,
         eval_rows=FLAGS.eval_batch_size,
         max_new_tokens=FLAGS.max_new_tokens,
         progress=bar,

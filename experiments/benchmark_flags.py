@@ -55,6 +55,13 @@ def _define_method_flags() -> None:
       ' accelerator.',
       lower_bound=1,
   )
+  flags.DEFINE_integer(
+      'moments_tokens',
+      None,
+      'Also time second moments from the first row of text to the averages, over'
+      ' so many random tokens (10 to 20 a key dimension are of use).',
+      lower_bound=1,
+  )
   flags.DEFINE_list(
       'layers', None, "Layers to edit; the preset's own if unset."
   )

@@ -16,7 +16,7 @@ import functools
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -180,19 +180,11 @@ def time_moments(
     The stage, by the token.
   """
   spec, layers = setup.model.spec, setup.recipe.layers
-  width = min(_TEXT, spec.max_positions)
-  rng = np.random.default_rng(0)
-  shape = (rows, width)
-  batch = packing.Row(
-      rng.integers(0, len(setup.tokenizer), shape, np.int32),
-      np.broadcast_to(np.arange(width, dtype=np.int32), shape),
-      np.full(shape, TRUNK + 1, np.int32),
-  )
+  batch = packing.stack(list(_random_rows(setup, rows)), rows)
   size = moments_lib.key_width(spec, setup.recipe.site)
   total = jnp.zeros((len(layers), size, size), jnp.float32)
-  model, gram = costs.moment_flops(spec, layers, rows * width)
-  stage = Stage('moments', 'token', rows * width)
-  stage.flops = _flops((dtype_of(setup), model), ('float32', gram))
+  stage = Stage('moments', 'token', batch.tokens.size)
+  stage.flops = _moment_flops(setup, stage.count)
   stage.bytes = costs.model_bytes(spec, layers[-1] + 1, itemsize(setup))
   stage.bytes += 2.0 * total.nbytes
   with progress('moments', 1 + repeat, 'call') as advance:
@@ -211,6 +203,63 @@ def time_moments(
       advance(1)
   stage.peak = peak_bytes()
   return stage
+
+
+def time_collection(
+    setup: Setup, *, rows: int, tokens: int, progress: Progress
+) -> Stage:
+  """Times second moments as a whole: all batches, sums in f64, averages.
+
+  Args:
+    setup: what to run on.
+    rows: rows a batch, as `time_moments` has compiled them.
+    tokens: random tokens to collect them from.
+    progress: progress display.
+
+  Returns:
+    The stage, by the token, called once.
+  """
+  spec, recipe = setup.model.spec, setup.recipe
+  width = min(_TEXT, spec.max_positions)
+  moments, seconds = timed(
+      lambda: moments_lib.collect(
+          spec,
+          setup.model.params,
+          _random_rows(setup, -(-tokens // width)),
+          layers=recipe.layers,
+          source=moments_lib.Source('random', 'random', 0),
+          site=recipe.site,
+          cap=tokens,
+          batch_rows=rows,
+          progress=progress,
+      )
+  )
+  stage = Stage('collect', 'token', moments.count, [seconds])
+  stage.flops = _moment_flops(setup, stage.count)
+  stage.bytes = (stage.count / (rows * width)) * costs.model_bytes(
+      spec, recipe.layers[-1] + 1, itemsize(setup)
+  )
+  stage.peak = peak_bytes()
+  return stage
+
+
+def _random_rows(setup: Setup, count: int) -> Iterator[packing.Row]:
+  """Rows of text of random tokens."""
+  width = min(_TEXT, setup.model.spec.max_positions)
+  rng = np.random.default_rng(0)
+  for _ in range(count):
+    yield packing.Row(
+        rng.integers(0, len(setup.tokenizer), width, np.int32),
+        np.arange(width, dtype=np.int32),
+        np.full(width, TRUNK + 1, np.int32),
+    )
+
+
+def _moment_flops(setup: Setup, tokens: int) -> dict[str, float]:
+  model, gram = costs.moment_flops(
+      setup.model.spec, setup.recipe.layers, tokens
+  )
+  return _flops((dtype_of(setup), model), ('float32', gram))
 
 
 def _flops(*parts: tuple[str, float]) -> dict[str, float]:

@@ -477,6 +477,11 @@ class ProgramTest(parameterized.TestCase):
   def check_results(self, folder):
     results = json.loads((folder / 'out' / 'results.json').read_text())
     stages = {stage['name']: stage for stage in results['stages']}
+    whole = stages.pop('collect', None)
+    if whole:
+      self.assertLen(whole['seconds'], 1)
+      self.assertEqual(whole['count'], results['workload']['moments_tokens'])
+      self.assertGreater(whole['ceiling_share'], 0)
     names = (
         'moments', 'factor', 'prepare', 'optimize', 'insert', 'merge',
         'evaluate',
@@ -501,12 +506,14 @@ class ProgramTest(parameterized.TestCase):
         folder, '--preset=gpt2-xl', f'--model={model}',
         f'--data={write_facts(folder)}',
         '--scale_layers=0.07', '--scale_width=0.04', '--repeat=1',
-        '--moments_rows=1', f'--append={folder / "B.md"}',
+        '--moments_rows=1', '--moments_tokens=1024', f'--append={folder / "B.md"}',
     )  # fmt: skip
     self.assertEqual(done.returncode, 0, done.stderr)
     results, stages = self.check_results(folder)
     work = results['workload']
     self.assertEqual((work['model_layers'], work['random']), (3, True))
+    self.assertEqual(work['moments_tokens'], 1024)
+    self.assertIn('collect, a token', (folder / 'out' / 'section.md').read_text())
     self.assertEqual(stages['optimize']['more']['steps_a_state'], 25)
     suffix = work['suffix'] * 3 * work['contexts']
     self.assertAlmostEqual(stages['optimize']['more']['needed'], 25 * suffix)

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import tempfile
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -448,6 +449,19 @@ class PublishedTest(parameterized.TestCase):
   def test_wrong_model_width(self):
     with self.assertRaisesRegex(InputError, r'needs \[16, 16\]'):
       moments.load_npz(self.folder, layers=[5], width=16)
+
+
+class MirrorTest(parameterized.TestCase):
+
+  @parameterized.parameters(1, 5, 11, 12, 99)
+  def test_blocks_do_not_matter(self, block):
+    upper = np.triu(np.random.default_rng(0).standard_normal((2, 12, 12)))
+    want = upper + np.triu(upper, 1).swapaxes(1, 2)
+    # What lies below the diagonal is not read.
+    got = upper + np.tril(np.ones((12, 12)), -1)
+    with mock.patch.object(moments, '_MIRRORED', block):
+      moments._mirror(got)
+    np.testing.assert_array_equal(got, want)
 
 
 class MomentsTest(absltest.TestCase):
