@@ -284,10 +284,10 @@ def first_of_each(
   category: dict[int, str] = {}
   for record, case in zip(records, cases):
     category.setdefault(case, record.category)
-  taken, left = set(), collections.Counter()
+  taken, seen = set(), collections.Counter()
   for case, name in category.items():
-    left[name] += 1
-    if left[name] <= count:
+    seen[name] += 1
+    if seen[name] <= count:
       taken.add(case)
   return tuple(r for r, case in zip(records, cases) if case in taken)
 
