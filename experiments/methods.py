@@ -184,13 +184,12 @@ def _define_value_flags(texts: bool) -> None:
   common.define_number(
       'value_decay',
       None,
-      'Weight of |d| / |z0|^2 (v_weight_decay;' f' {pick("0.5", "0.001")}).',
+      f'Weight of |d| / |z0|^2 (v_weight_decay; {pick("0.5", "0.001")}).',
   )
   common.define_number(
       'clamp',
       None,
-      'Largest |d| / |z0| (clamp_norm_factor;'
-      f' {pick("0.75, ROME 4", "4")}).',
+      f'Largest |d| / |z0| (clamp_norm_factor; {pick("0.75, ROME 4", "4")}).',
   )
   common.define_number(
       'kl_weight',

@@ -375,13 +375,15 @@ class Climb:
     def at_anchors(side: int) -> Iterator[Array]:
       # A tile at a time: the keys of all contexts would fill the memory.
       for at, tile in zip(self._at[side], self._sides[side]):
-        if self._text:
-          every = np.asarray(read(at, None))
-          rest = tile.rows.row < len(tile.edit)
-          rest[tile.anchor[self._numbers(tile) >= 0]] = False
-          held.append((every[rest], tile.edit[tile.rows.row[rest]]))
-        found = read(at, tile.anchor.reshape(-1))
-        yield found.reshape(*tile.anchor.shape, -1)
+        if not self._text:
+          found = read(at, tile.anchor.reshape(-1))
+          yield found.reshape(*tile.anchor.shape, -1)
+          continue
+        every = read(at, None)
+        rest = tile.rows.row < len(tile.edit)
+        rest[tile.anchor[self._numbers(tile) >= 0]] = False
+        held.append((np.asarray(every)[rest], tile.edit[tile.rows.row[rest]]))
+        yield _at(every[None], tile.anchor)
 
     bare = self._gather(0, at_anchors(0))
     others = self._gather(1, at_anchors(1)) if self._sides[1] else None
