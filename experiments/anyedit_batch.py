@@ -359,7 +359,7 @@ def _preserved(bench: workbench.Workbench) -> list[np.ndarray]:
     found = corpora.tokenised(documents, bench.tokenizer, limit)
     texts = list(itertools.islice(filter(None, found), count))
     bos = bench.tokenizer.bos_token_id
-    if FLAGS.parity == 'anyedit' and bos is not None:
+    if _words(bench.tokenizer)['double_bos'] and bos is not None:
       texts = [[bos] * (ids[0] == bos) + ids for ids in texts]
   else:
     starts = corpora.sample_starts(bench.tokenizer)
