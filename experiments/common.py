@@ -169,9 +169,14 @@ def cache_dir() -> pathlib.Path:
 
 
 def use_compilation_cache(enabled: bool) -> None:
-  """Turns JAX's persistent compilation cache on, unless it is set already."""
+  """Turns JAX's persistent compilation cache on, unless it is set already.
+
+  Programs that compile in less than JAX's own threshold of a second are kept as
+  well: a run has some sixty of them.
+  """
   if enabled and not jax.config.jax_compilation_cache_dir:
     jax.config.update('jax_compilation_cache_dir', str(cache_dir() / 'xla'))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 
 
 @contextlib.contextmanager

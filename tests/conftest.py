@@ -1,16 +1,25 @@
-"""Keeps a long run within the memory maps that the kernel grants a process.
+"""Settings of all tests, before any of them imports JAX.
 
-Every compiled program takes some; beyond the limit (65,530 on Linux as it comes)
-the next compilation aborts the process.
+Most of their time goes into compiling small programs that run once, which takes
+two thirds as long where the compiler does not optimise their code. It does for
+files with `OPTIMIZE = True`, whose bounds or models need it, and for all with
+JAX_DISABLE_MOST_OPTIMIZATIONS=0.
+
+Every compiled program takes some of the memory maps that the kernel grants a
+process; beyond the limit (65,530 on Linux as it comes) the next compilation
+aborts it.
 """
 
 from __future__ import annotations
 
 import gc
+import os
 import pathlib
 import sys
 
 import pytest
+
+os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 
 _MAPS = pathlib.Path('/proc/self/maps')
 _MOST = 25_000
@@ -18,6 +27,22 @@ _MOST = 25_000
 
 def _count() -> int:
   return _MAPS.read_bytes().count(b'\n') if _MAPS.exists() else 0
+
+
+@pytest.fixture(autouse=True, scope='module')
+def optimization(request):
+  """Lets the compiler optimise what a file asks for it."""
+  if not getattr(request.module, 'OPTIMIZE', False):
+    yield
+    return
+  jax, option = sys.modules['jax'], 'jax_disable_most_optimizations'
+  before = jax.config.read(option)
+  # Programs of other files must not be found again, nor these by them.
+  jax.clear_caches()
+  jax.config.update(option, False)
+  yield
+  jax.clear_caches()
+  jax.config.update(option, before)
 
 
 @pytest.fixture(autouse=True, scope='module')

@@ -35,14 +35,6 @@ SAMPLED = Decoding(
 )
 
 
-def setUpModule():
-  jax.config.update('jax_disable_most_optimizations', True)
-
-
-def tearDownModule():
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def low_rank(spec, edits=3):
   rng = np.random.default_rng(0)
   draw = lambda width: jnp.asarray(

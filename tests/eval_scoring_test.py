@@ -158,6 +158,20 @@ class ScoreTest(parameterized.TestCase):
     scoring.score(spec, params, UNEDITED, second, batch_size=8)
     self.assertEqual(scoring._score._cache_size(), size)
 
+  @parameterized.parameters((8, 1), (400, 2))
+  def test_a_further_program_is_worth_its_columns(self, short, programs):
+    # A spec that no other test has compiled for.
+    spec = models.tiny_spec('llama', layers=2, max_positions=100 + programs)
+    params = models.random_params(spec, 0)
+    long = [scoring.Row((5,) * 15, ((6,), (7, 8)))] * 8
+    rows = long + [scoring.Row((5,) * 7, ((6, 7, 8),))] * short
+    size = scoring._score._cache_size()
+    scored = scoring.score(spec, params, UNEDITED, rows, batch_size=8)
+    self.assertEqual(scoring._score._cache_size(), size + programs)
+    alone = scoring.score(spec, params, UNEDITED, rows[7:9], batch_size=1)
+    for a, b in zip(scored[7] + scored[8], alone[0] + alone[1], strict=True):
+      self.assertAlmostEqual(a.nll, b.nll, delta=1e-5)
+
   def test_one_token_answers_need_no_column(self):
     row = scoring.Row((1, 2, 3), ((4,), (5,), (6, 7)))
     self.assertEqual(row.columns, 4)

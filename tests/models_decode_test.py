@@ -23,14 +23,8 @@ SIZES = (4, 8, 1, 6, 2)
 
 
 def setUpModule():
-  # Tiny programs take longer to compile than to run.
-  jax.config.update('jax_disable_most_optimizations', True)
   # On busy cores torch's threads wait for each other, seconds in all.
   torch.set_num_threads(1)
-
-
-def tearDownModule():
-  jax.config.update('jax_disable_most_optimizations', False)
 
 
 def prompts_of(sizes, seed=0):

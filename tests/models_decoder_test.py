@@ -36,15 +36,6 @@ PADDING = (0, 4, 2)
 WIDTH = 9
 
 
-def setUpModule():
-  # Tiny programs take longer to compile than to run.
-  jax.config.update('jax_disable_most_optimizations', True)
-
-
-def tearDownModule():
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def keep(layer, site, x):
   """Intervenes nowhere."""
   del layer, site

@@ -19,6 +19,7 @@ from jaxedit import testing
 from jaxedit.models import decode, decoder, loading
 from jaxedit.models import tokenizer as tokenizer_lib
 
+OPTIMIZE = True  # see conftest
 SENTENCES = (
     'The lighthouse on the northern cape was built in 1871.',
     'Copper conducts heat better than iron does.',

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
-import jax
 import numpy as np
 import tiny_model
 from absl import flags
@@ -94,10 +93,6 @@ class Setup:
     self.stack.enter_context(
         mock.patch.dict(os.environ, {'JAXEDIT_CACHE': str(self.cache)})
     )
-    # Compiling takes most of the time, the numbers are the same.
-    option = 'jax_disable_most_optimizations'
-    self.stack.callback(jax.config.update, option, jax.config.read(option))
-    jax.config.update(option, True)
     self._numbers = itertools.count()
     self.model = tiny_model.make(self.folder / 'tiny', **options)
 

@@ -53,15 +53,6 @@ LENGTHS = ((12, 4, 5), (1, 0, 1), (3, 0, 3))
 SOME = (kinds.attention(3),)
 
 
-def setUpModule():
-  # The arrays are tiny: compilation takes longer than all runs.
-  jax.config.update('jax_disable_most_optimizations', True)
-
-
-def tearDownModule():
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 @functools.cache
 def model(family: str) -> naive_oracle.Pair:
   pair = naive_oracle.pair(family, **CHANGES[family])
@@ -325,7 +316,10 @@ class SmolLm2Test(absltest.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    jax.config.update('jax_disable_most_optimizations', False)
+    # A real model takes longer to run than to compile.
+    option = 'jax_disable_most_optimizations'
+    cls.addClassCleanup(jax.config.update, option, jax.config.read(option))
+    jax.config.update(option, False)
     folder = testing.demo_model()
     facts = testing.data_path('known_facts.jsonl').read_text().splitlines()
     # Of one padded width: each has programs of its own.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import naive_oracle
 import numpy as np
 import torch
@@ -11,14 +10,6 @@ from absl.testing import absltest, parameterized
 from jaxedit.trace import reach
 
 PUSHES, SIZE = 3, 0.7
-
-
-def setUpModule():
-  jax.config.update('jax_disable_most_optimizations', True)
-
-
-def tearDownModule():
-  jax.config.update('jax_disable_most_optimizations', False)
 
 
 def naive(model, text, layer, draw):

@@ -25,6 +25,7 @@ from jaxedit.testing import facts
 from jaxedit.text import batching, chat, chunking, rooms
 from jaxedit.text import passages as text_passages
 
+OPTIMIZE = True  # see conftest
 PLAIN = values.Schedule(
     steps=4, rate=0.3, decay=0.5, clamp=5.0, kl=0.0625, threshold=0.0
 )

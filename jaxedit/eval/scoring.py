@@ -59,10 +59,10 @@ _SCORED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512, 1024)
 _ROWS = tuple(2**i for i in range(16))
 # Rows of wide batches are fewer: attention needs B T T numbers.
 _FULL_WIDTH = 128
-# What a batch costs besides its columns, in columns: weights are read once
-# more, and one shape more may have to be compiled. On 1,000 records of
-# CounterFact 256 gives 6 shapes and 21 % padding, 32 gives 9 shapes and 18 %.
-_BATCH_COST = 256
+# What a batch costs besides its columns, in columns: weights are read once more.
+_BATCH_COST = 128
+# What a further shape costs, in columns: it may have to be compiled.
+_SHAPE_COST = 512
 # Scored columns whose logits exist at one time.
 _HEAD_ROWS = 1024
 
@@ -216,9 +216,12 @@ def score(
 
   with progress('score', len(rows), 'prompt') as advance:
     waiting = None
-    for chosen, shape in _cut(rows, batch_size):
+    for chosen, shape, scored in _cut(rows, batch_size):
       batch = _lay_out(
-          [rows[i] for i in chosen], [owner[i] for i in chosen], shape
+          [rows[i] for i in chosen],
+          [owner[i] for i in chosen],
+          shape=shape,
+          scored=scored,
       )
       # This batch is under way while the results of the last one are read.
       out = _score(spec, params, (edited, stack), batch)
@@ -307,45 +310,57 @@ def _score(
 
 def _cut(
     rows: Sequence[Row], batch_size: int
-) -> Iterator[tuple[list[int], tuple[int, int]]]:
+) -> list[tuple[list[int], tuple[int, int], int]]:
   """Cuts the rows into batches, the widest first, at the least cost.
 
   A batch has the full number of rows for its width or a quarter of it, so that
-  a few long rows do not widen a batch of short ones. Which cuts are cheapest
-  follows backwards from the last row.
+  a few long rows do not widen a batch of short ones. It is as wide as its rows
+  need, or as the batch before it, whose shape is at hand.
 
-  Yields:
-    (which rows, [B, T]); B may be more than the rows are.
+  Returns:
+    (which rows, [B, T], scored columns a row) of every batch; B may be more
+    than the rows are, and batches of one shape score as many columns.
   """
   order = sorted(range(len(rows)), key=lambda i: -rows[i].columns)
   most = round_up(max(1, min(batch_size, len(rows))), _ROWS)
-  # From each row on: cost in columns, number of rows and width of its batch.
-  plan = [(0, 0, 0)] * (len(order) + 1)
-  for first in reversed(range(len(order))):
-    width = round_up(rows[order[first]].columns, _WIDTHS)
+
+  def counts(width: int) -> set[int]:
     full = max(1, min(most, most * _FULL_WIDTH // width))
     full = 1 << (full.bit_length() - 1)
-    plan[first] = min(
-        (
-            count * width
-            + _BATCH_COST
-            + plan[min(first + count, len(order))][0],
-            count,
-            width,
-        )
-        for count in {full, max(1, full // 4)}
-    )
-  first = 0
-  while first < len(order):
-    _, count, width = plan[first]
-    yield order[first : first + count], (count, width)
-    first += count
+    return {full, max(1, full // 4)}
+
+  # Row reached -> last shape -> the cheapest way there: its cost in columns, and
+  # its batches, the last one first.
+  ways = {0: {(0, 0): (0, None)}}
+  while (first := min(ways)) < len(order):
+    own = round_up(rows[order[first]].columns, _WIDTHS)
+    for last, (cost, path) in ways.pop(first).items():
+      for width in {own, max(own, last[1])}:
+        for shape in ((count, width) for count in counts(width)):
+          total = cost + shape[0] * width + _BATCH_COST
+          total += _SHAPE_COST * (shape != last)
+          end = min(first + shape[0], len(order))
+          known = ways.setdefault(end, {})
+          if shape not in known or total < known[shape][0]:
+            known[shape] = total, (path, order[first:end], shape)
+  _, path = min(ways[len(order)].values(), key=lambda way: way[0])
+  batches, scored = [], {}
+  while path is not None:
+    path, chosen, shape = path
+    batches.append((chosen, shape))
+    need = -(-sum(rows[i].scored for i in chosen) // shape[0])
+    scored[shape] = max(scored.get(shape, 1), round_up(need, _SCORED))
+  return [(*batch, scored[batch[1]]) for batch in reversed(batches)]
 
 
 def _lay_out(
-    rows: Sequence[Row], owner: Sequence[int], shape: tuple[int, int]
+    rows: Sequence[Row],
+    owner: Sequence[int],
+    *,
+    shape: tuple[int, int],
+    scored: int,
 ) -> _Batch:
-  """Writes rows into arrays of [B, T] = shape."""
+  """Writes rows into arrays of [B, T] = shape, with B `scored` labels."""
   tokens, position, segment = np.zeros((3, *shape), np.int32)
   index: list[int] = []
   labels: list[int] = []
@@ -363,7 +378,7 @@ def _lay_out(
       own = range(r * shape[1] + begin, r * shape[1] + end)
       index += [r * shape[1] + length - 1, *own]
       labels += answer
-  chunks = _chunks(shape[0], round_up(-(-len(index) // shape[0]), _SCORED))
+  chunks = _chunks(shape[0], scored)
   spare = [0] * (chunks[0] * chunks[1] - len(index))
   return _Batch(
       tokens,

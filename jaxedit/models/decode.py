@@ -42,7 +42,7 @@ _STREAMS = 2**31
 
 # Columns of a batch of prompts and of a cache, and rows of the first batch; each
 # is another program.
-_WIDTHS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+_WIDTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _CACHES = tuple(width for width in _WIDTHS if width >= 64)
 _ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
 # A batch is not halved below this: reading the weights is what it costs then.
