@@ -266,6 +266,7 @@ class InvarianceTest(parameterized.TestCase):
       self.assertGreater(len(set(want.steps.tolist())), 1)
       self.assertEqual(want.z.dtype, np.float64)
       for shape in (
+          dict(slots=1),
           dict(slots=2, share=False, widths=(3, 5)),
           dict(slots=None, places=24),
       ):
