@@ -2,7 +2,7 @@
 
 Most of their time goes into compiling small programs that run once, which takes
 two thirds as long where the compiler does not optimise their code. It does for
-files with `OPTIMIZE = True`, whose bounds or models need it, and for all with
+classes with `OPTIMIZE = True`, whose bounds or models need it, and for all with
 JAX_DISABLE_MOST_OPTIMIZATIONS=0.
 
 Every compiled program takes some of the memory maps that the kernel grants a
@@ -29,15 +29,15 @@ def _count() -> int:
   return _MAPS.read_bytes().count(b'\n') if _MAPS.exists() else 0
 
 
-@pytest.fixture(autouse=True, scope='module')
+@pytest.fixture(autouse=True, scope='class')
 def optimization(request):
-  """Lets the compiler optimise what a file asks for it."""
-  if not getattr(request.module, 'OPTIMIZE', False):
+  """Lets the compiler optimise what a class asks for it."""
+  if not getattr(request.cls, 'OPTIMIZE', False):
     yield
     return
   jax, option = sys.modules['jax'], 'jax_disable_most_optimizations'
   before = jax.config.read(option)
-  # Programs of other files must not be found again, nor these by them.
+  # Programs of other classes must not be found again, nor these by them.
   jax.clear_caches()
   jax.config.update(option, False)
   yield

@@ -19,7 +19,6 @@ from jaxedit import testing
 from jaxedit.models import decode, decoder, loading
 from jaxedit.models import tokenizer as tokenizer_lib
 
-OPTIMIZE = True  # see conftest
 SENTENCES = (
     'The lighthouse on the northern cape was built in 1871.',
     'Copper conducts heat better than iron does.',
@@ -73,6 +72,7 @@ def padded(rows, left=False):
 
 
 class SmolLm2Test(absltest.TestCase):
+  OPTIMIZE = True  # see conftest
 
   @classmethod
   def setUpClass(cls):

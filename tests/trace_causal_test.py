@@ -313,13 +313,11 @@ class RefusalTest(parameterized.TestCase):
 class SmolLm2Test(absltest.TestCase):
   """Real facts in a real model: 30 layers, windows of 10."""
 
+  OPTIMIZE = True  # see conftest
+
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    # A real model takes longer to run than to compile.
-    option = 'jax_disable_most_optimizations'
-    cls.addClassCleanup(jax.config.update, option, jax.config.read(option))
-    jax.config.update(option, False)
     folder = testing.demo_model()
     facts = testing.data_path('known_facts.jsonl').read_text().splitlines()
     # Of one padded width: each has programs of its own.

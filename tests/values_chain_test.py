@@ -25,7 +25,6 @@ from jaxedit.testing import facts
 from jaxedit.text import batching, chat, chunking, rooms
 from jaxedit.text import passages as text_passages
 
-OPTIMIZE = True  # see conftest
 PLAIN = values.Schedule(
     steps=4, rate=0.3, decay=0.5, clamp=5.0, kl=0.0625, threshold=0.0
 )
@@ -113,6 +112,7 @@ class ChunksTest(parameterized.TestCase):
 
 
 class OracleCase(parameterized.TestCase):
+  OPTIMIZE = True  # see conftest
 
   def _check(self, got, want, tolerance=1e-5):
     self.assertLen(got, len(want))
