@@ -86,7 +86,10 @@ class Norm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    size = (x.shape[-1],)
+    size, shape = (x.shape[-1],), x.shape
+    # One axis of tokens: with one of length 1 before it, XLA's sums of products
+    # (in the backward pass) take seven times as long on a CPU.
+    x = x.reshape(-1, *size)
     scale = self.param('scale', nn.initializers.ones, size)
     if self.spec.norm == 'layer':
       x = x - jnp.mean(x, axis=-1, keepdims=True)
@@ -94,7 +97,7 @@ class Norm(nn.Module):
     x = x * jax.lax.rsqrt(variance + self.spec.norm_eps) * scale
     if self.spec.norm == 'layer':
       x = x + self.param('bias', nn.initializers.zeros, size)
-    return x.astype(wide(scale.dtype))
+    return x.reshape(shape).astype(wide(scale.dtype))
 
 
 class Linear(nn.Module):
@@ -121,20 +124,21 @@ class Linear(nn.Module):
     return y if delta is None else y + change(x, delta, rows)
 
 
-def rotate(x: Array, angles: Array, style: str) -> Array:
+def rotate(x: Array, turn: tuple[Array, Array], style: str) -> Array:
   """Rotates the leading part of every head by its position.
 
   Args:
     x: [B, T, heads, H].
-    angles: [B, T, R / 2] radians, R the rotated part of a head.
+    turn: cosines and sines of the angles, each [B, T, R / 2], R the rotated
+      part of a head.
     style: 'half' or 'interleaved'.
 
   Returns:
     [B, T, heads, H], in the dtype of x.
   """
-  size = 2 * angles.shape[-1]
-  cos, sin = (f(angles)[:, :, None, :] for f in (jnp.cos, jnp.sin))
-  part = x[..., :size].astype(angles.dtype)
+  cos, sin = (part[:, :, None, :] for part in turn)
+  size = 2 * cos.shape[-1]
+  part = x[..., :size].astype(cos.dtype)
   if style == 'half':
     a, b = jnp.split(part, 2, axis=-1)
     turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
@@ -186,13 +190,15 @@ class Sight(NamedTuple):
 
   Attributes:
     mask: [R, Q, P + T] bool, which keys a query sees.
-    angles: [B, T, rotated / 2] rotary angles of the activations, or None.
+    turn: cosines and sines of the activations' rotary angles, each [B, T,
+      rotated / 2], or None. They are the same in all layers, and a layer would
+      work them out anew for every head.
     rows: how activations [1, N, ...] form rows; None if they are rows already.
     keep: places to go on with; None for all.
   """
 
   mask: Array
-  angles: Array | None
+  turn: tuple[Array, Array] | None
   rows: Ragged | None = None
   keep: Keep | None = None
 
@@ -296,12 +302,12 @@ class _Attention(nn.Module):
 
     q = project('q', spec.heads, x)
     k, v = (project(name, spec.kv_heads, context) for name in ('k', 'v'))
-    if sight.angles is not None:
-      angles = sight.angles
-      k = rotate(k, angles, spec.rotary)
-      q = rotate(
-          q, angles if keep is None else ragged.take(angles, keep), spec.rotary
-      )
+    if sight.turn is not None:
+      asked = sight.turn
+      if keep is not None:
+        asked = tuple(ragged.take(part, keep) for part in asked)
+      q = rotate(q, asked, spec.rotary)
+      k = rotate(k, sight.turn, spec.rotary)
     # Keys and values are stored, and contracted, in the dtype of the weights.
     store = self.variables['params']['k']['kernel'].dtype
     kv = (k.astype(store), v.astype(store))

@@ -109,12 +109,15 @@ def rope_frequencies(
   return freq * (kept + (1 - kept) / scaling.factor)
 
 
-def _angles(spec: ModelSpec, position: Array, dtype: Any) -> Array | None:
-  """[B, T, R / 2] rotary angles, or None for a model without them."""
+def _turn(
+    spec: ModelSpec, position: Array, dtype: Any
+) -> tuple[Array, Array] | None:
+  """Cosines and sines [B, T, R / 2] of rotary angles; None without them."""
   if spec.rotary == 'none':
     return None
   freq = rope_frequencies(spec.rotary_size, spec.rope_theta, spec.rope_scaling)
-  return position[..., None].astype(dtype) * jnp.asarray(freq, dtype)
+  angles = position[..., None].astype(dtype) * jnp.asarray(freq, dtype)
+  return jnp.cos(angles), jnp.sin(angles)
 
 
 def _row_columns(columns: Columns | Ragged) -> Columns:
@@ -146,7 +149,7 @@ def _sight(
     mask = jnp.concatenate([before, mask], axis=-1)
   return Sight(
       mask=mask,
-      angles=_angles(spec, _positions(columns), dtype),
+      turn=_turn(spec, _positions(columns), dtype),
       rows=columns if isinstance(columns, Ragged) else None,
       keep=keep,
   )
