@@ -17,7 +17,8 @@ from jaxedit import delta as delta_lib
 from jaxedit import values
 from jaxedit.edit.base import Info
 from jaxedit.eval import harness, perplexity
-from jaxedit.types import Edited, InputError, Progress
+from jaxedit.models.blocks import wide
+from jaxedit.types import Edited, InputError, Params, Progress
 
 _PERPLEXITY_ROW = 512  # tokens a window
 
@@ -45,11 +46,17 @@ def judge(
   """
 
   def call(edited: Edited, records: Sequence[Any], base: Any, **more: Any):
-    model, words = bench.model, bench.tokenizer
+    params, edited = _settled(bench, edited)
     return evaluate(
-        model.spec, model.params, edited, records, words, base=base, seed=seed,
+        bench.model.spec,
+        params,
+        edited,
+        records,
+        bench.tokenizer,
+        base=base,
+        seed=seed,
         **more,
-    )  # fmt: skip
+    )
 
   if outcome is None:
     return call(Edited(), bench.records, base)
@@ -68,6 +75,20 @@ def judge(
       for batch, indices in enumerate(bench.batches())
   ]
   return harness.join(parts, seed=seed)
+
+
+def _settled(bench: Workbench, edited: Edited) -> tuple[Params, Edited]:
+  """The weights and the change under which an edited model is judged.
+
+  Weights of f32 or wider take the change, and the edited model runs through the
+  programs of the unedited one. Narrower ones would round it, so there it is
+  added as the layers run.
+  """
+  params = bench.model.params
+  dtype = params['embed']['embedding'].dtype
+  if dtype != wide(dtype):
+    return params, edited
+  return delta_lib.apply(params, edited), edited.replace(deltas=())
 
 
 def knowledge(
@@ -119,10 +140,11 @@ def read_perplexity(
     raise InputError(
         f'{path}: cannot be read as UTF-8 text ({e}); name a plain text'
     ) from None
+  params, edited = _settled(bench, outcome.edited if outcome else Edited())
   found = perplexity.perplexity(
       bench.model.spec,
-      bench.model.params,
-      outcome.edited if outcome else Edited(),
+      params,
+      edited,
       [text],
       bench.tokenizer,
       row_tokens=min(_PERPLEXITY_ROW, bench.model.spec.max_positions),
