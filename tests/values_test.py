@@ -324,12 +324,21 @@ class InvarianceTest(parameterized.TestCase):
 
 class MemoryTest(absltest.TestCase):
 
-  def places(self, memory=None, free=None):
+  def places(self, memory=None, free=None, count=200, batch=None):
     pair = model('llama')
-    some = facts.random_edits(200, seed=5, contexts=2)
+    some = facts.random_edits(count, seed=5, contexts=2)
     with mock.patch.object(frames, '_free_bytes', lambda device: free):
-      frame = values.frame_for(pair.spec, pair.params, some, memory=memory)
+      frame = values.frame_for(
+          pair.spec, pair.params, some, batch=batch, memory=memory
+      )
     return frame.rooms[0].places
+
+  def test_many_edits_have_a_larger_room(self):
+    few, many = self.places(count=40), self.places(count=400)
+    self.assertLess(few, 400)
+    self.assertGreater(many, 400)
+    # It is the edits of one batch that fill a room.
+    self.assertLess(self.places(count=400, batch=40), 400)
 
   def test_rooms_fit_what_is_given(self):
     params = jax.tree.leaves(model('llama').params)

@@ -15,8 +15,11 @@ from jaxedit.text.rooms import Frame
 from jaxedit.types import Params
 
 # Suffix tokens that keep the matrix units busy; more only lengthen the tail in
-# which the last edits leave places empty.
+# which the last edits leave places empty. A CPU copies each layer's weights once
+# a step, which larger rooms make up for where edits fill them so many times.
 _PLACES_CPU = 256
+_PLACES_CPU_MANY = 512
+_ROUNDS = 4
 _PLACES_ACCELERATOR = 2048
 _PLACES_LEAST = 16
 # Of the free memory, what the optimiser may plan with.
@@ -48,7 +51,9 @@ def frame_for(
     The frame.
   """
   device = jax.devices()[0]
-  places = _PLACES_CPU if device.platform == 'cpu' else _PLACES_ACCELERATOR
+  places = _PLACES_ACCELERATOR
+  if device.platform == 'cpu':
+    places = _cpu_places(edits, min(batch or len(edits), len(edits)))
   free = [_free_bytes(device)]
   if memory is not None:
     free.append(memory - sum(x.nbytes for x in jax.tree.leaves(params)))
@@ -59,6 +64,13 @@ def frame_for(
     # A power of two, so that a little more or less memory changes no shape.
     places = min(places, 2 ** int(np.log2(room)))
   return rooms.frame(edits, slots=slots, batch=batch, places=places)
+
+
+def _cpu_places(edits: Sequence[EncodedEdit], batch: int) -> int:
+  """Places of a CPU's room, for batches of that many of the edits."""
+  load = sum(int(rooms.edit_load(edit)[0]) for edit in edits)
+  fills = load * batch >= len(edits) * _ROUNDS * _PLACES_CPU_MANY
+  return _PLACES_CPU_MANY if edits and fills else _PLACES_CPU
 
 
 def _place_bytes(spec: ModelSpec, params: Params) -> int:
