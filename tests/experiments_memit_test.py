@@ -9,8 +9,10 @@ import os
 import pathlib
 import shutil
 import struct
+import types
 from unittest import mock
 
+import chex
 import jax
 import numpy as np
 import programs
@@ -344,6 +346,33 @@ class DeltaTest(Case):
     for name, value in one['metrics'].items():
       self.assertAlmostEqual(value, other['metrics'][name], delta=1e-3)
     self.assertEqual(one.get('text'), other.get('text'))
+
+
+class JudgeTest(parameterized.TestCase):
+  """What a change is judged under; the evaluation gives its arguments back."""
+
+  def judge(self, dtype):
+    model = loading.load_model(SETUP.model, dtype)
+    outcome = editing.Outcome(
+        delta.load(SETUP.whole.folder / 'delta.safetensors')[0], None, None
+    )
+    bench = types.SimpleNamespace(
+        model=model, tokenizer=None, records=[], each=False
+    )
+    _, params, edited, *_ = judging.judge(
+        bench, outcome, None, evaluate=lambda *args, **_: args, seed=0
+    )
+    return model.params, outcome.edited, params, edited
+
+  def test_f32_takes_the_change(self):
+    base, change, params, edited = self.judge('float32')
+    self.assertEqual(edited.deltas, ())
+    chex.assert_trees_all_equal(params, delta.apply(base, change))
+
+  def test_bfloat16_would_round_it(self):
+    base, change, params, edited = self.judge('bfloat16')
+    self.assertIs(edited, change)
+    self.assertIs(params, base)
 
 
 class SavedModelTest(Case):
