@@ -70,7 +70,7 @@ def _cpu_places(edits: Sequence[EncodedEdit], batch: int) -> int:
   """Places of a CPU's room, for batches of that many of the edits."""
   load = sum(int(rooms.edit_load(edit)[0]) for edit in edits)
   fills = load * batch >= len(edits) * _ROUNDS * _PLACES_CPU_MANY
-  return _PLACES_CPU_MANY if edits and fills else _PLACES_CPU
+  return _PLACES_CPU_MANY if fills else _PLACES_CPU
 
 
 def _place_bytes(spec: ModelSpec, params: Params) -> int:
