@@ -122,8 +122,8 @@ class KV:
   """Keys and values of earlier columns for a run of layers.
 
   Attributes:
-    key: [n, B, P, G, H] rotated keys of n consecutive layers.
-    value: [n, B, P, G, H].
+    key: [n, B, G, P, H] rotated keys of n consecutive layers.
+    value: [n, B, G, P, H].
     columns: the P columns they stand for.
   """
 
@@ -200,7 +200,7 @@ class Tap:
 
   Attributes:
     site: 'block', 'attn', 'mlp' (outputs, [B, T, D]), 'kv' (keys and values,
-      a pair of [B, T, G, H]), or the path of a linear map, e.g. 'mlp/down' (its
+      a pair of [B, G, T, H]), or the path of a linear map, e.g. 'mlp/down' (its
       input, [B, T, F]).
     layers: layers to observe.
     read: reduces the activation before it is stacked over layers, e.g. picks

@@ -76,7 +76,7 @@ def oracle_attention(spec, leaf, x, seen):
       for name in 'qkv'
   )
   q, k = oracle_rotary(spec, q), oracle_rotary(spec, k)
-  seen['kv'] = k, v
+  seen['kv'] = np.moveaxis(k, 1, 0), np.moveaxis(v, 1, 0)
   ago = np.arange(size)[:, None] - np.arange(size)
   hidden = (ago < 0) | (ago >= (spec.window or size))
   heads = []
@@ -173,8 +173,8 @@ def run_part(spec, params, h, columns, layers, prefix=None, deltas=()):
 def cut(kv, first, end):
   """Some columns of a `KV`."""
   return KV(
-      kv.key[:, :, first:end],
-      kv.value[:, :, first:end],
+      kv.key[..., first:end, :],
+      kv.value[..., first:end, :],
       some(kv.columns, slice(first, end)),
   )
 
@@ -289,7 +289,8 @@ class OracleTest(DecoderTestCase):
       _, layers = oracle(spec, params, self.text(row))
       for (site, observed), reading in zip(sites.items(), readings):
         for i, layer in enumerate(observed):
-          ours = jax.tree.map(lambda x: x[i, row, left:], reading)
+          own = lambda x: x[i, row][..., left:, :]
+          ours = jax.tree.map(own, reading)
           jax.tree.map(self.assert_same, ours, layers[layer][site])
 
   @parameterized.parameters('gptj', 'qwen2')  # with a head bias, and tied
@@ -535,7 +536,9 @@ class ColumnsTest(DecoderTestCase):
       for row, left in enumerate(PADDING):
         first = max(split, left)
         self.assert_same(part[row, first:], whole[row, first:])
-        self.assert_same(own.value[:, row, first:], kv.value[:, row, first:])
+        self.assert_same(
+            own.value[:, row, :, first:], kv.value[:, row, :, first:]
+        )
 
   @parameterized.parameters(('llama', 1), ('gpt2', 5))
   def test_prefix_under_changes(self, family, split):
@@ -552,7 +555,9 @@ class ColumnsTest(DecoderTestCase):
     )
     seen = suffix.segment > 0
     self.assert_same(part[seen], whole[:, split:][seen])
-    self.assert_same(own.key[:, seen], kv.key[:, :, split:][:, seen])
+    ours, wanted = own.key, kv.key[..., split:, :]
+    by_column = lambda x: np.moveaxis(x, 3, 2)[:, seen]
+    self.assert_same(by_column(ours), by_column(wanted))
 
   @parameterized.parameters('mistral', 'gptj', 'gpt2')
   def test_packed_texts_and_branches(self, family):

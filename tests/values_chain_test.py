@@ -137,11 +137,16 @@ class OracleCase(parameterized.TestCase):
 
 class OracleTest(OracleCase):
 
-  @parameterized.product(
-      case=[('llama', 2), ('gptj', 1)], kind=['three', 'overlap', 'mixed']
+  # One of Llama's edits whose chunks all overlap amplifies rounding past what
+  # f32 is held to; all of them are compared in f64 below, and one in 'mixed'.
+  @parameterized.parameters(
+      ('llama', 2, 'three'),
+      ('llama', 2, 'mixed'),
+      ('gptj', 1, 'three'),
+      ('gptj', 1, 'overlap'),
+      ('gptj', 1, 'mixed'),
   )
-  def test_chunks(self, case, kind):
-    family, contexts = case
+  def test_chunks(self, family, contexts, kind):
     got = run(naive_oracle.pair(family), edits(kind, contexts), frame(contexts))
     self._check(got, naive(family, kind, contexts))
 
@@ -224,8 +229,9 @@ class OracleTest(OracleCase):
     self.assertEqual(got[0].z.dtype, np.float64)
     self._check(got, want, 1e-8)
 
-  def test_f64_with_a_kl_row(self):
-    self._check_in_f64(edits('mixed', 2, True), frame(2, True))
+  @parameterized.parameters('mixed', 'overlap')
+  def test_f64_with_a_kl_row(self, kind):
+    self._check_in_f64(edits(kind, 2, True), frame(2, True))
 
   def test_f64_with_a_tail_shorter_than_the_overlap_and_a_single_token(self):
     lengths = (6, 1, 4)

@@ -68,7 +68,7 @@ class _Trunk(NamedTuple):
 
   at: Array | _Halted  # [B, s, D]
   columns: Columns  # [B, s]
-  kv: tuple[Array, Array] | None = None  # of the layer at hand, [B, s, G, H]
+  kv: tuple[Array, Array] | None = None  # of the layer at hand, [B, G, s, H]
 
 
 def _prefix(

@@ -159,30 +159,35 @@ def attend(
 ) -> Array:
   """Grouped-query attention over prefix and own columns, without joining them.
 
+  Columns are the last axis but one, so that every product is one of plain
+  matrices: a CPU runs others at a third of the rate.
+
   Args:
-    q: [B, T, N, H].
-    kv: keys and values of the own columns, each [B, T, G, H].
-    prefix: keys and values of P earlier columns, each [B, P, G, H], or None.
+    q: [B, G, T, n * H], the n queries of a group side by side.
+    kv: keys and values of the own columns, each [B, G, T, H].
+    prefix: keys and values of P earlier columns, each [B, G, P, H], or None.
     mask: [B, T, P + T] bool, True where a query may look.
     scale: factor on the logits.
 
   Returns:
-    [B, T, N * H] in f32 or wider.
+    [B, G, T, n * H] in f32 or wider.
   """
-  batch, columns, _, size = q.shape
-  groups = kv[0].shape[2]
-  q = q.reshape(batch, columns, groups, -1, size) * scale
+  batch, groups, columns, _ = q.shape
+  size = kv[0].shape[-1]
+  q = q.reshape(batch, groups, -1, size) * scale
   parts = [kv] if prefix is None else [prefix, kv]
   logits = jnp.concatenate(
-      [einsum('btgnh,bsgh->bgnts', q, key) for key, _ in parts], axis=-1
+      [einsum('bgqh,bgsh->bgqs', q, key) for key, _ in parts], axis=-1
   )
-  weights = jax.nn.softmax(jnp.where(mask[:, None, None], logits, MASKED))
+  shape = (batch, groups, columns, -1, logits.shape[-1])
+  logits = jnp.where(mask[:, None, :, None], logits.reshape(shape), MASKED)
+  weights = jax.nn.softmax(logits).reshape(batch, groups, q.shape[2], -1)
   mixed, first = 0.0, 0
   for _, value in parts:
-    last = first + value.shape[1]
-    mixed += einsum('bgnts,bsgh->btgnh', weights[..., first:last], value)
+    last = first + value.shape[2]
+    mixed += einsum('bgqs,bgsh->bgqh', weights[..., first:last], value)
     first = last
-  return mixed.reshape(batch, columns, -1)
+  return mixed.reshape(batch, groups, columns, -1)
 
 
 class Sight(NamedTuple):
@@ -286,6 +291,14 @@ class _Recorder:
     return linear(x, self.deltas.get(site), self.rows)
 
 
+def _by_group(spec: ModelSpec, rows: Ragged | None, x: Array) -> Array:
+  """Lays heads [B, T, heads, H] out as [R, G, T, heads / G * H]."""
+  if rows is not None:
+    x = ragged.to_rows(rows, x.reshape(*x.shape[:2], -1))
+  x = x.reshape(*x.shape[:2], spec.kv_heads, -1)
+  return jnp.swapaxes(x, 1, 2)
+
+
 class _Attention(nn.Module):
   """Self-attention with rotary or no positions."""
 
@@ -310,14 +323,18 @@ class _Attention(nn.Module):
       k = rotate(k, sight.turn, spec.rotary)
     # Keys and values are stored, and contracted, in the dtype of the weights.
     store = self.variables['params']['k']['kernel'].dtype
-    kv = (k.astype(store), v.astype(store))
     asking = rows if keep is None else keep.rows
-    if rows is not None:
-      kv = tuple(ragged.to_rows(rows, y) for y in kv)
-      q = ragged.to_rows(asking, q)
+    kv = tuple(_by_group(spec, rows, y.astype(store)) for y in (k, v))
     run.seen['kv'] = kv
-    scale = spec.attn_scale or spec.head_size**-0.5
-    mixed = attend(q, kv, prefix, mask=sight.mask, scale=scale)
+    mixed = attend(
+        _by_group(spec, asking, q),
+        kv,
+        prefix,
+        mask=sight.mask,
+        scale=spec.attn_scale or spec.head_size**-0.5,
+    )
+    mixed = jnp.swapaxes(mixed, 1, 2)
+    mixed = mixed.reshape(*mixed.shape[:2], -1)
     if rows is not None:
       mixed = ragged.to_places(asking, mixed)
     out = Linear(spec.width, spec.out_bias, name='out')

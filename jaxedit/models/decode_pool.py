@@ -51,7 +51,7 @@ class Rows(NamedTuple):
 
 
 class Pool(NamedTuple):
-  """A batch: its texts, and keys and values of all layers, [L, B, P, G, H]."""
+  """A batch: its texts, and keys and values of all layers, [L, B, G, P, H]."""
 
   rows: Rows
   cache: tuple[Array, Array]
@@ -83,7 +83,7 @@ def empty(
     The batch.
   """
   dtype = params['layers']['attn']['k']['kernel'].dtype
-  shape = (spec.layers, rows, width, spec.kv_heads, spec.head_size)
+  shape = (spec.layers, rows, spec.kv_heads, width, spec.head_size)
   zeros = lambda: jnp.zeros(rows, jnp.int32)
   texts = Rows(
       token=zeros(),
@@ -214,10 +214,10 @@ def seat(pool: Pool, fresh: Pool, seats: Array) -> Pool:
   Returns:
     The batch.
   """
-  width = fresh.cache[0].shape[2]
+  width = fresh.cache[0].shape[3]
   put = lambda old, new: old.at[seats].set(new, mode='drop')
   cache = tuple(
-      old.at[:, seats, :width].set(new, mode='drop')
+      old.at[:, seats, :, :width].set(new, mode='drop')
       for old, new in zip(pool.cache, fresh.cache)
   )
   return Pool(jax.tree.map(put, pool.rows, fresh.rows), cache)
@@ -238,9 +238,9 @@ def resize(pool: Pool, kept: Array, width: int) -> Pool:
   take = functools.partial(jnp.take, indices=kept, mode='fill', fill_value=0)
 
   def columns(x: Array) -> Array:
-    x = take(x[:, :, :width], axis=1)
-    room = width - x.shape[2]
-    return jnp.pad(x, (*((0, 0),) * 2, (0, room), (0, 0), (0, 0)))
+    x = take(x[:, :, :, :width], axis=1)
+    room = width - x.shape[3]
+    return jnp.pad(x, (*((0, 0),) * 3, (0, room), (0, 0)))
 
   rows = jax.tree.map(functools.partial(take, axis=0), pool.rows)
   return Pool(rows, tuple(map(columns, pool.cache)))
@@ -269,7 +269,7 @@ def extend(
   Returns:
     (the batch, [B, segment] tokens, -1 where none).
   """
-  size, width = pool.cache[0].shape[1:3]
+  size, _, width = pool.cache[0].shape[1:4]
   run = _run(spec, params, call, pool.rows.owner)
   each, column = jnp.arange(size), jnp.arange(width, dtype=jnp.int32)
   column = jnp.broadcast_to(column, (size, width))
@@ -286,7 +286,7 @@ def extend(
     h = decoder.embed(spec, params, rows.token[:, None], own)
     h, (new,) = run(h, own, prefix=KV(*cache, before))
     cache = tuple(
-        old.at[:, each, rows.place].set(x[:, :, 0])
+        old.at[:, each, :, rows.place].set(jnp.swapaxes(x[:, :, :, 0], 0, 1))
         for old, x in zip(cache, new)
     )
     logits = decoder.logits(spec, params, h[:, 0])

@@ -186,8 +186,8 @@ def prefix_kv(
     return KV(key, value, rows)
   join = lambda x, y, axis: jnp.concatenate([x, y], axis=axis)
   return KV(
-      join(trunk.key, key, 2),
-      join(trunk.value, value, 2),
+      join(trunk.key, key, 3),
+      join(trunk.value, value, 3),
       jax.tree.map(lambda x, y: join(x, y, 1), trunk.columns, rows),
   )
 
@@ -215,7 +215,7 @@ def upper(
 
   Returns:
     ([1, K', D] output of the last block at scored places; keys and values
-    [U, R, W, G, H] or None).
+    [U, R, G, W, H] or None).
   """
   above = tuple(range(layer + 1, spec.layers))
   h, taps = decoder.run_layers(

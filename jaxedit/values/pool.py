@@ -63,7 +63,7 @@ def prepare(
   before = ragged.take(h, tile.left)
   kv = prefix_kv(spec, params, before, tile.left.rows, layer, trunk)
   if kv is None:
-    shape = (0, slots, rows, 1, spec.kv_heads, spec.head_size)
+    shape = (0, slots, rows, spec.kv_heads, 1, spec.head_size)
     empty = jnp.zeros(shape, params['embed']['embedding'].dtype)
     return Ready(h, empty, empty, parts)
   split = lambda x: x.reshape(len(x), slots, rows, *x.shape[2:])
@@ -91,7 +91,7 @@ def seat(
     part = jax.lax.dynamic_slice_in_dim(new, source, 1, axis=1)
     # Unseen columns too: what is not finite would come through a weight of 0.
     part = jnp.pad(
-        part, [(0, 0)] * 3 + [(0, old.shape[3] - part.shape[3])] + [(0, 0)] * 2
+        part, [(0, 0)] * 4 + [(0, old.shape[4] - part.shape[4])] + [(0, 0)]
     )
     return jax.lax.dynamic_update_slice(old, part, (0, slot, 0, 0, 0, 0))
 
@@ -125,12 +125,12 @@ def _move(pool: Pool, ready: Ready, slot: Array, move: Array) -> Pool:
 def extend(
     pool: Pool, kv: tuple[Array, Array], slot: Array, column: Array
 ) -> Pool:
-  """Appends a finished chunk's keys and values [U, R, W, G, H] to its rows."""
+  """Appends a finished chunk's keys and values [U, R, G, W, H] to its rows."""
 
   def put(old: Array, new: Array) -> Array:
     new = new.reshape(len(new), *old.shape[1:3], *new.shape[2:])
     part = jax.lax.dynamic_slice_in_dim(new, slot, 1, axis=1)
-    return jax.lax.dynamic_update_slice(old, part, (0, slot, 0, column, 0, 0))
+    return jax.lax.dynamic_update_slice(old, part, (0, slot, 0, 0, column, 0))
 
   return pool._replace(key=put(pool.key, kv[0]), value=put(pool.value, kv[1]))
 
@@ -147,7 +147,9 @@ def start(spec: ModelSpec, pool: Pool, seats: Seats, watch: bool) -> State:
   kl = seats.keep.index.shape[0] > seats.label.shape[0]
   kv = None
   if watch and len(pool.key):
-    shape = (len(pool.key), *seats.rows.index.shape, *pool.key.shape[4:])
+    rows, columns = seats.rows.index.shape
+    groups, size = pool.key.shape[3], pool.key.shape[5]
+    shape = (len(pool.key), rows, groups, columns, size)
     kv = (jnp.zeros(shape, pool.key.dtype),) * 2
   return State(
       delta=delta,

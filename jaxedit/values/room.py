@@ -129,8 +129,8 @@ class Run:
     weights = params['embed']['embedding'].dtype
     above = spec.layers - 1 - self._goal.layer
     columns = frame.shared + room.left[1] + room.grow if above else 1
-    shape = (above, room.slots, frame.rows, columns)
-    make = lambda: jnp.zeros((*shape, spec.kv_heads, spec.head_size), weights)
+    shape = (above, room.slots, frame.rows, spec.kv_heads, columns)
+    make = lambda: jnp.zeros((*shape, spec.head_size), weights)
     wide = lambda *shape: jnp.zeros([*shape, spec.width], decoder.wide(weights))
     base, parts = wide(1, room.places), None
     if self._goal.output != 'block':

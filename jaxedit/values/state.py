@@ -74,7 +74,7 @@ class Ready(NamedTuple):
   """A tile of edits with all that stays constant."""
 
   h: Array  # [1, N, D] residual leaving the layer
-  key: Array  # [U, E, R, P, G, H]
+  key: Array  # [U, E, R, G, P, H]
   value: Array
   parts: Parts | None  # [1, N, D]; None if the block's output is changed
 
@@ -83,7 +83,7 @@ class Pool(NamedTuple):
   """What the seated edits keep constant."""
 
   base: Array  # [1, N, D] residual leaving the layer
-  key: Array  # [U, E, R, P, G, H]
+  key: Array  # [U, E, R, G, P, H]
   value: Array
   parts: Parts | None  # [E, R, D] at the anchors
 
@@ -101,5 +101,5 @@ class State:
   finite: Array  # [E] bool
   eased: Array  # [E] bool, the likelihood weighs a tenth
   base: Array  # [E, V] unedited log-probabilities of the KL row, or [E, 0]
-  kv: tuple[Array, Array] | None  # [U, rows, W, G, H] of the last step
+  kv: tuple[Array, Array] | None  # [U, rows, G, W, H] of the last step
   ran: Array  # [] int32 steps of the room
