@@ -220,10 +220,14 @@ class InvarianceTest(parameterized.TestCase):
     return some, run
 
   @parameterized.parameters(False, True)
-  def test_the_last_edits_move_to_a_smaller_room(self, chunked):
+  def test_the_last_edits_move_to_smaller_rooms(self, chunked):
     some, run = self._long(9, chunked)
-    frame = rooms.frame(some, slots=6)
-    (got, work) = run(frame=frame)
+    frame = rooms.frame(some, slots=6, tails=2)
+    with mock.patch.object(pool, 'move', wraps=pool.move) as move:
+      got, work = run(frame=frame)
+    slots = [len(call.args[2]) for call in move.call_args_list]
+    # Chunked edits end one after the other, the others together.
+    self.assertEqual(slots, [4, 2] if chunked else [4])
     want, _ = run(frame=rooms.frame(some, slots=1))
     self.assertLess(work.computed, work.steps * frame.rooms[0].places)
     for a, b in zip(got, want):

@@ -54,6 +54,7 @@ class Room(NamedTuple):
     grow: columns for the chunks of an edit that are done.
     tile: (slots, places, width) of a tile of whole rows.
     left: (places, width) of a tile's columns left of the anchor.
+    tails: how often the last edits move to a smaller room.
   """
 
   limit: int
@@ -65,17 +66,19 @@ class Room(NamedTuple):
   grow: int
   tile: tuple[int, int, int]
   left: tuple[int, int]
+  tails: int
 
   @property
   def tail(self) -> Room | None:
-    """A smaller room, for the last edits; None if this one is small already."""
-    if self.slots < 2 * _TAIL:
+    """A smaller room, for the last edits; None if this one is small enough."""
+    if not self.tails or self.slots < 2 * _TAIL:
       return None
     places, scored = -(-self.places // _TAIL), -(-self.scored // _TAIL)
     return self._replace(
         slots=-(-self.slots // _TAIL),
         places=-(-places // 16) * 16,
         scored=-(-scored // 4) * 4,
+        tails=self.tails - 1,
     )
 
 
@@ -156,6 +159,7 @@ def frame(
     slots: int | None = None,
     batch: int | None = None,
     places: int = 128,
+    tails: int = 1,
     share: bool = True,
     widths: Sequence[int] = WIDTHS,
 ) -> Frame:
@@ -166,6 +170,8 @@ def frame(
     slots: edits optimised side by side; None for as many as fill `places`.
     batch: edits a batch at most; more slots than that are never made.
     places: suffix tokens optimised side by side where `slots` does not say.
+    tails: how often the last edits move to a smaller room, which compiles for
+      it.
     share: run what all edits share once. It must be off where edits differ in
       weights.
     widths: suffix lengths up to which edits share a room, ascending.
@@ -203,7 +209,7 @@ def frame(
     rest = [edit for edit in rest if _suffix(edit) > limit]
     if members:
       amount = (slots, places, min(batch or len(members), len(members)))
-      rooms.append(_room(members, trunk, limit, amount))
+      rooms.append(_room(members, trunk, limit, amount, tails))
   nothing = (np.zeros(0, np.int32),) * contexts
   most = min(batch or len(edits), len(edits))
   stages = sorted((edit.stages for edit in edits), reverse=True)
@@ -254,6 +260,7 @@ def _room(
     trunk: Sequence[np.ndarray],
     limit: int,
     amount: tuple[int | None, int, int],
+    tails: int,
 ) -> Room:
   """Chooses the shapes of a room for the edits that belong there."""
   slots, places, most = amount
@@ -286,6 +293,7 @@ def _room(
           max(1, _room_for(left, side)),
           round_up(max(1, *(cut for rows in spans for _, _, cut in rows))),
       ),
+      tails=tails,
   )
 
 

@@ -16,10 +16,11 @@ from jaxedit.types import Params
 
 # Suffix tokens that keep the matrix units busy; more only lengthen the tail in
 # which the last edits leave places empty. A CPU copies each layer's weights once
-# a step, which larger rooms make up for where edits fill them so many times.
+# a step; a larger room spreads that over more tokens, and a second, smaller tail
+# keeps its end short. Both pay where a batch fills the room so many times.
 _PLACES_CPU = 256
 _PLACES_CPU_MANY = 512
-_ROUNDS = 4
+_ROUNDS = 2
 _PLACES_ACCELERATOR = 2048
 _PLACES_LEAST = 16
 # Of the free memory, what the optimiser may plan with.
@@ -51,9 +52,10 @@ def frame_for(
     The frame.
   """
   device = jax.devices()[0]
-  places = _PLACES_ACCELERATOR
+  places, tails = _PLACES_ACCELERATOR, 1
   if device.platform == 'cpu':
-    places = _cpu_places(edits, min(batch or len(edits), len(edits)))
+    most = min(batch or len(edits), len(edits))
+    places, tails = _cpu_places(edits, most)
   free = [_free_bytes(device)]
   if memory is not None:
     free.append(memory - sum(x.nbytes for x in jax.tree.leaves(params)))
@@ -63,14 +65,16 @@ def frame_for(
     room = max(_PLACES_LEAST, int(share // _place_bytes(spec, params)))
     # A power of two, so that a little more or less memory changes no shape.
     places = min(places, 2 ** int(np.log2(room)))
-  return rooms.frame(edits, slots=slots, batch=batch, places=places)
+  return rooms.frame(
+      edits, slots=slots, batch=batch, places=places, tails=tails
+  )
 
 
-def _cpu_places(edits: Sequence[EncodedEdit], batch: int) -> int:
-  """Places of a CPU's room, for batches of that many of the edits."""
+def _cpu_places(edits: Sequence[EncodedEdit], batch: int) -> tuple[int, int]:
+  """(places, tails) of a CPU's room, for batches of that many of the edits."""
   load = sum(int(rooms.edit_load(edit)[0]) for edit in edits)
   fills = load * batch >= len(edits) * _ROUNDS * _PLACES_CPU_MANY
-  return _PLACES_CPU_MANY if fills else _PLACES_CPU
+  return (_PLACES_CPU_MANY, 2) if fills else (_PLACES_CPU, 1)
 
 
 def _place_bytes(spec: ModelSpec, params: Params) -> int:

@@ -112,7 +112,6 @@ class Run:
     self._frame, self._room, self._trunk = frame, room, trunk
     self._goal = goal
     self._chained = room.grow > 0
-    self._tail = room.tail
     self._exhausted = False
     self._seating = seating.Seating(frame, room)
     self._waiting: collections.deque[_Waiting] = collections.deque()
@@ -153,10 +152,12 @@ class Run:
       yield from self._step()
 
   def _move_out(self) -> None:
-    """Goes on in a smaller room as soon as the last edits fit there."""
-    if self._tail is None or self._state is None:
+    """Goes on in the smallest room where the last edits fit."""
+    if self._state is None:
       return
-    found = self._seating.shrink(self._tail)
+    found, room, tail = None, self._room, self._room.tail
+    while tail is not None and (fits := self._seating.shrink(tail)):
+      found, room, tail = fits, tail, tail.tail
     if found is None:
       return
     self._bank()
@@ -165,7 +166,7 @@ class Run:
     )
     now = {int(old): new for new, old in enumerate(found.slots)}
     self._seated = {now[slot]: who for slot, who in self._seated.items()}
-    self._seating, self._room, self._tail = found.seating, self._tail, None
+    self._seating, self._room = found.seating, room
     self._fresh = np.append(self._fresh, False)[found.slots]
 
   def _bank(self) -> None:
