@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import math
 import pathlib
+import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -86,6 +87,7 @@ def measure(
     moments_tokens: int | None = None,
     eval_rows: int = 64,
     max_new_tokens: int = 64,
+    ceiling_size: int | None = None,
     progress: Progress = silent,
 ) -> tuple[list[benchmark_stages.Stage], dict[str, Any] | None]:
   """Runs every stage.
@@ -100,6 +102,7 @@ def measure(
     moments_tokens: tokens to collect moments from as a whole; None not to.
     eval_rows: rows of a batch of evaluation.
     max_new_tokens: longest answer that is given to a passage.
+    ceiling_size: rows of the matrices whose rate is taken beside optimisation.
     progress: progress display.
 
   Returns:
@@ -128,12 +131,18 @@ def measure(
     merging = [benchmark_stages.Stage('merge', 'edit', len(setup.edits))]
   rival = benchmark_compare.build(setup, baseline) if baseline else None
   info = facts = None
+  pace = lambda: benchmark_stages.pace(
+      benchmark_stages.dtype_of(setup), ceiling_size
+  )
+  paces = []
   for turn in range(1 + repeat):
+    paces.append(pace())
     (edited, _, info), seconds = benchmark_stages.timed(
         lambda: edit(
             model.params, state, setup.edits, frame=frame, progress=progress
         )
     )
+    paces.append(pace())
     benchmark_stages.add_edit(setup, stages, info)
     for stage in merging:
       benchmark_stages.add_merge(setup, stage, edited, seconds)
@@ -143,6 +152,8 @@ def measure(
       rival.ours(state, info.targets, progress)
       if turn:  # torch compiles nothing
         rival.theirs(progress)
+  # The first call compiled.
+  stages['optimize'].more['pace'] = statistics.median(paces[2:] or paces)
   if rival:
     facts = rival.facts(state, info.targets, stages, progress=progress)
   stages = [*texts, factor, *stages.values(), *merging, judge.stage]
@@ -217,6 +228,7 @@ def main() -> None:
         moments_tokens=FLAGS.moments_tokens,
         eval_rows=FLAGS.eval_batch_size,
         max_new_tokens=FLAGS.max_new_tokens,
+        ceiling_size=FLAGS.ceiling_size,
         progress=bar,
     )
     # Whatever else the machine did, the ceiling is the most that it gave.

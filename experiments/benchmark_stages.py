@@ -35,6 +35,8 @@ from jaxedit.types import TRUNK, Edited, LowRank, Progress
 # Columns of the products that give the ceiling.
 _SIZES = {'cpu': 2048, 'gpu': 8192, 'tpu': 8192}
 _TRIES = 5
+# Seconds for which `pace` runs products, about.
+_PACE = 0.5
 # Tokens of a row of text; moments are collected from such rows.
 _TEXT = 512
 
@@ -126,7 +128,7 @@ def ceilings(size: int | None = None) -> dict[str, float]:
     of f32 may be rounded to TF32, 'tf32': FLOPs a second, the best of a few.
   """
   platform = jax.devices()[0].platform
-  size = size or _SIZES.get(platform, 8192)
+  size = _ceiling_size(size)
   found = {
       'bfloat16': _rate(size, jnp.bfloat16, None),
       'float32': _rate(size, jnp.float32, 'highest'),
@@ -138,19 +140,53 @@ def ceilings(size: int | None = None) -> dict[str, float]:
   return found
 
 
-def _rate(size: int, dtype: Any, precision: str | None) -> float:
-  """FLOPs a second of [size, size] products, the best of a few."""
+def pace(dtype: str, size: int | None = None) -> float:
+  """Measures at what rate large square products run now.
+
+  A machine that others share is now faster, now slower; to be taken right
+  before and after what is compared with it.
+
+  Args:
+    dtype: 'float32' (precision 'highest') or 'bfloat16'.
+    size: rows and columns, or None for what fits the platform.
+
+  Returns:
+    FLOPs a second, the median over half a second or so.
+  """
+  size = _ceiling_size(size)
+  product = _product(size, dtype, 'highest' if dtype == 'float32' else None)
+  seconds = [timed(product)[1]]
+  while sum(seconds) < _PACE:
+    seconds.append(timed(product)[1])
+  return 2 * size**3 / statistics.median(seconds)
+
+
+def _ceiling_size(size: int | None) -> int:
+  """Rows and columns of the products that give the ceiling."""
+  return size or _SIZES.get(jax.devices()[0].platform, 8192)
+
+
+def _product(
+    size: int, dtype: Any, precision: str | None
+) -> Callable[[], jax.Array]:
+  """A product of two [size, size] matrices, compiled."""
   product = jax.jit(functools.partial(jnp.matmul, precision=precision))
   one, two = (
       jax.random.normal(key, (size, size), dtype)
       for key in jax.random.split(jax.random.key(0))
   )
   jax.block_until_ready(product(one, two))
-  seconds = [timed(lambda: product(one, two))[1] for _ in range(_TRIES)]
+  return lambda: product(one, two)
+
+
+def _rate(size: int, dtype: Any, precision: str | None) -> float:
+  """FLOPs a second of [size, size] products, the best of a few."""
+  product = _product(size, dtype, precision)
+  seconds = [timed(product)[1] for _ in range(_TRIES)]
   # Short products are run several together: a single one waits for its launch.
   many = max(1, min(16, round(0.02 / min(seconds))))
   for _ in range(_TRIES if many > 1 else 0):
-    together = timed(lambda: [product(one, two) for _ in range(many)])[1]
+    together = timed(lambda: [product() for _ in range(many)])[1]
     seconds.append(together / many)
   return 2 * size**3 / min(seconds)
 

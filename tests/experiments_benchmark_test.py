@@ -235,6 +235,13 @@ class StageTest(absltest.TestCase):
     self.assertContainsSubset(('bfloat16', 'float32', 'float64'), found)
     self.assertGreater(min(found.values()), 0)
 
+  def test_pace(self):
+    self.assertGreater(benchmark_stages.pace('float32', 64), 0)
+    # The median of half a second, not the best.
+    calls = iter([(None, 0.1), (None, 0.3), (None, 0.2)])
+    with mock.patch.object(benchmark_stages, 'timed', lambda call: next(calls)):
+      self.assertEqual(benchmark_stages.pace('bfloat16', 100), 2e6 / 0.2)
+
   def test_peak(self):
     self.assertGreater(benchmark_stages.peak_bytes(), 2**20)
 
@@ -494,6 +501,7 @@ class ProgramTest(parameterized.TestCase):
       self.assertGreater(stage['peak'], 0, name)
       self.assertGreater(stage['bytes'], 0, name)
     more = stages['optimize']['more']
+    self.assertGreater(more['pace'], 0)
     floor = stages['optimize']['flops']['float32']
     self.assertLess(more['strict_flops'], floor)
     self.assertGreaterEqual(more['computed_flops'], floor)
@@ -521,7 +529,7 @@ class ProgramTest(parameterized.TestCase):
     section = (folder / 'out' / 'section.md').read_text()
     self.assertEndsWith((folder / 'B.md').read_text(), section)
     for word in ('--preset=gpt2-xl', 'GFLOP/s', 'optimize, an edit', 'jax',
-                 'with their change, by the clock: '):
+                 'with their change, by the clock: ', 'Right before and after'):
       self.assertIn(word, section)
     self.assertIn(section, done.stdout)
     drawn = (folder / 'out' / 'time.png').exists()
