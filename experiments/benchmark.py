@@ -7,7 +7,8 @@ With --window long answers are edited by AnyEdit, each one alone, instead of
 facts by MEMIT as one batch (flagfiles/benchmark_anyedit_smollm2.flags).
 
 In one process: the rate of large matrix products (at the start and at the end,
-the better counts); second moments and factors; and, once to compile and
+the better counts; and, told apart, before and after every call of the editor,
+for a machine whose speed varies); second moments and factors; and, once to compile and
 --repeat times warm, what editing all records takes: prepare (all that stays
 constant), optimize (wanted states), insert (keys, solves) and evaluate (scores
 of prompts, paraphrases and neighbours), or answer (the questions of long
@@ -102,7 +103,7 @@ def measure(
     moments_tokens: tokens to collect moments from as a whole; None not to.
     eval_rows: rows of a batch of evaluation.
     max_new_tokens: longest answer that is given to a passage.
-    ceiling_size: rows of the matrices whose rate is taken beside optimisation.
+    ceiling_size: rows of the matrices whose rate is taken beside the editor's calls.
     progress: progress display.
 
   Returns:

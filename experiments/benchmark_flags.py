@@ -103,8 +103,8 @@ def _define_run_flags() -> None:
   flags.DEFINE_integer(
       'ceiling_size',
       None,
-      'Rows of the matrices that measure the ceiling (default: 2048 on CPU,'
-      ' 8192 elsewhere).',
+      'Rows of the matrices that measure the ceiling, and the rate beside the'
+      ' calls of the editor (default: 2048 on CPU, 8192 elsewhere).',
       lower_bound=8,
   )
   for name, what in (

@@ -219,9 +219,9 @@ def _optimize_lines(results: Mapping[str, Any]) -> list[str]:
       ' weight for every suffix token in the layers above and for every scored'
       f' position in the head, at each step: {share:.1%}. Without a backward'
       f' pass in the last step of {what}: {strict:.1%}. Counting the KL row'
-      f' and unused places as they were run: {run:.1%}. Right before and after'
-      f' these calls large matmuls ran at {more["pace"] / _GIGA:,.0f} GFLOP/s,'
-      f' of which it is {beside:.1%}.'
+      f' and unused places as they were run: {run:.1%}. Large matmuls right'
+      f' before and after the calls of the editor, {more["pace"] / _GIGA:,.0f}'
+      f' GFLOP/s at the median, make it {beside:.1%} of theirs.'
       f' {more["steps_a_state"]:.1f} steps {what} in {more["pool_steps"]:.0f}'
       ' steps of the pool.',
   ]

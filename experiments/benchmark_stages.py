@@ -155,10 +155,15 @@ def pace(dtype: str, size: int | None = None) -> float:
   """
   size = _ceiling_size(size)
   product = _product(size, dtype, 'highest' if dtype == 'float32' else None)
-  seconds = [timed(product)[1]]
+  many, seconds = _many(timed(product)[1]), []
   while sum(seconds) < _PACE:
-    seconds.append(timed(product)[1])
-  return 2 * size**3 / statistics.median(seconds)
+    seconds.append(timed(lambda: [product() for _ in range(many)])[1])
+  return many * 2 * size**3 / statistics.median(seconds)
+
+
+def _many(seconds: float) -> int:
+  """How many products to run together: a short one waits for its launch."""
+  return max(1, min(16, round(0.02 / seconds)))
 
 
 def _ceiling_size(size: int | None) -> int:
@@ -183,8 +188,7 @@ def _rate(size: int, dtype: Any, precision: str | None) -> float:
   """FLOPs a second of [size, size] products, the best of a few."""
   product = _product(size, dtype, precision)
   seconds = [timed(product)[1] for _ in range(_TRIES)]
-  # Short products are run several together: a single one waits for its launch.
-  many = max(1, min(16, round(0.02 / min(seconds))))
+  many = _many(min(seconds))
   for _ in range(_TRIES if many > 1 else 0):
     together = timed(lambda: [product() for _ in range(many)])[1]
     seconds.append(together / many)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import pathlib
 import tempfile
+from unittest import mock
 
 import hf_oracle
 import jax
@@ -372,6 +373,19 @@ class LongTest(parameterized.TestCase):
     for text in texts:
       self.assertNotIn(0, text[:-1])
       self.assertTrue(len(text) == 90 or text[-1] == 0)
+
+  def test_a_batch_that_fits_is_not_copied(self):
+    moved, whole = [], decode_pool.resize
+
+    def resize(pool, kept, width):
+      _, rows, _, columns, _ = pool.cache[0].shape
+      moved.append((columns, width))
+      self.assertNotEqual((rows, columns), (len(kept), width))
+      return whole(pool, kept, width)
+
+    with mock.patch.object(decode_pool, 'resize', resize):
+      self.write(self.prompts, stop_ids=(), batch_size=4)
+    self.assertEqual(moved, [(64, 128), (128, 64), (64, 128)])
 
   def test_without_a_cache(self):
     texts = self.write(self.prompts, stop_ids=(), batch_size=4)

@@ -137,18 +137,20 @@ class OracleCase(parameterized.TestCase):
 
 class OracleTest(OracleCase):
 
-  # One of Llama's edits whose chunks all overlap amplifies rounding past what
-  # f32 is held to; all of them are compared in f64 below, and one in 'mixed'.
+  # Llama's first edit with overlapping chunks amplifies rounding past what f32
+  # is held to; GPT-2's is compared in f64 below.
   @parameterized.parameters(
-      ('llama', 2, 'three'),
-      ('llama', 2, 'mixed'),
-      ('gptj', 1, 'three'),
-      ('gptj', 1, 'overlap'),
-      ('gptj', 1, 'mixed'),
+      ('llama', 2, 'three', 0),
+      ('llama', 2, 'overlap', 1),
+      ('llama', 2, 'mixed', 0),
+      ('gptj', 1, 'three', 0),
+      ('gptj', 1, 'overlap', 0),
+      ('gptj', 1, 'mixed', 0),
   )
-  def test_chunks(self, family, contexts, kind):
-    got = run(naive_oracle.pair(family), edits(kind, contexts), frame(contexts))
-    self._check(got, naive(family, kind, contexts))
+  def test_chunks(self, family, contexts, kind, first):
+    some = edits(kind, contexts)[first:]
+    got = run(naive_oracle.pair(family), some, frame(contexts))
+    self._check(got, naive(family, kind, contexts)[first:])
 
   def test_windows_of_four_in_any_order(self):
     some = edits('four', 2)[::-1]

@@ -219,15 +219,15 @@ class InvarianceTest(parameterized.TestCase):
     )
     return some, run
 
-  @parameterized.parameters(False, True)
-  def test_the_last_edits_move_to_smaller_rooms(self, chunked):
-    some, run = self._long(9, chunked)
+  # Chunked edits end one after the other, the others together.
+  @parameterized.parameters((9, False, [4]), (7, False, [2]), (9, True, [4, 2]))
+  def test_the_last_edits_move_to_smaller_rooms(self, count, chunked, slots):
+    some, run = self._long(count, chunked)
     frame = rooms.frame(some, slots=6, tails=2)
     with mock.patch.object(pool, 'move', wraps=pool.move) as move:
       got, work = run(frame=frame)
-    slots = [len(call.args[2]) for call in move.call_args_list]
-    # Chunked edits end one after the other, the others together.
-    self.assertEqual(slots, [4, 2] if chunked else [4])
+    moves = [len(call.args[2]) for call in move.call_args_list]
+    self.assertEqual(moves, slots)
     want, _ = run(frame=rooms.frame(some, slots=1))
     self.assertLess(work.computed, work.steps * frame.rooms[0].places)
     for a, b in zip(got, want):
@@ -328,19 +328,23 @@ class InvarianceTest(parameterized.TestCase):
 
 class MemoryTest(absltest.TestCase):
 
-  def places(self, memory=None, free=None, count=200, batch=None):
+  def room(self, memory=None, free=None, count=200, batch=None):
     pair = model('llama')
     some = facts.random_edits(count, seed=5, contexts=2)
     with mock.patch.object(frames, '_free_bytes', lambda device: free):
       frame = values.frame_for(
           pair.spec, pair.params, some, batch=batch, memory=memory
       )
-    return frame.rooms[0].places
+    return frame.rooms[0]
+
+  def places(self, **settings):
+    return self.room(**settings).places
 
   def test_many_edits_have_a_larger_room(self):
-    few, many = self.places(count=40), self.places(count=400)
-    self.assertLess(few, 400)
-    self.assertGreater(many, 400)
+    few, many = self.room(count=40), self.room(count=400)
+    self.assertLess(few.places, 400)
+    self.assertGreater(many.places, 400)
+    self.assertEqual((few.tails, many.tails), (1, 2))
     # It is the edits of one batch that fill a room.
     self.assertLess(self.places(count=400, batch=40), 400)
 

@@ -272,7 +272,7 @@ class _Writer:
       self._pool = decode_pool.empty(
           self._spec, self._params, rows, width, self._rule.penalised
       )
-    elif (rows, width) != self._pool.cache[0].shape[1:3]:
+    elif (rows, width) != self._pool.shape:
       kept += [len(self.seats)] * (rows - len(kept))
       self._pool = decode_pool.resize(
           self._pool, np.asarray(kept, np.int32), width

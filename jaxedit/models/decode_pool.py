@@ -56,6 +56,12 @@ class Pool(NamedTuple):
   rows: Rows
   cache: tuple[Array, Array]
 
+  @property
+  def shape(self) -> tuple[int, int]:
+    """(B, P)."""
+    _, rows, _, width, _ = self.cache[0].shape
+    return rows, width
+
 
 class Call(NamedTuple):
   """What every compiled call of one run is given."""
@@ -214,7 +220,7 @@ def seat(pool: Pool, fresh: Pool, seats: Array) -> Pool:
   Returns:
     The batch.
   """
-  width = fresh.cache[0].shape[3]
+  _, width = fresh.shape
   put = lambda old, new: old.at[seats].set(new, mode='drop')
   cache = tuple(
       old.at[:, seats, :, :width].set(new, mode='drop')
@@ -269,7 +275,7 @@ def extend(
   Returns:
     (the batch, [B, segment] tokens, -1 where none).
   """
-  size, _, width = pool.cache[0].shape[1:4]
+  size, width = pool.shape
   run = _run(spec, params, call, pool.rows.owner)
   each, column = jnp.arange(size), jnp.arange(width, dtype=jnp.int32)
   column = jnp.broadcast_to(column, (size, width))

@@ -64,8 +64,8 @@ class Tables:
     base: part -> [L, R0, T, D] outputs of the corrupted runs.
     entry: part -> [L, R0, T, D] output of the block where that part alone is
       restored, at every token apart; for 'attn'.
-    key: [L, R0, T, G', H] keys of the corrupted runs.
-    value: [L, R0, T, G', H].
+    key: [L, R0, G', T, H] keys of the corrupted runs.
+    value: [L, R0, G', T, H].
     high: [G, K] clean log-probability of the labels, nats.
     low: [R0, K] the same, corrupted.
   """
