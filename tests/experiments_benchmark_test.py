@@ -237,8 +237,9 @@ class StageTest(absltest.TestCase):
 
   def test_pace(self):
     self.assertGreater(benchmark_stages.pace('float32', 64), 0)
-    # The median of half a second, not the best.
-    calls = iter([(None, s) for s in (0.9, 0.1, 0.3, 0.2)])  # one to compile
+    # The median of half a second, not the best; the first call only says how
+    # many products are run together.
+    calls = iter([(None, s) for s in (0.9, 0.1, 0.3, 0.2)])
     with mock.patch.object(benchmark_stages, 'timed', lambda call: next(calls)):
       self.assertEqual(benchmark_stages.pace('bfloat16', 100), 2e6 / 0.2)
 
