@@ -7,13 +7,14 @@ With --window long answers are edited by AnyEdit, each one alone, instead of
 facts by MEMIT as one batch (flagfiles/benchmark_anyedit_smollm2.flags).
 
 In one process: the rate of large matrix products (at the start and at the end,
-the better counts; and, told apart, before and after every call of the editor,
-for a machine whose speed varies); second moments and factors; and, once to compile and
---repeat times warm, what editing all records takes: prepare (all that stays
-constant), optimize (wanted states), insert (keys, solves) and evaluate (scores
-of prompts, paraphrases and neighbours), or answer (the questions of long
-answers, each by its own edited model). With --baseline=torch the published
-loop runs in between, on the first --baseline_edits of the same edits.
+the better counts; and, told apart, before and after every warm call of the
+editor, for a machine whose speed varies); second moments and factors; and, once
+to compile and --repeat times warm, what editing all records takes: prepare (all
+that stays constant), optimize (wanted states), insert (keys, solves) and
+evaluate (scores of prompts, paraphrases and neighbours), or answer (the
+questions of long answers, each by its own edited model). With --baseline=torch
+the published loop runs in between, on the first --baseline_edits of the same
+edits.
 
 In --output_dir: results.json, section.md, time.png and time.svg. With --append
 the section is added to a file such as BENCHMARKS.md.
@@ -103,7 +104,8 @@ def measure(
     moments_tokens: tokens to collect moments from as a whole; None not to.
     eval_rows: rows of a batch of evaluation.
     max_new_tokens: longest answer that is given to a passage.
-    ceiling_size: rows of the matrices whose rate is taken beside the editor's calls.
+    ceiling_size: rows of the matrices whose rate is taken beside the editor's
+      calls.
     progress: progress display.
 
   Returns:
@@ -137,13 +139,15 @@ def measure(
   )
   paces = []
   for turn in range(1 + repeat):
-    paces.append(pace())
+    if turn:  # the first call compiles
+      paces.append(pace())
     (edited, _, info), seconds = benchmark_stages.timed(
         lambda: edit(
             model.params, state, setup.edits, frame=frame, progress=progress
         )
     )
-    paces.append(pace())
+    if turn:
+      paces.append(pace())
     benchmark_stages.add_edit(setup, stages, info)
     for stage in merging:
       benchmark_stages.add_merge(setup, stage, edited, seconds)
@@ -153,8 +157,7 @@ def measure(
       rival.ours(state, info.targets, progress)
       if turn:  # torch compiles nothing
         rival.theirs(progress)
-  # The first call compiled.
-  stages['optimize'].more['pace'] = statistics.median(paces[2:] or paces)
+  stages['optimize'].more['pace'] = statistics.median(paces)
   if rival:
     facts = rival.facts(state, info.targets, stages, progress=progress)
   stages = [*texts, factor, *stages.values(), *merging, judge.stage]
