@@ -179,6 +179,7 @@ def workload(
       'model': setup.model.hash,
       'random': setup.random,
       'dtype': config.dtype,
+      'activations': config.activations,
       'parameters': sum(map(math.prod, shapes)),
       'model_layers': spec.layers,
       'layers': ', '.join(map(str, setup.recipe.layers)),

@@ -76,6 +76,7 @@ def _define_method_flags() -> None:
       None,
       'JSON list of contexts with one {} each; six fixed ones unless given.',
   )
+  common.define_activations_flag()
   common.define_room_flags()
 
 
@@ -171,7 +172,7 @@ def config_from_flags() -> benchmark_setup.Config:
   same = (
       'preset', 'model', 'dtype', 'data', 'num_edits', 'on_bad_record',
       'window', 'overlap', 'max_answer_tokens', 'value_steps', 'scale_layers',
-      'scale_width', 'seed', 'wheel', 'revision',
+      'scale_width', 'seed', 'wheel', 'revision', 'activations',
   )  # fmt: skip
   return benchmark_setup.Config(
       moments=FLAGS.moments or '',
@@ -183,7 +184,7 @@ def config_from_flags() -> benchmark_setup.Config:
 
 def _faults() -> list[str]:
   """Flags that are missing or do not go together, in sentences."""
-  problems = []
+  problems = common.activations_faults()
   if not FLAGS.output_dir:
     problems.append('--output_dir is missing: name a folder for the results')
   if FLAGS.preset == 'smollm2' and (FLAGS.scale_layers, FLAGS.scale_width) != (

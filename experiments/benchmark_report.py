@@ -128,8 +128,11 @@ def section(results: Mapping[str, Any]) -> str:
 def _workload(work: Mapping[str, Any]) -> str:
   """Describes what was run."""
   weights = 'random' if work['random'] else 'real'
+  kind = work['dtype']
+  if kind != 'float32':
+    kind += f', activations in {work["activations"]} while states are optimised'
   return (
-      f'{work["parameters"] / _GIGA:.3g}B {weights} weights in {work["dtype"]},'
+      f'{work["parameters"] / _GIGA:.3g}B {weights} weights in {kind},'
       f' edited layers {work["layers"]} of {work["model_layers"]}'
       f' ({work["source"]}); {_rows(work)}; compilation cache'
       f' {"empty" if work["cold"] else "as found"}.'
@@ -212,8 +215,9 @@ def _optimize_lines(results: Mapping[str, Any]) -> list[str]:
   strict = share * more['strict_flops'] / floor
   run = share * more['computed_flops'] / floor
   beside = floor / more['pace'] / stage['median_seconds']
-  what = 'a chunk' if 'chunks' in results['workload'] else 'an edit'
-  return [
+  work = results['workload']
+  what = 'a chunk' if 'chunks' in work else 'an edit'
+  text = (
       'Of the ceiling: the FLOPs that a stage cannot do without, over what the'
       ' matmul rate gives in its seconds. For optimisation these are 4 FLOPs a'
       ' weight for every suffix token in the layers above and for every scored'
@@ -223,8 +227,14 @@ def _optimize_lines(results: Mapping[str, Any]) -> list[str]:
       f' before and after the calls of the editor, {more["pace"] / _GIGA:,.0f}'
       f' GFLOP/s at the median, make it {beside:.1%} of theirs.'
       f' {more["steps_a_state"]:.1f} steps {what} in {more["pool_steps"]:.0f}'
-      ' steps of the pool.',
-  ]
+      ' steps of the pool.'
+  )
+  if work['dtype'] != 'float32' and work['activations'] == 'float32':
+    text += (
+        ' Activations in float32 take two products of bfloat16 where one is'
+        ' counted, or on a CPU products of float32.'
+    )
+  return [text]
 
 
 def _answer_lines(results: Mapping[str, Any]) -> list[str]:

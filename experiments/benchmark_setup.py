@@ -48,6 +48,7 @@ class Config:
     preset: one of `PRESETS`.
     model: model whose tokenizer is used; for smollm2 it is edited, too.
     dtype: of the weights.
+    activations: see `ModelSpec`.
     data: records, as in memit_batch.
     num_edits: how many (E).
     on_bad_record: 'fail' or 'skip'.
@@ -68,6 +69,7 @@ class Config:
   preset: str
   model: str
   dtype: str = 'float32'
+  activations: str = 'float32'
   data: str = 'demo'
   num_edits: int = 32
   on_bad_record: str = 'fail'
@@ -173,6 +175,7 @@ def _recipe(config: Config, layers: tuple[int, ...]) -> closed_form.Recipe:
   if config.value_steps:
     value = value._replace(steps=config.value_steps)
   recipe = memit.memit(layers, moment_weight=preset.moment_weight, value=value)
+  recipe = dataclasses.replace(recipe, activations=config.activations)
   if not config.window:
     return recipe
   return anyedit(recipe, config.window, config.overlap)

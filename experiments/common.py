@@ -157,6 +157,30 @@ def define_room_flags() -> None:
   )
 
 
+def define_activations_flag() -> None:
+  """Defines how exactly states are optimised where weights are bfloat16."""
+  flags.DEFINE_enum(
+      'activations',
+      'float32',
+      DTYPES,
+      'Dtype of activations while states are optimised, where weights are'
+      ' bfloat16: float32 gives the states of float32 arithmetic, on an'
+      ' accelerator by two products of bfloat16 for each; bfloat16 rounds them'
+      ' and takes one.',
+  )
+
+
+def activations_faults() -> list[str]:
+  """What is wrong with --activations, in sentences."""
+  given = flags.FLAGS.activations
+  if given == 'float32' or flags.FLAGS.dtype != 'float32':
+    return []
+  return [
+      f'--activations={given} rounds nothing where weights are float32: give'
+      ' --dtype=bfloat16 too, or leave it out'
+  ]
+
+
 def memory_of_flags() -> float | None:
   """Bytes of --memory_gib, if it is given."""
   given = flags.FLAGS.memory_gib

@@ -163,6 +163,7 @@ def define_flags(texts: bool = False) -> None:
 
 
 def _define_value_flags(texts: bool) -> None:
+  common.define_activations_flag()
   pick = lambda facts, passages: passages if texts else facts
   flags.DEFINE_integer(
       'value_steps',
@@ -256,11 +257,15 @@ def recipe_of_flags(
       for name, flag in VALUE.items()
       if getattr(FLAGS, flag) is not None
   }
-  recipe = dataclasses.replace(recipe, value=recipe.value._replace(**given))
+  recipe = dataclasses.replace(
+      recipe,
+      value=recipe.value._replace(**given),
+      activations=FLAGS.activations,
+  )
   if FLAGS.post == 'rect':
     recipe = dataclasses.replace(recipe, keep=_RECT_KEEP)
   names = ('site', 'anchor', 'output', 'ridge', 'lone_ridge', 'steps')
-  names += ('rate', 'decay')
+  names += ('rate', 'decay', 'activations')
   mine = {n: getattr(recipe, n) for n in names if hasattr(recipe, n)}
   # What was left out too: numbers need all that they depend on.
   taken = inspect.signature(row.make).parameters
@@ -281,7 +286,8 @@ def recipe_of_flags(
 
 def _strange(row: _Row, texts: bool) -> list[str]:
   """Finds settings that the chosen method does not have."""
-  problems, rows = [], {**METHODS, **TEXT_METHODS}
+  problems = common.activations_faults()
+  rows = {**METHODS, **TEXT_METHODS}
   bundle = PARITY.get(FLAGS.parity)
   # With passages, AnyEdit's bundle concerns how questions are asked as well.
   shared = texts and FLAGS.parity == 'anyedit'

@@ -6,7 +6,8 @@
 
 Takes the flags of memit_batch. Both runs round the weights to bf16; one then
 computes with them in bf16 (residuals, norms, losses and solves in f32 or wider,
-as always), the other widens them and computes in f32. Prints how far apart the
+as always, and activations as --activations says while states are optimised and
+written), the other widens them and computes in f32. Prints how far apart the
 wanted states are and both tables, and writes precision.json to --output_dir.
 """
 

@@ -36,6 +36,7 @@ def about(model: loading.Model, recipe: Any) -> dict[str, Any]:
       'model': model.hash,
       'dtype': str(model.params['embed']['embedding'].dtype),
       'layer': int(recipe.layers[-1]),
+      'activations': recipe.activations,
       'output': getattr(recipe, 'output', 'block'),
       'value': recipe.value._asdict(),
   }

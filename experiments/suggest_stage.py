@@ -254,6 +254,7 @@ def _write(
       'revision': FLAGS.revision,
       'wheel': FLAGS.wheel,
       'dtype': FLAGS.dtype,
+      'activations': FLAGS.activations,
       'seed': FLAGS.seed,  # templates and moments are drawn with it
       'context_templates': FLAGS.context_templates,
   }

@@ -371,10 +371,12 @@ class BaselineTest(absltest.TestCase):
     for name in ('optimize', 'insert', 'both'):
       self.assertGreater(found[name]['flop_ratio'], 1, name)
       self.assertGreater(found[name]['ratio'], 0, name)
-    section = benchmark_report.section(
-        self.results(config, setup, stages, found)
-    )
+    results = self.results(config, setup, stages, found)
+    section = benchmark_report.section(results)
     self.assertIn('the published loop in PyTorch', section)
+    self.assertNotIn('activations', section)
+    results['workload']['dtype'] = 'bfloat16'
+    self.assertIn('two products', benchmark_report.section(results))
     self.assertIn('equal step counts for 3 of 3 edits', section)
 
   def test_long_answers_agree_with_ours(self):
@@ -561,7 +563,7 @@ class ProgramTest(parameterized.TestCase):
   def test_wrong_flags_are_told_at_once(self):
     done = subprocess.run(
         [sys.executable, '-m', 'experiments.benchmark', '--scale_width=0.5',
-         '--overlap=3'],
+         '--overlap=3', '--activations=bfloat16'],
         cwd=ROOT,
         env={**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'},
         capture_output=True,
@@ -572,6 +574,7 @@ class ProgramTest(parameterized.TestCase):
     self.assertIn('error: --output_dir is missing', done.stderr)
     self.assertIn('error: --scale_layers and --scale_width', done.stderr)
     self.assertIn('error: --overlap is about long answers', done.stderr)
+    self.assertIn('error: --activations=bfloat16 rounds nothing', done.stderr)
 
 
 if __name__ == '__main__':

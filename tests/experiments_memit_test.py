@@ -501,6 +501,12 @@ class OtherRowsTest(Case):
         rrome_keys='bare',
     )
 
+  def test_activations_of_float32_weights(self):
+    self.refuse(
+        '--activations=bfloat16 rounds nothing .*give --dtype=bfloat16',
+        activations='bfloat16',
+    )
+
   def test_methods_for_texts_alone(self):
     self.refuse('method=unke: value should be one of', method='unke')
 

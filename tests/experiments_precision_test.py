@@ -61,12 +61,14 @@ class ProgramTest(absltest.TestCase):
     refused = setup.run(**given)
     self.assertEqual(refused.code, 2)
     self.assertIn('pass --dtype=bfloat16', refused.err)
-    done = setup.run(**given, dtype='bfloat16')
+    done = setup.run(**given, dtype='bfloat16', activations='bfloat16')
     self.assertEqual(done.code, 0, done.err)
     found = json.loads((done.folder / 'precision.json').read_text())
     self.assertEqual(found['edits'], 2)
     self.assertCountEqual(found['metrics'], ['bfloat16', 'float32'])
-    self.assertEqual(found['protocol']['dtype'], 'bfloat16')
+    protocol = found['protocol']
+    self.assertEqual(protocol['dtype'], 'bfloat16')
+    self.assertEqual(protocol['settings']['activations'], 'bfloat16')
     cosine = found['z_cosine']
     # Rounded arithmetic is another, and not far away.
     self.assertLess(cosine['lowest'], 1)

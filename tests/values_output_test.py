@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import naive_oracle
@@ -301,6 +302,36 @@ class RoomTest(parameterized.TestCase):
     want, _ = run(pair, edits(), 'attn+mlp')
     del got[bad], want[bad]
     self._same(got, want)
+
+
+class ActivationsTest(parameterized.TestCase):
+  """States of bf16 weights, beside those of f32 arithmetic on them."""
+
+  def test_f32_activations_are_f32_arithmetic(self):
+    pair, some = naive_oracle.pair('llama'), edits('chunks')
+    cast = lambda tree, dtype: jax.tree.map(lambda x: x.astype(dtype), tree)
+    narrow = cast(pair.params, 'bfloat16')
+
+    def states(params, **spec):
+      spec = dataclasses.replace(pair.spec, **spec)
+      return run(pair._replace(params=params, spec=spec), some, 'attn+mlp')[0]
+
+    want = states(cast(narrow, 'float32'))
+
+    def apart(**spec) -> float:
+      worst = 0.0
+      for a, b in zip(states(narrow, **spec), want):
+        moved = np.linalg.norm(b.z - b.z0)
+        worst = max(worst, np.linalg.norm(a.z - a.z0 - (b.z - b.z0)) / moved)
+      return worst
+
+    rounded = apart(activations='bfloat16')
+    self.assertGreater(rounded, 1e-3)
+    self.assertLess(apart(activations='float32'), 1e-5)  # weights are widened
+    # Another name, so that the programs are not those of a CPU.
+    with mock.patch.object(jax, 'default_backend', lambda: 'gpu'):
+      pieces = apart(activations='float32', family='elsewhere')
+    self.assertBetween(pieces, 1e-7, rounded / 50)
 
 
 if __name__ == '__main__':

@@ -24,7 +24,7 @@ from jaxedit import values
 from jaxedit.edit import folds
 from jaxedit.edit.recipe import Recipe
 from jaxedit.models import decoder
-from jaxedit.models.blocks import wide
+from jaxedit.models.blocks import stored, wide
 from jaxedit.models.spec import ModelSpec
 from jaxedit.solve.ridge import Factors
 from jaxedit.text import tiles
@@ -141,8 +141,8 @@ def _halt(
   h, x, _ = decoder.mix_layer(
       spec, params, h, tile.rows, layer=layer, prefix=prefix
   )
-  # The MLP takes its input in the dtype of the weights.
-  return _Halted(h, x.astype(params['embed']['embedding'].dtype))
+  # The MLP takes its input in this dtype.
+  return _Halted(h, x.astype(stored(spec, params['embed']['embedding'].dtype)))
 
 
 def _at(x: Array, places: Array) -> Array:

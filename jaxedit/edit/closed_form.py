@@ -13,6 +13,7 @@ templates are inputs, solves are M x M in f64, and params never change.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -65,6 +66,7 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
       entries of a matrix (RECT), which have no factors.
   """
   check_layers(spec, recipe.layers)
+  spec = dataclasses.replace(spec, activations=recipe.activations)
 
   def init(params: Params, moments: Moments) -> State:
     del params

@@ -44,6 +44,8 @@ class Recipe:
       contexts share the rest evenly. None for the same as any other.
     constraint: keys at which the change is held to R, 'same' as those it is
       written along or 'bare' for those of the bare prompt.
+    activations: their dtype while states are optimised and written, if wider
+      than the weights; see `ModelSpec`.
     output: what z is: 'block' (the residual leaving the layer), 'mlp' (the
       MLP's output) or 'attn+mlp' (the MLP's, optimised with the attention's).
     measured: where the present state is read, on the 'bare' prompt or as the
@@ -68,6 +70,7 @@ class Recipe:
   lone_ridge: float | None = None
   bare: float | None = 0.5
   constraint: str = 'same'
+  activations: str = 'float32'
   output: str = 'block'
   measured: str = 'bare'
   spread: Callable[[int], float] = even

@@ -66,6 +66,8 @@ class Unke:
     name: the method's name, for reports.
     layers: layers to edit, ascending; z is the output of the last.
     value: settings of the value optimisation.
+    activations: their dtype while states are optimised, if wider than the
+      weights; see `ModelSpec`.
     chunks: how answers are cut; None for one state a question, and questions
       alone in the fit.
     anchor: where the first state of an edit stands.
@@ -82,6 +84,7 @@ class Unke:
   name: str = 'unke'
   layers: tuple[int, ...] = (7,)
   value: values.Schedule = _VALUE
+  activations: str = 'float32'
   chunks: Chunking | None = None
   anchor: str = 'prompt_last'
   steps: int = 50
@@ -165,7 +168,7 @@ def unke_editor(spec: ModelSpec, recipe: Unke) -> base.Editor:
     jobs = _jobs(spec, recipe, edits, owner)
     begin = time.monotonic()
     found, work = values.autoregressive(
-        spec,
+        dataclasses.replace(spec, activations=recipe.activations),
         params,
         edits,
         layer=recipe.layers[-1],

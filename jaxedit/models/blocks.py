@@ -8,24 +8,30 @@ interventions as arguments and returns what it saw:
   parallel_shared:  h += attn(norm(h)) + mlp(norm(h))
 
 The residual h is f32 or wider whatever the weights are; the inputs of matrix
-products are cast to the dtype of the weights and their sums are f32 or wider. A
-run with f32 weights uses matmul precision 'highest'.
+products are cast to the dtype of the weights, or to that of the activations if
+the spec has a wider one, and their sums are f32 or wider. A run with f32
+weights uses matmul precision 'highest'.
 
 Not here: dropout, training-only parts, the loop over layers (`decoder`).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxedit.models import ragged
 from jaxedit.models.spec import ModelSpec
 from jaxedit.types import Array, Keep, Ragged
+
+# The name under which results of weight products are saved for a backward pass.
+PRODUCT = 'product'
 
 # Stands for minus infinity: a row with no visible column stays finite.
 MASKED = -1e30
@@ -52,6 +58,84 @@ def einsum(equation: str, x: Array, y: Array) -> Array:
       precision='highest' if y.dtype == out else 'default',
       preferred_element_type=out,
   )
+
+
+def stored(spec: ModelSpec, weights: Any) -> Any:
+  """The dtype of activations that are kept, for weights of a dtype."""
+  return jnp.promote_types(weights, spec.activations or weights)
+
+
+def product(x: Array, kernel: Array, activations: str | None = None) -> Array:
+  """Applies a kernel to activations; its result has the name `PRODUCT`.
+
+  Activations that are to stay wider than the kernel come as two pieces of its
+  dtype, x = high + low: two products at its speed, off by 2^-17 of x for bf16,
+  where one product of rounded activations is off by 2^-9. A CPU, whose products
+  of bf16 are products of f32, widens the kernel in their place.
+
+  Args:
+    x: [..., in], two axes at least.
+    kernel: [in, out].
+    activations: see `ModelSpec`.
+
+  Returns:
+    [..., out] in f32 or wider.
+  """
+  narrow = kernel.dtype
+  exact = jnp.promote_types(narrow, activations or narrow) != narrow
+  if exact and jax.default_backend() == 'cpu':
+    kernel = kernel.astype(wide(narrow))
+  if activations is None or kernel.dtype == wide(narrow):
+    y = einsum('...f,fd->...d', x, kernel)
+  else:
+    y = narrow_product(x, kernel, 2 if exact else 1)
+  return checkpoint_name(y, PRODUCT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def narrow_product(x: Array, kernel: Array, pieces: int) -> Array:
+  """Multiplies in the dtype of a narrow kernel, forward and backward.
+
+  Left to itself, the backward pass would multiply the f32 gradient of the
+  result with a kernel widened for it, and round what comes out.
+
+  Args:
+    x: [..., in], two axes at least, f32 or wider.
+    kernel: [in, out], narrower than f32.
+    pieces: of x, and of the gradient of the result: 1 or 2.
+
+  Returns:
+    [..., out] in f32 or wider.
+  """
+  return _in_pieces('...f,fd->...d', x, kernel, pieces)
+
+
+def _in_pieces(equation: str, x: Array, kernel: Array, pieces: int) -> Array:
+  """Contracts x, cut into pieces of the kernel's dtype, with the kernel."""
+  if pieces == 1:
+    return einsum(equation, x, kernel)
+  info = jnp.finfo(kernel.dtype)
+  # Not by conversion there and back, which XLA may leave out.
+  high = jax.lax.reduce_precision(x, info.nexp, info.nmant)
+  # Joined, so that the kernel is read once.
+  high, low = jnp.split(
+      einsum(equation, jnp.concatenate([high, x - high]), kernel), 2
+  )
+  return high + low
+
+
+def _narrow_forward(x, kernel, pieces):
+  return narrow_product(x, kernel, pieces), (x, kernel)
+
+
+def _narrow_backward(pieces, saved, grad):
+  x, kernel = saved
+  back = _in_pieces('...d,fd->...f', grad, kernel, pieces)
+  weights = jnp.einsum('...f,...d->fd', x, grad, precision='highest')
+  return back.astype(x.dtype), weights.astype(kernel.dtype)
+
+
+narrow_product.defvjp(_narrow_forward, _narrow_backward)
 
 
 def change(
@@ -105,6 +189,7 @@ class Linear(nn.Module):
 
   features: int
   use_bias: bool
+  activations: str | None = None
 
   @nn.compact
   def __call__(
@@ -118,7 +203,7 @@ class Linear(nn.Module):
         nn.initializers.lecun_normal(),
         (x.shape[-1], self.features),
     )
-    y = einsum('btf,fd->btd', x, kernel)
+    y = product(x, kernel, self.activations)
     if self.use_bias:
       y = y + self.param('bias', nn.initializers.zeros, (self.features,))
     return y if delta is None else y + change(x, delta, rows)
@@ -307,9 +392,10 @@ class _Attention(nn.Module):
   @nn.compact
   def __call__(self, x, context, sight, prefix, run):
     spec, rows, keep = self.spec, sight.rows, sight.keep
+    make = functools.partial(Linear, activations=spec.activations)
 
     def project(name: str, heads: int, x: Array) -> Array:
-      linear = Linear(heads * spec.head_size, spec.qkv_bias, name=name)
+      linear = make(heads * spec.head_size, spec.qkv_bias, name=name)
       y = run(f'attn/{name}', linear, x)
       return y.reshape(*x.shape[:2], heads, spec.head_size)
 
@@ -321,8 +407,8 @@ class _Attention(nn.Module):
         asked = tuple(ragged.take(part, keep) for part in asked)
       q = rotate(q, asked, spec.rotary)
       k = rotate(k, sight.turn, spec.rotary)
-    # Keys and values are stored, and contracted, in the dtype of the weights.
-    store = self.variables['params']['k']['kernel'].dtype
+    # Keys and values are contracted in the dtype in which they are stored.
+    store = stored(spec, self.variables['params']['k']['kernel'].dtype)
     asking = rows if keep is None else keep.rows
     kv = tuple(_by_group(spec, rows, y.astype(store)) for y in (k, v))
     run.seen['kv'] = kv
@@ -337,7 +423,7 @@ class _Attention(nn.Module):
     mixed = mixed.reshape(*mixed.shape[:2], -1)
     if rows is not None:
       mixed = ragged.to_places(asking, mixed)
-    out = Linear(spec.width, spec.out_bias, name='out')
+    out = make(spec.width, spec.out_bias, name='out')
     return run('attn/out', out, mixed)
 
 
@@ -349,9 +435,10 @@ class _Mlp(nn.Module):
   @nn.compact
   def __call__(self, x, run):
     spec = self.spec
+    make = functools.partial(Linear, activations=spec.activations)
 
     def project(name: str) -> Array:
-      linear = Linear(spec.mlp_width, spec.mlp_bias, name=name)
+      linear = make(spec.mlp_width, spec.mlp_bias, name=name)
       return run(f'mlp/{name}', linear, x)
 
     activation = _ACTIVATIONS[spec.activation]
@@ -359,5 +446,5 @@ class _Mlp(nn.Module):
       inner = activation(project('gate')) * project('up')
     else:
       inner = activation(project('up'))
-    down = Linear(spec.width, spec.mlp_bias, name='down')
+    down = make(spec.width, spec.mlp_bias, name='down')
     return run('mlp/down', down, inner)

@@ -25,7 +25,7 @@ import numpy as np
 
 from jaxedit import ops
 from jaxedit.models import ragged
-from jaxedit.models.blocks import Block, Norm, Sight, einsum, wide
+from jaxedit.models.blocks import PRODUCT, Block, Norm, Sight, product, wide
 from jaxedit.models.spec import ModelSpec, RopeScaling
 from jaxedit.types import (
     KV,
@@ -44,7 +44,7 @@ from jaxedit.types import (
 
 # Saves the results of weight products and recomputes the rest: the weight slice
 # of a layer is not kept for the backward pass, which plain AD would do.
-SAVE_PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+SAVE_PRODUCTS = jax.checkpoint_policies.save_only_these_names(PRODUCT)
 
 
 def token_columns(valid: Array) -> Columns:
@@ -203,7 +203,7 @@ def logits(spec: ModelSpec, params: Params, h: Array) -> Array:
     [..., V] f32 or wider.
   """
   kernel, bias = _head(spec, params)
-  out = einsum('...d,dv->...v', final_norm(spec, params, h), kernel)
+  out = product(final_norm(spec, params, h), kernel, spec.activations)
   return out if bias is None else out + bias
 
 

@@ -74,6 +74,10 @@ class ModelSpec:
     tied: whether the head is the embedding.
     window: sliding attention window in tokens, or None.
     attn_scale: factor on attention logits, or None for 1 / sqrt(H).
+    activations: dtype of activations in products, and of keys and values, if
+      wider than the weights: with bf16 weights 'float32' computes what f32
+      arithmetic does, and 'bfloat16' or None round them; None leaves the
+      products of a backward pass to JAX, which widens the weights for them.
   """
 
   family: str
@@ -102,6 +106,7 @@ class ModelSpec:
   tied: bool = False
   window: int | None = None
   attn_scale: float | None = None
+  activations: str | None = None
 
 
 def param_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:

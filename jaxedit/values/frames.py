@@ -62,7 +62,7 @@ def frame_for(
   free = [x for x in free if x is not None]
   if free:
     share = _MEMORY_SHARE * min(free)
-    room = max(_PLACES_LEAST, int(share // _place_bytes(spec, params)))
+    room = max(_PLACES_LEAST, int(share // _place_bytes(spec)))
     # A power of two, so that a little more or less memory changes no shape.
     places = min(places, 2 ** int(np.log2(room)))
   return rooms.frame(
@@ -77,18 +77,17 @@ def _cpu_places(edits: Sequence[EncodedEdit], batch: int) -> tuple[int, int]:
   return (_PLACES_CPU_MANY, 2) if fills else (_PLACES_CPU, 1)
 
 
-def _place_bytes(spec: ModelSpec, params: Params) -> int:
+def _place_bytes(spec: ModelSpec) -> int:
   """Memory that one suffix token takes, at most.
 
   The backward pass keeps the results of weight products, in f32; an earlier
-  column's keys and values are counted eight times, once for every column that a
-  suffix token has before it on average.
+  column's keys and values, f32 as well, are counted eight times, once for every
+  column that a suffix token has before it on average.
   """
-  weights = params['embed']['embedding'].dtype.itemsize
   heads = spec.head_size * (spec.heads + 2 * spec.kv_heads)
   products = heads + 3 * spec.width + (2 + spec.gated) * spec.mlp_width
-  earlier = 8 * 2 * spec.kv_heads * spec.head_size * weights
-  return spec.layers * (4 * products + earlier) + 8 * spec.vocab
+  earlier = 8 * 2 * spec.kv_heads * spec.head_size
+  return 4 * spec.layers * (products + earlier) + 8 * spec.vocab
 
 
 def _free_bytes(device: jax.Device) -> int | None:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxedit.models import ragged
+from jaxedit.models.blocks import stored
 from jaxedit.models.spec import ModelSpec
 from jaxedit.text.seating import Seats
 from jaxedit.text.tiles import Tile
@@ -64,7 +65,7 @@ def prepare(
   kv = prefix_kv(spec, params, before, tile.left.rows, layer, trunk)
   if kv is None:
     shape = (0, slots, rows, spec.kv_heads, 1, spec.head_size)
-    empty = jnp.zeros(shape, params['embed']['embedding'].dtype)
+    empty = jnp.zeros(shape, stored(spec, params['embed']['embedding'].dtype))
     return Ready(h, empty, empty, parts)
   split = lambda x: x.reshape(len(x), slots, rows, *x.shape[2:])
   return Ready(h, split(kv.key), split(kv.value), parts)

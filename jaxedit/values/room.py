@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxedit.models import decoder
+from jaxedit.models import blocks
 from jaxedit.models.spec import ModelSpec
 from jaxedit.text import seating, tiles
 from jaxedit.text.batching import EncodedEdit
@@ -125,12 +125,12 @@ class Run:
 
   def _empty(self) -> Pool:
     (spec, params), room, frame = self._model, self._room, self._frame
-    weights = params['embed']['embedding'].dtype
+    kept = blocks.stored(spec, params['embed']['embedding'].dtype)
     above = spec.layers - 1 - self._goal.layer
     columns = frame.shared + room.left[1] + room.grow if above else 1
     shape = (above, room.slots, frame.rows, spec.kv_heads, columns)
-    make = lambda: jnp.zeros((*shape, spec.head_size), weights)
-    wide = lambda *shape: jnp.zeros([*shape, spec.width], decoder.wide(weights))
+    make = lambda: jnp.zeros((*shape, spec.head_size), kept)
+    wide = lambda *shape: jnp.zeros([*shape, spec.width], blocks.wide(kept))
     base, parts = wide(1, room.places), None
     if self._goal.output != 'block':
       output = lambda: wide(room.slots, frame.rows)

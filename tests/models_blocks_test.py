@@ -1,0 +1,103 @@
+"""Products of f32 activations with narrow kernels.
+
+What is rounded to bf16 is off by 2^-9 of its size, the second of two pieces by
+2^-17; errors of a sum of N such terms grow with its root.
+"""
+
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from jaxedit.models import blocks, decoder
+
+OFF = {1: 2.0**-9, 2: 2.0**-17}
+ROWS, FAN_IN, FAN_OUT = 40, 64, 96
+
+
+def elsewhere():
+  """Where products of bf16 are not products of f32."""
+  return mock.patch.object(jax, 'default_backend', lambda: 'gpu')
+
+
+def error(found, exact) -> float:
+  """Root mean square error, relative to what was wanted."""
+  found = np.asarray(found, np.float64)
+  return np.linalg.norm(found - exact) / np.linalg.norm(exact)
+
+
+class NarrowProductTest(parameterized.TestCase):
+  OPTIMIZE = True  # see conftest: XLA may not take pieces together again
+
+  def setUp(self):
+    super().setUp()
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    self.x, self.grad = draw(2, ROWS, FAN_IN), draw(2, ROWS, FAN_OUT)
+    self.kernel = jnp.asarray(draw(FAN_IN, FAN_OUT), jnp.bfloat16)
+    wide = lambda x: np.asarray(x, np.float64)
+    self.exact = [wide(x) for x in (self.x, self.kernel, self.grad)]
+
+  @parameterized.parameters(1, 2)
+  def test_forward_and_backward(self, pieces):
+    product = lambda x, w: blocks.narrow_product(x, w, pieces)
+    total = lambda x, w: jnp.vdot(product(x, w), self.grad)
+    x, kernel, grad = self.exact
+    y = jax.jit(product)(self.x, self.kernel)
+    back, weights = jax.jit(jax.grad(total, (0, 1)))(self.x, self.kernel)
+    self.assertEqual((y.dtype, back.dtype), (jnp.float32,) * 2)
+    for found, want in ((y, x @ kernel), (back, grad @ kernel.T)):
+      self.assertLess(error(found, want), OFF[pieces])
+      # No better either: it is the rounding that is measured.
+      self.assertGreater(error(found, want), OFF[pieces] / 8)
+    # Kernels get their gradient in their own dtype, from unrounded factors.
+    self.assertEqual(weights.dtype, jnp.bfloat16)
+    want = np.einsum('btf,btd->fd', x, grad)
+    self.assertLess(error(weights, want), OFF[1])
+
+  def test_a_cpu_widens_the_kernel(self):
+    run = lambda *dtype: blocks.product(self.x, self.kernel, *dtype)
+    x, kernel, _ = self.exact
+    self.assertLess(error(run('float32'), x @ kernel), 2.0**-22)
+    with elsewhere():
+      pieces = run('float32')
+    self.assertGreater(error(pieces, x @ kernel), OFF[2] / 8)
+    rounded = blocks.narrow_product(self.x, self.kernel, 1)
+    for dtype in ((), ('bfloat16',)):
+      np.testing.assert_array_equal(run(*dtype), rounded)
+
+  @parameterized.parameters('float32', 'bfloat16')
+  def test_a_wide_kernel_stays_as_it_is(self, activations):
+    kernel = self.kernel.astype(jnp.float32)
+    with elsewhere():
+      got = blocks.product(self.x, kernel, activations)
+    want = jnp.einsum('btf,fd->btd', self.x, kernel, precision='highest')
+    np.testing.assert_array_equal(got, want)
+
+  @parameterized.parameters(
+      ('bfloat16', 'bfloat16', 2),
+      ('bfloat16', 'float32', 4),
+      ('float32', 'float32', 2),
+  )
+  def test_results_are_saved_and_no_product_runs_again(
+      self, weights, activations, products
+  ):
+    kernel = self.kernel.astype(weights)
+
+    @functools.partial(jax.checkpoint, policy=decoder.SAVE_PRODUCTS)
+    def body(x):
+      return jnp.sum(jnp.square(blocks.product(x, kernel, activations)))
+
+    with elsewhere():
+      program = jax.jit(jax.grad(body)).lower(self.x).compile()
+    one = 2 * 2 * ROWS * FAN_IN * FAN_OUT
+    # Forward and backward; none for weights that nobody asked a gradient of.
+    count = program.cost_analysis()['flops'] / one
+    self.assertBetween(count, products, products + 0.5)
+
+
+if __name__ == '__main__':
+  absltest.main()
