@@ -4,6 +4,7 @@ What is rounded to bf16 is off by 2^-9 of its size, the second of two pieces by
 2^-17; errors of a sum of N such terms grow with its root.
 """
 
+import dataclasses
 import functools
 from unittest import mock
 
@@ -13,9 +14,14 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from jaxedit.models import blocks, decoder
+from jaxedit.testing import models
 
 OFF = {1: 2.0**-9, 2: 2.0**-17}
 ROWS, FAN_IN, FAN_OUT = 40, 64, 96
+
+
+def spec(activations=None):
+  return dataclasses.replace(models.tiny_spec('llama'), activations=activations)
 
 
 def elsewhere():
@@ -59,7 +65,7 @@ class NarrowProductTest(parameterized.TestCase):
     self.assertLess(error(weights, want), OFF[1])
 
   def test_a_cpu_widens_the_kernel(self):
-    run = lambda *dtype: blocks.product(self.x, self.kernel, *dtype)
+    run = lambda *dtype: blocks.product(spec(*dtype), self.x, self.kernel)
     x, kernel, _ = self.exact
     self.assertLess(error(run('float32'), x @ kernel), 2.0**-22)
     with elsewhere():
@@ -73,7 +79,7 @@ class NarrowProductTest(parameterized.TestCase):
   def test_a_wide_kernel_stays_as_it_is(self, activations):
     kernel = self.kernel.astype(jnp.float32)
     with elsewhere():
-      got = blocks.product(self.x, kernel, activations)
+      got = blocks.product(spec(activations), self.x, kernel)
     want = jnp.einsum('btf,fd->btd', self.x, kernel, precision='highest')
     np.testing.assert_array_equal(got, want)
 
@@ -89,7 +95,8 @@ class NarrowProductTest(parameterized.TestCase):
 
     @functools.partial(jax.checkpoint, policy=decoder.SAVE_PRODUCTS)
     def body(x):
-      return jnp.sum(jnp.square(blocks.product(x, kernel, activations)))
+      y = blocks.product(spec(activations), x, kernel)
+      return jnp.sum(jnp.square(y))
 
     with elsewhere():
       program = jax.jit(jax.grad(body)).lower(self.x).compile()

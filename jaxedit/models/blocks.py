@@ -65,7 +65,7 @@ def stored(spec: ModelSpec, weights: Any) -> Any:
   return jnp.promote_types(weights, spec.activations or weights)
 
 
-def product(x: Array, kernel: Array, activations: str | None = None) -> Array:
+def product(spec: ModelSpec, x: Array, kernel: Array) -> Array:
   """Applies a kernel to activations; its result has the name `PRODUCT`.
 
   Activations that are to stay wider than the kernel come as two pieces of its
@@ -74,18 +74,17 @@ def product(x: Array, kernel: Array, activations: str | None = None) -> Array:
   of bf16 are products of f32, widens the kernel in their place.
 
   Args:
+    spec: the architecture.
     x: [..., in], two axes at least.
     kernel: [in, out].
-    activations: see `ModelSpec`.
 
   Returns:
     [..., out] in f32 or wider.
   """
-  narrow = kernel.dtype
-  exact = jnp.promote_types(narrow, activations or narrow) != narrow
+  exact = stored(spec, kernel.dtype) != kernel.dtype
   if exact and jax.default_backend() == 'cpu':
-    kernel = kernel.astype(wide(narrow))
-  if activations is None or kernel.dtype == wide(narrow):
+    kernel = kernel.astype(wide(kernel.dtype))
+  if spec.activations is None or kernel.dtype == wide(kernel.dtype):
     y = einsum('...f,fd->...d', x, kernel)
   else:
     y = narrow_product(x, kernel, 2 if exact else 1)
@@ -187,9 +186,9 @@ class Norm(nn.Module):
 class Linear(nn.Module):
   """A linear map [in, out] with an optional change of its kernel."""
 
+  spec: ModelSpec
   features: int
   use_bias: bool
-  activations: str | None = None
 
   @nn.compact
   def __call__(
@@ -203,7 +202,7 @@ class Linear(nn.Module):
         nn.initializers.lecun_normal(),
         (x.shape[-1], self.features),
     )
-    y = product(x, kernel, self.activations)
+    y = product(self.spec, x, kernel)
     if self.use_bias:
       y = y + self.param('bias', nn.initializers.zeros, (self.features,))
     return y if delta is None else y + change(x, delta, rows)
@@ -392,10 +391,9 @@ class _Attention(nn.Module):
   @nn.compact
   def __call__(self, x, context, sight, prefix, run):
     spec, rows, keep = self.spec, sight.rows, sight.keep
-    make = functools.partial(Linear, activations=spec.activations)
 
     def project(name: str, heads: int, x: Array) -> Array:
-      linear = make(heads * spec.head_size, spec.qkv_bias, name=name)
+      linear = Linear(spec, heads * spec.head_size, spec.qkv_bias, name=name)
       y = run(f'attn/{name}', linear, x)
       return y.reshape(*x.shape[:2], heads, spec.head_size)
 
@@ -423,7 +421,7 @@ class _Attention(nn.Module):
     mixed = mixed.reshape(*mixed.shape[:2], -1)
     if rows is not None:
       mixed = ragged.to_places(asking, mixed)
-    out = make(spec.width, spec.out_bias, name='out')
+    out = Linear(spec, spec.width, spec.out_bias, name='out')
     return run('attn/out', out, mixed)
 
 
@@ -435,10 +433,9 @@ class _Mlp(nn.Module):
   @nn.compact
   def __call__(self, x, run):
     spec = self.spec
-    make = functools.partial(Linear, activations=spec.activations)
 
     def project(name: str) -> Array:
-      linear = make(spec.mlp_width, spec.mlp_bias, name=name)
+      linear = Linear(spec, spec.mlp_width, spec.mlp_bias, name=name)
       return run(f'mlp/{name}', linear, x)
 
     activation = _ACTIVATIONS[spec.activation]
@@ -446,5 +443,5 @@ class _Mlp(nn.Module):
       inner = activation(project('gate')) * project('up')
     else:
       inner = activation(project('up'))
-    down = make(spec.width, spec.mlp_bias, name='down')
+    down = Linear(spec, spec.width, spec.mlp_bias, name='down')
     return run('mlp/down', down, inner)

@@ -203,7 +203,7 @@ def logits(spec: ModelSpec, params: Params, h: Array) -> Array:
     [..., V] f32 or wider.
   """
   kernel, bias = _head(spec, params)
-  out = product(final_norm(spec, params, h), kernel, spec.activations)
+  out = product(spec, final_norm(spec, params, h), kernel)
   return out if bias is None else out + bias
 
 
