@@ -1,4 +1,4 @@
-"""Products of f32 activations with narrow kernels.
+"""Attention, and products of f32 activations with narrow kernels.
 
 What is rounded to bf16 is off by 2^-9 of its size, the second of two pieces by
 2^-17; errors of a sum of N such terms grow with its root.
@@ -104,6 +104,33 @@ class NarrowProductTest(parameterized.TestCase):
     # Forward and backward; none for weights that nobody asked a gradient of.
     count = program.cost_analysis()['flops'] / one
     self.assertBetween(count, products, products + 0.5)
+
+
+class AttendTest(parameterized.TestCase):
+
+  @parameterized.product(columns=(1, 5), dtype=('float32', 'bfloat16'))
+  def test_few_queries_and_many_against_the_formula(self, columns, dtype):
+    batch, groups, heads, size, before = 3, 2, 2, 8, 40
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    q = draw(batch, groups, columns, heads * size)
+    wide = [draw(batch, groups, n, size) for n in (columns, columns, before, before)]
+    k, v, old_k, old_v = (np.asarray(x, jnp.dtype(dtype)) for x in wide)
+    mask = rng.random((batch, columns, before + columns)) < 0.7
+    mask[..., -columns:] |= np.eye(columns, dtype=bool)
+    got = blocks.attend(
+        q, (k, v), (old_k, old_v), mask=jnp.asarray(mask), scale=0.3
+    )
+    exact = lambda x, y: np.concatenate([x, y], 2).astype(np.float64)
+    key, value = exact(old_k, k), exact(old_v, v)
+    each = q.astype(np.float64).reshape(batch, groups, columns, heads, size)
+    logits = 0.3 * np.einsum('bgtnh,bgsh->bgtns', each, key)
+    logits = np.where(mask[:, None, :, None], logits, -np.inf)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    want = np.einsum('bgtns,bgsh->bgtnh', weights, value).reshape(q.shape)
+    bound = 1e-6 if dtype == 'float32' else 1e-2
+    self.assertLess(error(got, want), bound)
 
 
 if __name__ == '__main__':
