@@ -4,8 +4,9 @@ Most of their time goes into compiling small programs that run once, which takes
 two thirds as long where the compiler does not optimise their code. It does for
 classes with `OPTIMIZE = True`, whose bounds or models need it, and for all with
 JAX_DISABLE_MOST_OPTIMIZATIONS=0. The older of jaxlib 0.10's two ways to emit CPU
-code takes a third of that again; 0.11 has only the newer one, and
-XLA_FLAGS=--xla_cpu_use_fusion_emitters=true keeps to it.
+code then compiles in a third of the time that the newer one takes. Its
+XLA_FLAGS=--xla_cpu_use_fusion_emitters=true keeps to the newer one, which is all
+that 0.11 has; it does not know that flag.
 
 Every compiled program takes some of the memory maps that the kernel grants a
 process; beyond the limit (65,530 on Linux as it comes) the next compilation
@@ -26,9 +27,10 @@ os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 _EMITTERS, _FLAGS = '--xla_cpu_use_fusion_emitters', 'XLA_FLAGS'
 # An unknown flag ends the process.
 if importlib.metadata.version('jaxlib').startswith('0.10.'):
-  given = os.environ.get(_FLAGS, '')
-  if _EMITTERS not in given:
-    os.environ[_FLAGS] = f'{given} {_EMITTERS}=false'.strip()
+  _given = os.environ.get(_FLAGS, '')
+  # What does not begin like a flag names a file of them.
+  if _EMITTERS not in _given and _given.strip()[:1] in ('', '-'):
+    os.environ[_FLAGS] = f'{_given} {_EMITTERS}=false'.strip()
 
 _MAPS = pathlib.Path('/proc/self/maps')
 _MOST = 25_000

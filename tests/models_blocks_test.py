@@ -114,8 +114,10 @@ class AttendTest(parameterized.TestCase):
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
     q = draw(batch, groups, columns, heads * size)
-    wide = [draw(batch, groups, n, size) for n in (columns, columns, before, before)]
-    k, v, old_k, old_v = (np.asarray(x, jnp.dtype(dtype)) for x in wide)
+    k, v, old_k, old_v = (
+        draw(batch, groups, n, size).astype(jnp.dtype(dtype))
+        for n in (columns, columns, before, before)
+    )
     mask = rng.random((batch, columns, before + columns)) < 0.7
     mask[..., -columns:] |= np.eye(columns, dtype=bool)
     got = blocks.attend(
@@ -131,6 +133,22 @@ class AttendTest(parameterized.TestCase):
     want = np.einsum('bgtns,bgsh->bgtnh', weights, value).reshape(q.shape)
     bound = 1e-6 if dtype == 'float32' else 1e-2
     self.assertLess(error(got, want), bound)
+
+  def test_gradients_of_few_queries(self):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    given = draw(3, 2, 1, 16), draw(3, 2, 1, 8), draw(3, 2, 40, 8)
+    mask = jnp.ones((3, 1, 41), bool)
+
+    def total(q, own, old):
+      kv = (own, own), (old, old)
+      return jnp.sum(jnp.sin(blocks.attend(q, *kv, mask=mask, scale=0.3)))
+
+    few = jax.jit(jax.grad(total, (0, 1, 2)))(*given)
+    with mock.patch.object(blocks, '_FEW', 1000):
+      many = jax.grad(total, (0, 1, 2))(*given)
+    for got, want in zip(few, many):
+      np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 if __name__ == '__main__':
