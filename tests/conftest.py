@@ -4,9 +4,9 @@ Most of their time goes into compiling small programs that run once, which takes
 two thirds as long where the compiler does not optimise their code. It does for
 classes with `OPTIMIZE = True`, whose bounds or models need it, and for all with
 JAX_DISABLE_MOST_OPTIMIZATIONS=0. The older of jaxlib 0.10's two ways to emit CPU
-code then compiles in a third of the time that the newer one takes. Its
+code then compiles in a third of the time that the newer one takes. With 0.10,
 XLA_FLAGS=--xla_cpu_use_fusion_emitters=true keeps to the newer one, which is all
-that 0.11 has; it does not know that flag.
+that 0.11 has.
 
 Every compiled program takes some of the memory maps that the kernel grants a
 process; beyond the limit (65,530 on Linux as it comes) the next compilation

@@ -263,11 +263,8 @@ def attend(
   size = kv[0].shape[-1]
   q = q.reshape(batch, groups, -1, size) * scale
   parts = [kv] if prefix is None else [prefix, kv]
-  # Where texts are written column by column; gradients want the plain product.
-  few = lambda key: columns == 1 and key.shape[2] >= _FEW * q.shape[2]
-  logits = jnp.concatenate(
-      [_scores(q, key, few=few(key)) for key, _ in parts], axis=-1
-  )
+  logits = [_scores(q, key, columns) for key, _ in parts]
+  logits = jnp.concatenate(logits, axis=-1)
   shape = (batch, groups, columns, -1, logits.shape[-1])
   logits = jnp.where(mask[:, None, :, None], logits.reshape(shape), MASKED)
   weights = jax.nn.softmax(logits).reshape(batch, groups, q.shape[2], -1)
@@ -279,12 +276,14 @@ def attend(
   return mixed.reshape(batch, groups, columns, -1)
 
 
-def _scores(q: Array, key: Array, *, few: bool) -> Array:
+def _scores(q: Array, key: Array, columns: int) -> Array:
   """Products of queries [B, G, Q, H] with keys [B, G, S, H], [B, G, Q, S].
 
-  On a CPU a few queries are the right operand, up to three times as fast in f32;
-  the barrier keeps XLA from turning the product around again.
+  Where a CPU writes texts column by column, the few queries are the right operand,
+  which is up to three times as fast in f32; the barrier keeps XLA from turning the
+  product around again. Narrower keys and gradients of many columns lose by it.
   """
+  few = columns == 1 and _FEW * q.shape[2] <= key.shape[2]
   if not few or jax.default_backend() != 'cpu' or key.dtype != wide(key.dtype):
     return einsum('bgqh,bgsh->bgqs', q, key)
   y = einsum('bgsh,bgqh->bgsq', key, q.astype(key.dtype))
