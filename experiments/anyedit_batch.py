@@ -44,19 +44,23 @@ from experiments import (
     timing,
     workbench,
 )
-from jaxedit.edit import closed_form, parity, unke
-from jaxedit.edit.anyedit import anyedit
 from jaxedit.eval import answers, longform, minilm, passages, similarity
+from jaxedit.methods import (
+    closed_form,
+    parity,
+    unke,
+)
+from jaxedit.methods.anyedit import anyedit
 from jaxedit.models import tokenizer as tokenizer_lib
 from jaxedit.models.decode import Decoding
 from jaxedit.models.spec import ModelSpec
 from jaxedit.stats import corpora
+from jaxedit.targets import Schedule
 from jaxedit.text import chat as chat_lib
 from jaxedit.text import chunking
 from jaxedit.text import passages as text_passages
-from jaxedit.text.batching import EncodedEdit
+from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import InputError, Passage
-from jaxedit.values import Schedule
 
 FLAGS = flags.FLAGS
 

@@ -46,8 +46,8 @@ from experiments import (
     benchmark_stages,
     common,
 )
-from jaxedit import values
-from jaxedit.edit import closed_form
+from jaxedit import targets as targets_lib
+from jaxedit.methods import closed_form
 from jaxedit.models.spec import param_shapes
 from jaxedit.types import Progress, silent
 
@@ -125,7 +125,7 @@ def measure(
   edit = editor.edit_each if setup.apart else editor.edit
   judge = benchmark_judges.judge(setup, eval_rows, max_new_tokens)
   # Chosen now, when the metrics have their place in memory.
-  frame = values.frame_for(
+  frame = targets_lib.frame_for(
       model.spec, model.params, setup.edits, slots=slots, memory=memory
   )
   stages = benchmark_stages.edit_stages(setup, frame)

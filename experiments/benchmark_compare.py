@@ -31,10 +31,10 @@ from experiments import (
 )
 from experiments.benchmark_setup import Setup
 from experiments.benchmark_stages import Stage, dtype_of
-from jaxedit import values
-from jaxedit.edit import closed_form
+from jaxedit import targets as targets_lib
+from jaxedit.methods import closed_form
 from jaxedit.solve.ridge import Factors
-from jaxedit.text.batching import EncodedEdit
+from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import Progress, Targets
 
 
@@ -255,7 +255,7 @@ def _insert(
 ) -> tuple[list[np.ndarray], float]:
   """Our insertion of the compared edits: the changes, and seconds."""
   setup, count = comparison.setup, comparison.count
-  frame = values.frame_for(
+  frame = targets_lib.frame_for(
       setup.model.spec, setup.model.params, comparison.edits
   )
   begin = time.perf_counter()

@@ -18,7 +18,7 @@ from experiments.benchmark_stages import (
     peak_bytes,
     timed,
 )
-from jaxedit import delta as delta_lib
+from jaxedit import edited as edited_lib
 from jaxedit.eval import answers, scoring
 from jaxedit.types import Edited, Progress, Record
 
@@ -63,7 +63,7 @@ class Evaluation:
   def __call__(self, edited: Edited, progress: Progress) -> None:
     """Scores all rows under a change, and times it."""
     spec, params = self._setup.model.spec, self._setup.model.params
-    whole = Edited(deltas=tuple(map(delta_lib.compact, edited.deltas)))
+    whole = Edited(deltas=tuple(map(edited_lib.compact, edited.deltas)))
     _, seconds = timed(
         lambda: scoring.score(
             spec,

@@ -11,9 +11,9 @@ from jaxedit.eval import passages
 from jaxedit.models.spec import ModelSpec
 from jaxedit.text import chat as chat_lib
 from jaxedit.text import passages as text_passages
-from jaxedit.text.batching import EncodedEdit
 from jaxedit.text.chat import Chat
 from jaxedit.text.chunking import Chunking
+from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import Passage
 
 

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from experiments import anyedit_batch
 from jaxedit.models import loading
 from jaxedit.models.spec import ModelSpec, param_shapes
+from jaxedit.targets import Schedule
 from jaxedit.types import Array, Params
-from jaxedit.values import Schedule
 
 # Rate of the states of long answers at width 576, where the published one, of
 # width 4,096, crawls.

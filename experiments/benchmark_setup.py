@@ -18,12 +18,15 @@ from experiments.benchmark_presets import (
     random_params,
     scaled,
 )
-from jaxedit.edit import closed_form, memit
-from jaxedit.edit.anyedit import anyedit
 from jaxedit.eval import datasets
+from jaxedit.methods import closed_form, memit
+from jaxedit.methods.anyedit import anyedit
 from jaxedit.models import families, hub, loading, tokenizer
 from jaxedit.models.spec import ModelSpec
-from jaxedit.text import batching, templates
+from jaxedit.text import (
+    encoding,
+    templates,
+)
 from jaxedit.types import InputError, Passage, Progress, Record
 
 # Contexts of about ten tokens, as MEMIT samples them; fixed, so that a
@@ -105,7 +108,7 @@ class Setup:
   model: loading.Model
   tokenizer: Any
   records: tuple[Record, ...] | tuple[Passage, ...]
-  edits: list[batching.EncodedEdit]
+  edits: list[encoding.EncodedEdit]
   recipe: closed_form.Recipe
   moment_weight: float
   moments: Any
@@ -183,7 +186,7 @@ def _recipe(config: Config, layers: tuple[int, ...]) -> closed_form.Recipe:
 
 def _edits(
     config: Config, words: Any, spec: ModelSpec, recipe: closed_form.Recipe
-) -> tuple[tuple[Any, ...], list[batching.EncodedEdit]]:
+) -> tuple[tuple[Any, ...], list[encoding.EncodedEdit]]:
   """Reads the records that can be edited and scored, and encodes them."""
   if len(words) > spec.vocab:
     raise InputError(
@@ -204,7 +207,7 @@ def _edits(
       words, spec, contexts=config.contexts, max_new_tokens=0
   )
   records = datasets.load_records(config.data, check=check, **read).records
-  edits = batching.encode_edits(
+  edits = encoding.encode_edits(
       words, records, config.contexts, max_tokens=spec.max_positions
   )
   return tuple(records), edits

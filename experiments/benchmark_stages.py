@@ -25,11 +25,14 @@ import numpy as np
 
 from experiments import benchmark_lengths, costs
 from experiments.benchmark_setup import Setup
-from jaxedit import delta as delta_lib
-from jaxedit.edit.base import Editor, Info
+from jaxedit import edited as edited_lib
+from jaxedit.batching.plan import Frame
+from jaxedit.methods.base import (
+    Editor,
+    Info,
+)
 from jaxedit.stats import moments as moments_lib
 from jaxedit.stats import packing
-from jaxedit.text.rooms import Frame
 from jaxedit.types import TRUNK, Edited, LowRank, Progress
 
 # Columns of the products that give the ceiling.
@@ -376,7 +379,7 @@ def add_merge(
     edited: a change that all edits share.
     before: seconds that the editor's whole call took.
   """
-  merged, seconds = timed(lambda: delta_lib.apply(setup.model.params, edited))
+  merged, seconds = timed(lambda: edited_lib.apply(setup.model.params, edited))
   del merged
   stage.seconds.append(seconds)
   stage.peak = peak_bytes()

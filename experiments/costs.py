@@ -28,7 +28,7 @@ import numpy as np
 
 from experiments.benchmark_lengths import Lengths, System, lengths, loads
 from jaxedit.models.spec import ModelSpec, param_shapes
-from jaxedit.text.batching import EncodedEdit
+from jaxedit.text.encoding import EncodedEdit
 
 
 def layer_weights(spec: ModelSpec, part: str = '') -> int:

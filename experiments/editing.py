@@ -18,8 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.workbench import Workbench
-from jaxedit import delta as delta_lib
-from jaxedit.edit.base import Editor, Info
+from jaxedit import edited as edited_lib
+from jaxedit.methods.base import (
+    Editor,
+    Info,
+)
 from jaxedit.models import saving
 from jaxedit.solve import shaping
 from jaxedit.types import Dense, Edited, InputError, LowRank, Progress
@@ -65,12 +68,12 @@ def edit_in_sequence(
         frame=bench.frame,
         progress=progress,
     )
-    total = delta_lib.add(total, edited)
+    total = edited_lib.add(total, edited)
     infos.append(info)
     if i + 1 < len(batches):
       # From the base each time: bf16 weights are rounded once in all.
-      params = delta_lib.apply(bench.model.params, total)
-  total = Edited(deltas=tuple(delta_lib.compact(d) for d in total.deltas))
+      params = edited_lib.apply(bench.model.params, total)
+  total = Edited(deltas=tuple(edited_lib.compact(d) for d in total.deltas))
   return Outcome(total, None, _join(infos))
 
 
@@ -110,7 +113,7 @@ def edit_apart(
     edits.append(edited)
     infos.append(info)
   owner = tuple(b for b, some in enumerate(bench.batches()) for _ in some)
-  return Outcome(delta_lib.stack(_even(edits)), owner, _join(infos))
+  return Outcome(edited_lib.stack(_even(edits)), owner, _join(infos))
 
 
 def _even(edits: Sequence[Edited]) -> list[Edited]:
@@ -164,7 +167,7 @@ def prune(bench: Workbench, outcome: Outcome) -> Outcome:
       kernel = kernel[name]
     changes = [
         shaping.prune(change, kernel[layer])
-        for change, layer in zip(delta_lib.kernel(delta), delta.layers)
+        for change, layer in zip(edited_lib.kernel(delta), delta.layers)
     ]
     pruned.append(Dense(delta.layers, delta.site, jnp.stack(changes)))
   return dataclasses.replace(outcome, edited=Edited(deltas=tuple(pruned)))
@@ -191,7 +194,7 @@ def save_folder(
     The rounding that merging cost.
   """
   model = bench.model
-  merged = delta_lib.apply(model.params, outcome.edited, dtype=jnp.float32)
+  merged = edited_lib.apply(model.params, outcome.edited, dtype=jnp.float32)
   changed = [
       (f'layers/{delta.site}/{getattr(delta, "leaf", "kernel")}', layer)
       for delta in outcome.edited.deltas
@@ -235,4 +238,6 @@ def write_delta(
   independent = outcome.owner is not None
   with contextlib.suppress(OSError):  # the next line tells what is wrong
     path.parent.mkdir(exist_ok=True)
-  delta_lib.save(path, outcome.edited, {**metadata, 'independent': independent})
+  edited_lib.save(
+      path, outcome.edited, {**metadata, 'independent': independent}
+  )

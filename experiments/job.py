@@ -29,10 +29,13 @@ from experiments import (
     timing,
     workbench,
 )
-from jaxedit import delta as delta_lib
-from jaxedit.edit.base import Editor
-from jaxedit.edit.recipe import Recipe, check_layers
+from jaxedit import edited as edited_lib
 from jaxedit.eval import datasets, harness
+from jaxedit.methods.base import Editor
+from jaxedit.methods.closed_form.recipe import (
+    Recipe,
+    check_layers,
+)
 from jaxedit.models import hub, loading, tokenizer
 from jaxedit.models.spec import ModelSpec
 from jaxedit.types import Edited, InputError
@@ -162,7 +165,7 @@ def require_factors(spec: ModelSpec, recipe: Any, states: int) -> None:
   Raises:
     InputError: with --reset, a batch's factors would outgrow the matrix.
   """
-  limit = delta_lib.rank_limit(spec.mlp_width, spec.width)
+  limit = edited_lib.rank_limit(spec.mlp_width, spec.width)
   closed = isinstance(recipe, Recipe)
   if FLAGS.reset and closed and states > limit:
     raise InputError(

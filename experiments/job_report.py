@@ -9,8 +9,8 @@ from typing import Any
 from absl import flags
 
 from experiments import common, editing, judging, timing, workbench
-from jaxedit.edit.base import Info
 from jaxedit.eval import datasets, harness, report
+from jaxedit.methods.base import Info
 
 FLAGS = flags.FLAGS
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from experiments.editing import Outcome
 from experiments.workbench import Workbench
-from jaxedit import delta as delta_lib
-from jaxedit import values
-from jaxedit.edit.base import Info
+from jaxedit import edited as edited_lib
+from jaxedit import targets as targets_lib
 from jaxedit.eval import harness, perplexity
+from jaxedit.methods.base import Info
 from jaxedit.models.blocks import wide
 from jaxedit.types import Edited, InputError, Params, Progress
 
@@ -68,7 +68,7 @@ def judge(
   # A change of many facts a row would not fit; one a batch is shared by its rows.
   parts = [
       call(
-          delta_lib.one(outcome.edited, batch),
+          edited_lib.one(outcome.edited, batch),
           [bench.records[i] for i in indices],
           harness.select(base, indices) if base else None,
       )
@@ -88,7 +88,7 @@ def _settled(bench: Workbench, edited: Edited) -> tuple[Params, Edited]:
   dtype = params['embed']['embedding'].dtype
   if dtype != wide(dtype):
     return params, edited
-  return delta_lib.apply(params, edited), edited.replace(deltas=())
+  return edited_lib.apply(params, edited), edited.replace(deltas=())
 
 
 def knowledge(
@@ -154,7 +154,7 @@ def read_perplexity(
   return found._asdict()
 
 
-def work_report(bench: Workbench, work: values.Work) -> dict[str, Any]:
+def work_report(bench: Workbench, work: targets_lib.Work) -> dict[str, Any]:
   """What the optimiser ran and in what shapes, for results.json."""
   shape = lambda room: {
       name: getattr(room, name) for name in ('slots', 'places', 'width')

@@ -37,8 +37,8 @@ from experiments import (
     timing,
     workbench,
 )
-from jaxedit.edit import closed_form
 from jaxedit.eval import datasets, harness, report
+from jaxedit.methods import closed_form
 from jaxedit.text import templates
 from jaxedit.types import InputError, Record
 

@@ -13,9 +13,16 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from experiments import common
-from jaxedit.edit import alphaedit, emmet, memit, pmet, rome, unke
+from jaxedit.methods import (
+    alphaedit,
+    emmet,
+    memit,
+    pmet,
+    rome,
+    unke,
+)
+from jaxedit.targets import Schedule
 from jaxedit.types import InputError
-from jaxedit.values import Schedule
 
 FLAGS = flags.FLAGS
 

@@ -31,7 +31,7 @@ from experiments import (
     timing,
     workbench,
 )
-from jaxedit.edit import closed_form
+from jaxedit.methods import closed_form
 from jaxedit.types import InputError, Targets
 
 FLAGS = flags.FLAGS

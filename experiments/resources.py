@@ -14,9 +14,9 @@ import numpy as np
 from absl import flags, logging
 
 from experiments import collect_moments, common
-from jaxedit.edit.recipe import Recipe
+from jaxedit.methods.closed_form.recipe import Recipe
 from jaxedit.models import decode, loading
-from jaxedit.solve.metric import identity
+from jaxedit.solve.preconditioner import identity
 from jaxedit.stats import corpora, storage
 from jaxedit.stats import moments as moments_lib
 from jaxedit.text import templates

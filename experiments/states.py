@@ -15,9 +15,9 @@ import numpy as np
 
 from experiments import common
 from experiments.kept import Kept, digest
-from jaxedit.edit.base import Editor
+from jaxedit.methods.base import Editor
 from jaxedit.models import loading
-from jaxedit.text.batching import EncodedEdit
+from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import Targets
 
 

@@ -28,9 +28,12 @@ from experiments import (
     workbench,
 )
 from experiments.kept import Kept
-from jaxedit.edit import closed_form
-from jaxedit.edit.recipe import Recipe, State
 from jaxedit.eval import metrics
+from jaxedit.methods import closed_form
+from jaxedit.methods.closed_form.recipe import (
+    Recipe,
+    State,
+)
 from jaxedit.stats.moments import Moments
 from jaxedit.types import InputError, Progress
 

@@ -30,9 +30,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.benchmark_torch import block, down, require
-from jaxedit.text.batching import EncodedEdit
+from jaxedit.targets import Schedule
+from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import Progress, silent
-from jaxedit.values import Schedule
 
 # Rows of one forward for keys; MEMIT takes 128.
 _ROWS = 128

@@ -33,7 +33,7 @@ from jaxedit.models import tokenizer as tokenizer_lib
 from jaxedit.text import chat as chat_lib
 from jaxedit.text import chunking, locate
 from jaxedit.text import passages as text_passages
-from jaxedit.text.batching import EncodedEdit
+from jaxedit.text.encoding import EncodedEdit
 from jaxedit.trace import causal, effects, kinds, noise, reach
 from jaxedit.types import InputError
 

@@ -11,11 +11,15 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxedit import values
+from jaxedit import targets as targets_lib
+from jaxedit.batching import plan as plan_lib
 from jaxedit.eval import datasets, generation, harness
 from jaxedit.models import loading
 from jaxedit.models.spec import ModelSpec
-from jaxedit.text import batching, rooms, templates
+from jaxedit.text import (
+    encoding,
+    templates,
+)
 from jaxedit.types import Record
 
 # Tokens that a sampled context and its full stop may add to a prompt.
@@ -48,8 +52,8 @@ class Workbench:
   slots: int | None = None
   memory: float | None = None
   templates: tuple[str, ...] = ()
-  encoded: tuple[batching.EncodedEdit, ...] = ()
-  frame: rooms.Frame | None = None
+  encoded: tuple[encoding.EncodedEdit, ...] = ()
+  frame: plan_lib.Frame | None = None
 
   @property
   def records(self) -> Sequence[Any]:
@@ -72,7 +76,7 @@ class Workbench:
       found.setdefault(case // self.batch_size, []).append(i)
     return list(found.values())
 
-  def edits(self, indices: Sequence[int]) -> list[batching.EncodedEdit]:
+  def edits(self, indices: Sequence[int]) -> list[encoding.EncodedEdit]:
     """Some records, encoded."""
     return [self.encoded[i] for i in indices]
 
@@ -120,7 +124,7 @@ def shape(bench: Workbench, side: int | None) -> Workbench:
   batch = max(map(len, bench.batches()))
   if bench.each:
     batch = max(map(len, bench.parts(side)))
-  frame = values.frame_for(
+  frame = targets_lib.frame_for(
       bench.model.spec,
       bench.model.params,
       bench.encoded,
@@ -147,7 +151,7 @@ def encode_facts(
   Raises:
     InputError: records that are too long under them, all at once.
   """
-  encoded = batching.encode_edits(
+  encoded = encoding.encode_edits(
       bench.tokenizer,
       bench.records,
       contexts,
@@ -180,7 +184,7 @@ def record_check(
   Returns:
     record -> sentences that do not name the record.
   """
-  edit = batching.edit_check(
+  edit = encoding.edit_check(
       tokenizer,
       contexts or (templates.BARE,),
       max_tokens=spec.max_positions - (0 if contexts else _CONTEXT_TOKENS),

@@ -12,8 +12,8 @@ import numpy as np
 import text_tokenizers
 from absl.testing import absltest, parameterized
 
-from jaxedit import delta
-from jaxedit.edit.forward import UNEDITED
+from jaxedit import edited as edited_lib
+from jaxedit.edited.lm import UNEDITED
 from jaxedit.eval import answers, longform
 from jaxedit.models import decode
 from jaxedit.models.decode import Decoding
@@ -121,7 +121,7 @@ class AnswersTest(parameterized.TestCase):
     )
     self.assertEqual(lazy, merged)
     for edit in range(3):
-      alone = self.write(delta.one(stacks[0], edit), decoding=decoding)
+      alone = self.write(edited_lib.one(stacks[0], edit), decoding=decoding)
       for i, own in enumerate(OWNER):
         if own == edit:
           self.assertEqual(alone[i], lazy[i])
@@ -142,8 +142,8 @@ class AnswersTest(parameterized.TestCase):
     self.assertEqual(sum(counted), 0)
     base = self.params
     for edit in range(3):
-      self.params = delta.apply(base, shared)
-      self.params = delta.apply(self.params, delta.one(stack, edit))
+      self.params = edited_lib.apply(base, shared)
+      self.params = edited_lib.apply(self.params, edited_lib.one(stack, edit))
       alone = self.write()
       for i, own in enumerate(OWNER):
         if own == edit:
@@ -172,7 +172,7 @@ class AnswersTest(parameterized.TestCase):
       for change in call.args[2].deltas:
         self.assertEqual(change.kernel.dtype, jnp.float32)
     for edit in range(3):
-      alone = self.write(delta.one(stack, edit), decoding=SAMPLED)
+      alone = self.write(edited_lib.one(stack, edit), decoding=SAMPLED)
       for i, own in enumerate(OWNER):
         if own == edit:
           self.assertEqual(alone[i], texts[i])
@@ -194,9 +194,9 @@ class AnswersTest(parameterized.TestCase):
     self.assertEqual(self.write(prompts=[], stack=stack, owner=[]), [])
 
   def test_faults_come_together(self):
-    (flat,) = delta.one(Edited((gate(self.spec),)), 0).deltas
+    (flat,) = edited_lib.one(Edited((gate(self.spec),)), 0).deltas
     stack = Edited((low_rank(self.spec), flat))
-    shared = delta.one(Edited((low_rank(self.spec),)), 0)
+    shared = edited_lib.one(Edited((low_rank(self.spec),)), 0)
     with self.assertRaises(InputError) as caught:
       self.write(
           shared, stack=stack, owner=[3, 0], decoding=Decoding(top_p=2.0)
@@ -217,7 +217,7 @@ class AnswersTest(parameterized.TestCase):
   def test_full_changes_do_not_overlap(self, change):
     stack = Edited((change(self.spec),))
     with self.assertRaisesRegex(InputError, 'by the stack and by the shared'):
-      self.write(delta.one(stack, 0), stack=stack, owner=OWNER)
+      self.write(edited_lib.one(stack, 0), stack=stack, owner=OWNER)
 
 
 class LongformTest(parameterized.TestCase):

@@ -9,7 +9,7 @@ import numpy as np
 import text_tokenizers
 from absl.testing import absltest
 
-from jaxedit.edit.forward import UNEDITED
+from jaxedit.edited.lm import UNEDITED
 from jaxedit.eval import generation, harness, report, scoring
 from jaxedit.testing import models
 from jaxedit.types import Edited, InputError, LowRank, Probe, Record

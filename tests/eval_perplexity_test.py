@@ -14,8 +14,8 @@ import text_tokenizers
 import torch
 from absl.testing import absltest, parameterized
 
-from jaxedit.delta import algebra
-from jaxedit.edit.forward import UNEDITED
+from jaxedit.edited import algebra
+from jaxedit.edited.lm import UNEDITED
 from jaxedit.eval import perplexity as lib
 from jaxedit.eval.perplexity import perplexity
 from jaxedit.models import loading

@@ -8,7 +8,7 @@ import numpy as np
 import text_tokenizers
 from absl.testing import absltest, parameterized
 
-from jaxedit.edit.forward import UNEDITED
+from jaxedit.edited.lm import UNEDITED
 from jaxedit.eval import generation, scoring
 from jaxedit.models import decode, decoder
 from jaxedit.testing import models

@@ -20,15 +20,15 @@ from experiments import (
     judging,
     resources,
 )
-from jaxedit import delta
-from jaxedit.edit import unke
+from jaxedit import edited as edited_lib
 from jaxedit.eval import answers
+from jaxedit.methods import unke
 from jaxedit.models import loading, tokenizer
 from jaxedit.stats import corpora
+from jaxedit.targets import run as run_lib
 from jaxedit.text import chat as chat_lib
 from jaxedit.text import passages as text_passages
 from jaxedit.types import Dense, Edited, LowRank, Passage
-from jaxedit.values import run as run_lib
 
 FLAGFILES = sorted(
     (programs.ROOT / 'experiments/flagfiles').glob('anyedit_*.flags')
@@ -177,7 +177,7 @@ class Case(programs.Case):
     given = LONG[row['number'] - 1]
     said = answers.answers(
         model.spec,
-        delta.apply(model.params, change),
+        edited_lib.apply(model.params, change),
         Edited(),
         text_passages.encode_questions(
             words, [given['question'], *given['paraphrases']], chat
@@ -306,7 +306,7 @@ class WholeRunTest(Case):
     self.assertEqual(change.key.shape[:2], (2, 4))
     for e, row in enumerate(SETUP.whole.records):
       self.assertNotEqual(row['before']['text'], row['after']['text'])
-      self.assert_judged_under(delta.one(edited, e), row)
+      self.assert_judged_under(edited_lib.one(edited, e), row)
 
   def test_runs_repeat(self):
     again = self.succeed()
@@ -393,7 +393,9 @@ class SequenceTest(Case):
     )
 
   def test_first_cases_are_whole(self):
-    name = lambda i, case, kind: Passage(i, str(i), 'q', 'a', (), (), kind, case)
+    name = lambda i, case, kind: Passage(
+        i, str(i), 'q', 'a', (), (), kind, case
+    )
     some = [name(1, '', 'B'), name(2, 'c', 'A'), name(3, 'c', 'B'),
             name(4, '', 'A'), name(5, 'd', 'C'), name(6, 'd', 'C')]  # fmt: skip
     found = anyedit_batch.first_of_each(some, 1)
@@ -407,7 +409,7 @@ class SequenceTest(Case):
         [row['case'] for row in done.records], ['', 'both', 'both', '']
     )
     for entry, row in zip((0, 1, 1, 2), done.records):
-      self.assert_judged_under(delta.one(edited, entry), row)
+      self.assert_judged_under(edited_lib.one(edited, entry), row)
     for i in (0, 3):
       self.assert_same_rows(done.records[i], SETUP.whole.records[i])
     # Both passages of the case are in force at once.
@@ -422,7 +424,7 @@ class SequenceTest(Case):
     self.assertTrue(metadata['independent'])
     self.assertEqual(edited.deltas[0].key.shape[1], 2)
     for entry, row in zip((0, 0, 0, 1), done.records):
-      self.assert_judged_under(delta.one(edited, entry), row)
+      self.assert_judged_under(edited_lib.one(edited, entry), row)
 
   @parameterized.parameters('rect', 'prune')
   def test_post(self, post):
@@ -436,7 +438,7 @@ class SequenceTest(Case):
     if post == 'rect':  # two batches choose 0.4 of the entries each
       self.assertBetween(np.mean(kernel != 0), 0.4, 0.8)
     else:
-      plain = delta.kernel(SETUP.sequence.delta()[0].deltas[0])
+      plain = edited_lib.kernel(SETUP.sequence.delta()[0].deltas[0])
       for layer in (0, 1):
         largest = [np.linalg.norm(x, 2) for x in (plain[layer], kernel[layer])]
         self.assertLessEqual(largest[1], largest[0] * (1 + 1e-5))
@@ -518,7 +520,7 @@ class OtherRowsTest(Case):
     self.assertEqual(edited.deltas[0].layers, (1,))
     for e, row in enumerate(done.records):
       self.assertTrue(row['written'])
-      self.assert_judged_under(delta.one(edited, e), row)
+      self.assert_judged_under(edited_lib.one(edited, e), row)
 
   def test_sampled_answers(self):
     settings = dict(
@@ -556,7 +558,7 @@ class UnkeTest(Case):
     for e, row in enumerate(done.records):
       self.assertNotEqual(row['before']['text'], row['after']['text'])
       self.assertLess(row['distance'][-1], 0.9)
-      self.assert_judged_under(delta.one(edited, e), row)
+      self.assert_judged_under(edited_lib.one(edited, e), row)
 
   def test_states_are_kept(self):
     store = SETUP.path('states')
@@ -580,11 +582,11 @@ class UnkeTest(Case):
         ['00001.safetensors', '00002.safetensors'],
     )
     for begin, place in zip((0, 2), places):
-      edited, metadata = delta.load(place, model_hash=SETUP.base.hash)
+      edited, metadata = edited_lib.load(place, model_hash=SETUP.base.hash)
       self.assertEqual(metadata['records'], [begin + 1, begin + 2])
       for e in range(2):
         row = done.records[begin + e]
-        self.assert_judged_under(delta.one(edited, e), row)
+        self.assert_judged_under(edited_lib.one(edited, e), row)
 
   def test_parts_are_replaced(self):
     """A run in one part leaves no parts of an earlier one, and back."""
@@ -601,7 +603,7 @@ class UnkeTest(Case):
     for change in edited.deltas:
       self.assertEqual(change.kernel.shape[1], 2)
     for entry, record in zip((0, 0, 1, 1), apart.records):
-      self.assert_judged_under(delta.one(edited, entry), record)
+      self.assert_judged_under(edited_lib.one(edited, entry), record)
     for record in row.records:
       self.assert_judged_under(row.delta()[0], record)
     metrics = row.results['metrics']
@@ -612,12 +614,12 @@ class UnkeTest(Case):
     with SETUP.in_parts():
       done = self.succeed(SETUP.unke, batch_size=2, data=SETUP.write(*LONG))
     places = sorted((done.folder / 'deltas').iterdir())
-    found = [delta.load(place) for place in places]
+    found = [edited_lib.load(place) for place in places]
     self.assertEqual(
         [metadata['records'] for _, metadata in found], [[1, 2, 3, 4], [5, 6]]
     )
     for i, row in enumerate(done.records[:4]):
-      self.assert_judged_under(delta.one(found[0][0], i // 2), row)
+      self.assert_judged_under(edited_lib.one(found[0][0], i // 2), row)
 
   def test_settings_without_chunks(self):
     names = dict(method='unke', moment_weight=None)
@@ -646,7 +648,11 @@ class UnkeTest(Case):
       ('easyedit', 'alphaedit', dict(share=None, threshold=0.02)),
       ('easyedit', 'rome', dict(moments=False)),
       ('easyedit', 'emmet', dict(lone_ridge=None)),
-      ('anyedit', 'alphaedit', dict(share=None, threshold=0.02, remember=False)),
+      (
+          'anyedit',
+          'alphaedit',
+          dict(share=None, threshold=0.02, remember=False),
+      ),
   )
   def test_bundles(self, bundle, method, wanted):
     layers = dict(layers='1') if method == 'rome' else {}
@@ -692,7 +698,9 @@ class UnkeTest(Case):
     self.assertEqual((recipe.value.ease, recipe.value.kl), (0.01, 0))
 
   def test_batches_need_no_factors(self):
-    limit = delta.rank_limit(tiny_model.SPEC.mlp_width, tiny_model.SPEC.width)
+    limit = edited_lib.rank_limit(
+        tiny_model.SPEC.mlp_width, tiny_model.SPEC.width
+    )
     arguments = SETUP.arguments(method='unke', moment_weight=None)
     with SETUP.parsed(*arguments):
       recipe, _ = anyedit_batch.recipe_of_flags()
@@ -901,7 +909,9 @@ class BadFlagTest(Case):
     )  # fmt: skip
 
   def test_independent_batches_that_outgrow_their_matrices(self):
-    limit = delta.rank_limit(tiny_model.SPEC.mlp_width, tiny_model.SPEC.width)
+    limit = edited_lib.rank_limit(
+        tiny_model.SPEC.mlp_width, tiny_model.SPEC.width
+    )
     self.refuse(
         f'--batch_size=4: with --reset .* up to {limit} states a batch',
         window=1, batch_size=4, weights=True,

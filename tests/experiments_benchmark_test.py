@@ -27,9 +27,9 @@ from experiments import (
     torch_baseline,
 )
 from jaxedit.models import decoder, families
+from jaxedit.targets import Schedule
 from jaxedit.testing import facts, models
 from jaxedit.types import InputError, silent
-from jaxedit.values import Schedule
 
 try:
   import naive_oracle
@@ -524,15 +524,23 @@ class ProgramTest(parameterized.TestCase):
     work = results['workload']
     self.assertEqual((work['model_layers'], work['random']), (3, True))
     self.assertEqual(work['moments_tokens'], 1024)
-    self.assertIn('collect, a token', (folder / 'out' / 'section.md').read_text())
+    self.assertIn(
+        'collect, a token', (folder / 'out' / 'section.md').read_text()
+    )
     self.assertEqual(stages['optimize']['more']['steps_a_state'], 25)
     suffix = work['suffix'] * 3 * work['contexts']
     self.assertAlmostEqual(stages['optimize']['more']['needed'], 25 * suffix)
     self.assertIsNone(results['baseline'])
     section = (folder / 'out' / 'section.md').read_text()
     self.assertEndsWith((folder / 'B.md').read_text(), section)
-    for word in ('--preset=gpt2-xl', 'GFLOP/s', 'optimize, an edit', 'jax',
-                 'with their change, by the clock: ', 'right before and after'):
+    for word in (
+        '--preset=gpt2-xl',
+        'GFLOP/s',
+        'optimize, an edit',
+        'jax',
+        'with their change, by the clock: ',
+        'right before and after',
+    ):
       self.assertIn(word, section)
     self.assertIn(section, done.stdout)
     drawn = (folder / 'out' / 'time.png').exists()

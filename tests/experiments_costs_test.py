@@ -10,7 +10,7 @@ from absl.testing import absltest, parameterized
 from experiments import benchmark_lengths, costs
 from jaxedit.models import decoder
 from jaxedit.testing import models
-from jaxedit.text.batching import EncodedEdit
+from jaxedit.text.encoding import EncodedEdit
 
 
 def ids(*lengths):

@@ -10,7 +10,7 @@ from absl import flags
 from absl.testing import absltest, parameterized
 
 from experiments import common, kept, states
-from jaxedit.edit import base
+from jaxedit.methods import base
 from jaxedit.testing import facts
 from jaxedit.types import InputError, Targets
 

@@ -30,15 +30,16 @@ from experiments import (
     memit_batch,
     resources,
 )
-from jaxedit import delta
-from jaxedit.edit import closed_form, forward, memit
+from jaxedit import edited as edited_lib
+from jaxedit.edited import lm
 from jaxedit.eval import datasets, harness
+from jaxedit.methods import closed_form, memit
 from jaxedit.models import loading, saving, tokenizer
 from jaxedit.stats import moments
+from jaxedit.targets import Schedule
 from jaxedit.testing import facts
-from jaxedit.text import batching
+from jaxedit.text import encoding
 from jaxedit.types import Columns
-from jaxedit.values import Schedule
 
 CONTEXTS = ['{}', 'The Eiffel Tower. {}', 'Paris is in France. {}']
 LAYERS = (0, 1)
@@ -145,8 +146,8 @@ def logits(model, params, texts):
   tokens = np.array(words(list(texts))['input_ids'], np.int32)
   position = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
   columns = Columns(position, np.ones_like(tokens))
-  h = forward.hidden(model.spec, params, forward.UNEDITED, tokens, columns)
-  return np.asarray(forward.decoder.logits(model.spec, params, h))
+  h = lm.hidden(model.spec, params, lm.UNEDITED, tokens, columns)
+  return np.asarray(lm.decoder.logits(model.spec, params, h))
 
 
 TEXTS = [
@@ -274,8 +275,8 @@ class DeltaTest(Case):
     model = SETUP.base
     found = harness.evaluate(
         model.spec,
-        delta.apply(model.params, edited),
-        forward.UNEDITED,
+        edited_lib.apply(model.params, edited),
+        lm.UNEDITED,
         datasets.load_records(SETUP.data).records,
         tokenizer.load_tokenizer(SETUP.model),
         max_new_tokens=0,
@@ -291,7 +292,7 @@ class DeltaTest(Case):
     editor = closed_form.closed_form(model.spec, recipe)
     found = moments.load(SETUP.whole.folder / 'moments.safetensors')
     state, params = editor.init(model.params, found), model.params
-    encoded = batching.encode_edits(
+    encoded = encoding.encode_edits(
         tokenizer.load_tokenizer(SETUP.model),
         datasets.load_records(SETUP.data).records,
         CONTEXTS,
@@ -299,8 +300,8 @@ class DeltaTest(Case):
     )
     for batch in (encoded[:2], encoded[2:]):
       edited, state, _ = editor.edit(params, state, batch)
-      params = delta.apply(params, edited)
-    summed = delta.apply(model.params, SETUP.whole.delta()[0])
+      params = edited_lib.apply(params, edited)
+    summed = edited_lib.apply(model.params, SETUP.whole.delta()[0])
     one_by_one = logits(model, params, TEXTS)
     np.testing.assert_allclose(
         logits(model, summed, TEXTS), one_by_one, atol=2e-3
@@ -326,7 +327,7 @@ class DeltaTest(Case):
     edited, metadata = apart.delta()
     self.assertTrue(metadata['independent'])
     self.assertEqual(apart.results['protocol']['mode'], 'independent')
-    (first,) = delta.one(edited, 0).deltas
+    (first,) = edited_lib.one(edited, 0).deltas
     (alone,) = SETUP.pair.delta()[0].deltas
     np.testing.assert_allclose(first.key, alone.key, atol=1e-5)
     np.testing.assert_allclose(first.value, alone.value, atol=1e-5)
@@ -354,7 +355,7 @@ class JudgeTest(parameterized.TestCase):
   def judge(self, dtype):
     model = loading.load_model(SETUP.model, dtype)
     outcome = editing.Outcome(
-        delta.load(SETUP.whole.folder / 'delta.safetensors')[0], None, None
+        edited_lib.load(SETUP.whole.folder / 'delta.safetensors')[0], None, None
     )
     bench = types.SimpleNamespace(
         model=model, tokenizer=None, records=[], each=False
@@ -367,7 +368,7 @@ class JudgeTest(parameterized.TestCase):
   def test_f32_takes_the_change(self):
     base, change, params, edited = self.judge('float32')
     self.assertEqual(edited.deltas, ())
-    chex.assert_trees_all_equal(params, delta.apply(base, change))
+    chex.assert_trees_all_equal(params, edited_lib.apply(base, change))
 
   def test_bfloat16_would_round_it(self):
     base, change, params, edited = self.judge('bfloat16')
@@ -408,7 +409,7 @@ class SavedModelTest(Case):
     with torch.no_grad():
       theirs = model(torch.tensor(words(TEXTS)['input_ids'])).logits.numpy()
     edited, _ = SETUP.whole.delta()
-    params = delta.apply(SETUP.base.params, edited)
+    params = edited_lib.apply(SETUP.base.params, edited)
     np.testing.assert_allclose(
         logits(SETUP.base, params, TEXTS), theirs, atol=1e-3
     )
@@ -476,9 +477,9 @@ class OtherRowsTest(Case):
     done = self.succeed(post=post, max_new_tokens=0)
     self.assertEqual(done.results['protocol']['settings']['post'], post)
     (change,) = done.delta()[0].deltas
-    kernel = np.asarray(delta.kernel(change))
+    kernel = np.asarray(edited_lib.kernel(change))
     self.assertTrue(np.isfinite(kernel).all())
-    plain = np.asarray(delta.kernel(SETUP.whole.delta()[0].deltas[0]))
+    plain = np.asarray(edited_lib.kernel(SETUP.whole.delta()[0].deltas[0]))
     if post == 'rect':  # two batches choose 0.4 of the entries each
       self.assertBetween(np.mean(kernel != 0), 0.4, 0.8)
     else:
@@ -646,7 +647,7 @@ class BadFlagTest(Case):
 
   def test_independent_batches_that_outgrow_their_matrices(self):
     spec = SETUP.base.spec
-    limit = delta.rank_limit(spec.mlp_width, spec.width)
+    limit = edited_lib.rank_limit(spec.mlp_width, spec.width)
     data = SETUP.write(*[record(f'Toko {i}') for i in range(limit + 1)])
     self.refuse(
         f'--batch_size=999: with --reset .* up to {limit} states a batch',
@@ -776,15 +777,15 @@ class OutputTest(Case):
     self.assertNotIn('states_kept', whole.results['work'])
     self.assertFalse((done.folder / 'unfinished').exists())
     changes = [one.delta()[0] for one in (again, whole)]
-    same = functools.partial(
-        np.testing.assert_allclose, rtol=1e-3, atol=1e-4
-    )
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4)
     jax.tree.map(same, *changes)
     self.assertEqual(again.results['counts'], whole.results['counts'])
 
   def test_goes_on_where_the_saved_model_was_judged(self):
     settings = dict(num_edits=2, max_new_tokens=0, save_model=True)
-    with mock.patch.object(job_report, 'write_results', side_effect=KeyboardInterrupt):
+    with mock.patch.object(
+        job_report, 'write_results', side_effect=KeyboardInterrupt
+    ):
       done = SETUP.run(**settings)
     self.assertEqual(done.code, 130)
     self.assertTrue((done.folder / 'model').is_dir())

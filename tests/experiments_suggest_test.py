@@ -192,7 +192,9 @@ class ProgramTest(parameterized.TestCase):
       with contextlib.redirect_stderr(err):
         tops = [suggest_inputs.bounded(top) for top in (0, 1, 2)]
       self.assertEqual(tops, [0, 1, 1])
-      self.assertIn('layers 0 to 2, of which --moments has 0 to 1', err.getvalue())
+      self.assertIn(
+          'layers 0 to 2, of which --moments has 0 to 1', err.getvalue()
+      )
     with self.setup.parsed(*self.setup.arguments(**given, probe='all')):
       with self.assertRaisesRegex(InputError, 'of layers 0, 1, not of 2'):
         suggest_inputs.check_moments(model)

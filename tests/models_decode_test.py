@@ -15,7 +15,13 @@ import torch
 import transformers
 from absl.testing import absltest, parameterized
 
-from jaxedit.models import decode, decode_pool, decoder, loading, sampling
+from jaxedit.models import (
+    decode,
+    decode_state,
+    decoder,
+    loading,
+    sampling,
+)
 from jaxedit.testing import models as tiny
 from jaxedit.types import Dense, InputError, LowRank
 
@@ -268,7 +274,7 @@ class GenerateTest(parameterized.TestCase):
     self.assertIn('stream 2147483648 does not exist', number)
 
   def test_a_number_does_not_recompile(self):
-    programs = decode_pool.read, decode_pool.extend
+    programs = decode_state.read, decode_state.extend
     count = lambda: [program._cache_size() for program in programs]
     write = functools.partial(self.write, prompts_of(SIZES))
     write(temperature=1.0, top_p=0.9, repetition_penalty=1.1)
@@ -332,7 +338,10 @@ class GenerateTest(parameterized.TestCase):
     full = Dense((1,), 'mlp/down', ones(1, 3, 48, 32))
     for faulty, words in (
         (dict(stack=[stack]), ['stack and owner belong together']),
-        (dict(stack=[stack], owner=[3]), ['1 entries for 2 rows', 'runs from 3 to 3']),
+        (
+            dict(stack=[stack], owner=[3]),
+            ['1 entries for 2 rows', 'runs from 3 to 3'],
+        ),
         (dict(stack=[flat], owner=[0, 0]), ['has no axis of edits']),
         (dict(stack=[full], owner=[0, 0]), ['low-rank factors of shape']),
         (
@@ -375,7 +384,7 @@ class LongTest(parameterized.TestCase):
       self.assertTrue(len(text) == 90 or text[-1] == 0)
 
   def test_a_batch_that_fits_is_not_copied(self):
-    moved, whole = [], decode_pool.resize
+    moved, whole = [], decode_state.resize
 
     def resize(pool, kept, width):
       _, rows, _, columns, _ = pool.cache[0].shape
@@ -383,7 +392,7 @@ class LongTest(parameterized.TestCase):
       self.assertNotEqual((rows, columns), (len(kept), width))
       return whole(pool, kept, width)
 
-    with mock.patch.object(decode_pool, 'resize', resize):
+    with mock.patch.object(decode_state, 'resize', resize):
       self.write(self.prompts, stop_ids=(), batch_size=4)
     self.assertEqual(moved, [(64, 128), (128, 64), (64, 128)])
 

@@ -376,9 +376,7 @@ class PatchTest(DecoderTestCase):
     h = h.copy()
     h[rows, column] = first + second
     h, _ = run_part(spec, params, h, self.columns, (2, 3))
-    self.assert_same(
-        run(spec, params, self.tokens, self.columns, patches), h
-    )
+    self.assert_same(run(spec, params, self.tokens, self.columns, patches), h)
 
 
 class DeltaTest(DecoderTestCase):
@@ -439,8 +437,7 @@ class DeltaTest(DecoderTestCase):
     h = run(spec, params, self.tokens, self.columns, (), (shared, *own))
     for row, left in enumerate(PADDING):
       deltas = [
-          LowRank(d.layers, d.site, d.key[:, row], d.value[:, row])
-          for d in own
+          LowRank(d.layers, d.site, d.key[:, row], d.value[:, row]) for d in own
       ]
       merged = merge(params, [shared, *deltas])
       wanted, _ = oracle(spec, merged, self.text(row))
@@ -450,12 +447,8 @@ class DeltaTest(DecoderTestCase):
     spec, params = model()
     delta = self.low_rank(spec, 'mlp/down', LAYERS)
     h = self.draw(3, WIDTH, spec.width)
-    lazy, _ = run_part(
-        spec, params, h, self.columns, (1, 2), deltas=(delta,)
-    )
-    merged, _ = run_part(
-        spec, merge(params, [delta]), h, self.columns, (1, 2)
-    )
+    lazy, _ = run_part(spec, params, h, self.columns, (1, 2), deltas=(delta,))
+    merged, _ = run_part(spec, merge(params, [delta]), h, self.columns, (1, 2))
     self.assert_same(lazy, merged)
 
   def test_gradients_reach_the_factors(self):
@@ -546,9 +539,7 @@ class ColumnsTest(DecoderTestCase):
     spec, params = model(family)
     deltas = (self.low_rank(spec, 'mlp/down', (2,)),)
     h = self.draw(3, WIDTH, spec.width)
-    whole, kv = run_part(
-        spec, params, h, self.columns, (1, 3), deltas=deltas
-    )
+    whole, kv = run_part(spec, params, h, self.columns, (1, 3), deltas=deltas)
     suffix = some(self.columns, slice(split, None))
     part, own = run_part(
         spec, params, h[:, split:], suffix, (1, 3), cut(kv, 0, split), deltas
@@ -564,20 +555,26 @@ class ColumnsTest(DecoderTestCase):
     spec, params = model(family, **tight(family))
     draw = lambda *sizes: [self.rng.integers(1, 97, n) for n in sizes]
     texts, ((trunk,), branches) = draw(4, 1, 5, 2), (draw(4), draw(3, 1, 2))
-    segment = np.array([
-        np.repeat([2, 3, 4, 5, 0], [4, 1, 5, 2, 2]),
-        np.repeat([0, 1, 2, 3, 4, 0], [2, 4, 3, 1, 2, 2]),
-    ])
+    segment = np.array(
+        [
+            np.repeat([2, 3, 4, 5, 0], [4, 1, 5, 2, 2]),
+            np.repeat([0, 1, 2, 3, 4, 0], [2, 4, 3, 1, 2, 2]),
+        ]
+    )
     place = lambda texts, first: [first + np.arange(len(t)) for t in texts]
     pad = [np.zeros(2, int)]
-    position = np.array([
-        np.concatenate(place(texts, 0) + pad),
-        np.concatenate(pad + place([trunk], 0) + place(branches, 4) + pad),
-    ])
-    tokens = np.array([
-        np.concatenate(texts + pad),
-        np.concatenate(pad + [trunk] + branches + pad),
-    ])
+    position = np.array(
+        [
+            np.concatenate(place(texts, 0) + pad),
+            np.concatenate(pad + place([trunk], 0) + place(branches, 4) + pad),
+        ]
+    )
+    tokens = np.array(
+        [
+            np.concatenate(texts + pad),
+            np.concatenate(pad + [trunk] + branches + pad),
+        ]
+    )
     h = run(spec, params, tokens, Columns(position, segment))
     self.assertTrue(np.isfinite(h).all())
     for i, text in enumerate(texts):
@@ -709,9 +706,7 @@ class DtypeTest(parameterized.TestCase):
     self.assertRegex(program, r'\bf64\[')
     self.assertNotRegex(program, r'\b(f32|bf16|f16)\[')
 
-  @parameterized.product(
-      family=tiny.FAMILIES, weights=('bfloat16', 'float32')
-  )
+  @parameterized.product(family=tiny.FAMILIES, weights=('bfloat16', 'float32'))
   def test_sums_are_f32(self, family, weights):
     program, out = self.trace(*model(family, weights), np.float32)
     for leaf in jax.tree.leaves(out['wide']):

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from jaxedit.models import loading
-from jaxedit.text.batching import EncodedEdit
-from jaxedit.values import Schedule
+from jaxedit.targets import Schedule
+from jaxedit.text.encoding import EncodedEdit
 
 
 class Pair(NamedTuple):

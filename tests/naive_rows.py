@@ -15,7 +15,7 @@ import naive_oracle
 import numpy as np
 import torch
 
-from jaxedit.text.batching import EncodedEdit
+from jaxedit.text.encoding import EncodedEdit
 
 
 class Keys(NamedTuple):

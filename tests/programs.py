@@ -23,7 +23,7 @@ from absl import flags
 from absl.testing import parameterized
 
 from experiments import common
-from jaxedit import delta
+from jaxedit import edited as edited_lib
 from jaxedit.models import loading
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -59,7 +59,7 @@ class Done:
     return sorted(path.name for path in self.folder.iterdir())
 
   def delta(self, **options: Any) -> Any:
-    return delta.load(self.folder / 'delta.safetensors', **options)
+    return edited_lib.load(self.folder / 'delta.safetensors', **options)
 
 
 @contextlib.contextmanager

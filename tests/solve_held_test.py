@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from jaxedit.solve import metric as metrics
+from jaxedit.solve import preconditioner as metrics
 from jaxedit.solve.ridge import ridge_dense, ridge_update
 
 F, D = 24, 10

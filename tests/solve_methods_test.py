@@ -9,8 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from jaxedit.edit import emmet, memit, pmet, rome
-from jaxedit.solve import metric as metrics
+from jaxedit.methods import (
+    emmet,
+    memit,
+    pmet,
+    rome,
+)
+from jaxedit.solve import preconditioner as metrics
 from jaxedit.solve import shaping
 from jaxedit.solve.ridge import ridge_dense, ridge_update
 

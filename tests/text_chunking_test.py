@@ -170,7 +170,7 @@ class CutsTest(parameterized.TestCase):
       '# Opens. A file.\n|"""Does. Things.\n\n|And more. So.\n|"""\n|x = 1\n',
       '-- First. Then.\n|SELECT a FROM b;\n',
       "'''Ada''' was born.| She wrote.\n\n|It was '''good'''.| So.",
-      'x = \'\'\'\n|A. B\n\n|C. D\n|\'\'\'\n|y = 1',
+      "x = '''\n|A. B\n\n|C. D\n|'''\n|y = 1",
       'def a\n|  puts "Hello. World"\n|end\n',
       'This is it. It works.\n|It is short. It has a text.\n'
       f'|print("Hello. World. {"Long. " * 12}")\n|That is all. Done.\n',

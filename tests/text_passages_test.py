@@ -8,7 +8,13 @@ import text_tokenizers
 from absl.testing import absltest, parameterized
 
 from jaxedit import types
-from jaxedit.text import chat, chunking, locate, passages, rooms
+from jaxedit.batching import plan as plan_lib
+from jaxedit.text import (
+    chat,
+    chunking,
+    locate,
+    passages,
+)
 
 PLAIN = chat.Chat('', '', '', True)
 PASSAGES = tuple(
@@ -177,7 +183,7 @@ class ChunkTest(parameterized.TestCase):
     for boundary in chunking.BOUNDARIES:
       for overlap in (0, 3):
         edits = encode(chunking=chunking.Chunking(5, overlap, boundary))
-        rooms.frame(edits)
+        plan_lib.frame(edits)
         for edit in edits:
           self.assertEqual(edit.stage(0, 0).anchor, edit.anchors[0])
           for k, (begin, _) in enumerate(edit.chunks):

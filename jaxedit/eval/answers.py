@@ -20,8 +20,8 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from jaxedit import delta
-from jaxedit.edit import forward
+from jaxedit import edited as edited_lib
+from jaxedit.edited import lm
 from jaxedit.models import decode
 from jaxedit.models.decode import GREEDY, Decoding
 from jaxedit.models.spec import ModelSpec
@@ -208,7 +208,7 @@ def continuations(
   )
   streams = range(len(prompts)) if streams is None else streams
   write = functools.partial(
-      forward.generate, spec, params, **settings, **decoding._asdict()
+      lm.generate, spec, params, **settings, **decoding._asdict()
   )
   if stack is None or not stack.deltas:
     return write(edited, prompts, streams=streams, progress=progress)
@@ -227,7 +227,7 @@ def continuations(
       chosen = [i for i, own in enumerate(owner) if own == edit]
       # No name is kept: the next change comes when this one has left memory.
       found = write(
-          _beside(edited, delta.one(stack, edit)),
+          _beside(edited, edited_lib.one(stack, edit)),
           [prompts[i] for i in chosen],
           streams=[streams[i] for i in chosen],
           progress=_within(advance),

@@ -35,12 +35,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from jaxedit.batching import buckets
 from jaxedit.eval import minilm_files
 from jaxedit.eval.minilm_files import ENCODER, Bert
 from jaxedit.models import hub
 from jaxedit.models import tokenizer as tokenizer_lib
 from jaxedit.models.blocks import MASKED
-from jaxedit.text import batching
 from jaxedit.types import Array, InputError, Params, Progress, silent
 
 MAX_TOKENS = 256
@@ -100,7 +100,7 @@ class Encoder:
     with progress('embed', len(rows), 'texts') as advance:
       for first in range(0, len(order), size):
         chosen = order[first : first + size]
-        width = batching.round_up(len(rows[chosen[-1]]), _LADDER)
+        width = buckets.round_up(len(rows[chosen[-1]]), _LADDER)
         ids = np.zeros((size, min(width, longest)), np.int32)
         lengths = np.zeros(size, np.int32)
         for row, i in enumerate(chosen):

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxedit.edit import forward
+from jaxedit.edited import lm
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
 from jaxedit.text.locate import encode_prompts
@@ -293,7 +293,7 @@ def _score(
   Returns:
     [R] nats.
   """
-  h = forward.hidden(spec, params, edited, batch.tokens, batch.columns)
+  h = lm.hidden(spec, params, edited, batch.tokens, batch.columns)
   h = h.reshape(-1, spec.width)
 
   def head(part: tuple[Array, Array]) -> Array:

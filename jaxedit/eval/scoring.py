@@ -37,10 +37,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxedit.edit import forward
+from jaxedit.batching.buckets import round_up
+from jaxedit.edited import lm
 from jaxedit.models import decode, decoder
 from jaxedit.models.spec import ModelSpec
-from jaxedit.text.batching import round_up
 from jaxedit.text.locate import encode_prompts, encode_targets
 from jaxedit.types import (
     TRUNK,
@@ -298,7 +298,7 @@ def _score(
     ([R] nats, [R] int32).
   """
   edited = with_owned(*change, batch.owner)
-  h = forward.hidden(spec, params, edited, batch.tokens, batch.columns)
+  h = lm.hidden(spec, params, edited, batch.tokens, batch.columns)
   h = h.reshape(-1, spec.width)
   head = lambda part: decoder.label_logprob(spec, params, h[part[0]], part[1])
   if batch.index.shape[0] == 1:

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxedit.models import ragged
+from jaxedit.models import packing
 from jaxedit.models.spec import ModelSpec
 from jaxedit.types import Array, Keep, Ragged
 
@@ -161,7 +161,7 @@ def change(
   if key.ndim == 2:
     return einsum('btm,md->btd', einsum('btf,mf->btm', x, key), value)
   if rows is not None:
-    return ragged.to_places(rows, change(ragged.to_rows(rows, x), delta))
+    return packing.to_places(rows, change(packing.to_rows(rows, x), delta))
   return einsum('btm,bmd->btd', einsum('btf,bmf->btm', x, key), value)
 
 
@@ -366,7 +366,7 @@ class Block(nn.Module):
     return self.mlp(x, run), run.seen
 
   def _mix(self, h, sight, prefix, run, intervene):
-    kept = lambda x: x if sight.keep is None else ragged.take(x, sight.keep)
+    kept = lambda x: x if sight.keep is None else packing.take(x, sight.keep)
     x = self.attn_norm(h)
     a = self.attn(kept(x), x, sight, prefix, run)
     run.seen['attn'] = a = intervene('attn', a)
@@ -394,7 +394,7 @@ class _Recorder:
 def _by_group(spec: ModelSpec, rows: Ragged | None, x: Array) -> Array:
   """Lays heads [B, T, heads, H] out as [R, G, T, heads / G * H]."""
   if rows is not None:
-    x = ragged.to_rows(rows, x.reshape(*x.shape[:2], -1))
+    x = packing.to_rows(rows, x.reshape(*x.shape[:2], -1))
   x = x.reshape(*x.shape[:2], spec.kv_heads, -1)
   return jnp.swapaxes(x, 1, 2)
 
@@ -418,7 +418,7 @@ class _Attention(nn.Module):
     if sight.turn is not None:
       asked = sight.turn
       if keep is not None:
-        asked = tuple(ragged.take(part, keep) for part in asked)
+        asked = tuple(packing.take(part, keep) for part in asked)
       q = rotate(q, asked, spec.rotary)
       k = rotate(k, sight.turn, spec.rotary)
     # Keys and values are contracted in the dtype in which they are stored.
@@ -436,7 +436,7 @@ class _Attention(nn.Module):
     mixed = jnp.swapaxes(mixed, 1, 2)
     mixed = mixed.reshape(*mixed.shape[:2], -1)
     if rows is not None:
-      mixed = ragged.to_places(asking, mixed)
+      mixed = packing.to_places(asking, mixed)
     out = Linear(spec, spec.width, spec.out_bias, name='out')
     return run('attn/out', out, mixed)
 

@@ -22,7 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxedit.models import decode_pool, sampling
+from jaxedit.models import (
+    decode_state,
+    sampling,
+)
 from jaxedit.models.sampling import GREEDY, Decoding
 from jaxedit.models.spec import ModelSpec
 from jaxedit.types import (
@@ -204,7 +207,7 @@ class _Writer:
       params: Params,
       prompts: Sequence[Sequence[int]],
       *,
-      call: decode_pool.Call,
+      call: decode_state.Call,
       rule: sampling.Rule,
       rows: int,
       streams: Sequence[int],
@@ -217,7 +220,7 @@ class _Writer:
     # Prompts are read a quarter of the batch at a time, so that few rows have
     # to be free for it and one program does.
     self._chunk = max(1, rows // 4)
-    self._pool: decode_pool.Pool | None = None
+    self._pool: decode_state.Pool | None = None
     self.texts: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     self.waiting = collections.deque(order)
@@ -238,7 +241,7 @@ class _Writer:
     self._shape([i for chosen in coming for i in chosen])
     for chosen in coming:
       self._admit(chosen)
-    self._pool, out = decode_pool.extend(
+    self._pool, out = decode_state.extend(
         self._spec, self._params, self._call, self._pool, rule=self._rule
     )
     live, out = np.asarray(self._pool.rows.live), np.asarray(out)
@@ -269,12 +272,12 @@ class _Writer:
       rows //= 2
     width = _fit(_CACHES, max(map(self._columns, texts)))
     if self._pool is None:
-      self._pool = decode_pool.empty(
+      self._pool = decode_state.empty(
           self._spec, self._params, rows, width, self._rule.penalised
       )
     elif (rows, width) != self._pool.shape:
       kept += [len(self.seats)] * (rows - len(kept))
-      self._pool = decode_pool.resize(
+      self._pool = decode_state.resize(
           self._pool, np.asarray(kept, np.int32), width
       )
       self.seats = [self.seats[row] for row in kept if row < len(self.seats)]
@@ -283,7 +286,7 @@ class _Writer:
   def _columns(self, i: int) -> int:
     """Columns of the cache that a text has filled after the next segment."""
     new = max(len(self.texts[i]), 1)  # a prompt is read with its first token
-    ahead = min(decode_pool.SEGMENT, self._most - new)
+    ahead = min(decode_state.SEGMENT, self._most - new)
     return len(self._prompts[i]) + new - 1 + ahead
 
   def _admit(self, chosen: Sequence[int]) -> None:
@@ -300,7 +303,7 @@ class _Writer:
       stream[row], owner[row] = self._streams[i], self._owner[i]
       seats[row] = self.seats.index(None)
       self.seats[seats[row]] = i
-    fresh, first = decode_pool.read(
+    fresh, first = decode_state.read(
         self._spec,
         self._params,
         self._call,
@@ -310,7 +313,7 @@ class _Writer:
         owner=owner,
         rule=self._rule,
     )
-    self._pool = decode_pool.seat(self._pool, fresh, seats)
+    self._pool = decode_state.seat(self._pool, fresh, seats)
     for i, token in zip(chosen, np.asarray(first)):
       self.texts[i] = [int(token)]
 
@@ -383,7 +386,7 @@ def generate(
       spec,
       params,
       prompts,
-      call=decode_pool.Call(
+      call=decode_state.Call(
           numbers=numbers,
           stop=jnp.asarray(stop),
           most=jnp.int32(max_new_tokens),

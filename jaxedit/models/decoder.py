@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxedit import ops
-from jaxedit.models import ragged
+from jaxedit.models import packing
 from jaxedit.models.blocks import PRODUCT, Block, Norm, Sight, product, wide
 from jaxedit.models.spec import ModelSpec, RopeScaling
 from jaxedit.types import (
@@ -128,7 +128,7 @@ def _row_columns(columns: Columns | Ragged) -> Columns:
 def _positions(columns: Columns | Ragged) -> Array:
   """[B, T] positions as activations have them."""
   if isinstance(columns, Ragged):
-    return ragged.to_places(columns, columns.columns.position)
+    return packing.to_places(columns, columns.columns.position)
   return columns.position
 
 
@@ -470,7 +470,7 @@ def run_layers(
     for i, reading in zip(watching, seen):
       readings[i].append(reading)
   if keep is not None and start == stop:
-    h = ragged.take(h, keep)
+    h = packing.take(h, keep)
   join = lambda *parts: jnp.concatenate(parts, axis=0)
   return h, tuple(jax.tree.map(join, *r) if r else None for r in readings)
 

@@ -35,7 +35,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxedit.solve.metric import Metric, lift, rank, whiten
+from jaxedit.solve.preconditioner import (
+    Metric,
+    lift,
+    rank,
+    whiten,
+)
 
 Array = jax.Array
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxedit.models.spec import ModelSpec
 from jaxedit.stats.storage import Moments
-from jaxedit.text.batching import EncodedEdit
+from jaxedit.text.encoding import EncodedEdit
 
 # Ids that no random edit uses, counted from the end of the vocabulary: tests
 # give their embeddings strange values.

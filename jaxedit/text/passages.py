@@ -33,9 +33,9 @@ import numpy as np
 from jaxedit import types
 from jaxedit.text import chunking as chunking_lib
 from jaxedit.text import locate
-from jaxedit.text.batching import EncodedEdit
 from jaxedit.text.chat import Chat, special_tokens
 from jaxedit.text.chunking import Chunking
+from jaxedit.text.encoding import EncodedEdit
 
 # Passages tokenised at once: bounds the memory that character offsets take.
 _BATCH = 512

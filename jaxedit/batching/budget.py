@@ -1,0 +1,103 @@
+"""Chooses how many edits a device optimises side by side."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from jaxedit.batching import plan as plan_lib
+from jaxedit.batching.plan import Frame
+from jaxedit.models.spec import ModelSpec
+from jaxedit.text.encoding import EncodedEdit
+from jaxedit.types import Params
+
+# Suffix tokens that keep the matrix units busy; more only lengthen the tail in
+# which the last edits leave places empty. A CPU copies each layer's weights once
+# a step; a larger room spreads that over more tokens, and a second, smaller tail
+# keeps its end short. Both pay where a batch fills the room so many times.
+_PLACES_CPU = 256
+_PLACES_CPU_MANY = 512
+_ROUNDS = 2
+_PLACES_ACCELERATOR = 2048
+_PLACES_LEAST = 16
+# Of the free memory, what the optimiser may plan with.
+_MEMORY_SHARE = 0.6
+
+
+def frame_for(
+    spec: ModelSpec,
+    params: Params,
+    edits: Sequence[EncodedEdit],
+    *,
+    slots: int | None = None,
+    batch: int | None = None,
+    memory: float | None = None,
+) -> Frame:
+  """Chooses the static shapes of a run from its edits and the free memory.
+
+  Args:
+    spec: the architecture.
+    params: canonical parameters.
+    edits: all edits of the run.
+    slots: edits optimised side by side; None for as many as are of use and have
+      room in memory.
+    batch: edits a batch at most; None if all are one batch.
+    memory: bytes of the device's memory to plan with, weights included; None
+      for all that is free.
+
+  Returns:
+    The frame.
+  """
+  device = jax.devices()[0]
+  places, tails = _PLACES_ACCELERATOR, 1
+  if device.platform == 'cpu':
+    most = min(batch or len(edits), len(edits))
+    places, tails = _cpu_places(edits, most)
+  free = [_free_bytes(device)]
+  if memory is not None:
+    free.append(memory - sum(x.nbytes for x in jax.tree.leaves(params)))
+  free = [x for x in free if x is not None]
+  if free:
+    share = _MEMORY_SHARE * min(free)
+    room = max(_PLACES_LEAST, int(share // _place_bytes(spec)))
+    # A power of two, so that a little more or less memory changes no shape.
+    places = min(places, 2 ** int(np.log2(room)))
+  return plan_lib.frame(
+      edits, slots=slots, batch=batch, places=places, tails=tails
+  )
+
+
+def _cpu_places(edits: Sequence[EncodedEdit], batch: int) -> tuple[int, int]:
+  """(places, tails) of a CPU's room, for batches of that many of the edits."""
+  load = sum(int(plan_lib.edit_load(edit)[0]) for edit in edits)
+  fills = load * batch >= len(edits) * _ROUNDS * _PLACES_CPU_MANY
+  return (_PLACES_CPU_MANY, 2) if fills else (_PLACES_CPU, 1)
+
+
+def _place_bytes(spec: ModelSpec) -> int:
+  """Memory that one suffix token takes, at most.
+
+  The backward pass keeps the results of weight products, in f32; an earlier
+  column's keys and values, f32 as well, are counted eight times, once for every
+  column that a suffix token has before it on average.
+  """
+  heads = spec.head_size * (spec.heads + 2 * spec.kv_heads)
+  products = heads + 3 * spec.width + (2 + spec.gated) * spec.mlp_width
+  earlier = 8 * 2 * spec.kv_heads * spec.head_size
+  return 4 * spec.layers * (products + earlier) + 8 * spec.vocab
+
+
+def _free_bytes(device: jax.Device) -> int | None:
+  """Free memory of a device, or None where nothing tells."""
+  stats = device.memory_stats() or {}
+  if 'bytes_limit' in stats:
+    return stats['bytes_limit'] - stats['bytes_in_use']
+  if device.platform != 'cpu':
+    return None
+  try:
+    return os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+  except (AttributeError, ValueError, OSError):
+    return None

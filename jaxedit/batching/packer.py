@@ -1,0 +1,225 @@
+"""Fills tiles: own columns of some edits, end to end, in one static shape.
+
+Axis letters as in `rooms`: E slots, R rows, N places, K states of an edit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import flax
+import numpy as np
+
+from jaxedit.batching import plan as plan_lib
+from jaxedit.batching.plan import (
+    Frame,
+    Room,
+)
+from jaxedit.text.encoding import EncodedEdit
+from jaxedit.types import PADDING, TRUNK, Array, Columns, Keep, Ragged
+
+
+@flax.struct.dataclass
+class Tile:
+  """Own columns of some edits, end to end.
+
+  Attributes:
+    edit: [E] int32 index of the edit in a slot, or -1.
+    context: [R] int32 number of a row's context, and of its trunk.
+    tokens: [1, N] int32.
+    rows: R = E * rows rows.
+    anchor: [E, rows] int32 place of the first anchor, in `key_tiles` [R, K] of
+      every state's; N where there is none.
+    left: the places left of the anchor, as rows of their own; None where they
+      are not needed apart.
+  """
+
+  edit: Array
+  context: Array
+  tokens: Array
+  rows: Ragged
+  anchor: Array
+  left: Keep | None
+
+
+class Rows:
+  """Rows that are being laid out."""
+
+  def __init__(self, rows: int, width: int, places: int):
+    self.index = np.full([rows, width], places, np.int32)
+    self.position = np.zeros([rows, width], np.int32)
+    self.segment = np.full([rows, width], PADDING, np.int32)
+    self.row = np.full([places], rows, np.int32)
+    self.column = np.zeros([places], np.int32)
+
+  def put(self, row: int, places: np.ndarray, start: int) -> None:
+    """Lets a row consist of these places, from a position on."""
+    columns = np.arange(len(places), dtype=np.int32)
+    self.index[row, : len(places)] = places
+    self.position[row, : len(places)] = start + columns
+    self.segment[row, : len(places)] = TRUNK
+    self.row[places] = row
+    self.column[places] = columns
+
+  def clear(self, row: int) -> np.ndarray:
+    """Empties a row and returns its places."""
+    used = self.segment[row] != PADDING
+    places = self.index[row, used]
+    self.index[row] = len(self.row)
+    self.position[row] = 0
+    self.segment[row] = PADDING
+    self.row[places] = len(self.index)
+    self.column[places] = 0
+    return places
+
+  def ragged(self) -> Ragged:
+    """The rows as they are now."""
+    columns = Columns(self.position.copy(), self.segment.copy())
+    copies = (x.copy() for x in (self.index, self.row, self.column))
+    return Ragged(columns, *copies)
+
+
+def trunk_columns(frame: Frame) -> tuple[np.ndarray, Columns]:
+  """The trunks as rows; the KL row's is empty.
+
+  Args:
+    frame: of the run.
+
+  Returns:
+    ([rows, s] int32 tokens, their columns).
+  """
+  tokens = np.zeros([frame.rows, frame.shared], np.int32)
+  segment = np.full(tokens.shape, PADDING, np.int32)
+  for c, ids in enumerate(frame.trunk):
+    tokens[c, : len(ids)] = ids
+    segment[c, : len(ids)] = TRUNK
+  position = np.where(segment, np.arange(frame.shared, dtype=np.int32), 0)
+  return tokens, Columns(position.astype(np.int32), segment)
+
+
+def row_tiles(
+    edits: Sequence[EncodedEdit], order: Sequence[int], frame: Frame, room: Room
+) -> Iterator[Tile]:
+  """Yields tiles of whole rows, in order.
+
+  Args:
+    edits: the batch.
+    order: those to lay out, as indices.
+    frame: of the run.
+    room: which the edits belong to.
+  """
+  spans = {i: list(plan_lib.row_spans(edits[i], frame.trunk)) for i in order}
+  limits = (room.tile[1], room.left[0])
+  load = lambda i: (
+      sum(len(ids) for ids, _, _ in spans[i]),
+      sum(cut for _, _, cut in spans[i]),
+  )
+  for chosen in _groups(order, load, room.tile[0], limits):
+    yield _tile(
+        [(i, spans[i]) for i in chosen], frame.rows, room.tile, room.left
+    )
+
+
+def key_tiles(
+    edits: Sequence[EncodedEdit],
+    frame: Frame,
+    *,
+    bare: bool,
+    text: bool = False,
+) -> Iterator[Tile]:
+  """Yields tiles of columns up to the last anchor, a slot a row, no KL rows.
+
+  Args:
+    edits: the batch.
+    frame: of the run.
+    bare: the first context alone, or all others.
+    text: go on to the end of the target.
+  """
+  rows = [
+      (i, c, plan_lib.key_text(edit, c, text))
+      for i, edit in enumerate(edits)
+      for c in (range(1) if bare else range(1, frame.contexts))
+  ]
+  shape = frame.key.text if text else frame.key.upto
+  load = lambda r: (len(rows[r][2]) - len(frame.trunk[rows[r][1]]),)
+  for group in _groups(range(len(rows)), load, shape[0], shape[1:2]):
+    chosen, context = [], np.zeros([shape[0]], np.int32)
+    for slot, r in enumerate(group):
+      i, c, ids = rows[r]
+      start = len(frame.trunk[c])
+      chosen.append((i, [(ids[start:], start, 0)]))
+      context[slot] = c
+    tile = _tile(chosen, 1, shape, None)
+    anchor = np.full([shape[0], frame.stages], shape[1], np.int32)
+    for slot, r in enumerate(group):
+      i, c, _ = rows[r]
+      columns = [edits[i].stage(k, c).anchor for k in range(edits[i].stages)]
+      columns = np.array(columns) - len(frame.trunk[c])
+      anchor[slot, : len(columns)] = tile.rows.index[slot, columns]
+    yield tile.replace(context=context, anchor=anchor)
+
+
+def _groups(
+    order: Sequence[int],
+    load: Callable[[int], tuple[int, ...]],
+    slots: int,
+    limits: tuple[int, ...],
+) -> Iterator[list[int]]:
+  """Cuts a sequence where the next edit would not fit."""
+  group: list[int] = []
+  total = np.zeros(len(limits), int)
+  for i in order:
+    size = np.array(load(i))
+    if group and (len(group) == slots or (total + size > limits).any()):
+      yield group
+      group, total = [], np.zeros(len(limits), int)
+    group.append(i)
+    total += size
+  if group:
+    yield group
+
+
+def _tile(
+    chosen: Sequence[tuple[int, list]],
+    width: int,
+    shape: tuple[int, int, int],
+    left: tuple[int, int] | None,
+) -> Tile:
+  """Fills one tile; `width` is the rows of an edit."""
+  slots, places, columns = shape
+  rows = Rows(slots * width, columns, places)
+  tokens = np.zeros([1, places], np.int32)
+  edit = np.full([slots], -1, np.int32)
+  anchor = np.full([slots, width], places, np.int32)
+  cuts = []
+  at = 0
+  for e, (i, spans) in enumerate(chosen):
+    edit[e] = i
+    for c, (ids, start, cut) in enumerate(spans):
+      here = np.arange(at, at + len(ids), dtype=np.int32)
+      rows.put(e * width + c, here, start)
+      tokens[0, here] = ids
+      anchor[e, c] = at + cut
+      cuts.append((e * width + c, here[:cut], start))
+      at += len(ids)
+  keep = None if left is None else _cut(cuts, places, slots * width, left)
+  context = np.tile(np.arange(width, dtype=np.int32), slots)
+  return Tile(edit, context, tokens, rows.ragged(), anchor, keep)
+
+
+def _cut(
+    cuts: Sequence[tuple[int, np.ndarray, int]],
+    places: int,
+    count: int,
+    shape: tuple[int, int],
+) -> Keep:
+  """Makes rows of their own of some places: (row, places, first position)."""
+  kept = np.full([shape[0]], places, np.int32)
+  rows = Rows(count, shape[1], shape[0])
+  at = 0
+  for row, here, start in cuts:
+    there = np.arange(at, at + len(here), dtype=np.int32)
+    rows.put(row, there, start)
+    kept[there] = here
+    at += len(here)
+  return Keep(kept, rows.ragged())

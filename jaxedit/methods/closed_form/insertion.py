@@ -1,0 +1,237 @@
+"""Writes wanted states into the edited layers, lowest first.
+
+Layer by layer from the first edited one to the last (which z describes),
+
+  K   keys: input of the edited map at the anchors, averaged over contexts
+  R   residuals: (z - z_now) * share, z_now under the changes made so far
+  H   keys that are held: other tokens of the texts, keys of earlier batches
+  X   = S K_all^T (r I + C_all S K_all^T)^-1 [R; 0]      (`solve.ridge`)
+
+in one pass that goes up with the edits (`climb`). Edits are solved for together,
+or in independent groups side by side, each on a model of its own.
+
+Axes: E edits, M states of all edits, G groups, m states of a group, P held keys,
+F key width, D width, n edited layers.
+
+Source: Meng et al. 2022b (MEMIT, arXiv 2210.07229), algorithm 1; for held tokens
+Jiang et al. 2025 (AnyEdit, arXiv 2502.05628) as its code has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxedit.batching import plan as plan_lib
+from jaxedit.batching.plan import Frame
+from jaxedit.methods.closed_form.recipe import (
+    Recipe,
+    State,
+)
+from jaxedit.methods.closed_form.sweep import (
+    Change,
+    Climb,
+    Keys,
+)
+from jaxedit.methods.closed_form.systems import (
+    Apart,
+    Rows,
+    Together,
+)
+from jaxedit.models.spec import ModelSpec
+from jaxedit.solve.ridge import Factors
+from jaxedit.solve.shaping import rect
+from jaxedit.text.encoding import EncodedEdit
+from jaxedit.types import Params, Progress, Targets, silent
+
+
+class Written(NamedTuple):
+  """What an insertion gave.
+
+  Attributes:
+    changes: of every layer: factors, whose first M rows are the states', or one
+      matrix where that is smaller; of independent groups, factors [G, m, .].
+    distance: [n + 1, M] |z - z_now| / |z - z0| before each layer was written and
+      after the last.
+    active: [M] bool, states whose edit stayed finite.
+    keys: [M, F] of every layer.
+  """
+
+  changes: list[Change]
+  distance: np.ndarray
+  active: np.ndarray
+  keys: list[np.ndarray]
+
+
+def insert(
+    spec: ModelSpec,
+    params: Params,
+    recipe: Recipe,
+    state: State,
+    edits: Sequence[EncodedEdit],
+    *,
+    targets: Targets,
+    active: np.ndarray,
+    owner: Sequence[int] | None = None,
+    frame: Frame | None = None,
+    progress: Progress = silent,
+) -> Written:
+  """Writes the targets into the edited layers, lowest first.
+
+  Args:
+    spec: the architecture.
+    params: canonical parameters.
+    recipe: the method.
+    state: factored metrics, and keys to hold.
+    edits: E edits.
+    targets: their wanted states, all M.
+    active: [M] bool, states to write; an edit is written whole or not at all.
+    owner: [E] independent group of an edit, for changes of their own a group;
+      None solves for all together.
+    frame: static shapes, of these edits and others; chosen unless given.
+    progress: progress display.
+
+  Returns:
+    What was written.
+  """
+  frame = frame or plan_lib.frame(edits)
+  states = sum(edit.stages for edit in edits)
+  if owner is None:
+    systems: Any = Together(frame, states)
+  else:
+    systems = Apart(frame, edits, owner)
+  if owner is not None or recipe.texts:
+    # Every group changes what contexts share in its own way, and every text
+    # holds all of its own tokens.
+    frame = frame.apart()
+  climb = _Climbing(
+      Climb(spec, params, recipe, edits, frame, owner=owner),
+      (params, recipe, state),
+      edits,
+      targets,
+      active,
+      together=owner is None,
+  )
+  with progress('insert', len(recipe.layers), 'layer') as advance:
+    for layer in range(recipe.layers[0], recipe.layers[-1] + 1):
+      climb.halt(layer)
+      change = None
+      if layer in recipe.layers:
+        change = climb.solve(layer, systems)
+        advance(1)
+      if layer < recipe.layers[-1]:
+        climb.write(layer, change)
+  climb.gap(climb.rows.outcome(change))
+  return Written(
+      climb.solved, np.stack(climb.distance), climb.active, climb.keys
+  )
+
+
+def whole(edit: np.ndarray, fine: np.ndarray) -> np.ndarray:
+  """Finds states whose edit is fine in all its states.
+
+  Args:
+    edit: [M] int, the edit of a state.
+    fine: [M] bool.
+
+  Returns:
+    [M] bool.
+  """
+  bad = np.zeros(int(edit.max()) + 1, bool)
+  np.logical_or.at(bad, edit, ~fine)
+  return ~bad[edit]
+
+
+class _Climbing:
+  """An insertion under way."""
+
+  def __init__(
+      self,
+      rows: Climb,
+      given: tuple[Params, Recipe, State],
+      edits: Sequence[EncodedEdit],
+      targets: Targets,
+      active: np.ndarray,
+      *,
+      together: bool,
+  ):
+    self.rows, self._targets = rows, targets
+    self._together = together
+    self._params, self._recipe, self._state = given
+    self._edit = np.repeat(np.arange(len(edits)), [e.stages for e in edits])
+    self._length = np.linalg.norm(targets.z - targets.z0, axis=-1)
+    self.halt, self.write = rows.halt, rows.write
+    self.active = whole(self._edit, active)
+    self.solved: list[Change] = []
+    self.distance: list[np.ndarray] = []
+    self.keys: list[np.ndarray] = []
+
+  def gap(self, now: np.ndarray) -> np.ndarray:
+    """Records how far the wanted states are."""
+    away = self._targets.z - now
+    far = np.linalg.norm(away, axis=-1) / np.maximum(self._length, 1e-30)
+    self.distance.append(far)
+    return away
+
+  def solve(self, layer: int, systems: Any) -> Change:
+    """Solves for the change of a layer whose MLP rows wait for."""
+    recipe, dtype = self._recipe, self._targets.z.dtype
+    i = recipe.layers.index(layer)
+    found = self.rows.keys(layer)
+    share = recipe.spread(len(recipe.layers) - i)
+    away = self.gap(self.rows.present(layer)) * share
+    fine = np.isfinite(found.mean).all(1) & np.isfinite(away).all(1)
+    self.active = whole(self._edit, self.active & fine)
+    self.keys.append(found.mean)
+    metric = i if recipe.shared_metric is None else recipe.shared_metric
+    rows, owner = self._rows(found, away, i)
+    with jax.enable_x64(True):
+      exact = systems.solve(self._state.metrics[metric], rows, owner, recipe)
+      if recipe.keep < 1:
+        kernel = self._params['layers']
+        for name in (*recipe.site.split('/'), 'kernel'):
+          kernel = kernel[name]
+        if isinstance(exact, Factors):
+          exact = exact.key.T @ exact.value
+        exact = rect(exact, kernel[layer], recipe.keep)
+      change = jax.tree.map(lambda x: np.asarray(x, dtype), exact)
+    # Nothing of a singular system may reach the model.
+    change, sound = systems.sound(change)
+    self.active = whole(self._edit, self.active & sound)
+    self.solved.append(change)
+    return jax.tree.map(jnp.asarray, change)
+
+  def _rows(
+      self, found: Keys, away: np.ndarray, i: int
+  ) -> tuple[Rows, np.ndarray]:
+    """The system of a layer, and the edits that held keys belong to."""
+    held, live = found.held, np.zeros(0, bool)
+    if len(held):
+      live = np.isfinite(held).all(1)
+      fine = np.zeros(int(self._edit.max()) + 1, bool)
+      fine[self._edit[self.active]] = True
+      live &= fine[found.owner]
+    owner = found.owner
+    # Independent edits know nothing of earlier ones.
+    joint = self._state.prior is not None and self._together
+    if joint and len(self._state.prior[i]):
+      prior = self._state.prior[i]
+      held = np.concatenate([held, prior.astype(found.mean.dtype)])
+      live = np.append(live, np.ones(len(prior), bool))
+    constraint = None
+    if self._recipe.constraint == 'bare':
+      constraint = found.bare
+    some = len(held) > 0
+    rows = Rows(
+        found.mean,
+        away,
+        self.active,
+        constraint,
+        held if some else None,
+        live if some else None,
+    )
+    return rows, owner

@@ -1,0 +1,200 @@
+"""The systems that keys and residuals of a layer make, and their solution.
+
+All edits in one system, or independent groups of edits side by side, each with a
+system of its own; shapes are padded with idle rows, so that batches of other
+sizes do not compile anew. Rows go to the device as they are, and are widened there.
+A system without a finite solution gives no change.
+
+Axes: M states of all edits, G groups, m states of a group, P held keys, p of a
+group, F key width, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxedit.batching.buckets import round_up
+from jaxedit.batching.plan import Frame
+from jaxedit.methods.closed_form.recipe import Recipe
+from jaxedit.methods.closed_form.sweep import Change
+from jaxedit.solve.preconditioner import Metric
+from jaxedit.solve.ridge import Factors, ridge_dense, ridge_update
+from jaxedit.text.encoding import (
+    EncodedEdit,
+)
+from jaxedit.types import Array
+
+# Of independent groups, those solved for in one call share this much memory.
+_GROUP_BYTES = 2**30
+
+
+class Rows(NamedTuple):
+  """Rows of one system, or of G systems side by side."""
+
+  keys: np.ndarray  # [M, F]
+  residuals: np.ndarray  # [M, D]
+  active: np.ndarray  # [M] bool
+  constraint: np.ndarray | None  # [M, F]
+  held: np.ndarray | None  # [P, F]
+  held_active: np.ndarray | None  # [P] bool
+
+
+def pays(rows: int, keys: int, width: int) -> bool:
+  """Says whether factors of that many rows are smaller than the matrix."""
+  return rows * (keys + width) < keys * width
+
+
+@jax.jit
+def _solve_factors(metric: Metric, rows: Rows, ridge: Array) -> Factors:
+  return ridge_update(metric, **_named(rows), ridge=ridge)
+
+
+@jax.jit
+def _solve_dense(metric: Metric, rows: Rows, ridge: Array) -> Array:
+  return ridge_dense(metric, **_named(rows), ridge=ridge)
+
+
+@jax.jit
+def _solve_groups(metric: Metric, rows: Rows, ridge: Array) -> Factors:
+  """Solves systems that know nothing of each other, [G, m, .]."""
+  one = lambda rows, ridge: ridge_update(metric, **_named(rows), ridge=ridge)
+  return jax.vmap(one)(rows, ridge)
+
+
+def _named(rows: Rows) -> dict[str, Any]:
+  return {name: x for name, x in rows._asdict().items() if x is not None}
+
+
+class Together:
+  """All edits in one system."""
+
+  def __init__(self, frame: Frame, states: int):
+    # Smaller batches leave rows of the solve idle, rather than compile their own.
+    self._rows, self._states = max(frame.states, states), states
+
+  def solve(
+      self,
+      metric: Metric,
+      rows: Rows,
+      owner: np.ndarray,
+      recipe: Recipe,
+  ) -> Change:
+    """Solves for one change of a layer; `owner` is not asked."""
+    del owner
+    full = self._rows
+    held = 0 if rows.held is None else len(rows.held)
+    # Rows that take no part have no say in the ridge.
+    sizes = [
+        int(x.sum()) for x in (rows.active, rows.held_active) if x is not None
+    ]
+    dense = not pays(full, rows.keys.shape[1], rows.residuals.shape[1])
+    put = lambda x: None if x is None else _pad(x, full)
+    room = _room(held)
+    hold = lambda x: None if x is None else _pad(x, room)
+    rows = Rows(*map(put, rows[:4]), *map(hold, rows[4:]))
+    solve = _solve_dense if dense else _solve_factors
+    ridge = recipe.ridge_of(*sizes)
+    return solve(metric, jax.tree.map(jnp.asarray, rows), ridge)
+
+  def sound(self, change: Change) -> tuple[Change, np.ndarray]:
+    """The change, or none if it is not finite, and the states it serves."""
+    fine = all(np.isfinite(x).all() for x in jax.tree.leaves(change))
+    if not fine:
+      change = jax.tree.map(np.zeros_like, change)
+    return change, np.full(self._states, fine)
+
+
+class Apart:
+  """Independent groups of edits, each a system of its own."""
+
+  def __init__(self, frame: Frame, edits: Sequence[EncodedEdit], group: Any):
+    self._group = np.asarray(group)
+    self._number = np.repeat(self._group, [edit.stages for edit in edits])
+    self._groups = int(self._group.max()) + 1
+    self._most = max(frame.batch, self._groups)
+    self._index = _members(self._number, self._groups, frame.stages)
+
+  def solve(
+      self,
+      metric: Metric,
+      rows: Rows,
+      owner: np.ndarray,
+      recipe: Recipe,
+  ) -> Factors:
+    """Solves for the changes of all groups; `owner` [P] is a held key's edit."""
+    index, held = self._index, None
+    sizes = [np.bincount(self._number, rows.active, self._groups)]
+    if rows.held is not None:
+      mine = self._group[owner]
+      sizes.append(np.bincount(mine, rows.held_active, self._groups))
+      held = _members(mine, self._groups, 1)
+      idle = _room(held.shape[1]) - held.shape[1]
+      held = np.pad(held, [(0, 0), (0, idle)], constant_values=-1)
+    ridge = [recipe.ridge_of(*map(int, some)) for some in zip(*sizes)]
+    ridge = np.array(ridge, np.float64)
+    size = index.shape[1] + (0 if held is None else held.shape[1])
+    step = max(1, _GROUP_BYTES // (32 * size * rows.keys.shape[1]))
+    step = min(step, self._most)
+    metric = jax.tree.map(jnp.asarray, metric)  # to the device once
+    found = []
+    for at in range(0, self._groups, step):
+      # The last systems stand idle where there are no more groups.
+      cut = lambda x: _fill(x[at : at + step], step)  # pylint: disable=cell-var-from-loop
+      part = _take(rows, cut(index), None if held is None else cut(held))
+      part = jax.tree.map(jnp.asarray, part)
+      shares = np.resize(ridge[at : at + step], step)
+      solved = _solve_groups(metric, part, jnp.asarray(shares))
+      found.append(jax.tree.map(np.asarray, solved))
+    return Factors(*(np.concatenate(x)[: self._groups] for x in zip(*found)))
+
+  def sound(self, change: Factors) -> tuple[Factors, np.ndarray]:
+    """The finite changes, and the [M] states they serve."""
+    fine = np.logical_and(*(np.isfinite(x).all(axis=(1, 2)) for x in change))
+    kept = (np.where(fine[:, None, None], x, 0) for x in change)
+    return Factors(*kept), fine[self._number]
+
+
+def _fill(index: np.ndarray, rows: int) -> np.ndarray:
+  """Adds rows that name nothing."""
+  idle = [(0, rows - len(index)), (0, 0)]
+  return np.pad(index, idle, constant_values=-1)
+
+
+def _members(group: np.ndarray, groups: int, least: int) -> np.ndarray:
+  """[G, m] which rows belong to a group, -1 for none."""
+  counts = np.bincount(group, minlength=groups)
+  index = np.full((groups, max(least, int(counts.max(initial=0)))), -1)
+  for g in np.flatnonzero(counts):
+    rows = np.flatnonzero(group == g)
+    index[g, : len(rows)] = rows
+  return index
+
+
+def _take(rows: Rows, index: np.ndarray, held: np.ndarray | None) -> Rows:
+  """The rows of groups, [G, m, .]; idle where there is none."""
+
+  def pick(x: np.ndarray | None, index: np.ndarray) -> np.ndarray | None:
+    if x is None:
+      return None
+    some = x[np.maximum(index, 0)]
+    none = (index < 0).reshape(*index.shape, *[1] * (x.ndim - 1))
+    return np.where(none, np.zeros((), x.dtype), some)
+
+  first = (pick(x, index) for x in rows[:4])
+  if held is None:
+    return Rows(*first, None, None)
+  return Rows(*first, *(pick(x, held) for x in rows[4:]))
+
+
+def _pad(x: np.ndarray, rows: int) -> np.ndarray:
+  return np.pad(x, [(0, rows - len(x)), *[(0, 0)] * (x.ndim - 1)])
+
+
+def _room(held: int) -> int:
+  """Held rows to compile for, so that a few more do not compile anew."""
+  return round_up(held) if held else 0

@@ -1,0 +1,50 @@
+"""Published behaviour that differs from what its authors meant.
+
+Needed only to reproduce numbers that depend on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxedit.methods.closed_form.recipe import Recipe
+from jaxedit.types import InputError
+
+
+def shadowed(recipe: Recipe, edits: int) -> Recipe:
+  """Gives a row the layer schedule of AnyEdit's plain baselines.
+
+  Their loop over the edits of a batch overwrites the index of the layer, so that
+  every layer gets the share 1 / (n - (edits - 1)) of what is left, and AlphaEdit
+  takes the null space of layer number `edits - 1` for all of them. With one edit
+  and five layers a third of the residual is never written.
+
+  Args:
+    recipe: MEMIT or AlphaEdit, without chunks.
+    edits: edits a batch.
+
+  Returns:
+    The row.
+
+  Raises:
+    InputError: the divisor would be 0 or negative, where the published code
+      fails or writes backwards.
+
+  Source: the code of Jiang et al. 2025 (AnyEdit, arXiv 2502.05628).
+  """
+  left = len(recipe.layers) - (edits - 1)
+  if left < 1:
+    raise InputError(
+        f'parity with AnyEdit: {edits} edits a batch in {len(recipe.layers)}'
+        ' layers make its layer schedule divide by zero or less; take at most'
+        f' {len(recipe.layers)} a batch'
+    )
+  own = recipe.shared_metric
+  if recipe.name == 'alphaedit':
+    own = edits - 1
+  return dataclasses.replace(
+      recipe,
+      name=f'{recipe.name} (shadowed)',
+      spread=lambda remaining: 1 / left,
+      shared_metric=own,
+  )

@@ -1,0 +1,356 @@
+"""Fits one block to wanted outputs, all of its parameters at once.
+
+  min over W of  mean |block_W(S_in) - S_out|^2 + mean |block_W(X_in) - X_out|^2
+
+by a fixed number of AdamW steps. X are the texts to edit, S texts whose outputs
+shall stay. The inputs come from frozen layers below, so no other layer is run.
+Rows lie end to end (`types.Ragged`): what a text costs does not depend on the
+longest one. Groups that know nothing of each other are fitted side by side,
+each on a copy of the block.
+
+Axes: G groups, R rows, T columns, N places, A anchors of a group, D width.
+
+Source: Deng et al. 2024 (UnKE, arXiv 2405.15349); decoupled decay as in
+Loshchilov & Hutter 2019 (arXiv 1711.05101).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxedit.batching.buckets import round_up
+from jaxedit.models import decoder
+from jaxedit.models.blocks import wide
+from jaxedit.models.spec import ModelSpec
+from jaxedit.types import PADDING, TRUNK, Array, Columns, Params, Ragged
+
+_ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
+
+
+class Rule(NamedTuple):
+  """Settings of the fit; numbers, so changing one does not recompile.
+
+  Attributes:
+    steps: updates.
+    rate: learning rate.
+    decay: weights shrink by rate * decay a step; norms do not.
+  """
+
+  steps: int
+  rate: float
+  decay: float
+
+
+class Texts(NamedTuple):
+  """Texts end to end.
+
+  Attributes:
+    tokens: [1, N] int32.
+    rows: the R texts on the N places.
+    counted: [N] bool, places that take part in the mean.
+  """
+
+  tokens: Array
+  rows: Ragged
+  counted: Array
+
+
+class Side(NamedTuple):
+  """One of the two terms.
+
+  Attributes:
+    h: [1, N, D] input of the block.
+    want: [1, N, D] wanted output.
+    texts: what the places are.
+  """
+
+  h: Array
+  want: Array
+  texts: Texts
+
+
+class Goals(NamedTuple):
+  """Wanted states of groups.
+
+  Attributes:
+    place: [G, A] int32 places of the anchors; N where there is none.
+    z: [G, A, D].
+  """
+
+  place: Array
+  z: Array
+
+
+# Fewer columns, or places, are not worth compiled code of their own.
+_LEAST = (16, 64)
+
+
+def power_of_two(n: int) -> int:
+  """The lowest power of two not below n, and at least 1."""
+  return 1 << max(n - 1, 0).bit_length()
+
+
+def shape_of(
+    groups: Sequence[Sequence[Sequence[int]]],
+    pads: bool,
+    up: Callable[[int], int] = round_up,
+) -> tuple[int, int, int]:
+  """Chooses static shapes.
+
+  Args:
+    groups: the texts of every group.
+    pads: whether texts are padded to the longest of their group.
+    up: rounds a length up, so that other texts share compiled code.
+
+  Returns:
+    (rows, columns, places) that hold any of the groups.
+  """
+  longest = [max(map(len, texts), default=0) for texts in groups]
+  places = [
+      width * len(texts) if pads else sum(map(len, texts))
+      for width, texts in zip(longest, groups)
+  ]
+  rows = max((len(texts) for texts in groups), default=0)
+  sizes = max(longest, default=0), max(places, default=0)
+  return up(max(rows, 1)), *(up(max(n, m)) for n, m in zip(sizes, _LEAST))
+
+
+def pack(
+    texts: Sequence[Sequence[int]],
+    shape: tuple[int, int, int],
+    pad: int | None = None,
+) -> Texts:
+  """Lays texts out.
+
+  Args:
+    texts: ids.
+    shape: (R, T, N), each large enough.
+    pad: token that fills every text up to the longest on its right, where it is
+      run and counted, yet seen by nobody; None for no such places.
+
+  Returns:
+    Numpy arrays.
+  """
+  count, columns, places = shape
+  tokens = np.zeros([1, places], np.int32)
+  index = np.full([count, columns], places, np.int32)
+  segment = np.full([count, columns], PADDING, np.int32)
+  row = np.full([places], count, np.int32)
+  column = np.zeros([places], np.int32)
+  longest, at = max(map(len, texts), default=0), 0
+  for r, ids in enumerate(texts):
+    length = len(ids) if pad is None else longest
+    here = np.arange(at, at + length, dtype=np.int32)
+    tokens[0, here] = 0 if pad is None else pad
+    tokens[0, here[: len(ids)]] = ids
+    index[r, :length], segment[r, : len(ids)] = here, TRUNK
+    row[here], column[here] = r, np.arange(length)
+    at += length
+  position = np.tile(np.arange(columns, dtype=np.int32), (count, 1))
+  rows = Ragged(Columns(position, segment), index, row, column)
+  return Texts(tokens, rows, row < count)
+
+
+def run_block(spec: ModelSpec, block: Params, h: Array, rows: Ragged) -> Array:
+  """Runs one block alone.
+
+  Args:
+    spec: the architecture.
+    block: its parameters, without a layer axis.
+    h: [1, N, D] residual before it.
+    rows: how the places form rows.
+
+  Returns:
+    [1, N, D] residual after it.
+  """
+  stack = {'layers': jax.tree.map(lambda w: w[None], block)}
+  return decoder.run_layer(spec, stack, h, rows, layer=0)[0]
+
+
+def _run_layers(*model: Any, start: int, stop: int) -> Array:
+  """What `decoder.run_layers` gives but for taps."""
+  return decoder.run_layers(*model, start=start, stop=stop)[0]
+
+
+@functools.partial(jax.jit, static_argnames=('spec', 'stop'))
+def enter(spec: ModelSpec, params: Params, texts: Texts, *, stop: int) -> Array:
+  """Runs texts up to a layer, [G, 1, N, D]; without G if they have none."""
+
+  def one(texts: Texts) -> Array:
+    h = decoder.embed(spec, params, texts.tokens, texts.rows)
+    return _run_layers(spec, params, h, texts.rows, start=0, stop=stop)
+
+  return one(texts) if texts.tokens.ndim == 2 else jax.vmap(one)(texts)
+
+
+def _between(
+    spec: ModelSpec,
+    params: Params,
+    h: Array,
+    rows: Ragged,
+    *,
+    start: int,
+    stop: int,
+) -> Array:
+  """Runs layers start to stop - 1; rows have a group axis, or h alone."""
+  one = lambda h, rows: _run_layers(
+      spec, params, h, rows, start=start, stop=stop
+  )
+  if h.ndim == 3:
+    return one(h, rows)
+  return jax.vmap(one, in_axes=(0, 0 if rows.row.ndim == 2 else None))(h, rows)
+
+
+reach = jax.jit(_between, static_argnames=('spec', 'start', 'stop'))
+
+
+@functools.partial(jax.jit, static_argnames=('spec', 'layer', 'last'))
+def aim(
+    spec: ModelSpec,
+    params: Params,
+    h: Array,
+    rows: Ragged,
+    goals: Goals | None,
+    *,
+    layer: int,
+    last: int,
+    share: float,
+) -> tuple[Array, Array | None]:
+  """Says what a block shall put out.
+
+  Args:
+    spec: the architecture.
+    params: canonical parameters.
+    h: [G, 1, N, D] its input.
+    rows: how the places form rows.
+    goals: wanted states, or None for the present output.
+    layer: number of the block.
+    last: layer at whose end the goals are.
+    share: of what is missing there, what this block adds.
+
+  Returns:
+    (wanted output like h, [G, A, D] present states at the end of `last`).
+  """
+  run = functools.partial(_between, spec, params)
+  out = run(h, rows, start=layer, stop=layer + 1)
+  if goals is None:
+    return out, None
+  now = read(run(out, rows, start=layer + 1, stop=last + 1), goals)
+  add = lambda x, place, away: x.at[0, place].add(away, mode='drop')
+  return jax.vmap(add)(out, goals.place, share * (goals.z - now)), now
+
+
+@jax.jit
+def read(h: Array, goals: Goals) -> Array:
+  """[G, A, D] states at the anchors."""
+  pick = lambda x, place: jnp.take(
+      x[0], place, axis=0, mode='fill', fill_value=0
+  )
+  return jax.vmap(pick)(h, goals.place)
+
+
+@functools.partial(jax.jit, static_argnames='spec')
+def advance(
+    spec: ModelSpec, block: Params, change: Params, h: Array, rows: Ragged
+) -> Array:
+  """Runs every group's own block."""
+
+  def one(change: Params, h: Array, rows: Ragged) -> Array:
+    new = jax.tree.map(lambda w, d: (w + d).astype(w.dtype), block, change)
+    return run_block(spec, new, h, rows)
+
+  axes = (0, 0 if h.ndim == 4 else None, 0 if rows.row.ndim == 2 else None)
+  return jax.vmap(one, in_axes=axes)(change, h, rows)
+
+
+take = jax.jit(decoder.layer_params)
+
+
+def error(out: Array, side: Side) -> Array:
+  """Mean square difference from the wanted output, [] over counted places."""
+  counted = side.texts.counted
+  square = jnp.square(out - side.want)[0]
+  total = jnp.sum(jnp.where(counted[:, None], square, 0))
+  return total / (jnp.maximum(jnp.sum(counted), 1) * out.shape[-1])
+
+
+def _decays(path: Sequence[Any]) -> bool:
+  """Whether a parameter of a block shrinks: all do but those of norms."""
+  return not path[0].key.endswith('norm')
+
+
+def fit(
+    spec: ModelSpec, block: Params, edited: Side, kept: Side, rule: Rule
+) -> tuple[Params, Array]:
+  """Fits the block of one group.
+
+  The weights are kept in f32 or wider, also where the model is run in bf16.
+
+  Args:
+    spec: the architecture.
+    block: the present parameters of the block.
+    edited: texts with new outputs.
+    kept: texts with their present outputs.
+    rule: settings.
+
+  Returns:
+    (new - old of every parameter, in f32 or wider; [] bool, whether the loss
+    and the change are finite, else the change is 0).
+  """
+  exact = jax.tree.map(lambda w: w.astype(wide(w.dtype)), block)
+
+  def loss(weights: Params) -> Array:
+    weights = jax.tree.map(lambda w, old: w.astype(old.dtype), weights, block)
+    run = lambda s: run_block(spec, weights, s.h, s.texts.rows)
+    return error(run(kept), kept) + error(run(edited), edited)
+
+  def step(_: Array, now: tuple[Params, Any, Array]):
+    weights, state, _ = now
+    value, grad = jax.value_and_grad(loss)(weights)
+    update, state = _ADAM.update(grad, state)
+
+    def move(path, w, u):
+      shrunk = w * (1 - rule.rate * rule.decay) if _decays(path) else w
+      return (shrunk - rule.rate * u).astype(w.dtype)
+
+    weights = jax.tree_util.tree_map_with_path(move, weights, update)
+    return weights, state, value
+
+  none = jnp.zeros([], edited.h.dtype)
+  weights, _, value = jax.lax.fori_loop(
+      0, rule.steps, step, (exact, _ADAM.init(exact), none)
+  )
+  change = jax.tree.map(jnp.subtract, weights, exact)
+  sound = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(change)]
+  sound = jnp.all(jnp.stack([jnp.isfinite(value), *sound]))
+  return jax.tree.map(lambda x: jnp.where(sound, x, 0), change), sound
+
+
+@functools.partial(jax.jit, static_argnames='spec')
+def fit_groups(
+    spec: ModelSpec, block: Params, edited: Side, kept: Side, rule: Rule
+) -> tuple[Params, Array]:
+  """Fits a copy of the block for every group; see `fit`.
+
+  Args:
+    spec: the architecture.
+    block: the present parameters of the block, the same for all groups.
+    edited: with a leading axis G on every array.
+    kept: without it where all groups have the same states; else `h` and `want`
+      have it.
+    rule: settings.
+
+  Returns:
+    (changes with a leading axis G, [G] bool).
+  """
+  own = 0 if kept.h.ndim == 4 else None
+  one = functools.partial(fit, spec)
+  axes = (None, 0, Side(own, own, None), None)
+  return jax.vmap(one, in_axes=axes)(block, edited, kept, rule)

@@ -1,0 +1,525 @@
+"""UnKE: writes answers of any form into all parameters of a block.
+
+  z     = h_L + d at every anchor (`values`), L the last edited layer
+  X_out = block(X_in), at the anchors + (z - now) / (layers left)
+  W     = argmin mean |block_W(S_in) - S_out|^2 + mean |block_W(X_in) - X_out|^2
+
+by AdamW from the present weights (`regression`). S are texts whose outputs
+shall stay. X are the questions alone, or, where answers go chunk by chunk
+(AnyEdit), questions with their answers; what is no anchor keeps its output.
+
+Axes: E edits, K stages of an edit, G groups that know nothing of each other, A
+anchors of a group, N places, D width, n edited layers.
+
+Source: Deng et al. 2024 (UnKE, arXiv 2405.15349); Jiang et al. 2025 (AnyEdit,
+arXiv 2502.05628) for chunks. Unlike the published code, padding is neither run
+nor part of the means (`pads` brings it back), questions and answers are joined
+as ids, and parameters never change: the delta is new - old.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxedit import targets as targets_lib
+from jaxedit.batching.plan import Frame
+from jaxedit.methods import (
+    base,
+    regression,
+)
+from jaxedit.methods.closed_form.recipe import check_layers
+from jaxedit.methods.regression import (
+    Goals,
+    Rule,
+    Side,
+    Texts,
+)
+from jaxedit.models.spec import ModelSpec
+from jaxedit.text.chunking import Chunking
+from jaxedit.text.encoding import EncodedEdit
+from jaxedit.types import (
+    Array,
+    Dense,
+    Edited,
+    InputError,
+    Params,
+    Progress,
+    Targets,
+    silent,
+)
+
+# Published settings, the same for all models. Runs with chunks are published
+# with a threshold of 5e-3, others without early stop.
+_VALUE = targets_lib.Schedule(
+    steps=25, rate=0.5, decay=1e-3, clamp=4.0, kl=0.0, threshold=0.0
+)
+_NOT_FINITE = (
+    'text {} to preserve: its states are not finite in this model; leave it out'
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unke:
+  """Settings of the method; the defaults are the published ones.
+
+  Attributes:
+    name: the method's name, for reports.
+    layers: layers to edit, ascending; z is the output of the last.
+    value: settings of the value optimisation.
+    activations: their dtype while states are optimised, if wider than the
+      weights; see `ModelSpec`.
+    chunks: how answers are cut; None for one state a question, and questions
+      alone in the fit.
+    anchor: where the first state of an edit stands.
+    steps: updates of the fit.
+    rate: its learning rate.
+    decay: its decoupled weight decay; norms have none.
+    pads: pad texts to the longest of their group, and count the padding in the
+      means, as published.
+    pad_id: the token that pads.
+    side_by_side: groups fitted at once; each takes a copy of the block, its
+      gradient and two moments in f32, and the activations of all texts.
+  """
+
+  name: str = 'unke'
+  layers: tuple[int, ...] = (7,)
+  value: targets_lib.Schedule = _VALUE
+  activations: str = 'float32'
+  chunks: Chunking | None = None
+  anchor: str = 'prompt_last'
+  steps: int = 50
+  rate: float = 2e-4
+  decay: float = 0.01
+  pads: bool = False
+  pad_id: int = 0
+  side_by_side: int = 4
+
+
+class State(NamedTuple):
+  """What the editor keeps: the texts whose outputs shall stay, laid out."""
+
+  preserved: Texts
+
+
+class _Job(NamedTuple):
+  """What the texts of one group shall become."""
+
+  edits: tuple[int, ...]
+  texts: tuple[np.ndarray, ...]
+  anchors: tuple[tuple[int, int], ...]  # (text, column) of every state
+  states: tuple[int, ...]  # their numbers in the flat targets
+
+  def without(self, bad: set[int]) -> _Job:
+    """The job without the texts of some edits."""
+    kept = [r for r, e in enumerate(self.edits) if e not in bad]
+    now = {old: new for new, old in enumerate(kept)}
+    here = [i for i, (r, _) in enumerate(self.anchors) if r in now]
+    return _Job(
+        tuple(self.edits[r] for r in kept),
+        tuple(self.texts[r] for r in kept),
+        tuple((now[self.anchors[i][0]], self.anchors[i][1]) for i in here),
+        tuple(self.states[i] for i in here),
+    )
+
+
+def unke_editor(spec: ModelSpec, recipe: Unke) -> base.Editor:
+  """Makes an editor.
+
+  Args:
+    spec: the architecture.
+    recipe: settings.
+
+  Returns:
+    The editor. Its `init(params, preserved)` takes the texts whose outputs
+    shall stay, arrays of ids. Its `edit(params, state, edits, frame=None,
+    memory=None, progress=silent)` takes what `text` encodes, in one context
+    each; the change is `Dense`, one a parameter of the block. `edit_each` takes
+    `owner` as well, [E] the group of an edit (each its own unless given); its
+    changes are numpy arrays [n, G, ...], as they need not fit the device.
+
+  Raises:
+    InputError: a layer is out of range, a setting cannot be used; from `init`,
+      a text to preserve cannot be run.
+  """
+  check_layers(spec, recipe.layers)
+  _check_settings(recipe)
+
+  def init(params: Params, preserved: Sequence[np.ndarray]) -> State:
+    _check_preserved(spec, preserved)
+    # They stay the same all along, so that a tight shape pays.
+    shape = regression.shape_of([preserved], recipe.pads, _tight)
+    pad = recipe.pad_id if recipe.pads else None
+    texts = regression.pack(preserved, shape, pad)
+    h = regression.enter(spec, params, texts, stop=recipe.layers[-1] + 1)
+    if broken := _broken(h, texts):
+      raise InputError(*map(_NOT_FINITE.format, (i + 1 for i in broken)))
+    return State(texts)
+
+  def run(
+      params: Params,
+      state: State,
+      edits: Sequence[EncodedEdit],
+      *,
+      owner: Sequence[int],
+      frame: Frame | None,
+      memory: targets_lib.Memory | None,
+      progress: Progress,
+  ) -> tuple[tuple[Dense, ...], base.Info]:
+    jobs = _jobs(spec, recipe, edits, owner)
+    begin = time.monotonic()
+    found, work = targets_lib.autoregressive(
+        dataclasses.replace(spec, activations=recipe.activations),
+        params,
+        edits,
+        layer=recipe.layers[-1],
+        schedule=recipe.value,
+        frame=frame,
+        memory=memory,
+        progress=progress,
+    )
+    targets = jax.tree.map(lambda *x: np.concatenate(x), *found)
+    middle = time.monotonic()
+    number = np.repeat(np.arange(len(edits)), [e.stages for e in edits])
+    written = np.ones(len(edits), bool)
+    np.logical_and.at(written, number, targets.finite)
+    bad = {int(e) for e in np.flatnonzero(~written)}
+    fitting = _Fitting(spec, params, recipe, state, targets, len(jobs))
+    # Groups of one size side by side leave few places empty.
+    order = sorted(range(len(jobs)), key=lambda g: sum(map(len, jobs[g].texts)))
+    with progress('insert', len(edits), 'edit') as advance:
+      for first in range(0, len(jobs), fitting.side_by_side):
+        groups = order[first : first + fitting.side_by_side]
+        fitting.fit(groups, [jobs[g] for g in groups], bad)
+        advance(sum(len(jobs[g].edits) for g in groups))
+    written[sorted(fitting.failed)] = False
+    seconds = {
+        'optimize': middle - begin,
+        'insert': time.monotonic() - middle,
+    }
+    info = _info(targets, written, fitting.distance, seconds, work, number)
+    return fitting.deltas(), info
+
+  def edit(params, state, edits, *, frame=None, memory=None, progress=silent):
+    if not edits:
+      return Edited(), state, _nothing(spec, recipe)
+    deltas, info = run(
+        params,
+        state,
+        edits,
+        owner=[0] * len(edits),
+        frame=frame,
+        memory=memory,
+        progress=progress,
+    )
+    only = lambda x: jnp.asarray(x[:, 0])
+    return Edited(deltas=jax.tree.map(only, deltas)), state, info
+
+  def edit_each(
+      params,
+      state,
+      edits,
+      *,
+      owner=None,
+      frame=None,
+      memory=None,
+      progress=silent,
+  ):
+    if not edits:
+      return Edited(), state, _nothing(spec, recipe)
+    owner = range(len(edits)) if owner is None else owner
+    deltas, info = run(
+        params,
+        state,
+        edits,
+        owner=owner,
+        frame=frame,
+        memory=memory,
+        progress=progress,
+    )
+    return Edited(deltas=deltas), state, info
+
+  return base.Editor(init, edit, edit_each)
+
+
+class _Fitting:
+  """Fits groups, some at a time, and collects their changes on the host."""
+
+  def __init__(
+      self,
+      spec: ModelSpec,
+      params: Params,
+      recipe: Unke,
+      state: State,
+      targets: Targets,
+      groups: int,
+  ):
+    self._groups = groups
+    # A power of two, so that small batches share compiled code.
+    count = regression.power_of_two(groups)
+    self.side_by_side = min(recipe.side_by_side, count)
+    self._model, self._recipe = (spec, params), recipe
+    self._texts, self._targets = state.preserved, targets
+    # Their states are the same for all groups up to the first edited layer.
+    self._kept = regression.enter(
+        spec, params, state.preserved, stop=recipe.layers[0]
+    )
+    shape = (len(recipe.layers) + 1, len(targets.z))
+    self.distance = np.full(shape, np.nan, targets.z.dtype)
+    self.failed: set[int] = set()
+    self._changes: Params | None = None
+
+  def fit(
+      self, groups: Sequence[int], jobs: Sequence[_Job], bad: set[int]
+  ) -> None:
+    """Fits some groups; edits named bad are left out of theirs."""
+    asked = {e for job in jobs for e in job.edits}
+    jobs = [job.without(bad) for job in jobs]
+    texts, goals = self._lay_out(jobs)
+    h = regression.enter(*self._model, texts, stop=self._recipe.layers[0])
+    # What overflows in a later layer would spoil the others of its group.
+    top = regression.reach(
+        *self._model,
+        h,
+        texts.rows,
+        start=self._recipe.layers[0],
+        stop=self._recipe.layers[-1] + 1,
+    )
+    broken = {
+        job.edits[r]
+        for g, job in enumerate(jobs)
+        for r in _broken(top[g], jax.tree.map(lambda x: x[g], texts))
+    }
+    if broken:
+      jobs = [job.without(broken) for job in jobs]
+      texts, goals = self._lay_out(jobs)
+      h = regression.enter(*self._model, texts, stop=self._recipe.layers[0])
+    self.failed |= (bad & asked) | broken
+    self._climb(groups, jobs, h, texts=texts, goals=goals)
+
+  def _lay_out(self, jobs: Sequence[_Job]) -> tuple[Texts, Goals]:
+    """Packs a slab; places past the last group stay empty."""
+    recipe = self._recipe
+    count = self.side_by_side
+    shape = regression.shape_of([job.texts for job in jobs], recipe.pads)
+    most = max(4, *(len(job.states) for job in jobs))
+    most = regression.power_of_two(most)
+    place = np.full([count, most], shape[2], np.int32)
+    z = np.zeros([count, most, self._targets.z.shape[1]], self._targets.z.dtype)
+    packed = []
+    for g in range(count):
+      job = jobs[g] if g < len(jobs) else _Job((), (), (), ())
+      pad = recipe.pad_id if recipe.pads else None
+      packed.append(regression.pack(job.texts, shape, pad))
+      for a, (r, column) in enumerate(job.anchors):
+        place[g, a] = packed[-1].rows.index[r, column]
+        z[g, a] = self._targets.z[job.states[a]]
+    return jax.tree.map(lambda *x: np.stack(x), *packed), Goals(place, z)
+
+  def _climb(
+      self,
+      groups: Sequence[int],
+      jobs: Sequence[_Job],
+      h: Array,
+      *,
+      texts: Texts,
+      goals: Goals,
+  ) -> None:
+    """Takes a slab through the edited layers, lowest first."""
+    (spec, params), recipe = self._model, self._recipe
+    layers, kept, sound = recipe.layers, self._kept, True
+    rule = Rule(recipe.steps, recipe.rate, recipe.decay)
+    for i, layer in enumerate(layers):
+      if i:
+        above = dict(start=layers[i - 1] + 1, stop=layer)
+        h = regression.reach(spec, params, h, texts.rows, **above)
+        kept = regression.reach(spec, params, kept, self._texts.rows, **above)
+      block = regression.take(params, layer)
+      aim = functools.partial(regression.aim, spec, params, layer=layer)
+      want, now = aim(
+          h, texts.rows, goals, last=layers[-1], share=1 / (len(layers) - i)
+      )
+      self._measure(i, jobs, now)
+      stay, _ = aim(kept, self._texts.rows, None, last=layer, share=0.0)
+      change, fine = regression.fit_groups(
+          spec,
+          block,
+          Side(h, want, texts),
+          Side(kept, stay, self._texts),
+          rule,
+      )
+      h = regression.advance(spec, block, change, h, texts.rows)
+      if i + 1 < len(layers):
+        kept = regression.advance(spec, block, change, kept, self._texts.rows)
+      sound = sound & np.asarray(fine)[: len(jobs)]
+      self._collect(i, groups, change)
+    self._measure(len(layers), jobs, regression.read(h, goals))
+    for g, job, fine in zip(groups, jobs, sound):
+      if not fine:
+        self.failed |= set(job.edits)
+      if not fine or not job.edits:
+        for whole in jax.tree.leaves(self._changes):
+          whole[:, g] = 0
+
+  def _collect(self, i: int, groups: Sequence[int], change: Params) -> None:
+    """Puts the changes of the i-th edited layer in their place."""
+    if self._changes is None:
+      lead = (len(self._recipe.layers), self._groups)
+      self._changes = jax.tree.map(
+          lambda x: np.zeros((*lead, *x.shape[1:]), x.dtype), change
+      )
+
+    def put(whole: np.ndarray, part: Array) -> None:
+      whole[i, list(groups)] = np.asarray(part)[: len(groups)]
+
+    jax.tree.map(put, self._changes, change)
+
+  def _measure(self, i: int, jobs: Sequence[_Job], now: Array) -> None:
+    """Notes |z - now| / |z - z0| of the states of a slab."""
+    found, targets = np.asarray(now), self._targets
+    for g, job in enumerate(jobs):
+      s = list(job.states)
+      length = np.linalg.norm(targets.z[s] - targets.z0[s], axis=-1)
+      gap = np.linalg.norm(targets.z[s] - found[g, : len(s)], axis=-1)
+      self.distance[i, s] = gap / np.maximum(length, 1e-30)
+
+  def deltas(self) -> tuple[Dense, ...]:
+    """The changes of all groups, [n, G, ...] one a parameter."""
+    found = []
+    for path, change in jax.tree_util.tree_leaves_with_path(self._changes):
+      *site, leaf = (part.key for part in path)
+      found.append(Dense(self._recipe.layers, '/'.join(site), change, leaf))
+    return tuple(found)
+
+
+def _tight(n: int) -> int:
+  """A length that leaves next to nothing empty."""
+  return -(-n // 16) * 16
+
+
+def _broken(h: Array, texts: Texts) -> list[int]:
+  """Texts with a state [1, N, D] that is not finite."""
+  places = ~np.isfinite(np.asarray(h)[0]).all(-1) & texts.counted
+  return sorted({int(r) for r in texts.rows.row[places]})
+
+
+def _jobs(
+    spec: ModelSpec,
+    recipe: Unke,
+    edits: Sequence[EncodedEdit],
+    owner: Sequence[int],
+) -> list[_Job]:
+  """Sorts edits into groups."""
+  _check_edits(spec, recipe, edits, owner)
+  jobs: list[list[Any]] = [[[], [], [], []] for _ in range(max(owner) + 1)]
+  state = 0
+  for e, (edit, group) in enumerate(zip(edits, owner)):
+    numbers, texts, anchors, states = jobs[group]
+    for k in range(edit.stages):
+      anchors.append((len(texts), edit.stage(k, 0).anchor))
+      states.append(state)
+      state += 1
+    numbers.append(e)
+    texts.append(_text(recipe, edit))
+  return [_Job(*map(tuple, job)) for job in jobs]
+
+
+def _text(recipe: Unke, edit: EncodedEdit) -> np.ndarray:
+  """The ids of an edit that the fit sees."""
+  if recipe.chunks is None:
+    return edit.rows[0]
+  return np.concatenate([edit.rows[0], edit.target])
+
+
+def _check_settings(recipe: Unke) -> None:
+  least = {'steps': 0, 'rate': 0, 'decay': 0, 'pad_id': 0, 'side_by_side': 1}
+  problems = [
+      f'{name} is {getattr(recipe, name)}; it must be at least {low}'
+      for name, low in least.items()
+      if getattr(recipe, name) < low
+  ]
+  if problems:
+    raise InputError(*problems)
+
+
+def _check_preserved(spec: ModelSpec, texts: Sequence[np.ndarray]) -> None:
+  problems = []
+  for i, ids in enumerate(texts):
+    name = f'text {i + 1} to preserve'
+    if not 1 <= len(ids) <= spec.max_positions:
+      problems.append(
+          f'{name}: has {len(ids)} tokens; the model takes 1 to'
+          f' {spec.max_positions}: cut it or leave it out'
+      )
+    strange = [int(t) for t in ids if not 0 <= t < spec.vocab]
+    if strange:
+      problems.append(
+          f'{name}: has token {strange[0]}, but the model knows 0 to'
+          f' {spec.vocab - 1}; use the tokenizer that belongs to the model'
+      )
+  if problems:
+    raise InputError(*problems)
+
+
+def _check_edits(
+    spec: ModelSpec,
+    recipe: Unke,
+    edits: Sequence[EncodedEdit],
+    owner: Sequence[int],
+) -> None:
+  problems = []
+  if len(owner) != len(edits) or min(owner) < 0:
+    problems.append(
+        f'owner has {len(owner)} entries from {min(owner, default=0)} for'
+        f' {len(edits)} edits; give each edit a group, counted from 0'
+    )
+  for edit in edits:
+    length = len(_text(recipe, edit))
+    if length > spec.max_positions:
+      problems.append(
+          f'record {edit.number}: question and answer take {length} tokens, the'
+          f' model takes {spec.max_positions}; shorten the answer'
+      )
+    if edit.stages > 1 and recipe.chunks is None:
+      problems.append(
+          f'record {edit.number}: its answer is cut into {edit.stages} chunks,'
+          ' but the method has no `chunks`; encode it without or give them'
+      )
+  if problems:
+    raise InputError(*problems)
+
+
+def _info(
+    targets: Targets,
+    written: np.ndarray,
+    distance: np.ndarray,
+    seconds: dict[str, float],
+    work: targets_lib.Work,
+    number: np.ndarray,
+) -> base.Info:
+  """The report; `number` is the edit that a state belongs to."""
+  return base.Info(
+      targets=targets,
+      written=written,
+      distance=distance,
+      seconds=seconds,
+      work=work,
+      edit=number,
+  )
+
+
+def _nothing(spec: ModelSpec, recipe: Unke) -> base.Info:
+  """The report on an empty batch."""
+  state, one = np.zeros((0, spec.width), np.float32), np.zeros(0, np.float32)
+  steps, yes = np.zeros(0, np.int32), np.zeros(0, bool)
+  targets: Any = Targets(state, state, one, one, steps, yes)
+  distance = np.zeros((len(recipe.layers) + 1, 0), np.float32)
+  seconds = {'optimize': 0.0, 'insert': 0.0}
+  return _info(targets, yes, distance, seconds, targets_lib.Work(), steps)

@@ -1,0 +1,51 @@
+"""Optimises hidden states: which state at the anchor makes a model say y?
+
+A change d of the residual leaving layer l at the anchor column (the last token
+of the subject), or of the outputs of the layer's halves (`state`), is found by
+Adam on
+
+  mean over contexts of [ mean over target tokens of -log P(y_j) ]
+  + kl * KL(P_d || P_0) of the next token after the subject of "{subject} is a"
+  + decay * |d| / |z0|^2          with |d| <= clamp * |z0|,
+
+and the wanted state is z = z0 + d. What lies below the layer, left of the
+anchor or in contexts that edits share is run once (`parts`); this is exact.
+Edits share steps but nothing else: one that is done leaves its slot to the next
+(`room`, `pool`, `batching.slots`), without recompiling and without a trace in the
+others' results.
+
+Source: Meng et al. 2022a (ROME, arXiv 2202.05262), equation 4; Meng et al.
+2022b (MEMIT), equation 16; Li et al. 2023 (PMET, arXiv 2308.08742), section 3.
+"""
+
+from jaxedit.batching.budget import frame_for
+from jaxedit.targets.objective import norm
+from jaxedit.targets.partial_forward import (
+    lower,
+    prefix_kv,
+    spread,
+    trunk_kv,
+    upper,
+)
+from jaxedit.targets.run import (
+    Memory,
+    autoregressive,
+    optimize,
+)
+from jaxedit.targets.scheduler import Work
+from jaxedit.targets.state import Schedule
+
+__all__ = [
+    'Memory',
+    'Schedule',
+    'Work',
+    'autoregressive',
+    'frame_for',
+    'lower',
+    'norm',
+    'optimize',
+    'prefix_kv',
+    'spread',
+    'trunk_kv',
+    'upper',
+]

@@ -1,0 +1,327 @@
+"""One room at work: the host seats edits, the device steps until one is done.
+
+Its slot then goes to the next in line that fits, or to the edit's next chunk.
+Once nobody waits, the last edits move to a smaller room.
+"""
+
+from __future__ import annotations
+
+import collections
+import time
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxedit.batching import (
+    packer,
+)
+from jaxedit.batching import (
+    slots as slots_lib,
+)
+from jaxedit.batching.packer import Tile
+from jaxedit.batching.plan import (
+    Frame,
+    Room,
+)
+from jaxedit.models import blocks
+from jaxedit.models.spec import ModelSpec
+from jaxedit.targets import engine
+from jaxedit.targets.state import (
+    Parts,
+    Pool,
+    Ready,
+    Schedule,
+    State,
+)
+from jaxedit.text.encoding import EncodedEdit
+from jaxedit.types import KV, Params
+
+
+class Work(NamedTuple):
+  """What an optimisation needed and what it ran; counts of tokens and steps.
+
+  Attributes:
+    needed: suffix tokens x steps of the edits, KL rows and padding left out.
+    computed: places x steps that were run.
+    scored: scored tokens x steps of the edits, KL rows left out.
+    scored_computed: scored places x steps that were run, KL rows included.
+    last: suffix tokens of every edit's last step, which has no backward.
+    last_scored: scored tokens of every edit's last step.
+    prepared: places run once, below and left of the anchors.
+    steps: steps that were run.
+    seconds: wall time of 'prepare' and 'optimize', compilation included.
+  """
+
+  needed: int = 0
+  computed: int = 0
+  scored: int = 0
+  scored_computed: int = 0
+  last: int = 0
+  last_scored: int = 0
+  prepared: int = 0
+  steps: int = 0
+  seconds: Mapping[str, float] = types.MappingProxyType({})
+
+  def __add__(self, other: Work) -> Work:
+    """Sums two counts."""
+    seconds = dict(self.seconds)
+    for stage, value in other.seconds.items():
+      seconds[stage] = seconds.get(stage, 0.0) + value
+    counts = (x + y for x, y in zip(self[:-1], other[:-1]))
+    return Work(*counts, seconds=seconds)
+
+  @property
+  def waste(self) -> float:
+    """Fraction of the places run that held no token of an edit at work."""
+    return 1 - self.needed / self.computed if self.computed else 0.0
+
+
+class Result(NamedTuple):
+  """What one stage of one edit came to."""
+
+  z: np.ndarray
+  z0: np.ndarray
+  loss: float
+  likelihood: float
+  steps: int
+  finite: bool
+
+
+class _Waiting(NamedTuple):
+  """An edit whose constant part has been run."""
+
+  edit: int
+  source: int  # slot in the tile
+  tile: Tile
+  ready: Ready
+
+
+class Goal(NamedTuple):
+  """What states are optimised for; see `run.autoregressive`."""
+
+  layer: int
+  schedule: Schedule
+  output: str
+
+
+class Run:
+  """One room at work: seats edits, steps, and collects who is done."""
+
+  def __init__(
+      self,
+      spec: ModelSpec,
+      params: Params,
+      edits: Sequence[EncodedEdit],
+      frame: Frame,
+      *,
+      room: Room,
+      trunk: KV | None,
+      goal: Goal,
+  ):
+    self._model, self._edits = (spec, params), edits
+    self._frame, self._room, self._trunk = frame, room, trunk
+    self._goal = goal
+    self._chained = room.grow > 0
+    self._exhausted = False
+    self._seating = slots_lib.Seating(frame, room)
+    self._waiting: collections.deque[_Waiting] = collections.deque()
+    self._seated: dict[int, tuple[_Waiting, int]] = {}  # slot -> who, stage
+    self._parked: dict[int, tuple[_Waiting, int]] = {}  # no places free yet
+    self._fresh = np.ones(room.slots, bool)
+    self._pool = self._empty()
+    self._state: State | None = None
+    self._counts = collections.Counter()
+    self._prepare_seconds = 0.0
+
+  def _empty(self) -> Pool:
+    (spec, params), room, frame = self._model, self._room, self._frame
+    kept = blocks.stored(spec, params['embed']['embedding'].dtype)
+    above = spec.layers - 1 - self._goal.layer
+    columns = frame.shared + room.left[1] + room.grow if above else 1
+    shape = (above, room.slots, frame.rows, spec.kv_heads, columns)
+    make = lambda: jnp.zeros((*shape, spec.head_size), kept)
+    wide = lambda *shape: jnp.zeros([*shape, spec.width], blocks.wide(kept))
+    base, parts = wide(1, room.places), None
+    if self._goal.output != 'block':
+      output = lambda: wide(room.slots, frame.rows)
+      attn = output() if self._goal.output == 'attn+mlp' else None
+      parts = Parts(attn, output())
+    return Pool(base, make(), make(), parts)
+
+  def results(
+      self, order: Sequence[int]
+  ) -> Iterator[tuple[tuple[int, int], Result]]:
+    """Optimises the edits named; yields ((edit, stage), result)."""
+    source = packer.row_tiles(self._edits, order, self._frame, self._room)
+    while True:
+      self._fill(source)
+      if not self._seated:
+        return
+      if self._exhausted and not self._waiting and not self._parked:
+        self._move_out()
+      yield from self._step()
+
+  def _move_out(self) -> None:
+    """Goes on in the smallest room where the last edits fit."""
+    if self._state is None:
+      return
+    found, room, tail = None, self._room, self._room.tail
+    while tail is not None and (fits := self._seating.shrink(tail)):
+      found, room, tail = fits, tail, tail.tail
+    if found is None:
+      return
+    self._bank()
+    self._pool, self._state = engine.move(
+        self._pool, self._state, found.slots, found.places
+    )
+    now = {int(old): new for new, old in enumerate(found.slots)}
+    self._seated = {now[slot]: who for slot, who in self._seated.items()}
+    self._seating, self._room = found.seating, room
+    self._fresh = np.append(self._fresh, False)[found.slots]
+
+  def _bank(self) -> None:
+    """Counts what was run since the last time."""
+    room, ran = self._room, int(self._state.ran)
+    kl = room.slots if self._frame.kl else 0
+    self._counts['computed'] += ran * room.places
+    self._counts['scored_computed'] += ran * (room.scored + kl)
+    self._counts['steps'] += ran
+
+  def _fill(self, source: Iterator[Tile]) -> None:
+    """Seats who waits, first in line first as far as they fit."""
+    for slot, (who, k) in list(self._parked.items()):
+      if self._seating.fits(self._edits[who.edit], k):
+        del self._parked[slot]
+        self._take(slot, who, k)
+    # Who waits for places goes first, or small edits would take them for ever.
+    while not self._parked and (slot := self._seating.idle) is not None:
+      fits = lambda who: self._seating.fits(self._edits[who.edit])
+      who = next(filter(fits, self._waiting), None)
+      if who is not None:
+        self._waiting.remove(who)
+        self._take(slot, who, 0)
+      # One tile more gives a choice of edits that may fit; a second would only
+      # take memory.
+      elif len(self._waiting) >= self._room.tile[0] or not self._more(source):
+        return
+
+  def _more(self, source: Iterator[Tile]) -> bool:
+    """Runs the constant part of a further tile; says if there was one."""
+    tile = next(source, None)
+    if tile is None:
+      self._exhausted = True
+      return False
+    begin = time.monotonic()
+    ready = engine.prepare(
+        *self._model,
+        self._trunk,
+        tile,
+        layer=self._goal.layer,
+        output=self._goal.output,
+    )
+    jax.block_until_ready(ready)
+    self._prepare_seconds += time.monotonic() - begin
+    self._counts['prepared'] += tile.tokens.shape[1]
+    for source, edit in enumerate(tile.edit):
+      if edit >= 0:
+        self._waiting.append(_Waiting(int(edit), source, tile, ready))
+    return True
+
+  def _take(self, slot: int, who: _Waiting, k: int) -> None:
+    """Seats a stage and copies its states there."""
+    edit, rows = self._edits[who.edit], self._frame.rows
+    places = self._seating.sit(slot, edit, k)
+    tile = who.tile.rows.index[who.source * rows : (who.source + 1) * rows]
+    origin = np.full_like(places, who.tile.tokens.shape[1])
+    for c in range(rows):
+      count = int((places[c] < self._room.places).sum())
+      first = self._column(edit, c, k)
+      origin[c, :count] = tile[c, first : first + count]
+    move = np.stack([origin.reshape(-1), places.reshape(-1)])
+    if k == 0:
+      self._pool = engine.seat(self._pool, who.ready, slot, who.source, move)
+    else:
+      self._pool = engine.shift(self._pool, who.ready, slot, move)
+    # A tile's arrays are let go of as soon as nobody needs them.
+    kept = who.ready._replace(key=None, value=None)
+    who = who._replace(ready=kept if k + 1 < edit.stages else None)
+    self._fresh[slot] = True
+    self._seated[slot] = (who, k)
+
+  def _column(self, edit: EncodedEdit, c: int, k: int) -> int:
+    """Column of a stage's anchor among a row's own columns."""
+    if c == self._frame.contexts:
+      return len(edit.kl) - 1
+    return edit.stage(k, c).anchor - len(self._frame.trunk[c])
+
+  def _step(self) -> Iterator[tuple[tuple[int, int], Result]]:
+    """Steps until somebody is done and takes their results."""
+    seats = self._seating.seats()
+    if self._state is None:
+      self._state = engine.start(
+          self._model[0], self._pool, seats, self._chained
+      )
+    self._state, z0 = engine.advance(
+        *self._model,
+        self._pool,
+        seats,
+        self._state,
+        self._fresh,
+        schedule=self._goal.schedule,
+        layer=self._goal.layer,
+        watch=self._chained,
+        easing=bool(self._goal.schedule.ease > 0),
+    )
+    self._fresh = np.zeros_like(self._fresh)
+    state = self._state
+    done = np.asarray(state.done)
+    read = (state.delta, z0, state.loss, state.likelihood)
+    delta, z0, loss, likelihood = (np.asarray(x) for x in read)
+    if delta.ndim == 3:  # the attention's part is not wanted
+      delta, z0 = delta[:, 1], z0[:, 1]
+    steps, finite = np.asarray(state.steps), np.asarray(state.finite)
+    for slot in [s for s in self._seated if done[s]]:
+      who, k = self._seated.pop(slot)
+      self._count(self._edits[who.edit], k, int(steps[slot]))
+      yield (
+          (who.edit, k),
+          Result(
+              z0[slot] + delta[slot],
+              z0[slot].copy(),  # not a view of all slots
+              loss[slot],
+              likelihood[slot],
+              steps[slot],
+              finite[slot],
+          ),
+      )
+      self._end(slot, who, k)
+
+  def _end(self, slot: int, who: _Waiting, k: int) -> None:
+    """Goes on to an edit's next stage, or lets it leave."""
+    if k + 1 == self._edits[who.edit].stages:
+      self._seating.leave(slot)
+      return
+    column = self._seating.move_on(slot)
+    if self._state.kv is not None:
+      self._pool = engine.extend(
+          self._pool, self._state.kv, slot=slot, column=column
+      )
+    self._parked[slot] = (who, k + 1)
+
+  def _count(self, edit: EncodedEdit, k: int, steps: int) -> None:
+    tokens, scored = edit.load(k)
+    self._counts['needed'] += steps * tokens
+    self._counts['scored'] += steps * scored
+    self._counts['last'] += tokens
+    self._counts['last_scored'] += scored
+
+  def work(self) -> Work:
+    """What was run, once all is done."""
+    if self._state is not None:
+      self._bank()
+    seconds = {'prepare': self._prepare_seconds}
+    return Work(seconds=seconds, **self._counts)

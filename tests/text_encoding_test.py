@@ -1,0 +1,215 @@
+"""Edits hold the filled contexts, their anchors, targets and stages."""
+
+import dataclasses
+import time
+
+import numpy as np
+import text_tokenizers
+from absl.testing import absltest, parameterized
+
+from jaxedit import testing, types
+from jaxedit.batching import (
+    buckets,
+    packer,
+)
+from jaxedit.batching import (
+    plan as plan_lib,
+)
+from jaxedit.eval import datasets
+from jaxedit.text import (
+    encoding,
+    locate,
+)
+
+TEMPLATES = ('{}', 'The guitar in Paris. {}', 'You. {}')
+RECORDS = tuple(
+    types.Record(i, f'r{i}', prompt, subject, target)
+    for i, (prompt, subject, target) in enumerate(
+        [
+            ('{}, the', 'Toko Yasuda', 'piano'),
+            ('The mother tongue of {} is', 'Danielle Darrieux', 'French'),
+            ('The capital of {} is', 'France', 'a city of the Eiffel Tower'),
+            ('{}', 'Zoë 🎸', 'x'),
+            ('In {} the mother tongue of most is', 'Sydney', 'Wellington'),
+        ],
+        1,
+    )
+)
+
+
+def _encode(records=RECORDS, **options):
+  options = {'max_tokens': 200} | options
+  tokenizer = text_tokenizers.byte_level(begin=True)
+  return encoding.encode_edits(tokenizer, records, TEMPLATES, **options)
+
+
+class LadderTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      (0, 2), (1, 2), (4, 4), (9, 10), (17, 20), (1024, 1024), (1025, 1280),
+      (2049, 2560), (300_000, 458_752),
+  )  # fmt: skip
+  def test_round_up(self, n, wanted):
+    self.assertEqual(buckets.round_up(n), wanted)
+
+
+class EncodeTest(parameterized.TestCase):
+
+  def test_rows_are_the_filled_contexts(self):
+    tokenizer = text_tokenizers.byte_level(begin=True)
+    for record, edit in zip(RECORDS, _encode()):
+      self.assertEqual(edit.number, record.number)
+      for template, row, anchor in zip(TEMPLATES, edit.rows, edit.anchors):
+        head = template.replace('{}', '')
+        found = locate.locate_subject(
+            tokenizer, record.prompt, record.subject, head
+        )
+        np.testing.assert_array_equal(row, found.ids)
+        self.assertEqual(anchor, found.last)
+      np.testing.assert_array_equal(
+          edit.target, locate.encode_target(tokenizer, record.target_new)
+      )
+      kl = locate.locate_subject(tokenizer, '{} is a', record.subject)
+      np.testing.assert_array_equal(edit.kl, kl.ids[: kl.last + 1])
+
+  def test_one_equals_many(self):
+    tokenizer = text_tokenizers.byte_level(begin=True)
+    many = _encode()
+    one = encoding.encode_edit(tokenizer, RECORDS[3], TEMPLATES, max_tokens=200)
+    np.testing.assert_equal(vars(one), vars(many[3]))
+
+  def test_text_behind_the_placeholder_of_a_template(self):
+    tokenizer = text_tokenizers.byte_level()
+    edit = encoding.encode_edit(
+        tokenizer, RECORDS[0], ['say {} now'], max_tokens=99
+    )
+    text = tokenizer.decode(edit.rows[0])
+    self.assertEqual(text, 'say Toko Yasuda, the now')
+
+  def test_braces_in_a_subject_do_no_harm(self):
+    record = types.Record(1, 'a', '{} is', 'set {}', 'x')
+    (edit,) = _encode([record])
+    tokenizer = text_tokenizers.byte_level(begin=True)
+    self.assertEqual(tokenizer.decode(edit.rows[2]), '<s>You. set {} is')
+
+  def test_prompt_last(self):
+    for edit in _encode(anchor='prompt_last'):
+      self.assertEqual(edit.anchors, tuple(len(row) - 1 for row in edit.rows))
+      for c in range(len(TEMPLATES)):
+        stage = edit.stage(0, c)
+        self.assertEqual(stage.first, stage.anchor)
+        self.assertEqual(stage.end - stage.anchor, len(edit.target))
+
+  def test_all_faults_name_their_records(self):
+    records = [
+        RECORDS[0],
+        types.Record(8, 'x8', '{} is', ' ', 'y'),
+        types.Record(9, 'x9', '{} is', 'Paris ' * 50, 'y'),
+        types.Record(10, 'x10', '{} is', 'Paris', ''),
+    ]
+    with self.assertRaises(types.InputError) as caught:
+      _encode(records, max_tokens=30)
+    problems = caught.exception.problems
+    self.assertStartsWith(problems[0], 'record 8 (id x8): the subject')
+    self.assertStartsWith(problems[1], 'record 9 (id x9): its longest row')
+    self.assertIn('limit is 30', problems[1])
+    self.assertStartsWith(problems[2], 'record 9 (id x9): its KL row')
+    self.assertStartsWith(problems[3], 'record 10 (id x10): the target')
+    self.assertLen(problems, 4)
+
+  def test_limit_is_exact(self):
+    edit = _encode(RECORDS[2:3])[0]
+    need = max(map(len, edit.rows)) + len(edit.target) - 1
+    _encode(RECORDS[2:3], max_tokens=need)
+    with self.assertRaisesRegex(types.InputError, f'takes {need} tokens'):
+      _encode(RECORDS[2:3], max_tokens=need - 1)
+
+  def test_check_agrees_with_encoding(self):
+    tokenizer = text_tokenizers.byte_level(begin=True)
+    check = encoding.edit_check(tokenizer, TEMPLATES, max_tokens=12)
+    for record in RECORDS:
+      try:
+        _encode([record], max_tokens=12)
+        self.assertEqual(check(record), [])
+      except types.InputError as error:
+        name = f'record {record.number} (id {record.id}): '
+        told = tuple(name + fault for fault in check(record))
+        self.assertEqual(told, error.problems)
+
+  def test_bad_options(self):
+    tokenizer = text_tokenizers.byte_level()
+    with self.assertRaises(types.InputError) as caught:
+      encoding.edit_check(
+          tokenizer,
+          ['no'],
+          max_tokens=9,
+          anchor='first',
+          kl_template='{} {}',
+      )
+    self.assertLen(caught.exception.problems, 3)
+    with self.assertRaisesRegex(types.InputError, 'no context'):
+      encoding.edit_check(tokenizer, [], max_tokens=9)
+
+
+class StageTest(parameterized.TestCase):
+  """Columns are those of the row that `text` returns."""
+
+  EDIT = encoding.EncodedEdit(
+      number=1,
+      rows=(np.arange(5), np.arange(20, 28)),
+      anchors=(2, 5),
+      target=np.arange(100, 109),
+      kl=np.zeros(0, np.int32),
+  )
+
+  def test_one_stage_is_the_whole_target(self):
+    edit = self.EDIT
+    self.assertEqual(edit.stages, 1)
+    for c, row in enumerate(edit.rows):
+      stage = edit.stage(0, c)
+      self.assertEqual(stage.anchor, edit.anchors[c])
+      self.assertEqual(stage.first, len(row) - 1)
+      self.assertEqual(stage.end, len(edit.text(c)))
+      np.testing.assert_array_equal(stage.labels, edit.target)
+
+  @parameterized.parameters(
+      (((0, 9),),), (((0, 4), (4, 8), (8, 9)),), (((0, 4), (3, 7), (6, 9)),)
+  )  # fmt: skip
+  def test_chunks(self, chunks):
+    edit = dataclasses.replace(self.EDIT, chunks=chunks)
+    self.assertEqual(edit.stages, len(chunks))
+    for k, (begin, end) in enumerate(chunks):
+      for c, row in enumerate(edit.rows):
+        stage = edit.stage(k, c)
+        np.testing.assert_array_equal(stage.labels, edit.target[begin:end])
+        # The column before a label is the one that foretells it.
+        whole = np.concatenate([row, edit.target])
+        self.assertEqual(whole[stage.first + 1], edit.target[begin])
+        self.assertEqual(stage.end, stage.first + end - begin)
+        wanted = stage.first if k else edit.anchors[c]
+        self.assertEqual(stage.anchor, wanted)
+
+
+class SpeedTest(absltest.TestCase):
+
+  def test_a_thousand_records(self):
+    loaded = datasets.load_records(
+        testing.data_path('counterfact_train.jsonl'),
+        limit=1000,
+        on_bad_record='skip',
+    )
+    begin = time.perf_counter()
+    encoded = _encode(loaded.records)
+    frame = plan_lib.frame(encoded, slots=64)
+    seen = []
+    for number, room in enumerate(frame.rooms):
+      order = [i for i, e in enumerate(encoded) if frame.room(e) == number]
+      for tile in packer.row_tiles(encoded, order, frame, room):
+        seen.extend(tile.edit[tile.edit >= 0].tolist())
+    # Twenty times what it takes: this only finds work that grows too fast.
+    self.assertLess(time.perf_counter() - begin, 10)
+    self.assertCountEqual(seen, range(1000))
+
+
+if __name__ == '__main__':
+  absltest.main()
