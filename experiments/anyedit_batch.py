@@ -55,7 +55,7 @@ from jaxedit.models import tokenizer as tokenizer_lib
 from jaxedit.models.decode import Decoding
 from jaxedit.models.spec import ModelSpec
 from jaxedit.stats import corpora
-from jaxedit.targets import Schedule
+from jaxedit.targets import TargetConfig
 from jaxedit.text import chat as chat_lib
 from jaxedit.text import chunking
 from jaxedit.text import passages as text_passages
@@ -66,7 +66,7 @@ FLAGS = flags.FLAGS
 
 # The settings of AnyEdit's code for all its methods; UnKE stops later.
 LAYERS = (4, 5, 6, 7, 8)
-VALUE = Schedule(
+VALUE = TargetConfig(
     steps=25, rate=0.5, decay=1e-3, clamp=4.0, kl=0.0, threshold=1e-2
 )
 _UNKE_THRESHOLD = 5e-3

@@ -122,13 +122,13 @@ def measure(
     )
   editor = closed_form.closed_form(model.spec, setup.recipe)
   factor, state = benchmark_stages.time_factor(setup, editor, **often)
-  edit = editor.edit_each if setup.apart else editor.edit
+  edit = editor.edit_independent if setup.apart else editor.edit
   judge = benchmark_judges.judge(setup, eval_rows, max_new_tokens)
   # Chosen now, when the metrics have their place in memory.
-  frame = targets_lib.frame_for(
+  plan = targets_lib.plan_batches(
       model.spec, model.params, setup.edits, slots=slots, memory=memory
   )
-  stages = benchmark_stages.edit_stages(setup, frame)
+  stages = benchmark_stages.edit_stages(setup, plan)
   merging = []  # changes of edits that are made alone stay apart
   if not setup.apart:
     merging = [benchmark_stages.Stage('merge', 'edit', len(setup.edits))]
@@ -143,7 +143,7 @@ def measure(
       paces.append(pace())
     (edited, _, info), seconds = benchmark_stages.timed(
         lambda: edit(
-            model.params, state, setup.edits, frame=frame, progress=progress
+            model.params, state, setup.edits, plan=plan, progress=progress
         )
     )
     if turn:

@@ -91,7 +91,7 @@ class Comparison:
                 self.model,
                 edit,
                 layer=recipe.layers[-1],
-                schedule=recipe.value,
+                config=recipe.value,
             )
         )
         advance(1)
@@ -255,7 +255,7 @@ def _insert(
 ) -> tuple[list[np.ndarray], float]:
   """Our insertion of the compared edits: the changes, and seconds."""
   setup, count = comparison.setup, comparison.count
-  frame = targets_lib.frame_for(
+  plan = targets_lib.plan_batches(
       setup.model.spec, setup.model.params, comparison.edits
   )
   begin = time.perf_counter()
@@ -268,7 +268,7 @@ def _insert(
       targets=targets,
       active=np.ones(comparison.states, bool),
       owner=np.arange(count) if setup.apart else None,
-      frame=frame,
+      plan=plan,
       progress=progress,
   )
   solved = jax.block_until_ready(written.changes)

@@ -143,24 +143,24 @@ def systems(
   return [System(int(sizes.states.sum()), int(held.sum()))]
 
 
-def own(sizes: Lengths, trunk: Sequence[int]) -> Lengths:
+def own(sizes: Lengths, shared_prefix: Sequence[int]) -> Lengths:
   """Takes off what all edits share at the head of their rows, but for one.
 
   Args:
     sizes: of E edits.
-    trunk: C lengths, tokens that a context shares over all edits.
+    shared_prefix: C lengths, tokens that a context shares over all edits.
 
   Returns:
     Lengths whose sums over the edits count shared tokens once.
   """
   spare = np.arange(len(sizes.tokens)) > 0
   cut = lambda x, count: x - spare * count
-  whole = sum(trunk)
+  whole = sum(shared_prefix)
   return sizes._replace(
       tokens=cut(sizes.tokens, whole),
       left=cut(sizes.left, whole),
       reach=cut(sizes.reach, whole),
-      bare=cut(sizes.bare, trunk[0]),
+      bare=cut(sizes.bare, shared_prefix[0]),
   )
 
 

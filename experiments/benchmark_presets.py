@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from experiments import anyedit_batch
 from jaxedit.models import loading
 from jaxedit.models.spec import ModelSpec, param_shapes
-from jaxedit.targets import Schedule
+from jaxedit.targets import TargetConfig
 from jaxedit.types import Array, Params
 
 # Rate of the states of long answers at width 576, where the published one, of
@@ -48,11 +48,11 @@ class Preset:
   config: Mapping[str, Any]
   layers: tuple[int, ...]
   moment_weight: float
-  value: Schedule
+  value: TargetConfig
   source: str
 
   @property
-  def passage_value(self) -> Schedule:
+  def passage_value(self) -> TargetConfig:
     """Settings for the states of long answers."""
     if self.config:
       return anyedit_batch.VALUE._replace(threshold=_FIXED.threshold)
@@ -68,14 +68,14 @@ _LLAMA_FIELDS = (
     'hidden_size',
     'intermediate_size',
 )
-_FIXED = Schedule(steps=25, threshold=0.0)
+_FIXED = TargetConfig(steps=25, threshold=0.0)
 
 PRESETS: dict[str, Preset] = {
     'smollm2': Preset(
         config={},
         layers=(1, 2, 3, 4),
         moment_weight=100,
-        value=Schedule(rate=5.0, clamp=0.65),
+        value=TargetConfig(rate=5.0, clamp=0.65),
         source='flagfiles/counterfact_smollm2.flags',
     ),
     'gptj-6b': Preset(

@@ -26,16 +26,16 @@ import numpy as np
 from experiments import benchmark_lengths, costs
 from experiments.benchmark_setup import Setup
 from jaxedit import edited as edited_lib
-from jaxedit.batching.plan import Frame
+from jaxedit.batching.plan import BatchPlan
 from jaxedit.methods.base import (
     Editor,
     Info,
 )
 from jaxedit.stats import moments as moments_lib
 from jaxedit.stats import packing
-from jaxedit.types import TRUNK, Edited, LowRank, Progress
+from jaxedit.types import SHARED, Edited, LowRank, Progress
 
-# Columns of the products that give the ceiling.
+# TokenLayout of the products that give the ceiling.
 _SIZES = {'cpu': 2048, 'gpu': 8192, 'tpu': 8192}
 _TRIES = 5
 # Seconds for which `pace` runs products, about.
@@ -294,7 +294,7 @@ def _random_rows(setup: Setup, count: int) -> Iterator[packing.Row]:
     yield packing.Row(
         rng.integers(0, len(setup.tokenizer), width, np.int32),
         np.arange(width, dtype=np.int32),
-        np.full(width, TRUNK + 1, np.int32),
+        np.full(width, SHARED + 1, np.int32),
     )
 
 
@@ -338,19 +338,19 @@ def time_factor(
   return stage, state
 
 
-def edit_stages(setup: Setup, frame: Frame) -> dict[str, Stage]:
+def edit_stages(setup: Setup, plan: BatchPlan) -> dict[str, Stage]:
   """Makes the stages that one call of an editor runs, without times.
 
   Args:
     setup: what to run on.
-    frame: the editor's static shapes; says what the edits share.
+    plan: the editor's static shapes; says what the edits share.
   """
   spec, layers = setup.model.spec, setup.recipe.layers
   count, dtype, last = len(setup.edits), dtype_of(setup), layers[-1]
   held = dict(texts=setup.recipe.texts)
-  trunk = [len(shared) for shared in frame.trunk]
+  shared_prefix = [len(shared) for shared in plan.shared_prefix]
   sizes = benchmark_lengths.lengths(setup.edits, **held)
-  shared = benchmark_lengths.own(sizes, trunk)
+  shared = benchmark_lengths.own(sizes, shared_prefix)
   solved = benchmark_lengths.systems(setup.edits, apart=setup.apart, **held)
   lower = Stage('prepare', 'edit', count)
   lower.flops = {dtype: costs.prepare_flops(spec, last, shared)}

@@ -65,7 +65,7 @@ def edit_in_sequence(
         params,
         state,
         bench.edits(indices),
-        frame=bench.frame,
+        plan=bench.plan,
         progress=progress,
     )
     total = edited_lib.add(total, edited)
@@ -92,12 +92,12 @@ def edit_apart(
     The changes side by side, one a batch.
   """
   if bench.each:
-    edited, _, info = editor.edit_each(
+    edited, _, info = editor.edit_independent(
         bench.model.params,
         state,
         bench.encoded,
         owner=bench.cases,
-        frame=bench.frame,
+        plan=bench.plan,
         progress=progress,
     )
     return Outcome(edited, bench.cases, info)
@@ -107,7 +107,7 @@ def edit_apart(
         bench.model.params,
         state,
         bench.edits(indices),
-        frame=bench.frame,
+        plan=bench.plan,
         progress=progress,
     )
     edits.append(edited)

@@ -254,7 +254,7 @@ def _prepare(
   side = task.side(bench, recipe)
   bench = workbench.shape(bench, side)
   if not bench.each:
-    require_factors(bench.model.spec, recipe, bench.frame.states)
+    require_factors(bench.model.spec, recipe, bench.plan.states)
   editor = task.editor(bench, recipe)
   meaning = job_report.protocol(
       bench,

@@ -156,11 +156,11 @@ def read_perplexity(
 
 def work_report(bench: Workbench, work: targets_lib.Work) -> dict[str, Any]:
   """What the optimiser ran and in what shapes, for results.json."""
-  shape = lambda room: {
-      name: getattr(room, name) for name in ('slots', 'places', 'width')
+  shape = lambda batch_shape: {
+      name: getattr(batch_shape, name) for name in ('slots', 'places', 'width')
   }
   return {
-      'rooms': [shape(room) for room in bench.frame.rooms],
+      'shapes': [shape(batch_shape) for batch_shape in bench.plan.shapes],
       'steps': work.steps,
       'places_run': work.computed,
       'tokens_needed': work.needed,

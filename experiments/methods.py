@@ -21,7 +21,7 @@ from jaxedit.methods import (
     rome,
     unke,
 )
-from jaxedit.targets import Schedule
+from jaxedit.targets import TargetConfig
 from jaxedit.types import InputError
 
 FLAGS = flags.FLAGS
@@ -61,7 +61,7 @@ PARITY: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     'memit': {'alphaedit': {'threshold': alphaedit.THRESHOLD}},
     'easyedit': {
         'rome': {'moments': False},
-        'emmet': {'lone_ridge': None},
+        'emmet': {'single_edit_ridge': None},
         'alphaedit': {'threshold': alphaedit.THRESHOLD},
     },
     'anyedit': {
@@ -219,7 +219,7 @@ def _define_value_flags(texts: bool) -> None:
 
 
 def recipe_of_flags(
-    layers: tuple[int, ...] | None = None, value: Schedule | None = None
+    layers: tuple[int, ...] | None = None, value: TargetConfig | None = None
 ) -> tuple[Any, dict[str, Any]]:
   """Makes the row that flags name.
 
@@ -241,7 +241,7 @@ def recipe_of_flags(
     arguments['layers'] = layers
   if value is not None:
     # When PMET stops is its own rule.
-    arguments['value'] = value._replace(ease=row.make().value.ease)
+    arguments['value'] = value._replace(argmax_stop=row.make().value.argmax_stop)
   arguments |= {
       name: getattr(FLAGS, flag)
       for name, flag in row.settings.items()
@@ -250,7 +250,7 @@ def recipe_of_flags(
   if FLAGS.null_space_share is not None and FLAGS.null_space_threshold is None:
     arguments['threshold'] = None  # a bundle's would win over the share
   if FLAGS.method == 'emmet' and FLAGS.ridge is not None:
-    arguments['lone_ridge'] = None  # what is asked for holds for one fact, too
+    arguments['single_edit_ridge'] = None  # what is asked for holds for one fact, too
   if FLAGS.layers is not None:
     try:
       arguments['layers'] = common.layer_list(FLAGS.layers, 'layers')
@@ -271,7 +271,7 @@ def recipe_of_flags(
   )
   if FLAGS.post == 'rect':
     recipe = dataclasses.replace(recipe, keep=_RECT_KEEP)
-  names = ('site', 'anchor', 'output', 'ridge', 'lone_ridge', 'steps')
+  names = ('site', 'anchor', 'output', 'ridge', 'single_edit_ridge', 'steps')
   names += ('rate', 'decay', 'activations')
   mine = {n: getattr(recipe, n) for n in names if hasattr(recipe, n)}
   # What was left out too: numbers need all that they depend on.

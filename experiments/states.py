@@ -99,4 +99,4 @@ def keeping(
 
     return run
 
-  return Editor(editor.init, call(editor.edit), call(editor.edit_each))
+  return Editor(editor.init, call(editor.edit), call(editor.edit_independent))

@@ -116,7 +116,7 @@ class Prober:
         model.params,
         state,
         bench.encoded,
-        frame=bench.frame,
+        plan=bench.plan,
         memory=memory,
         progress=self._progress,
     )

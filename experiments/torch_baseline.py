@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.benchmark_torch import block, down, require
-from jaxedit.targets import Schedule
+from jaxedit.targets import TargetConfig
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import Progress, silent
 
@@ -104,7 +104,7 @@ def _wait(model: Any) -> None:
 
 
 def optimize(
-    model: Any, edit: EncodedEdit, *, layer: int, schedule: Schedule
+    model: Any, edit: EncodedEdit, *, layer: int, config: TargetConfig
 ) -> list[Found]:
   """Optimises the output of one block at the anchors of one edit, in turn.
 
@@ -112,7 +112,7 @@ def optimize(
     model: of `benchmark_torch.load`.
     edit: rows, anchors, target, chunks and KL row as ids.
     layer: block whose output is changed.
-    schedule: settings, of every state.
+    config: settings, of every state.
 
   Returns:
     The wanted state of every chunk, or of the whole target, and what it took.
@@ -120,7 +120,7 @@ def optimize(
   found, earlier = [], []
   for k in range(edit.stages):
     state, change = _optimize_state(
-        model, (edit, k), earlier, layer=layer, schedule=schedule
+        model, (edit, k), earlier, layer=layer, config=config
     )
     found.append(state)
     earlier.append(change)
@@ -133,14 +133,14 @@ def _optimize_state(
     earlier: Sequence[tuple[Any, Any]],
     *,
     layer: int,
-    schedule: Schedule,
+    config: TargetConfig,
 ) -> tuple[Found, tuple[Any, Any]]:
   """Optimises one state; gives its (columns a context, change [D]) too."""
   torch, begin = require(), time.perf_counter()
   rows, columns = _rows(*which)
   put = lambda x: torch.as_tensor(np.asarray(x, np.int64), device=model.device)
   every, anchors = put(range(len(rows))), put(columns)
-  loss_of = _loss(*which, schedule, put)
+  loss_of = _loss(*which, config, put)
   start, delta, base = None, None, None
 
   def add(_, inputs, output):
@@ -157,20 +157,20 @@ def _optimize_state(
 
   adam = None  # made with `delta`, by the first forward
   with _hooked(block(model, layer).register_forward_hook, add):
-    for step in range(1, schedule.steps + 1):
+    for step in range(1, config.steps + 1):
       logprob = torch.log_softmax(_forward(model, rows).float(), dim=-1)
       if base is None:
         base = logprob[-1, columns[-1]].detach()
       loss = loss_of(logprob, base, delta, start)
       value = loss.item()
-      if value < schedule.threshold or step == schedule.steps:
+      if value < config.threshold or step == config.steps:
         break
       if adam is None:
-        adam = torch.optim.Adam([delta], lr=schedule.rate)
+        adam = torch.optim.Adam([delta], lr=config.rate)
       adam.zero_grad()
       loss.backward()
       adam.step()
-      _clamp(delta, schedule.clamp * start.norm())
+      _clamp(delta, config.clamp * start.norm())
   change = delta.detach()
   z = (start + change).cpu().numpy()
   _wait(model)
@@ -189,7 +189,7 @@ def _rows(edit: EncodedEdit, k: int) -> tuple[list[np.ndarray], list[int]]:
   return [*rows, edit.kl], [*anchors, len(edit.kl) - 1]
 
 
-def _loss(edit: EncodedEdit, k: int, schedule: Schedule, put: Any) -> Any:
+def _loss(edit: EncodedEdit, k: int, config: TargetConfig, put: Any) -> Any:
   """Makes the loss of one state, a function of all log-probabilities."""
   stages = [edit.stage(k, c) for c in range(len(edit.rows))]
   n = np.arange(len(stages[0].labels))
@@ -199,10 +199,10 @@ def _loss(edit: EncodedEdit, k: int, schedule: Schedule, put: Any) -> Any:
 
   def loss(logprob: Any, base: Any, delta: Any, start: Any) -> Any:
     total = -logprob[rows, columns, labels].mean()
-    total = total + schedule.decay * delta.norm() / start.norm() ** 2
+    total = total + config.decay * delta.norm() / start.norm() ** 2
     if len(edit.kl) and not k:
       now = logprob[-1, len(edit.kl) - 1]
-      total = total + schedule.kl * (now.exp() * (now - base)).sum()
+      total = total + config.kl * (now.exp() * (now - base)).sum()
     return total
 
   return loss

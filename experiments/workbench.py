@@ -41,7 +41,7 @@ class Workbench:
     memory: bytes of the device's memory to plan with; None for all.
     templates: context templates, the bare '{}' first; of facts.
     encoded: the records as ids, once they are.
-    frame: the static shapes that all batches share, once `shape` has run.
+    plan: the static shapes that all batches share, once `shape` has run.
   """
 
   model: loading.Model
@@ -53,7 +53,7 @@ class Workbench:
   memory: float | None = None
   templates: tuple[str, ...] = ()
   encoded: tuple[encoding.EncodedEdit, ...] = ()
-  frame: plan_lib.Frame | None = None
+  plan: plan_lib.BatchPlan | None = None
 
   @property
   def records(self) -> Sequence[Any]:
@@ -124,7 +124,7 @@ def shape(bench: Workbench, side: int | None) -> Workbench:
   batch = max(map(len, bench.batches()))
   if bench.each:
     batch = max(map(len, bench.parts(side)))
-  frame = targets_lib.frame_for(
+  plan = targets_lib.plan_batches(
       bench.model.spec,
       bench.model.params,
       bench.encoded,
@@ -132,7 +132,7 @@ def shape(bench: Workbench, side: int | None) -> Workbench:
       batch=batch,
       memory=bench.memory,
   )
-  return dataclasses.replace(bench, frame=frame)
+  return dataclasses.replace(bench, plan=plan)
 
 
 def encode_facts(

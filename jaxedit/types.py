@@ -26,10 +26,10 @@ import jax
 Array = jax.Array
 Params = Mapping[str, Any]
 
-# Segment ids of `Columns`. Padding is seen by nobody; the trunk is seen by every
+# Segment ids of `TokenLayout`. Padding is seen by nobody; the trunk is seen by every
 # later column of its row; any other id is seen by columns of the same id alone.
 PADDING = 0
-TRUNK = 1
+SHARED = 1
 
 
 class InputError(ValueError):
@@ -64,17 +64,17 @@ def silent(
 
 
 @flax.struct.dataclass
-class Columns:
+class TokenLayout:
   """What each column of a token array is; attention follows from it alone.
 
   A query column sees a key column of its row when the key's position is not
-  after its own and the key's segment is `TRUNK` or its own. So left padding,
+  after its own and the key's segment is `SHARED` or its own. So left padding,
   right padding, packed texts (segments 2, 3, ...) and answers that branch from
   one shared prompt (trunk, then branches 2, 3, ...) are the same computation.
 
   Attributes:
     position: [B, T] int32, rotary or learned position of the token.
-    segment: [B, T] int32, `PADDING`, `TRUNK` or an id from 2 up.
+    segment: [B, T] int32, `PADDING`, `SHARED` or an id from 2 up.
   """
 
   position: Array
@@ -82,12 +82,12 @@ class Columns:
 
 
 @flax.struct.dataclass
-class Ragged:
+class PackedSequences:
   """Rows of different lengths, end to end on one axis of N places.
 
   What works on each token alone (linear maps, norms) runs on the places, so a
   short row costs nothing for the sake of a long one; attention alone looks at
-  rows. Stands wherever `Columns` do, for activations of shape [1, N, ...].
+  rows. Stands wherever `TokenLayout` do, for activations of shape [1, N, ...].
 
   Attributes:
     columns: [R, T] columns of the rows.
@@ -96,14 +96,14 @@ class Ragged:
     column: [N] int32 column of a place in its row.
   """
 
-  columns: Columns
+  columns: TokenLayout
   index: Array
   row: Array
   column: Array
 
 
 @flax.struct.dataclass
-class Keep:
+class OutputTokens:
   """Places at which the last layer of a run is wanted.
 
   The layer then computes keys and values for all places, all else for these.
@@ -114,7 +114,7 @@ class Keep:
   """
 
   index: Array
-  rows: Ragged
+  rows: PackedSequences
 
 
 @flax.struct.dataclass
@@ -129,7 +129,7 @@ class KV:
 
   key: Array
   value: Array
-  columns: Columns
+  columns: TokenLayout
 
 
 @flax.struct.dataclass

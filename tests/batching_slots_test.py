@@ -73,7 +73,7 @@ def random_edits(count: int, seed: int, *, kl: bool = True, chunked: bool):
   return some
 
 
-def check_ragged(case, rows: types.Ragged) -> None:
+def check_ragged(case, rows: types.PackedSequences) -> None:
   """Asserts that index, row and column are each other's inverse."""
   index, row, column = (np.asarray(x) for x in (rows.index, rows.row,
                                                 rows.column))  # fmt: skip
@@ -81,7 +81,7 @@ def check_ragged(case, rows: types.Ragged) -> None:
   real = rows.columns.segment != NONE
   np.testing.assert_array_equal(index == places, ~real)
   np.testing.assert_array_equal(rows.columns.position[~real], 0)
-  np.testing.assert_array_equal(rows.columns.segment[real], types.TRUNK)
+  np.testing.assert_array_equal(rows.columns.segment[real], types.SHARED)
   # Rows are filled from their first column on, by tokens that follow each
   # other in the text.
   np.testing.assert_array_equal(real[:, 1:] & ~real[:, :-1], False)
@@ -98,19 +98,19 @@ def check_ragged(case, rows: types.Ragged) -> None:
     case.assertEqual(array.dtype, np.int32)
 
 
-def tile_rows(tile, slot: int) -> list[tuple[list[int], list[int], int]]:
+def tile_rows(packed, slot: int) -> list[tuple[list[int], list[int], int]]:
   """Reads a slot back: (tokens, positions, position of the anchor) a row."""
-  width = tile.anchor.shape[1]
+  width = packed.anchor.shape[1]
   found = []
   for r in range(slot * width, (slot + 1) * width):
-    real = tile.rows.columns.segment[r] != NONE
-    place = tile.anchor[slot, r - slot * width]
-    assert tile.rows.row[place] == r
-    position = tile.rows.columns.position[r]
+    real = packed.rows.columns.segment[r] != NONE
+    place = packed.anchor[slot, r - slot * width]
+    assert packed.rows.row[place] == r
+    position = packed.rows.columns.position[r]
     found.append((
-        tile.tokens[0, tile.rows.index[r, real]].tolist(),
+        packed.tokens[0, packed.rows.index[r, real]].tolist(),
         position[real].tolist(),
-        int(position[tile.rows.column[place]]),
+        int(position[packed.rows.column[place]]),
     ))  # fmt: skip
   return found
 
@@ -120,11 +120,11 @@ class FrameTest(parameterized.TestCase):
   @parameterized.product(anchor=list(encoding.ANCHORS), kl=['{} is a', None])
   def test_trunks_are_the_longest_common_heads(self, anchor, kl):
     edits = encode(anchor=anchor, kl_template=kl)
-    frame = plan_lib.frame(edits)
-    self.assertEqual(frame.kl, kl is not None)
-    self.assertEqual(frame.contexts, len(TEMPLATES))
-    self.assertEqual(frame.rows, len(TEMPLATES) + frame.kl)
-    for c, trunk in enumerate(frame.trunk):
+    plan = plan_lib.plan_shapes(edits)
+    self.assertEqual(plan.kl, kl is not None)
+    self.assertEqual(plan.contexts, len(TEMPLATES))
+    self.assertEqual(plan.rows, len(TEMPLATES) + plan.kl)
+    for c, shared_prefix in enumerate(plan.shared_prefix):
       length = 0
       while all(
           length < edit.anchors[c]
@@ -132,15 +132,15 @@ class FrameTest(parameterized.TestCase):
           for edit in edits
       ):
         length += 1
-      np.testing.assert_array_equal(trunk, edits[0].rows[c][:length])
-    self.assertEqual(frame.shared, max(map(len, frame.trunk)))
+      np.testing.assert_array_equal(shared_prefix, edits[0].rows[c][:length])
+    self.assertEqual(plan.shared, max(map(len, plan.shared_prefix)))
     # The context in words is shared as a whole, and one token begins all.
-    self.assertGreater(len(frame.trunk[1]), 3)
-    self.assertLen(frame.trunk[0], 1)
-    tokens, columns = packer.trunk_columns(frame)
-    self.assertEqual(tokens.shape, (frame.rows, frame.shared))
-    for c, ids in enumerate((*frame.trunk, [])[: frame.rows]):
-      real = columns.segment[c] == types.TRUNK
+    self.assertGreater(len(plan.shared_prefix[1]), 3)
+    self.assertLen(plan.shared_prefix[0], 1)
+    tokens, columns = packer.pack_shared_prefix(plan)
+    self.assertEqual(tokens.shape, (plan.rows, plan.shared))
+    for c, ids in enumerate((*plan.shared_prefix, [])[: plan.rows]):
+      real = columns.segment[c] == types.SHARED
       np.testing.assert_array_equal(tokens[c, real], ids)
       np.testing.assert_array_equal(columns.position[c, real], range(len(ids)))
       self.assertFalse(
@@ -149,21 +149,21 @@ class FrameTest(parameterized.TestCase):
 
   def test_equal_edits_share_what_is_left_of_the_anchor(self):
     edit = encode()[1]
-    frame = plan_lib.frame([edit, edit])
-    for row, anchor, trunk in zip(edit.rows, edit.anchors, frame.trunk):
-      np.testing.assert_array_equal(trunk, row[:anchor])
+    plan = plan_lib.plan_shapes([edit, edit])
+    for row, anchor, shared_prefix in zip(edit.rows, edit.anchors, plan.shared_prefix):
+      np.testing.assert_array_equal(shared_prefix, row[:anchor])
 
   def test_nothing_is_shared_if_not_wanted(self):
     edits = encode()
-    for frame in (
-        plan_lib.frame(edits, share=False),
-        plan_lib.frame(edits).apart(),
+    for plan in (
+        plan_lib.plan_shapes(edits, share=False),
+        plan_lib.plan_shapes(edits).apart(),
     ):
-      self.assertEqual(frame.shared, 0)
-      self.assertEqual(frame.contexts, len(TEMPLATES))
-      self.assertEqual(frame.key, frame.whole)
-      tokens, _ = packer.trunk_columns(frame)
-      self.assertEqual(tokens.shape, (frame.rows, 0))
+      self.assertEqual(plan.shared, 0)
+      self.assertEqual(plan.contexts, len(TEMPLATES))
+      self.assertEqual(plan.key, plan.whole)
+      tokens, _ = packer.pack_shared_prefix(plan)
+      self.assertEqual(tokens.shape, (plan.rows, 0))
 
   def test_rooms_by_width(self):
     edits = random_edits(40, 3, chunked=True)
@@ -175,72 +175,72 @@ class FrameTest(parameterized.TestCase):
         )
         for edit in edits
     ]
-    frame = plan_lib.frame(edits, widths=(4, 7))
-    self.assertLen(frame.rooms, 3)
-    limits = [room.limit for room in frame.rooms]
+    plan = plan_lib.plan_shapes(edits, max_suffixes=(4, 7))
+    self.assertLen(plan.shapes, 3)
+    limits = [batch_shape.max_suffix for batch_shape in plan.shapes]
     self.assertEqual(limits, [4, 7, max(suffix)])
     for edit, length in zip(edits, suffix):
-      number = frame.room(edit)
-      self.assertLessEqual(length, frame.rooms[number].width)
+      number = plan.batch_shape(edit)
+      self.assertLessEqual(length, plan.shapes[number].width)
       self.assertLessEqual(length, limits[number])
       self.assertGreater(length, [0, *limits][number])
     # A limit that nobody needs makes no room.
-    self.assertLen(plan_lib.frame(edits, widths=(1, 100)).rooms, 1)
+    self.assertLen(plan_lib.plan_shapes(edits, max_suffixes=(1, 100)).shapes, 1)
 
-  @parameterized.product(slots=[None, 1, 2, 8], places=[1, 64], batch=[None, 3])
+  @parameterized.product(slots=[None, 1, 2, 8], token_budget=[1, 64], batch=[None, 3])
   def test_rooms_hold_their_largest_edit(self, slots, places, batch):
     edits = random_edits(20, 4, chunked=True)
-    frame = plan_lib.frame(
-        edits, slots=slots, places=places, batch=batch, widths=(6,)
+    plan = plan_lib.plan_shapes(
+        edits, slots=slots, token_budget=token_budget, batch=batch, max_suffixes=(6,)
     )
-    self.assertEqual(frame.batch, batch or 20)
-    for number, room in enumerate(frame.rooms):
-      members = [edit for edit in edits if frame.room(edit) == number]
-      self.assertBetween(room.slots, 1, min(batch or 20, len(members)))
-      self.assertLessEqual(room.slots, 1.2 * (slots or 20) + 1)
-      self.assertLessEqual(room.tile[0], room.slots)
+    self.assertEqual(plan.batch, batch or 20)
+    for number, batch_shape in enumerate(plan.shapes):
+      members = [edit for edit in edits if plan.batch_shape(edit) == number]
+      self.assertBetween(batch_shape.slots, 1, min(batch or 20, len(members)))
+      self.assertLessEqual(batch_shape.slots, 1.2 * (slots or 20) + 1)
+      self.assertLessEqual(batch_shape.prefill_shape[0], batch_shape.slots)
       for edit in members:
         for k in range(edit.stages):
-          self.assertTrue(slots_lib.Seating(frame, room).fits(edit, k))
+          self.assertTrue(slots_lib.SlotAllocator(plan, batch_shape).fits(edit, k))
           for c in range(len(edit.rows)):
-            self.assertLessEqual(len(edit.stage(k, c).labels), room.labels)
+            self.assertLessEqual(len(edit.stage(k, c).labels), batch_shape.labels)
 
   def test_the_kl_row_has_a_place(self):
     # Sixteen columns are a whole step of the budget; one more is needed.
     ids = np.arange(2, 18, dtype=np.int32)
     edit = encoding.EncodedEdit(1, (ids[:1],), (0,), ids, ids[:1])
-    frame = plan_lib.frame([edit])
-    self.assertGreater(frame.rooms[0].places, len(ids))
-    self.assertTrue(slots_lib.Seating(frame, frame.rooms[0]).fits(edit))
+    plan = plan_lib.plan_shapes([edit])
+    self.assertGreater(plan.shapes[0].token_budget, len(ids))
+    self.assertTrue(slots_lib.SlotAllocator(plan, plan.shapes[0]).fits(edit))
 
   def test_misuse(self):
     edits = encode()
     with self.assertRaisesRegex(ValueError, 'slot'):
-      plan_lib.frame(edits, slots=0)
+      plan_lib.plan_shapes(edits, slots=0)
     fewer = [dataclasses.replace(edits[0], rows=edits[0].rows[:2])]
     for other in (encode(kl_template=None)[:1], fewer):
       with self.assertRaisesRegex(ValueError, 'contexts'):
-        plan_lib.frame([edits[1], *other])
+        plan_lib.plan_shapes([edits[1], *other])
     with self.assertRaises(ValueError):
-      plan_lib.frame([])
+      plan_lib.plan_shapes([])
 
 
 class TileTest(parameterized.TestCase):
 
-  def _left(self, tile, slot, wanted):
+  def _left(self, packed, slot, wanted):
     """The columns left of the anchor, as rows of their own."""
-    width = tile.anchor.shape[1]
+    width = packed.anchor.shape[1]
     for c, (tokens, start, anchor) in enumerate(wanted):
       r = slot * width + c
-      rows = tile.left.rows
+      rows = packed.prefix.rows
       real = rows.columns.segment[r] != NONE
-      here = tile.left.index[rows.index[r, real]]
+      here = packed.prefix.index[rows.index[r, real]]
       count = anchor - start
-      np.testing.assert_array_equal(tile.tokens[0, here], tokens[:count])
+      np.testing.assert_array_equal(packed.tokens[0, here], tokens[:count])
       np.testing.assert_array_equal(
           rows.columns.position[r, real], np.arange(start, anchor)
       )
-      np.testing.assert_array_equal(here, tile.rows.index[r, : anchor - start])
+      np.testing.assert_array_equal(here, packed.rows.index[r, : anchor - start])
 
   @parameterized.product(
       slots=[1, 2, 8],
@@ -255,35 +255,35 @@ class TileTest(parameterized.TestCase):
     edits = encode(anchor=anchor, kl_template=kl)
     if window:
       edits = [cut(edit, window) for edit in edits]
-    frame = plan_lib.frame(edits, slots=slots, share=share, widths=(12,))
+    plan = plan_lib.plan_shapes(edits, slots=slots, share=share, max_suffixes=(12,))
     seen = []
-    for number, room in enumerate(frame.rooms):
-      order = [i for i, e in enumerate(edits) if frame.room(e) == number][::-1]
+    for number, batch_shape in enumerate(plan.shapes):
+      order = [i for i, e in enumerate(edits) if plan.batch_shape(e) == number][::-1]
       begin = len(seen)
-      for tile in packer.row_tiles(edits, order, frame, room):
-        self.assertEqual(tile.edit.shape, (room.tile[0],))
-        self.assertEqual(tile.tokens.shape, (1, room.tile[1]))
-        self.assertEqual(tile.rows.index.shape[1], room.tile[2])
-        self.assertEqual(tile.left.index.shape, (room.left[0],))
-        self.assertEqual(tile.left.rows.index.shape[1], room.left[1])
-        check_ragged(self, tile.rows)
-        check_ragged(self, tile.left.rows)
-        contexts = tile.context.reshape(-1, frame.rows)
-        np.testing.assert_array_equal(contexts - np.arange(frame.rows), 0)
-        for slot, i in enumerate(tile.edit):
+      for packed in packer.pack_edits(edits, order, plan, batch_shape):
+        self.assertEqual(packed.edit.shape, (batch_shape.prefill_shape[0],))
+        self.assertEqual(packed.tokens.shape, (1, batch_shape.prefill_shape[1]))
+        self.assertEqual(packed.rows.index.shape[1], batch_shape.prefill_shape[2])
+        self.assertEqual(packed.prefix.index.shape, (batch_shape.prefix_shape[0],))
+        self.assertEqual(packed.prefix.rows.index.shape[1], batch_shape.prefix_shape[1])
+        check_ragged(self, packed.rows)
+        check_ragged(self, packed.prefix.rows)
+        contexts = packed.context.reshape(-1, plan.rows)
+        np.testing.assert_array_equal(contexts - np.arange(plan.rows), 0)
+        for slot, i in enumerate(packed.edit):
           if i < 0:
             continue
           seen.append(int(i))
           wanted = [
-              (edits[i].text(c)[len(trunk) :].tolist(), len(trunk), column)
-              for c, (trunk, column) in enumerate(
-                  zip(frame.trunk, edits[i].anchors)
+              (edits[i].text(c)[len(shared_prefix) :].tolist(), len(shared_prefix), column)
+              for c, (shared_prefix, column) in enumerate(
+                  zip(plan.shared_prefix, edits[i].anchors)
               )
           ]
           if kl:
             ids = edits[i].kl.tolist()
             wanted.append((ids, 0, len(ids) - 1))
-          found = tile_rows(tile, slot)
+          found = tile_rows(packed, slot)
           self.assertLen(found, len(wanted))
           for (tokens, positions, at), (ids, start, column) in zip(
               found, wanted
@@ -291,7 +291,7 @@ class TileTest(parameterized.TestCase):
             self.assertEqual(tokens, ids)
             self.assertEqual(positions, [*range(start, start + len(ids))])
             self.assertEqual(at, column)
-          self._left(tile, slot, wanted)
+          self._left(packed, slot, wanted)
       self.assertEqual(seen[begin:], order)
     self.assertCountEqual(seen, range(len(edits)))
 
@@ -307,226 +307,226 @@ class TileTest(parameterized.TestCase):
     edits = encode()
     if window:
       edits = [cut(edit, window, 1) for edit in edits]
-    frame = plan_lib.frame(edits, slots=slots, share=bool(share), places=8)
-    frame = frame.apart() if share == 'apart' else frame
-    rows, places, width = frame.key.text if text else frame.key.upto
+    plan = plan_lib.plan_shapes(edits, slots=slots, share=bool(share), token_budget=8)
+    plan = plan.apart() if share == 'apart' else plan
+    rows, places, width = plan.key.text if text else plan.key.upto
     for bare, contexts in ((True, [0]), (False, [1, 2])):
       seen = []
-      for tile in packer.key_tiles(edits, frame, bare=bare, text=text):
-        self.assertEqual(tile.tokens.shape, (1, places))
-        self.assertEqual(tile.rows.index.shape, (rows, width))
-        self.assertEqual(tile.anchor.shape, (rows, frame.stages))
-        self.assertIsNone(tile.left)
-        check_ragged(self, tile.rows)
-        for r, (i, c) in enumerate(zip(tile.edit, tile.context)):
+      for packed in packer.pack_prompts(edits, plan, bare=bare, text=text):
+        self.assertEqual(packed.tokens.shape, (1, places))
+        self.assertEqual(packed.rows.index.shape, (rows, width))
+        self.assertEqual(packed.anchor.shape, (rows, plan.stages))
+        self.assertIsNone(packed.prefix)
+        check_ragged(self, packed.rows)
+        for r, (i, c) in enumerate(zip(packed.edit, packed.context)):
           if i < 0:
             continue
           seen.append((int(i), int(c)))
-          edit, begin = edits[i], len(frame.trunk[c])
+          edit, begin = edits[i], len(plan.shared_prefix[c])
           anchors = [edit.stage(k, c).anchor for k in range(edit.stages)]
           whole = [*edit.rows[c], *edit.target]
           end = len(whole) if text else anchors[-1] + 1
-          used = tile.rows.columns.segment[r] != types.PADDING
-          here = tile.rows.index[r, used]
-          self.assertEqual(tile.tokens[0, here].tolist(), whole[begin:end])
+          used = packed.rows.columns.segment[r] != types.PADDING
+          here = packed.rows.index[r, used]
+          self.assertEqual(packed.tokens[0, here].tolist(), whole[begin:end])
           self.assertEqual(
-              tile.rows.columns.position[r, used].tolist(), [*range(begin, end)]
+              packed.rows.columns.position[r, used].tolist(), [*range(begin, end)]
           )
           self.assertEqual(
-              tile.anchor[r, : edit.stages].tolist(),
+              packed.anchor[r, : edit.stages].tolist(),
               [here[anchor - begin] for anchor in anchors],
           )
-          self.assertTrue((tile.anchor[r, edit.stages :] == places).all())
+          self.assertTrue((packed.anchor[r, edit.stages :] == places).all())
       # Edit by edit: readers count on it.
       self.assertEqual(seen, [(i, c) for i in range(5) for c in contexts])
 
   def test_one_context_has_no_others(self):
     edits = facts.random_edits(3, seed=1, contexts=1)
-    frame = plan_lib.frame(edits)
-    self.assertEmpty(list(packer.key_tiles(edits, frame, bare=False)))
+    plan = plan_lib.plan_shapes(edits)
+    self.assertEmpty(list(packer.pack_prompts(edits, plan, bare=False)))
 
   def test_empty_slots_are_all_padding(self):
     edits = encode()
-    frame = plan_lib.frame(edits, slots=8)
-    (room,) = frame.rooms
-    for tile, width in (
-        (next(packer.row_tiles(edits, [3], frame, room)), frame.rows),
-        (next(packer.key_tiles(edits[:1], frame, bare=True)), 1),
+    plan = plan_lib.plan_shapes(edits, slots=8)
+    (batch_shape,) = plan.shapes
+    for packed, width in (
+        (next(packer.pack_edits(edits, [3], plan, batch_shape)), plan.rows),
+        (next(packer.pack_prompts(edits[:1], plan, bare=True)), 1),
     ):
-      self.assertGreater(len(tile.edit), 1)
-      self.assertGreaterEqual(tile.edit[0], 0)
-      np.testing.assert_array_equal(tile.edit[1:], -1)
-      places = tile.tokens.shape[1]
-      np.testing.assert_array_equal(tile.anchor[1:], places)
-      np.testing.assert_array_equal(tile.rows.index[width:], places)
-      self.assertFalse(tile.rows.columns.segment[width:].any())
-      empty = tile.rows.row == len(tile.rows.index)
-      self.assertFalse(tile.tokens[0, empty].any())
-      if tile.left is not None:
-        self.assertFalse(tile.left.rows.columns.segment[width:].any())
+      self.assertGreater(len(packed.edit), 1)
+      self.assertGreaterEqual(packed.edit[0], 0)
+      np.testing.assert_array_equal(packed.edit[1:], -1)
+      places = packed.tokens.shape[1]
+      np.testing.assert_array_equal(packed.anchor[1:], places)
+      np.testing.assert_array_equal(packed.rows.index[width:], places)
+      self.assertFalse(packed.rows.columns.segment[width:].any())
+      empty = packed.rows.row == len(packed.rows.index)
+      self.assertFalse(packed.tokens[0, empty].any())
+      if packed.prefix is not None:
+        self.assertFalse(packed.prefix.rows.columns.segment[width:].any())
 
   def test_no_edits_no_tiles(self):
     edits = encode()
-    frame = plan_lib.frame(edits)
-    self.assertEmpty(list(packer.row_tiles(edits, [], frame, frame.rooms[0])))
-    self.assertEmpty(list(packer.key_tiles([], frame, bare=True)))
+    plan = plan_lib.plan_shapes(edits)
+    self.assertEmpty(list(packer.pack_edits(edits, [], plan, plan.shapes[0])))
+    self.assertEmpty(list(packer.pack_prompts([], plan, bare=True)))
 
 
 class Model:
-  """Says slowly what a `Seating` must look like."""
+  """Says slowly what a `SlotAllocator` must look like."""
 
-  def __init__(self, case, frame, room):
-    self.case, self.frame, self.room = case, frame, room
-    self.seating = slots_lib.Seating(frame, room)
+  def __init__(self, case, plan, batch_shape):
+    self.case, self.plan, self.batch_shape = case, plan, batch_shape
+    self.slots = slots_lib.SlotAllocator(plan, batch_shape)
     self.at = {}  # slot -> (edit, stage, seated)
 
   def need(self, edit, k) -> tuple[int, int]:
     """(places, scored places) of a stage."""
-    stages = [edit.stage(k, c) for c in range(self.frame.contexts)]
+    stages = [edit.stage(k, c) for c in range(self.plan.contexts)]
     places = sum(stage.end - stage.anchor for stage in stages)
-    places += self.frame.kl and k == 0
+    places += self.plan.kl and k == 0
     return places, sum(len(stage.labels) for stage in stages)
 
-  def free(self) -> tuple[int, int]:
+  def left(self) -> tuple[int, int]:
     """(places, scored places) that nobody has."""
     taken = [self.need(e, k) for e, k, seated in self.at.values() if seated]
     places, scored = np.sum([(0, 0), *taken], axis=0)
-    return self.room.places - places, self.room.scored - scored
+    return self.batch_shape.token_budget - places, self.batch_shape.logit_budget - scored
 
   def fits(self, edit, k) -> bool:
     """Compares `fits` with a count of places."""
-    wanted = all(x <= y for x, y in zip(self.need(edit, k), self.free()))
-    self.case.assertEqual(self.seating.fits(edit, k), wanted)
+    wanted = all(x <= y for x, y in zip(self.need(edit, k), self.left()))
+    self.case.assertEqual(self.slots.fits(edit, k), wanted)
     return wanted
 
-  def sit(self, slot, edit, k=0) -> None:
-    """Seats a stage and compares the places it was given."""
-    places = self.seating.sit(slot, edit, k)
-    rows = slice(slot * self.frame.rows, (slot + 1) * self.frame.rows)
-    np.testing.assert_array_equal(places, self.seating.seats().rows.index[rows])
+  def assign(self, slot, edit, k=0) -> None:
+    """Assigns a stage and compares the places it was given."""
+    places = self.slots.assign(slot, edit, k)
+    rows = slice(slot * self.plan.rows, (slot + 1) * self.plan.rows)
+    np.testing.assert_array_equal(places, self.slots.layout().rows.index[rows])
     self.at[slot] = (edit, k, True)
 
-  def move_on(self, slot) -> None:
+  def next_chunk(self, slot) -> None:
     """Ends a stage and compares where its keys and values go."""
     edit, k, _ = self.at[slot]
-    column = self.seating.move_on(slot)
+    column = self.slots.next_chunk(slot)
     self.case.assertEqual(column, self.offsets(edit, k)[k])
     # What is copied there is as wide as a row of the room.
-    total = self.seating.seats().before.segment.shape[1]
-    self.case.assertLessEqual(column + self.room.width, total)
+    total = self.slots.layout().before.segment.shape[1]
+    self.case.assertLessEqual(column + self.batch_shape.length, total)
     self.at[slot] = (edit, k, False)
 
-  def leave(self, slot) -> None:
+  def free(self, slot) -> None:
     """Frees a slot."""
-    self.seating.leave(slot)
+    self.slots.free(slot)
     del self.at[slot]
 
   def offsets(self, edit, k) -> list[int]:
     """First column of earlier keys and values of stages 0 to k."""
-    found = [self.frame.shared + self.room.left[1]]
+    found = [self.plan.shared + self.batch_shape.prefix_shape[1]]
     for j in range(k):
       found.append(found[-1] + max(self.moved(edit, j)))
     return found
 
   def moved(self, edit, k) -> list[int]:
-    """Columns between a stage's anchor and the next one's, a row."""
+    """Tokens between a stage's anchor and the next one's, a row."""
     stages = lambda c: (edit.stage(k, c), edit.stage(k + 1, c))
     return [b.anchor - a.anchor for a, b in map(stages, range(len(edit.rows)))]
 
   def check(self) -> None:
     """Compares all tables with what they should hold."""
-    case, frame, room = self.case, self.frame, self.room
-    seats = self.seating.seats()
-    check_ragged(case, seats.rows)
-    check_ragged(case, seats.keep.rows)
-    taken = (seats.rows.row < len(seats.rows.index)).sum()
-    case.assertEqual(room.places - taken, self.free()[0])
-    kept = seats.keep.index < room.places
-    case.assertEqual(room.scored - kept[: room.scored].sum(), self.free()[1])
-    case.assertEqual(kept.shape, (room.scored + room.slots * frame.kl,))
+    case, plan, batch_shape = self.case, self.plan, self.batch_shape
+    assigned = self.slots.layout()
+    check_ragged(case, assigned.rows)
+    check_ragged(case, assigned.outputs.rows)
+    taken = (assigned.rows.row < len(assigned.rows.index)).sum()
+    case.assertEqual(batch_shape.token_budget - taken, self.free()[0])
+    kept = assigned.outputs.index < batch_shape.token_budget
+    case.assertEqual(batch_shape.logit_budget - kept[: batch_shape.logit_budget].sum(), self.free()[1])
+    case.assertEqual(kept.shape, (batch_shape.logit_budget + batch_shape.slots * plan.kl,))
     # A scored place is empty, or a row asks there.
-    asking = seats.keep.rows.row < len(seats.keep.rows.index)
+    asking = assigned.outputs.rows.row < len(assigned.outputs.rows.index)
     np.testing.assert_array_equal(kept, asking)
-    held = [s in self.at for s in range(room.slots)]
-    case.assertEqual([x is not None for x in self.seating.held], held)
-    idle = held.index(False) if not all(held) else None
-    case.assertEqual(self.seating.idle, idle)
-    for slot in range(room.slots):
+    held = [s in self.at for s in range(batch_shape.slots)]
+    case.assertEqual([x is not None for x in self.slots.held], held)
+    free_slot = held.index(False) if not all(held) else None
+    case.assertEqual(self.slots.free_slot, free_slot)
+    for slot in range(batch_shape.slots):
       edit, k, seated = self.at.get(slot, (None, 0, False))
-      case.assertEqual(seats.live[slot], seated)
-      rows = range(slot * frame.rows, (slot + 1) * frame.rows)
+      case.assertEqual(assigned.live[slot], seated)
+      rows = range(slot * plan.rows, (slot + 1) * plan.rows)
       for c, r in enumerate(rows):
-        self._before(seats, edit, k + (edit is not None and not seated), (c, r))
-        if seated and c < frame.contexts:
-          self._row(seats, edit.stage(k, c), (slot, c, r))
+        self._before(assigned, edit, k + (edit is not None and not seated), (c, r))
+        if seated and c < plan.contexts:
+          self._row(assigned, edit.stage(k, c), (slot, c, r))
         elif seated and k == 0:
-          self._kl(seats, edit, (slot, c, r))
+          self._kl(assigned, edit, (slot, c, r))
         else:
-          case.assertFalse(seats.rows.columns.segment[r].any())
-          case.assertFalse(seats.keep.rows.columns.segment[r].any())
-          case.assertEqual(seats.anchor[slot, c], room.places)
-          if c < frame.contexts:
-            np.testing.assert_array_equal(seats.pick[slot, c], room.scored)
+          case.assertFalse(assigned.rows.columns.segment[r].any())
+          case.assertFalse(assigned.outputs.rows.columns.segment[r].any())
+          case.assertEqual(assigned.anchor[slot, c], batch_shape.token_budget)
+          if c < plan.contexts:
+            np.testing.assert_array_equal(assigned.pick[slot, c], batch_shape.logit_budget)
 
-  def _row(self, seats, stage, where) -> None:
+  def _row(self, assigned, stage, where) -> None:
     slot, c, r = where
     case, count = self.case, len(stage.labels)
-    real = seats.rows.columns.segment[r] != NONE
+    real = assigned.rows.columns.segment[r] != NONE
     np.testing.assert_array_equal(
-        seats.rows.columns.position[r, real], range(stage.anchor, stage.end)
+        assigned.rows.columns.position[r, real], range(stage.anchor, stage.end)
     )
-    place = seats.rows.index[r, 0]
-    case.assertEqual(seats.anchor[slot, c], place)
-    pick = seats.pick[slot, c]
-    np.testing.assert_array_equal(pick[count:], self.room.scored)
+    place = assigned.rows.index[r, 0]
+    case.assertEqual(assigned.anchor[slot, c], place)
+    pick = assigned.pick[slot, c]
+    np.testing.assert_array_equal(pick[count:], self.batch_shape.logit_budget)
     pick = pick[:count]
-    np.testing.assert_array_equal(seats.label[pick], stage.labels)
-    ask = seats.keep.rows
+    np.testing.assert_array_equal(assigned.label[pick], stage.labels)
+    ask = assigned.outputs.rows
     np.testing.assert_array_equal(ask.index[r, :count], pick)
     case.assertEqual((ask.columns.segment[r] != NONE).sum(), count)
     # A label is foretold one column before its own.
-    places = seats.keep.index[pick]
-    np.testing.assert_array_equal(seats.rows.row[places], r)
+    places = assigned.outputs.index[pick]
+    np.testing.assert_array_equal(assigned.rows.row[places], r)
     columns = np.arange(stage.first, stage.end)
     np.testing.assert_array_equal(ask.columns.position[r, :count], columns)
     np.testing.assert_array_equal(
-        seats.rows.columns.position[r, seats.rows.column[places]], columns
+        assigned.rows.columns.position[r, assigned.rows.column[places]], columns
     )
 
-  def _kl(self, seats, edit, where) -> None:
+  def _kl(self, assigned, edit, where) -> None:
     slot, c, r = where
     case, last = self.case, len(edit.kl) - 1
-    for rows in (seats.rows, seats.keep.rows):
+    for rows in (assigned.rows, assigned.outputs.rows):
       real = rows.columns.segment[r] != NONE
       case.assertEqual(rows.columns.position[r, real].tolist(), [last])
-    place = seats.rows.index[r, 0]
-    case.assertEqual(seats.anchor[slot, c], place)
-    case.assertEqual(seats.keep.rows.index[r, 0], self.room.scored + slot)
-    case.assertEqual(seats.keep.index[self.room.scored + slot], place)
+    place = assigned.rows.index[r, 0]
+    case.assertEqual(assigned.anchor[slot, c], place)
+    case.assertEqual(assigned.outputs.rows.index[r, 0], self.batch_shape.logit_budget + slot)
+    case.assertEqual(assigned.outputs.index[self.batch_shape.logit_budget + slot], place)
 
-  def _before(self, seats, edit, k, where) -> None:
-    """Columns before the anchor of stage k: each position once, in place."""
+  def _before(self, assigned, edit, k, where) -> None:
+    """TokenLayout before the anchor of stage k: each position once, in place."""
     c, r = where
-    wanted = np.full(seats.before.position.shape[1], -1)
+    wanted = np.full(assigned.before.position.shape[1], -1)
 
     def put(at, begin, end):
       wanted[at : at + end - begin] = np.arange(begin, end)
 
-    if edit is not None and c < self.frame.contexts:
-      trunk = len(self.frame.trunk[c])
-      put(0, 0, trunk)
-      put(self.frame.shared, trunk, edit.anchors[c])
+    if edit is not None and c < self.plan.contexts:
+      shared_prefix = len(self.plan.shared_prefix[c])
+      put(0, 0, shared_prefix)
+      put(self.plan.shared, shared_prefix, edit.anchors[c])
       for j, at in enumerate(self.offsets(edit, k)[:k]):
         put(at, edit.stage(j, c).anchor, edit.stage(j + 1, c).anchor)
       seen = np.sort(wanted[wanted >= 0])
       np.testing.assert_array_equal(seen, range(edit.stage(k, c).anchor))
     elif edit is not None:
-      put(self.frame.shared, 0, len(edit.kl) - 1)
+      put(self.plan.shared, 0, len(edit.kl) - 1)
     np.testing.assert_array_equal(
-        seats.before.segment[r], np.where(wanted >= 0, types.TRUNK, NONE)
+        assigned.before.segment[r], np.where(wanted >= 0, types.SHARED, NONE)
     )
     np.testing.assert_array_equal(
-        seats.before.position[r], np.maximum(wanted, 0)
+        assigned.before.position[r], np.maximum(wanted, 0)
     )
 
 
@@ -534,60 +534,60 @@ class SeatingTest(parameterized.TestCase):
 
   def test_an_empty_room(self):
     edits = encode()
-    frame = plan_lib.frame(edits, slots=3)
-    Model(self, frame, frame.rooms[0]).check()
+    plan = plan_lib.plan_shapes(edits, slots=3)
+    Model(self, plan, plan.shapes[0]).check()
 
   @parameterized.parameters('{} is a', None)
   def test_fits_is_exact(self, kl):
     edits = [cut(edit, 2, 1) for edit in encode(kl_template=kl)]
-    frame = plan_lib.frame(edits, slots=2)
-    room = frame.rooms[0]
+    plan = plan_lib.plan_shapes(edits, slots=2)
+    batch_shape = plan.shapes[0]
     for edit in edits:
       for k in range(edit.stages):
-        places, scored = Model(self, frame, room).need(edit, k)
+        places, scored = Model(self, plan, batch_shape).need(edit, k)
         for less in ((0, 0), (1, 0), (0, 1)):
           size = (places - less[0], scored - less[1])
-          tight = room._replace(places=size[0], scored=size[1])
-          model = Model(self, frame, tight)
+          tight = batch_shape._replace(token_budget=size[0], logit_budget=size[1])
+          model = Model(self, plan, tight)
           self.assertEqual(model.fits(edit, k), less == (0, 0))
-        whole = room._replace(places=places, scored=scored)
-        slots_lib.Seating(frame, whole).sit(0, edit, k)
+        whole = batch_shape._replace(token_budget=places, logit_budget=scored)
+        slots_lib.SlotAllocator(plan, whole).assign(0, edit, k)
 
   @parameterized.product(anchor=list(encoding.ANCHORS), kl=['{} is a', None])
   def test_sit_and_leave(self, anchor, kl):
     edits = encode(anchor=anchor, kl_template=kl)
-    frame = plan_lib.frame(edits, slots=5)
-    model = Model(self, frame, frame.rooms[0])
-    self.assertEqual(frame.rooms[0].slots, 5)
+    plan = plan_lib.plan_shapes(edits, slots=5)
+    model = Model(self, plan, plan.shapes[0])
+    self.assertEqual(plan.shapes[0].slots, 5)
     for edit in edits:
       self.assertTrue(model.fits(edit, 0))
-      model.sit(model.seating.idle, edit)
+      model.assign(model.slots.free_slot, edit)
       model.check()
-    self.assertIsNone(model.seating.idle)
+    self.assertIsNone(model.slots.free_slot)
     for slot in (3, 0, 4, 1, 2):
-      model.leave(slot)
+      model.free(slot)
       model.check()
 
   def test_freed_places_are_used_again(self):
     edits = encode()
-    frame = plan_lib.frame(edits, slots=1)
-    model = Model(self, frame, frame.rooms[0])
+    plan = plan_lib.plan_shapes(edits, slots=1)
+    model = Model(self, plan, plan.shapes[0])
     for i in (2, 0, 4, 2, 1, 3, 2) * 3:
       self.assertTrue(model.fits(edits[i], 0))
-      model.sit(0, edits[i])
-      model.leave(0)
-    model.sit(0, edits[2])
+      model.assign(0, edits[i])
+      model.free(0)
+    model.assign(0, edits[2])
     model.check()
 
   def test_views_do_not_change_later(self):
     edits = encode()
-    frame = plan_lib.frame(edits, slots=2)
-    room = slots_lib.Seating(frame, frame.rooms[0])
-    room.sit(0, edits[0], 0)
-    before = room.seats()
+    plan = plan_lib.plan_shapes(edits, slots=2)
+    batch_shape = slots_lib.SlotAllocator(plan, plan.shapes[0])
+    batch_shape.assign(0, edits[0], 0)
+    before = batch_shape.layout()
     held = [np.array(x) for x in _leaves(before)]
-    room.leave(0)
-    room.sit(0, edits[2], 0)
+    batch_shape.free(0)
+    batch_shape.assign(0, edits[2], 0)
     for old, now in zip(held, _leaves(before)):
       np.testing.assert_array_equal(old, now)
 
@@ -595,17 +595,17 @@ class SeatingTest(parameterized.TestCase):
   def test_chunks_move_on(self, overlap, kl):
     edits = [cut(edit, 2 + overlap, overlap) for edit in encode(kl_template=kl)]
     self.assertGreater(max(edit.stages for edit in edits), 2)
-    frame = plan_lib.frame(edits, slots=2)
-    model = Model(self, frame, frame.rooms[0])
+    plan = plan_lib.plan_shapes(edits, slots=2)
+    model = Model(self, plan, plan.shapes[0])
     for edit in edits:
-      model.sit(1, edit)
+      model.assign(1, edit)
       for k in range(1, edit.stages):
-        model.move_on(1)
+        model.next_chunk(1)
         model.check()
         self.assertTrue(model.fits(edit, k))
-        model.sit(1, edit, k)
+        model.assign(1, edit, k)
         model.check()
-      model.leave(1)
+      model.free(1)
     model.check()
 
   def test_contexts_with_different_ends_move_on(self):
@@ -617,61 +617,61 @@ class SeatingTest(parameterized.TestCase):
         max_tokens=99,
     )
     edits = [cut(edit, 2) for edit in edits]
-    frame = plan_lib.frame(edits, slots=1)
-    model = Model(self, frame, frame.rooms[0])
+    plan = plan_lib.plan_shapes(edits, slots=1)
+    model = Model(self, plan, plan.shapes[0])
     edit = edits[2]
     self.assertLen(set(model.moved(edit, 0)), 2)
-    model.sit(0, edit)
+    model.assign(0, edit)
     for k in range(1, edit.stages):
-      model.move_on(0)
-      model.sit(0, edit, k)
+      model.next_chunk(0)
+      model.assign(0, edit, k)
       model.check()
 
   @parameterized.product(seed=[0, 1, 2, 3], kl=[True, False])
   def test_any_sequence_keeps_the_tables(self, seed, kl):
     rng = np.random.default_rng(seed)
     edits = random_edits(15, seed, kl=kl, chunked=seed > 0)
-    frame = plan_lib.frame(
-        edits, slots=int(rng.integers(2, 6)), share=bool(seed % 2), widths=(5,)
+    plan = plan_lib.plan_shapes(
+        edits, slots=int(rng.integers(2, 6)), share=bool(seed % 2), max_suffixes=(5,)
     )
-    room = frame.rooms[-1]
-    edits = [e for e in edits if frame.room(e) == len(frame.rooms) - 1]
-    model = Model(self, frame, room)
+    batch_shape = plan.shapes[-1]
+    edits = [e for e in edits if plan.batch_shape(e) == len(plan.shapes) - 1]
+    model = Model(self, plan, batch_shape)
     crowded = 0
     for _ in range(80):
       # Rather sit than leave: rooms are to be full.
-      idle = model.seating.idle
-      slot = int(rng.integers(room.slots))
-      slot = slot if idle is None or rng.random() < 0.4 else idle
+      free_slot = model.slots.free_slot
+      slot = int(rng.integers(batch_shape.slots))
+      slot = slot if free_slot is None or rng.random() < 0.4 else free_slot
       edit, k, seated = model.at.get(slot, (None, 0, False))
       if edit is None:
         edit = edits[rng.integers(len(edits))]
         if model.fits(edit, 0):
-          model.sit(slot, edit)
+          model.assign(slot, edit)
         else:
           crowded += 1
       elif not seated:
         if model.fits(edit, k + 1):
-          model.sit(slot, edit, k + 1)
+          model.assign(slot, edit, k + 1)
       elif k + 1 < edit.stages:
-        model.move_on(slot)
+        model.next_chunk(slot)
       else:
-        model.leave(slot)
+        model.free(slot)
       model.check()
     self.assertGreater(crowded, 0)
     for slot in list(model.at):
-      model.leave(slot)
+      model.free(slot)
     model.check()
-    self.assertEqual(model.free(), (room.places, room.scored))
+    self.assertEqual(model.free(), (batch_shape.token_budget, batch_shape.logit_budget))
 
 
-def _leaves(seats: slots_lib.Seats) -> list[np.ndarray]:
+def _leaves(assigned: slots_lib.SlotLayout) -> list[np.ndarray]:
   """All arrays of the seats."""
-  rows, keep = seats.rows, seats.keep
-  found = [seats.anchor, seats.pick, seats.label, seats.live, keep.index]
-  for x in (rows, keep.rows):
+  rows, outputs = assigned.rows, assigned.outputs
+  found = [assigned.anchor, assigned.pick, assigned.label, assigned.live, outputs.index]
+  for x in (rows, outputs.rows):
     found += [x.index, x.row, x.column, x.columns.position, x.columns.segment]
-  return [*found, seats.before.position, seats.before.segment]
+  return [*found, assigned.before.position, assigned.before.segment]
 
 
 if __name__ == '__main__':

@@ -36,7 +36,7 @@ def naive(spec, params, deltas, row):
   for i, answer in enumerate(row.answers):
     text = row.prompt + answer
     ids[i, : len(text)], valid[i, : len(text)] = text, True
-  logits = plain(spec, params, ids, decoder.token_columns(valid), deltas)
+  logits = plain(spec, params, ids, decoder.token_layout(valid), deltas)
   out = []
   for i, answer in enumerate(row.answers):
     first = len(row.prompt) - 1
@@ -139,7 +139,7 @@ class ScoreTest(parameterized.TestCase):
     rows = [scoring.Row((5, 6), (answer,))] * 8
     scored = scoring.score(spec, params, UNEDITED, rows, batch_size=8)
     ids = np.array([(5, 6) + answer])
-    columns = decoder.token_columns(np.ones_like(ids, bool))
+    columns = decoder.token_layout(np.ones_like(ids, bool))
     logits = plain(spec, params, ids, columns, ())[0, 1:-1]
     logprob = jax.nn.log_softmax(logits)[np.arange(300), np.array(answer)]
     for (got,) in scored:

@@ -647,7 +647,7 @@ class UnkeTest(Case):
       ('memit', 'alphaedit', dict(share=None, threshold=0.02, remember=True)),
       ('easyedit', 'alphaedit', dict(share=None, threshold=0.02)),
       ('easyedit', 'rome', dict(moments=False)),
-      ('easyedit', 'emmet', dict(lone_ridge=None)),
+      ('easyedit', 'emmet', dict(single_edit_ridge=None)),
       (
           'anyedit',
           'alphaedit',
@@ -691,11 +691,11 @@ class UnkeTest(Case):
     self.assertEqual(recipe.ridge_of(1, held=3), 0.1)
     recipe, settings = SETUP.recipe(ridge=0.5, **names)
     self.assertEqual((recipe.ridge_of(1), recipe.ridge_of(2)), (0.5, 0.5))
-    self.assertIsNone(settings['lone_ridge'])
+    self.assertIsNone(settings['single_edit_ridge'])
 
   def test_pmet_stops_by_its_own_rule(self):
     recipe, _ = SETUP.recipe(method='pmet')
-    self.assertEqual((recipe.value.ease, recipe.value.kl), (0.01, 0))
+    self.assertEqual((recipe.value.argmax_stop, recipe.value.kl), (0.01, 0))
 
   def test_batches_need_no_factors(self):
     limit = edited_lib.rank_limit(

@@ -27,7 +27,7 @@ from experiments import (
     torch_baseline,
 )
 from jaxedit.models import decoder, families
-from jaxedit.targets import Schedule
+from jaxedit.targets import TargetConfig
 from jaxedit.testing import facts, models
 from jaxedit.types import InputError, silent
 
@@ -40,7 +40,7 @@ except ImportError:
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 needs_torch = absltest.skipIf(torch is None, 'torch is missing')
-SCHEDULE = Schedule(steps=8, rate=0.3, clamp=0.6)
+SCHEDULE = TargetConfig(steps=8, rate=0.3, clamp=0.6)
 
 
 def chained(count, *, contexts=1, kl=False):
@@ -64,7 +64,7 @@ class TorchLoopTest(parameterized.TestCase):
     for edit in facts.random_edits(3, seed=1):
       want = naive_oracle.optimize(pair.torch, edit, 1, SCHEDULE)
       (got,) = torch_baseline.optimize(
-          pair.torch, edit, layer=1, schedule=SCHEDULE
+          pair.torch, edit, layer=1, config=SCHEDULE
       )
       np.testing.assert_allclose(got.z0, want.z0, rtol=1e-5, atol=1e-6)
       np.testing.assert_allclose(got.z, want.z, rtol=1e-4, atol=1e-5)
@@ -77,12 +77,12 @@ class TorchLoopTest(parameterized.TestCase):
     pair = naive_oracle.pair('llama')
     (edit,) = facts.random_edits(1, seed=2, kl=False)
     easy = SCHEDULE._replace(threshold=100.0)
-    (got,) = torch_baseline.optimize(pair.torch, edit, layer=1, schedule=easy)
+    (got,) = torch_baseline.optimize(pair.torch, edit, layer=1, config=easy)
     self.assertEqual((got.steps, got.shape[0]), (1, 3))
     np.testing.assert_array_equal(got.z, got.z0)
     want = naive_oracle.optimize(pair.torch, edit, 1, SCHEDULE)
     (got,) = torch_baseline.optimize(
-        pair.torch, edit, layer=1, schedule=SCHEDULE
+        pair.torch, edit, layer=1, config=SCHEDULE
     )
     np.testing.assert_allclose(got.z, want.z, rtol=1e-4, atol=1e-5)
 
@@ -92,7 +92,7 @@ class TorchLoopTest(parameterized.TestCase):
     for edit in chained(2, contexts=2, kl=kl):
       want = naive_oracle.chain(pair.torch, edit, 1, SCHEDULE)
       got = torch_baseline.optimize(
-          pair.torch, edit, layer=1, schedule=SCHEDULE
+          pair.torch, edit, layer=1, config=SCHEDULE
       )
       self.assertLen(got, edit.stages)
       for k, (one, other) in enumerate(zip(got, want)):
@@ -155,7 +155,7 @@ class TorchLoopTest(parameterized.TestCase):
     torch.set_num_threads(1)
     ids = np.arange(7)
     got = naive_oracle.run(model, ids).detach().numpy()
-    columns = decoder.token_columns(jnp.ones((1, 7), bool))
+    columns = decoder.token_layout(jnp.ones((1, 7), bool))
     want = decoder.forward(spec, params, jnp.asarray(ids[None]), columns)[0]
     np.testing.assert_allclose(got, want, atol=2e-4)
 
@@ -339,7 +339,7 @@ TINY = benchmark_presets.Preset(
     layers=(1, 2),
     moment_weight=5.0,
     # One of the facts is below that from the start, one after a few steps.
-    value=Schedule(steps=12, rate=0.3, threshold=6.415),
+    value=TargetConfig(steps=12, rate=0.3, threshold=6.415),
     source='nobody',
 )  # fmt: skip
 

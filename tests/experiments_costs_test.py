@@ -223,7 +223,7 @@ class CompilerTest(parameterized.TestCase):
     tokens = 16
     params = models.random_params(spec, 0)
     h = jnp.ones((1, tokens, spec.width))
-    columns = decoder.token_columns(jnp.ones((1, tokens), bool))
+    columns = decoder.token_layout(jnp.ones((1, tokens), bool))
 
     def run(h):
       h, _ = decoder.run_layer(spec, params, h, columns, layer=0)
@@ -238,7 +238,7 @@ class CompilerTest(parameterized.TestCase):
     spec, tokens = self.wide(family), 16
     params = models.random_params(spec, 0)
     h = jnp.ones((1, tokens, spec.width))
-    columns = decoder.token_columns(jnp.ones((1, tokens), bool))
+    columns = decoder.token_layout(jnp.ones((1, tokens), bool))
 
     def loss(h):
       h, _ = decoder.run_layer(spec, params, h, columns, layer=0)

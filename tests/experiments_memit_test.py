@@ -36,10 +36,10 @@ from jaxedit.eval import datasets, harness
 from jaxedit.methods import closed_form, memit
 from jaxedit.models import loading, saving, tokenizer
 from jaxedit.stats import moments
-from jaxedit.targets import Schedule
+from jaxedit.targets import TargetConfig
 from jaxedit.testing import facts
 from jaxedit.text import encoding
-from jaxedit.types import Columns
+from jaxedit.types import TokenLayout
 
 CONTEXTS = ['{}', 'The Eiffel Tower. {}', 'Paris is in France. {}']
 LAYERS = (0, 1)
@@ -145,7 +145,7 @@ def logits(model, params, texts):
   words = tokenizer.load_tokenizer(model.folder)
   tokens = np.array(words(list(texts))['input_ids'], np.int32)
   position = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-  columns = Columns(position, np.ones_like(tokens))
+  columns = TokenLayout(position, np.ones_like(tokens))
   h = lm.hidden(model.spec, params, lm.UNEDITED, tokens, columns)
   return np.asarray(lm.decoder.logits(model.spec, params, h))
 
@@ -288,7 +288,7 @@ class DeltaTest(Case):
 
   def test_batches_add_up(self):
     model = SETUP.base
-    recipe = memit.memit(LAYERS, moment_weight=20, value=Schedule(steps=5))
+    recipe = memit.memit(LAYERS, moment_weight=20, value=TargetConfig(steps=5))
     editor = closed_form.closed_form(model.spec, recipe)
     found = moments.load(SETUP.whole.folder / 'moments.safetensors')
     state, params = editor.init(model.params, found), model.params

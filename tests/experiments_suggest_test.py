@@ -71,7 +71,7 @@ class SearchTest(parameterized.TestCase):
       score = 1 / (1 + abs(layers[-1] - best) + 0.1 * (len(layers) == 1))
       return tried(layers, score, score)
 
-    found = suggest.search(probe, [0, 5, 11], top=11, widths=(1, 5))
+    found = suggest.search(probe, [0, 5, 11], top=11, max_suffixes=(1, 5))
     self.assertEqual(found[0].layers[-1], best)
     self.assertEqual({t.layers for t in found}, set(seen))
     self.assertLess(len(seen), 24)

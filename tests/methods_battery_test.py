@@ -37,7 +37,7 @@ WEIGHT = 0.1
 RECIPES: dict[str, Callable[..., closed_form.Recipe]] = {
     'memit': functools.partial(memit.memit, moment_weight=WEIGHT),
 }
-VALUE = targets_lib.Schedule(
+VALUE = targets_lib.TargetConfig(
     steps=5, rate=0.1, decay=0.5, clamp=5.0, kl=0.0625, threshold=0.0
 )
 LAYERS = (0, 1)
@@ -48,10 +48,10 @@ STAGES = (
     engine.seat,
     engine.advance,
     sweep._enter,
-    sweep._halt,
+    sweep._to_mlp,
     sweep._read_keys,
     sweep._measure,
-    sweep._foresee,
+    sweep._predict_final,
     sweep._write,
     systems._solve_factors,
     systems._solve_groups,
@@ -66,11 +66,11 @@ def edits(seed: int = 1, **options: Any) -> list[encoding.EncodedEdit]:
   return facts.random_edits(EDITS, **options)
 
 
-def frame(some: Sequence[encoding.EncodedEdit], slots: int) -> plan_lib.Frame:
+def plan(some: Sequence[encoding.EncodedEdit], slots: int) -> plan_lib.BatchPlan:
   """One frame for all batches of a test."""
   if len(some[0].rows) == len(edits()[0].rows):
     some = [edit for seed in SEEDS for edit in edits(seed)]
-  return plan_lib.frame(some, slots=slots, batch=EDITS)
+  return plan_lib.plan_shapes(some, slots=slots, batch=EDITS)
 
 
 class Bench(NamedTuple):
@@ -87,10 +87,10 @@ class Bench(NamedTuple):
     return self.pair.params
 
   def edit(self, some, params=None, each=False, slots=SLOTS):
-    call = self.editor.edit_each if each else self.editor.edit
+    call = self.editor.edit_independent if each else self.editor.edit
     given = self.params if params is None else params
-    shapes = frame(some, slots) if some else None
-    edited, state, info = call(given, self.state, some, frame=shapes)
+    shapes = plan(some, slots) if some else None
+    edited, state, info = call(given, self.state, some, plan=shapes)
     return Bench(self.pair, self.editor, state, edited, info)
 
   def kernels(self, edited=None) -> np.ndarray:
@@ -143,7 +143,7 @@ class Compiles:
     self.count += event == self._EVENT
 
   @contextlib.contextmanager
-  def watch(self):
+  def return_kv(self):
     jax.monitoring.register_event_duration_secs_listener(self)
     try:
       yield self
@@ -180,7 +180,7 @@ class BatteryTest(parameterized.TestCase):
   def test_second_batch_does_not_compile(self, name, each):
     b = bench(name)
     b.edit(edits(), each=each)
-    with Compiles().watch() as compiles:
+    with Compiles().return_kv() as compiles:
       b.edit(edits(6), each=each)
       self.assertEqual(compiles.count, 0)
       jax.jit(lambda x: x + len(name))(jnp.ones(3))
@@ -227,7 +227,7 @@ class BatteryTest(parameterized.TestCase):
     )
     self.assertEqual(delta.value.shape, (len(LAYERS), EDITS, b.pair.spec.width))
     tokens = np.random.default_rng(0).integers(2, 90, (4, 9)).astype(np.int32)
-    rest = tokens, decoder.token_columns(np.ones(tokens.shape, bool))
+    rest = tokens, decoder.token_layout(np.ones(tokens.shape, bool))
     lazy = run(b.pair.spec, b.params, b.edited, *rest)
     merged = edited_lib.apply(b.params, b.edited)
     dense = run(b.pair.spec, merged, lm.UNEDITED, *rest)
@@ -258,7 +258,7 @@ class BatteryTest(parameterized.TestCase):
     b = bench(name)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), b.params)
     found, _ = targets_lib.optimize(
-        b.pair.spec, half, edits(), layer=LAYERS[-1], schedule=VALUE
+        b.pair.spec, half, edits(), layer=LAYERS[-1], config=VALUE
     )
     self.assertEqual((found.z.dtype, found.loss.dtype), (jnp.float32,) * 2)
     with mock.patch.object(targets_lib, 'optimize', random_targets):
@@ -343,7 +343,7 @@ def random_targets(spec, params, some, *, layer, scale=0.5, **ignored):
     row, anchor = edit.rows[0], edit.anchors[0]
     tokens = np.zeros([1, 16], np.int32)
     tokens[0, : len(row)] = row
-    columns = decoder.token_columns(np.arange(16)[None] < len(row))
+    columns = decoder.token_layout(np.arange(16)[None] < len(row))
     h = _lower(spec, params, tokens, columns, layer=layer)
     z0.append(np.asarray(h)[0, anchor])
     rng = np.random.default_rng(int(row.sum()))
@@ -382,7 +382,7 @@ class MemitTest(parameterized.TestCase):
     moments = facts.random_moments(pair.spec, layers, seed=2, scale=0.3)
     state = editor.init(pair.params, moments)
     edited, _, info = editor.edit(
-        pair.params, state, some, frame=plan_lib.frame(some, slots=slots)
+        pair.params, state, some, plan=plan_lib.plan_shapes(some, slots=slots)
     )
     want, distance = naive_oracle.memit(
         pair.torch,

@@ -162,8 +162,8 @@ class Case:
     self.state = self.editor.init(self.pair.params, self.moments)
 
   def edit(self, some, *, each=False, model=None, **options):
-    call = self.editor.edit_each if each else self.editor.edit
-    options = {'frame': plan_lib.frame(some, slots=4)} | options
+    call = self.editor.edit_independent if each else self.editor.edit
+    options = {'plan': plan_lib.plan_shapes(some, slots=4)} | options
     given = {'params': self.pair.params, 'state': self.state} | {
         k: options.pop(k) for k in ('params', 'state') if k in options
     }
@@ -237,10 +237,10 @@ class OracleTest(parameterized.TestCase):
   def test_tiles_and_where_they_wait_do_not_matter(self, name):
     case, some = Case(name), edits(count=5, contexts=4)
     whole, _, want = case.edit(some)
-    small = plan_lib.frame(some, slots=4, places=16)
-    self.assertGreater(len(list(packer.key_tiles(some, small, bare=False))), 1)
+    small = plan_lib.plan_shapes(some, slots=4, token_budget=16)
+    self.assertGreater(len(list(packer.pack_prompts(some, small, bare=False))), 1)
     with mock.patch.object(sweep, '_resident_bytes', lambda: 1000):
-      parts, _, info = case.edit(some, frame=small)
+      parts, _, info = case.edit(some, plan=small)
     got, wanted_ = (
         np.asarray(edited_lib.kernel(x.deltas[0])) for x in (parts, whole)
     )
@@ -248,7 +248,7 @@ class OracleTest(parameterized.TestCase):
     np.testing.assert_allclose(info.distance, want.distance, atol=1e-5)
 
   def test_products_of_f32_are_exact(self):
-    names = ('_enter', '_halt', '_foresee', '_read_keys', '_measure', '_write')
+    names = ('_enter', '_to_mlp', '_predict_final', '_read_keys', '_measure', '_write')
     with products.watched(sweep, *names) as found:
       Case('memit').edit(edits())
     self.assertSameElements(found, names)
@@ -285,12 +285,12 @@ class OracleTest(parameterized.TestCase):
       case.edit(edits(), each=True)
 
   def test_rect_hides_no_singular_system(self):
-    solve = systems.Together.solve
+    solve = systems.Joint.solve
 
     def singular(self, *given):
       return jax.tree.map(lambda x: x * np.nan, solve(self, *given))
 
-    with mock.patch.object(systems.Together, 'solve', singular):
+    with mock.patch.object(systems.Joint, 'solve', singular):
       edited, _, info = Case('memit', keep=0.4).edit(edits())
     self.assertFalse(info.written.any())
     self.assertFalse(np.asarray(edited.deltas[0].kernel).any())
@@ -491,7 +491,7 @@ class ParityTest(parameterized.TestCase):
   def test_alphaedit_takes_one_null_space_for_all_layers(self):
     case = Case('alphaedit')
     recipe = parity.shadowed(case.recipe, 2)
-    self.assertEqual(recipe.shared_metric, 1)
+    self.assertEqual(recipe.shared_preconditioner, 1)
     case.editor = closed_form.closed_form(case.pair.spec, recipe)
     edited, _, info = case.edit(edits(count=2))
     case.slow = case.slow._replace(share=lambda left: 1.0)

@@ -40,7 +40,7 @@ from jaxedit.types import InputError, Targets
 
 LAYER = 1
 EDITS = 4
-VALUE = targets_lib.Schedule(
+VALUE = targets_lib.TargetConfig(
     steps=4, rate=0.1, decay=0.5, clamp=5.0, kl=0.0, threshold=0.0
 )
 CLOSE = 1e-8  # of changes of about 5e-3, in f64
@@ -123,7 +123,7 @@ def made(
   are compared in f64.
   """
   pair, editor, state = bench(recipe, family)
-  call = editor.edit_each if each else editor.edit
+  call = editor.edit_independent if each else editor.edit
   given = pair.params if params is None else params
   with contextlib.ExitStack() as stack:
     if double:
@@ -320,7 +320,7 @@ class EditorTest(parameterized.TestCase):
 
   def test_report(self):
     some = edits(chunked=True)
-    edited, info = made(CHUNKED, some, optimized=True, frame=common_frame())
+    edited, info = made(CHUNKED, some, optimized=True, plan=common_frame())
     states = sum(e.stages for e in some)
     number = [i for i, e in enumerate(some) for _ in range(e.stages)]
     self.assertEqual(info.edit.tolist(), number)
@@ -368,10 +368,10 @@ class EditorTest(parameterized.TestCase):
       np.testing.assert_array_equal(now, old)
 
   def test_second_batch_does_not_compile(self):
-    frame, recipe = common_frame(), CHUNKED
+    plan, recipe = common_frame(), CHUNKED
     first, second = (edits(seed, True) for seed in (1, 6))
     for each in (False, True):
-      run = functools.partial(made, each=each, frame=frame, optimized=True)
+      run = functools.partial(made, each=each, plan=plan, optimized=True)
       run(recipe, first)
       sizes = [stage._cache_size() for stage in STAGES]
       run(recipe, second)
@@ -384,7 +384,7 @@ class EditorTest(parameterized.TestCase):
   def test_empty_batch_is_identity(self, name):
     pair, editor, state = bench(RECIPES[name])
     _, full = made(RECIPES[name], edits(chunked=name == 'chunked'))
-    for call in (editor.edit, editor.edit_each):
+    for call in (editor.edit, editor.edit_independent):
       edited, after, info = call(pair.params, state, [])
       self.assertIs(after, state)
       self.assertIs(edited_lib.apply(pair.params, edited), pair.params)
@@ -492,7 +492,7 @@ class EditorTest(parameterized.TestCase):
     pair = naive_oracle.pair('gpt2')
     edited, _ = made(PLAIN, edits(), family='gpt2')
     tokens = np.random.default_rng(0).integers(2, 90, (4, 9)).astype(np.int32)
-    rest = tokens, decoder.token_columns(np.ones(tokens.shape, bool))
+    rest = tokens, decoder.token_layout(np.ones(tokens.shape, bool))
     run = jax.jit(lm.forward, static_argnums=0)
     lazy = run(pair.spec, pair.params, edited, *rest)
     merged = edited_lib.apply(pair.params, edited)
@@ -579,7 +579,7 @@ class EditorTest(parameterized.TestCase):
 def common_frame():
   """One frame for all batches."""
   some = [e for seed in (1, 6) for e in edits(seed, True)]
-  return plan_lib.frame(some, slots=4, batch=EDITS)
+  return plan_lib.plan_shapes(some, slots=4, batch=EDITS)
 
 
 if __name__ == '__main__':

@@ -418,7 +418,7 @@ def tiny_model():
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(spec, params, tokens):
-  columns = decoder.token_columns(tokens >= 0)
+  columns = decoder.token_layout(tokens >= 0)
   return decoder.forward(spec, params, tokens, columns)
 
 

@@ -20,7 +20,7 @@ from absl.testing import absltest, parameterized
 from jaxedit.models import decoder, loading
 from jaxedit.models.spec import param_shapes
 from jaxedit.testing import models as tiny
-from jaxedit.types import KV, Columns, Dense, LowRank, Patch, Tap
+from jaxedit.types import KV, TokenLayout, Dense, LowRank, Patch, Tap
 
 _ACTIVATIONS = {
     'silu': lambda x: x / (1 + np.exp(-x)),
@@ -220,7 +220,7 @@ def padded_columns():
   """Three rows of nine columns, padded by `PADDING` on the left."""
   left = np.array(PADDING)[:, None]
   position = np.maximum(np.arange(WIDTH) - left, 0).astype(np.int32)
-  return Columns(position, (np.arange(WIDTH) >= left).astype(np.int32))
+  return TokenLayout(position, (np.arange(WIDTH) >= left).astype(np.int32))
 
 
 class DecoderTestCase(parameterized.TestCase):
@@ -481,7 +481,7 @@ class DeltaTest(DecoderTestCase):
 class ColumnsTest(DecoderTestCase):
 
   def test_token_columns_by_hand(self):
-    columns = decoder.token_columns(
+    columns = decoder.token_layout(
         np.array([[0, 0, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]], bool)
     )
     np.testing.assert_array_equal(
@@ -492,11 +492,11 @@ class ColumnsTest(DecoderTestCase):
     )
     self.assertEqual(columns.position.dtype, jnp.int32)
     self.assertEqual(columns.segment.dtype, jnp.int32)
-    ours = decoder.token_columns(self.columns.segment > 0)
+    ours = decoder.token_layout(self.columns.segment > 0)
     jax.tree.map(np.testing.assert_array_equal, ours, self.columns)
 
   def test_visible_by_hand(self):
-    columns = Columns(
+    columns = TokenLayout(
         np.array([[0, 0, 1, 2, 2, 3]]), np.array([[0, 1, 1, 2, 3, 3]])
     )
     wanted = [  # padding, trunk, trunk, branch 2, branch 3, branch 3
@@ -515,7 +515,7 @@ class ColumnsTest(DecoderTestCase):
     np.testing.assert_array_equal(seen, np.array(wanted, bool))
 
   def test_prefix_at_any_split(self):
-    # Columns on the wrong side of a split are padding, so that one program
+    # TokenLayout on the wrong side of a split are padding, so that one program
     # serves all splits.
     spec, params = model('mistral', window=3)
     h = self.draw(3, WIDTH, spec.width)
@@ -523,8 +523,8 @@ class ColumnsTest(DecoderTestCase):
     position, segment = self.columns.position, self.columns.segment
     for split in range(WIDTH + 1):
       before = np.arange(WIDTH) < split
-      prefix = KV(kv.key, kv.value, Columns(position, segment * before))
-      suffix = Columns(position, segment * ~before)
+      prefix = KV(kv.key, kv.value, TokenLayout(position, segment * before))
+      suffix = TokenLayout(position, segment * ~before)
       part, own = run_part(spec, params, h, suffix, (1, 3), prefix)
       for row, left in enumerate(PADDING):
         first = max(split, left)
@@ -575,7 +575,7 @@ class ColumnsTest(DecoderTestCase):
             np.concatenate(pad + [trunk] + branches + pad),
         ]
     )
-    h = run(spec, params, tokens, Columns(position, segment))
+    h = run(spec, params, tokens, TokenLayout(position, segment))
     self.assertTrue(np.isfinite(h).all())
     for i, text in enumerate(texts):
       wanted, _ = oracle(spec, params, text)
@@ -589,9 +589,9 @@ class ColumnsTest(DecoderTestCase):
     spec, params = model('mistral', window=3)
     trunk, *branches = (self.rng.integers(1, 97, n) for n in (4, 2, 1, 3))
     table = np.asarray(params['embed']['embedding'])
-    left = Columns(np.arange(4)[None], np.ones((1, 4), int))
+    left = TokenLayout(np.arange(4)[None], np.ones((1, 4), int))
     _, kv = run_part(spec, params, table[trunk][None], left, (0, 3))
-    right = Columns(
+    right = TokenLayout(
         np.array([[4, 5, 4, 4, 5, 6]]), np.array([[2, 2, 3, 4, 4, 4]])
     )
     tails = table[np.concatenate(branches)][None]
@@ -604,7 +604,7 @@ class ColumnsTest(DecoderTestCase):
     spec, params = model('mistral')
     valid = self.columns.segment > 0
     valid[1] = False
-    columns = Columns(self.columns.position, valid.astype(np.int32))
+    columns = TokenLayout(self.columns.position, valid.astype(np.int32))
 
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
@@ -684,7 +684,7 @@ class DtypeTest(parameterized.TestCase):
       )  # fmt: skip
       h = decoder.embed(spec, params, tokens, columns)
       _, (*_, kv) = run_layers(h, columns)
-      own = Columns(columns.position + WIDTH, columns.segment)
+      own = TokenLayout(columns.position + WIDTH, columns.segment)
       h, (*seen, kv) = run_layers(h, own, prefix=KV(*kv, columns))
       logits = decoder.logits(spec, params, h)
       score, best = decoder.label_logprob(spec, params, h, tokens)
@@ -722,7 +722,7 @@ class DtypeTest(parameterized.TestCase):
   def test_bf16_is_close_to_f64(self, family):
     spec, params = model(family, 'bfloat16')
     tokens, _, _, _ = self.inputs(spec, np.float32)
-    every = Columns(np.tile(np.arange(WIDTH), (3, 1)), np.ones_like(tokens))
+    every = TokenLayout(np.tile(np.arange(WIDTH), (3, 1)), np.ones_like(tokens))
     ours = run(spec, params, tokens, every)
     self.assertEqual(ours.dtype, np.float32)
     exact = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)

@@ -98,7 +98,7 @@ class LoadingTest(parameterized.TestCase):
     valid = np.ones(tokens.shape, bool)
     valid[1, :6], valid[2, 13:], valid[3, 1:] = False, False, False
     want = hf_oracle.logits(oracle, tokens, valid)
-    columns = decoder.token_columns(jnp.asarray(valid))
+    columns = decoder.token_layout(jnp.asarray(valid))
     got = _forward(spec, model.params, tokens, columns)
     self.assertGreater(want[valid].std(), 0.5)
     np.testing.assert_allclose(got[valid], want[valid], atol=1e-4, rtol=0)
@@ -324,7 +324,7 @@ class LoadingTest(parameterized.TestCase):
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), params, wide
     )
     tokens = np.arange(80).reshape(4, 20)
-    columns = decoder.token_columns(jnp.asarray(tokens) >= 0)
+    columns = decoder.token_layout(jnp.asarray(tokens) >= 0)
     out = _forward(spec, params, tokens, columns)
     self.assertBetween(float(out.std()), 0.3, 3.0)
 

@@ -96,7 +96,7 @@ class SmolLm2Test(absltest.TestCase):
 
     @functools.partial(jax.jit, static_argnums=0)
     def forward(spec, params, tokens, valid):
-      columns = decoder.token_columns(valid)
+      columns = decoder.token_layout(valid)
       return decoder.forward(spec, params, tokens, columns)
 
     ours = np.asarray(forward(self.ours.spec, self.ours.params, tokens, valid))

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from jaxedit.models import loading
-from jaxedit.targets import Schedule
+from jaxedit.targets import TargetConfig
 from jaxedit.text.encoding import EncodedEdit
 
 
@@ -136,45 +136,45 @@ class Found(NamedTuple):
 
 
 def _descend(
-    evaluate: Any, inits: Sequence[torch.Tensor], schedule: Schedule
+    evaluate: Any, inits: Sequence[torch.Tensor], config: TargetConfig
 ) -> tuple[Found, list[torch.Tensor]]:
   """Adam on one change a site.
 
   Args:
     evaluate: changes -> (likelihood, divergence, whether the labels came first).
     inits: unedited outputs of the sites at the bare prompt's anchor.
-    schedule: settings.
+    config: settings.
 
   Returns:
     (what happened, the changes).
   """
   deltas = [torch.zeros_like(x, requires_grad=True) for x in inits]
-  adam = torch.optim.Adam(deltas, lr=schedule.rate)
+  adam = torch.optim.Adam(deltas, lr=config.rate)
   losses, found, terms, clamped = [], [], [], 0
-  weight = schedule.nll
+  weight = config.nll
   while True:
     likelihood, divergence, first = evaluate(deltas)
-    term = schedule.kl * divergence
+    term = config.kl * divergence
     loss = weight * likelihood + term
     for delta, init in zip(deltas, inits):
-      loss = loss + schedule.decay * delta.norm() / init.norm() ** 2
+      loss = loss + config.decay * delta.norm() / init.norm() ** 2
     losses.append(loss.item())
     found.append(first)
     terms.append(term.item())
-    if losses[-1] < schedule.threshold:
+    if losses[-1] < config.threshold:
       break
-    if schedule.ease:
-      weight = schedule.nll * (0.1 if first else 1)
-      if first and terms[-1] <= schedule.ease:
+    if config.argmax_stop:
+      weight = config.nll * (0.1 if first else 1)
+      if first and terms[-1] <= config.argmax_stop:
         break
-    if len(losses) == schedule.steps:
+    if len(losses) == config.steps:
       break
     adam.zero_grad()
     loss.backward()
     adam.step()
     with torch.no_grad():
       for delta, init in zip(deltas, inits):
-        radius = schedule.clamp * init.norm()
+        radius = config.clamp * init.norm()
         if delta.norm() > radius:
           clamped += 1
           delta.mul_(radius / delta.norm())
@@ -191,7 +191,7 @@ def optimize(
     model: Any,
     edit: EncodedEdit,
     layer: int,
-    schedule: Schedule,
+    config: TargetConfig,
     output: str = 'block',
 ) -> Found:
   """Optimises outputs of one block at the anchor, for one edit.
@@ -200,7 +200,7 @@ def optimize(
     model: the transformers model.
     edit: rows, anchors, target and KL row as ids.
     layer: block whose output is changed.
-    schedule: settings.
+    config: settings.
     output: which output, a key of `SITES`.
 
   Returns:
@@ -232,14 +232,14 @@ def optimize(
       divergence = (now.exp() * (now - base)).sum()
     return torch.stack(nlls).mean(), divergence, all(first)
 
-  return _descend(evaluate, inits, schedule)[0]
+  return _descend(evaluate, inits, config)[0]
 
 
 def chain(
     model: Any,
     edit: EncodedEdit,
     layer: int,
-    schedule: Schedule,
+    config: TargetConfig,
     output: str = 'block',
 ) -> list[Found]:
   """Optimises the chunks of one edit's target, one after the other.
@@ -251,7 +251,7 @@ def chain(
     model: the transformers model.
     edit: rows, anchors, target, chunks and KL row as ids.
     layer: block whose output is changed.
-    schedule: settings, of every chunk.
+    config: settings, of every chunk.
     output: which output, a key of `SITES`.
 
   Returns:
@@ -281,7 +281,7 @@ def chain(
   earlier, results = [{} for _ in edit.rows], []
   for k in range(edit.stages):
     inits = [h[edit.stage(k, 0).anchor] for h in unedited]
-    result, deltas = _descend(functools.partial(evaluate, k), inits, schedule)
+    result, deltas = _descend(functools.partial(evaluate, k), inits, config)
     for c, changes in enumerate(earlier):
       changes[edit.stage(k, c).anchor] = deltas
     results.append(result)

@@ -215,7 +215,7 @@ class HeldTest(parameterized.TestCase):
         'held': held,
         'constraint': there,
         'active': on,
-        'held_active': held_on,
+        'preserved_active': held_on,
     }
     found = factors('covariance', keys, residuals, **given)
     for got, wanted in zip(found, want):
@@ -228,8 +228,8 @@ class HeldTest(parameterized.TestCase):
   def test_held_rows_that_are_all_inactive_hold_nothing(self, ridge):
     keys, residuals = draw(4)
     want = factors('covariance', keys, residuals, ridge=ridge)
-    off = {'held': draw(8, 1)[0], 'held_active': np.zeros(8, bool)}
-    none = {'held': np.zeros((0, F)), 'held_active': np.zeros(0, bool)}
+    off = {'held': draw(8, 1)[0], 'preserved_active': np.zeros(8, bool)}
+    none = {'held': np.zeros((0, F)), 'preserved_active': np.zeros(0, bool)}
     for given in (off, none):
       found = factors('covariance', keys, residuals, ridge=ridge, **given)
       for got, wanted in zip(found, want):
@@ -257,7 +257,7 @@ class HeldTest(parameterized.TestCase):
           constraint=there,
           held=held,
           active=active,
-          held_active=on,
+          preserved_active=on,
       )
 
     given = (keys, residuals, there, held, active, on)
@@ -272,7 +272,7 @@ class HeldTest(parameterized.TestCase):
           constraint=None if there is None else there[i],
           held=held[i],
           active=active[i],
-          held_active=on[i],
+          preserved_active=on[i],
       )
       for got, wanted in zip(found, want):
         self.assertLess(error(got, wanted), 1e-12)
@@ -310,7 +310,7 @@ class DenseTest(parameterized.TestCase):
         'ridge': 0.3,
         'active': np.arange(rows) % 3 > 0,
         'held': draw(11, 1)[0],
-        'held_active': np.arange(11) % 4 > 0,
+        'preserved_active': np.arange(11) % 4 > 0,
     }
     if constraint:
       given['constraint'] = keys + 0.01 * draw(rows, 2)[0]

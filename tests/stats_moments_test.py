@@ -34,7 +34,7 @@ def oracle(spec, params, texts, layers, site):
 
   @jax.jit
   def keys_of(params):
-    columns = decoder.token_columns(valid)
+    columns = decoder.token_layout(valid)
     h = decoder.embed(spec, params, tokens, columns)
     tap = Tap(site, tuple(range(spec.layers)))
     return decoder.run_layers(
@@ -198,7 +198,7 @@ class CollectTest(parameterized.TestCase):
       )
 
     def keys_and_output(total, params, batch):
-      columns = decoder.Columns(batch.position, batch.segment)
+      columns = decoder.TokenLayout(batch.position, batch.segment)
       h = decoder.embed(spec, params, batch.tokens, columns)
       h, seen = decoder.run_layer(spec, params, h, columns, layer=0)
       real = batch.segment != PADDING

@@ -35,7 +35,7 @@ from jaxedit.text import (
 )
 from jaxedit.text import passages as text_passages
 
-PLAIN = targets_lib.Schedule(
+PLAIN = targets_lib.TargetConfig(
     steps=4, rate=0.3, decay=0.5, clamp=5.0, kl=0.0625, threshold=0.0
 )
 LAYER = 1
@@ -72,32 +72,32 @@ def edits(kind: str, contexts: int, kl: bool = False) -> Edits:
 
 
 @functools.cache
-def frame(contexts: int, kl: bool = False) -> plan_lib.Frame:
+def plan(contexts: int, kl: bool = False) -> plan_lib.BatchPlan:
   """One frame for all kinds, so that a family compiles once."""
   some = [edit for kind in KINDS for edit in edits(kind, contexts, kl)]
-  made = plan_lib.frame(some, slots=2)
-  assert len(made.rooms) == 1 and made.rooms[0].slots < len(TARGETS)
+  made = plan_lib.plan_shapes(some, slots=2)
+  assert len(made.shapes) == 1 and made.shapes[0].slots < len(TARGETS)
   return made
 
 
 @functools.cache
-def naive(family, kind, contexts, schedule=PLAIN, layer=LAYER):
+def naive(family, kind, contexts, config=PLAIN, layer=LAYER):
   """[edit][chunk] of the oracle."""
   model = naive_oracle.pair(family).torch
   return [
-      naive_oracle.chain(model, edit, layer, schedule)
+      naive_oracle.chain(model, edit, layer, config)
       for edit in edits(kind, contexts)
   ]
 
 
-def run(pair, some, shapes, schedule=PLAIN, layer=LAYER, **options):
+def run(pair, some, shapes, config=PLAIN, layer=LAYER, **options):
   found, _ = targets_lib.autoregressive(
       pair.spec,
       pair.params,
       some,
       layer=layer,
-      schedule=schedule,
-      frame=shapes,
+      config=config,
+      plan=shapes,
       **options,
   )
   return found
@@ -159,12 +159,12 @@ class OracleTest(OracleCase):
   )
   def test_chunks(self, family, contexts, kind, first):
     some = edits(kind, contexts)[first:]
-    got = run(naive_oracle.pair(family), some, frame(contexts))
+    got = run(naive_oracle.pair(family), some, plan(contexts))
     self._check(got, naive(family, kind, contexts)[first:])
 
   def test_windows_of_four_in_any_order(self):
     some = edits('four', 2)[::-1]
-    got = run(naive_oracle.pair('llama'), some, frame(2))
+    got = run(naive_oracle.pair('llama'), some, plan(2))
     self._check(got[::-1], naive('llama', 'four', 2))
 
   def test_progress_counts_chunks(self):
@@ -177,7 +177,7 @@ class OracleTest(OracleCase):
       yield advanced.append
 
     for these in (some, edits('one', 2)):
-      run(pair, these, frame(2), progress=progress)
+      run(pair, these, plan(2), progress=progress)
     stages = sum(edit.stages for edit in some)
     want = [['optimize', stages, 'chunk'], *[1] * stages]
     self.assertEqual(
@@ -190,7 +190,7 @@ class OracleTest(OracleCase):
       g = naive_oracle.optimize(pair.torch, edit, LAYER, PLAIN)
       np.testing.assert_allclose(f.z, g.z, rtol=1e-5, atol=1e-5)
       np.testing.assert_allclose(f.losses, g.losses, rtol=1e-5)
-    got = run(pair, edits('one', 2), frame(2))
+    got = run(pair, edits('one', 2), plan(2))
     self._check(got, naive('llama', 'one', 2))
     bare = [dataclasses.replace(edit, chunks=()) for edit in edits('one', 2)]
     whole, _ = targets_lib.optimize(
@@ -198,8 +198,8 @@ class OracleTest(OracleCase):
         pair.params,
         bare,
         layer=LAYER,
-        schedule=PLAIN,
-        frame=frame(2),
+        config=PLAIN,
+        plan=plan(2),
     )
     for i, targets in enumerate(got):
       for a, b in zip(jax.tree.leaves(targets), jax.tree.leaves(whole)):
@@ -208,26 +208,26 @@ class OracleTest(OracleCase):
   def test_early_stops(self):
     every = [f.losses[-1] for edit in naive('llama', 'mixed', 2) for f in edit]
     for share in (0.5, 0.4, 0.6, 0.3, 0.7):
-      schedule = PLAIN._replace(threshold=float(np.quantile(every, share)))
-      want = naive('llama', 'mixed', 2, schedule)
+      config = PLAIN._replace(threshold=float(np.quantile(every, share)))
+      want = naive('llama', 'mixed', 2, config)
       # Rounding must not decide who stops.
-      if margin(want, schedule.threshold) > 1e-3:
+      if margin(want, config.threshold) > 1e-3:
         break
-    self.assertGreater(margin(want, schedule.threshold), 1e-3)
+    self.assertGreater(margin(want, config.threshold), 1e-3)
     steps = [[len(f.losses) for f in edit] for edit in want]
     self.assertLess(min(map(min, steps)), PLAIN.steps)
     self.assertTrue(any(len(set(edit)) > 1 for edit in steps), steps)
-    got = run(naive_oracle.pair('llama'), edits('mixed', 2), frame(2), schedule)
+    got = run(naive_oracle.pair('llama'), edits('mixed', 2), plan(2), config)
     self._check(got, want)
 
   def test_clamp_is_a_share_of_every_anchors_own_state(self):
-    schedule = PLAIN._replace(clamp=0.02)
-    want = naive('llama', 'mixed', 2, schedule)
+    config = PLAIN._replace(clamp=0.02)
+    want = naive('llama', 'mixed', 2, config)
     for f in (f for edit in want for f in edit):
-      self.assertEqual(f.clamped, schedule.steps - 1)
+      self.assertEqual(f.clamped, config.steps - 1)
       moved = np.linalg.norm(f.z - f.z0)
       self.assertAlmostEqual(moved / np.linalg.norm(f.z0), 0.02, places=5)
-    got = run(naive_oracle.pair('llama'), edits('mixed', 2), frame(2), schedule)
+    got = run(naive_oracle.pair('llama'), edits('mixed', 2), plan(2), config)
     self._check(got, want)
 
   def _check_in_f64(self, some, shapes):
@@ -243,7 +243,7 @@ class OracleTest(OracleCase):
 
   @parameterized.parameters('mixed', 'overlap')
   def test_f64_with_a_kl_row(self, kind):
-    self._check_in_f64(edits(kind, 2, True), frame(2, True))
+    self._check_in_f64(edits(kind, 2, True), plan(2, True))
 
   def test_f64_with_a_tail_shorter_than_the_overlap_and_a_single_token(self):
     lengths = (6, 1, 4)
@@ -251,7 +251,7 @@ class OracleTest(OracleCase):
     cut = [chunking.spans(length, 5, 3) for length in lengths]
     self.assertEqual(cut, [((0, 5), (2, 6)), ((0, 1),), ((0, 4),)])
     some = [dataclasses.replace(e, chunks=c) for e, c in zip(some, cut)]
-    self._check_in_f64(some, plan_lib.frame(some))
+    self._check_in_f64(some, plan_lib.plan_shapes(some))
 
   def test_earlier_changes_matter(self):
     # Without the first chunk's change the second comes out differently.
@@ -277,7 +277,7 @@ class SmolLm2Test(OracleCase):
     )
     target, cut = edit.target[:20], ((0, 8), (6, 14), (12, 20))
     edit = dataclasses.replace(edit, target=target, chunks=cut)
-    schedule = targets_lib.Schedule(
+    config = targets_lib.TargetConfig(
         steps=4, rate=0.5, decay=1e-3, clamp=4.0, kl=0.0, threshold=1e-2
     )
     torch.set_num_threads(1)
@@ -285,9 +285,9 @@ class SmolLm2Test(OracleCase):
         folder, dtype=torch.float32
     )
     naive.eval().requires_grad_(False)
-    want = naive_oracle.chain(naive, edit, 8, schedule)
+    want = naive_oracle.chain(naive, edit, 8, config)
     (got,), _ = targets_lib.autoregressive(
-        model.spec, model.params, [edit], layer=8, schedule=schedule
+        model.spec, model.params, [edit], layer=8, config=config
     )
     self._check([got], [want], 1e-4)
 
@@ -306,10 +306,10 @@ class FiniteTest(absltest.TestCase):
     target = some[0].target.copy()
     target[0] = poison
     some[0] = dataclasses.replace(some[0], target=target)
-    got = run(pair._replace(params=params), some, frame(2))
+    got = run(pair._replace(params=params), some, plan(2))
     self.assertFalse(got[0].finite.any())
     self.assertEqual(got[0].steps.tolist(), [1] * some[0].stages)
-    want = run(pair, edits('mixed', 2), frame(2))
+    want = run(pair, edits('mixed', 2), plan(2))
     for a, b in zip(got[1:], want[1:]):
       self.assertTrue(a.finite.all())
       for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):

@@ -22,21 +22,21 @@ from jaxedit.targets import engine
 from jaxedit.testing import facts
 from jaxedit.text import encoding
 
-PLAIN = targets_lib.Schedule(
+PLAIN = targets_lib.TargetConfig(
     steps=5, rate=0.1, decay=0.5, clamp=5.0, kl=0.0625, threshold=0.0
 )
 EASY = PLAIN._replace(
-    steps=8, rate=0.3, kl=0.1, decay=0.05, clamp=20.0, ease=1e-9
+    steps=8, rate=0.3, kl=0.1, decay=0.05, clamp=20.0, argmax_stop=1e-9
 )
 EDITS, LAYER = 4, 1
 OUTPUTS = ('mlp', 'attn+mlp')
 Edits = tuple[encoding.EncodedEdit, ...]
 STAGES = (
-    engine.prepare,
-    engine.seat,
-    engine.shift,
-    engine.extend,
-    engine.advance,
+    engine.prefill,
+    engine.assign,
+    engine.assign_chunk,
+    engine.append_kv,
+    engine.optimize_until_done,
 )
 
 
@@ -60,37 +60,37 @@ def edits(kind: str = 'plain', seed: int = 1) -> Edits:
 
 
 @functools.cache
-def frame(slots: int = 4) -> plan_lib.Frame:
+def plan(slots: int = 4) -> plan_lib.BatchPlan:
   """One frame for all edits, so that a family compiles once."""
   cases = [(kind, seed) for kind in ('plain', 'chunks') for seed in (1, 2)]
   every = [edit for case in (*cases, ('short', 1)) for edit in edits(*case)]
-  made = plan_lib.frame(every, slots=slots)
-  assert len(made.rooms) == 1
+  made = plan_lib.plan_shapes(every, slots=slots)
+  assert len(made.shapes) == 1
   return made
 
 
-def run(pair, some, output, schedule=PLAIN, *, layer=LAYER, **shape):
+def run(pair, some, output, config=PLAIN, *, layer=LAYER, **shape):
   """Targets of every edit, and what was run."""
   return targets_lib.autoregressive(
       pair.spec,
       pair.params,
       some,
       layer=layer,
-      schedule=schedule,
+      config=config,
       output=output,
-      frame=frame(**shape),
+      plan=plan(**shape),
   )
 
 
 @functools.cache
-def naive(family, output, schedule=PLAIN, kind='plain', layer=LAYER):
+def naive(family, output, config=PLAIN, kind='plain', layer=LAYER):
   """[edit][chunk] of the oracle."""
   model = naive_oracle.pair(family).torch
   if kind == 'chunks':
     one = naive_oracle.chain
   else:
     one = lambda *arguments: [naive_oracle.optimize(*arguments)]
-  return [one(model, edit, layer, schedule, output) for edit in edits(kind)]
+  return [one(model, edit, layer, config, output) for edit in edits(kind)]
 
 
 class OracleCase(parameterized.TestCase):
@@ -116,10 +116,10 @@ class OracleCase(parameterized.TestCase):
             targets.likelihood[k], f.likelihood, rtol=rtol
         )
 
-  def check(self, family, output, schedule=PLAIN, kind='plain', layer=LAYER):
-    want = naive(family, output, schedule, kind, layer)
+  def check(self, family, output, config=PLAIN, kind='plain', layer=LAYER):
+    want = naive(family, output, config, kind, layer)
     pair = naive_oracle.pair(family)
-    got, _ = run(pair, edits(kind), output, schedule, layer=layer)
+    got, _ = run(pair, edits(kind), output, config, layer=layer)
     self.agree(got, want)
     return want
 
@@ -140,10 +140,10 @@ class OutputTest(OracleCase):
 
   @parameterized.product(family=('llama', 'gptj'), output=OUTPUTS)
   def test_clamp_is_a_share_of_every_outputs_own_length(self, family, output):
-    schedule = PLAIN._replace(clamp=0.02)
+    config = PLAIN._replace(clamp=0.02)
     parts = len(naive_oracle.SITES[output])
-    for (f,) in self.check(family, output, schedule):
-      self.assertGreaterEqual(f.clamped, parts * (schedule.steps - 2))
+    for (f,) in self.check(family, output, config):
+      self.assertGreaterEqual(f.clamped, parts * (config.steps - 2))
       moved = np.linalg.norm(f.z - f.z0)
       self.assertAlmostEqual(moved / np.linalg.norm(f.z0), 0.02, places=5)
 
@@ -160,9 +160,9 @@ class OutputTest(OracleCase):
 
   def test_mlp_and_block_are_one_forward(self):
     # Without decay and clamp nothing asks for the size of z0.
-    schedule = PLAIN._replace(decay=0.0, clamp=100.0)
+    config = PLAIN._replace(decay=0.0, clamp=100.0)
     pair = naive_oracle.pair('llama')
-    one, two = (run(pair, edits(), x, schedule)[0] for x in ('mlp', 'block'))
+    one, two = (run(pair, edits(), x, config)[0] for x in ('mlp', 'block'))
     for a, b in zip(one, two):
       np.testing.assert_allclose(a.z - a.z0, b.z - b.z0, atol=2e-5)
       np.testing.assert_allclose(a.loss, b.loss, rtol=1e-5)
@@ -171,10 +171,10 @@ class OutputTest(OracleCase):
   def test_the_mlp_reads_the_attentions_change(self):
     # Where both are just added to the residual, two changes by one step are one
     # change by a step of twice the length.
-    schedule = PLAIN._replace(steps=2, rate=1.0, decay=0.0, clamp=100.0)
+    config = PLAIN._replace(steps=2, rate=1.0, decay=0.0, clamp=100.0)
     gap = lambda family: abs(
-        naive(family, 'attn+mlp', schedule)[1][0].losses[1]
-        / naive(family, 'block', schedule._replace(rate=2.0))[1][0].losses[1]
+        naive(family, 'attn+mlp', config)[1][0].losses[1]
+        / naive(family, 'block', config._replace(rate=2.0))[1][0].losses[1]
         - 1
     )
     self.assertLess(gap('gptj'), 1e-4)
@@ -223,8 +223,8 @@ class EaseTest(OracleCase):
   def test_rule(self):
     pair = naive_oracle.pair('llama')
     some = self._edits(pair.torch)
-    oracle = lambda schedule: [
-        naive_oracle.optimize(pair.torch, edit, LAYER, schedule, 'attn+mlp')
+    oracle = lambda config: [
+        naive_oracle.optimize(pair.torch, edit, LAYER, config, 'attn+mlp')
         for edit in some
     ]
     # The bound only ends a run: with one that ends none, see all KL terms.
@@ -232,30 +232,30 @@ class EaseTest(OracleCase):
     reached = [[t for t, x in zip(f.terms, f.found) if x] for f in every]
     terms = np.sort(np.concatenate(reached))
     middles = (terms[1:] + terms[:-1]) / 2
-    ends = lambda ease: sum(min(r, default=np.inf) < ease for r in reached)
-    goes_on = lambda ease: any(r and r[0] > ease for r in reached)
+    ends = lambda argmax_stop: sum(min(r, default=np.inf) < argmax_stop for r in reached)
+    goes_on = lambda argmax_stop: any(r and r[0] > argmax_stop for r in reached)
     gaps = [
-        (high / low - 1, ease)
-        for low, high, ease in zip(terms, terms[1:], middles)
-        if ends(ease) and goes_on(ease)
+        (high / low - 1, argmax_stop)
+        for low, high, argmax_stop in zip(terms, terms[1:], middles)
+        if ends(argmax_stop) and goes_on(argmax_stop)
     ]
     self.assertNotEmpty(gaps, reached)
-    gap, ease = max(gaps)
+    gap, argmax_stop = max(gaps)
     self.assertGreater(gap, 1e-2)  # rounding does not decide
 
-    want = oracle(EASY._replace(ease=float(ease)))
+    want = oracle(EASY._replace(argmax_stop=float(argmax_stop)))
     steps = [len(f.losses) for f in want]
     self.assertBetween(min(steps), 2, EASY.steps - 1)
     self.assertEqual(max(steps), EASY.steps)
     self.assertFalse(all(any(f.found) for f in want))
-    schedule = EASY._replace(ease=float(ease))
-    got, _ = run(pair, some, 'attn+mlp', schedule)
+    config = EASY._replace(argmax_stop=float(argmax_stop))
+    got, _ = run(pair, some, 'attn+mlp', config)
     self.agree(got, [[f] for f in want])
     # Another bound is another number, not another program.
-    sizes = engine.advance._cache_size()
+    sizes = engine.optimize_until_done._cache_size()
     got, _ = run(pair, some, 'attn+mlp', EASY)
     self.agree(got, [[f] for f in every])
-    self.assertEqual(engine.advance._cache_size(), sizes)
+    self.assertEqual(engine.optimize_until_done._cache_size(), sizes)
 
 
 class RoomTest(parameterized.TestCase):
@@ -279,7 +279,7 @@ class RoomTest(parameterized.TestCase):
     pair = naive_oracle.pair('llama')
     some = [*edits('chunks'), *edits('chunks', 2)]
     got, work = run(pair, some, 'attn+mlp')
-    self.assertLess(work.computed, work.steps * frame().rooms[0].places)
+    self.assertLess(work.computed, work.steps * plan().shapes[0].token_budget)
     want, _ = run(pair, some, 'attn+mlp', slots=1)
     self._same(got, want)
 

@@ -19,7 +19,7 @@ from jaxedit.targets import engine
 from jaxedit.testing import facts
 from jaxedit.text import encoding
 
-PLAIN = targets_lib.Schedule(
+PLAIN = targets_lib.TargetConfig(
     steps=5, rate=0.1, decay=0.5, clamp=5.0, kl=0.0625, threshold=0.0
 )
 EDITS, SLOTS, LAYER = 4, 8, 1
@@ -41,24 +41,24 @@ def edits(kind: str = 'plain') -> tuple[encoding.EncodedEdit, ...]:
   return tuple(some)
 
 
-def optimize(pair, some, schedule, layer=LAYER, **shape):
+def optimize(pair, some, config, layer=LAYER, **shape):
   """Targets of edits in a frame of their own."""
-  frame = plan_lib.frame(some, **{'slots': SLOTS, **shape})
+  plan = plan_lib.plan_shapes(some, **{'slots': SLOTS, **shape})
   found, _ = targets_lib.optimize(
       pair.spec,
       pair.params,
       some,
       layer=layer,
-      schedule=schedule,
-      frame=frame,
+      config=config,
+      plan=plan,
   )
   return found
 
 
 @functools.cache
-def naive(family, kind='plain', schedule=PLAIN, layer=LAYER):
+def naive(family, kind='plain', config=PLAIN, layer=LAYER):
   return [
-      naive_oracle.optimize(model(family).torch, edit, layer, schedule)
+      naive_oracle.optimize(model(family).torch, edit, layer, config)
       for edit in edits(kind)
   ]
 
@@ -86,9 +86,9 @@ def split_threshold(found) -> float:
 class OracleTest(parameterized.TestCase):
   """The oracle is naive_oracle.optimize, which runs the whole of every row."""
 
-  def _check(self, family, schedule=PLAIN, kind='plain', layer=LAYER):
-    want = naive(family, kind, schedule, layer)
-    got = optimize(model(family), edits(kind), schedule, layer)
+  def _check(self, family, config=PLAIN, kind='plain', layer=LAYER):
+    want = naive(family, kind, config, layer)
+    got = optimize(model(family), edits(kind), config, layer)
     self.assertEqual(got.steps.tolist(), [len(f.losses) for f in want])
     self.assertTrue(got.finite.all())
     for i, f in enumerate(want):
@@ -122,9 +122,9 @@ class OracleTest(parameterized.TestCase):
 
   @parameterized.parameters('llama', 'gptj', 'gpt2')
   def test_clamp_from_the_first_step(self, family):
-    schedule = PLAIN._replace(clamp=0.02)
-    for f in self._check(family, schedule):
-      self.assertEqual(f.clamped, schedule.steps - 1)
+    config = PLAIN._replace(clamp=0.02)
+    for f in self._check(family, config):
+      self.assertEqual(f.clamped, config.steps - 1)
       moved = np.linalg.norm(f.z - f.z0)
       self.assertAlmostEqual(moved / np.linalg.norm(f.z0), 0.02, places=5)
 
@@ -149,13 +149,13 @@ class OracleTest(parameterized.TestCase):
     self._check('llama', kind='short', layer=2)
 
 
-class Memory:
+class TargetCache:
   """Remembers states by the number of their edit."""
 
   def __init__(self):
     self.known, self.told = {}, []
 
-  def recall(self, edit):
+  def get(self, edit):
     return self.known.get(edit.number)
 
   def remember(self, edit, targets):
@@ -180,17 +180,17 @@ class InvarianceTest(parameterized.TestCase):
   @parameterized.parameters(
       dict(slots=1),
       dict(slots=2),
-      dict(slots=None, places=24),
+      dict(slots=None, token_budget=24),
       dict(share=False),
-      dict(widths=(3, 5)),
-      dict(slots=1, share=False, widths=(4,)),
+      dict(max_suffixes=(3, 5)),
+      dict(slots=1, share=False, max_suffixes=(4,)),
   )
   def test_shapes(self, **shape):
     got = optimize(self.pair, edits(), PLAIN, **shape)
     self._same(got, self.base)
 
   def test_a_frame_of_more_edits(self):
-    frame = plan_lib.frame(
+    plan = plan_lib.plan_shapes(
         [*edits(), *facts.random_edits(9, seed=5, contexts=2)], slots=3
     )
     got, _ = targets_lib.optimize(
@@ -198,8 +198,8 @@ class InvarianceTest(parameterized.TestCase):
         self.pair.params,
         edits()[:2],
         layer=LAYER,
-        schedule=PLAIN,
-        frame=frame,
+        config=PLAIN,
+        plan=plan,
     )
     self._same(got, jax.tree.map(lambda x: x[:2], self.base))
 
@@ -217,7 +217,7 @@ class InvarianceTest(parameterized.TestCase):
         self.pair.params,
         some,
         layer=LAYER,
-        schedule=PLAIN,
+        config=PLAIN,
     )
     return some, run
 
@@ -225,21 +225,21 @@ class InvarianceTest(parameterized.TestCase):
   @parameterized.parameters((9, False, [4]), (7, False, [2]), (9, True, [4, 2]))
   def test_the_last_edits_move_to_smaller_rooms(self, count, chunked, slots):
     some, run = self._long(count, chunked)
-    frame = plan_lib.frame(some, slots=6, tails=2)
+    plan = plan_lib.plan_shapes(some, slots=6, compactions=2)
     with mock.patch.object(engine, 'move', wraps=engine.move) as move:
-      got, work = run(frame=frame)
+      got, work = run(plan=plan)
     moves = [len(call.args[2]) for call in move.call_args_list]
     self.assertEqual(moves, slots)
-    want, _ = run(frame=plan_lib.frame(some, slots=1))
-    self.assertLess(work.computed, work.steps * frame.rooms[0].places)
+    want, _ = run(plan=plan_lib.plan_shapes(some, slots=1))
+    self.assertLess(work.computed, work.steps * plan.shapes[0].token_budget)
     for a, b in zip(got, want):
       self._same(a, b)
 
   @parameterized.parameters(False, True)
   def test_what_is_remembered_is_not_run_again(self, chunked):
     some, run = self._long(4, chunked)
-    run = functools.partial(run, frame=plan_lib.frame(some, slots=2))
-    memory = Memory()
+    run = functools.partial(run, plan=plan_lib.plan_shapes(some, slots=2))
+    memory = TargetCache()
     want, whole = run(memory=memory)
     self.assertCountEqual(memory.known, [edit.number for edit in some])
     del memory.known[some[1].number], memory.known[some[2].number]
@@ -260,7 +260,7 @@ class InvarianceTest(parameterized.TestCase):
   def test_leaving_early_and_f64(self):
     # Edits that stop at different steps leave slots to others; in f64 nothing
     # but the shapes can differ.
-    schedule = PLAIN._replace(
+    config = PLAIN._replace(
         threshold=split_threshold(naive('llama')), steps=PLAIN.steps
     )
     with jax.enable_x64(True):
@@ -268,15 +268,15 @@ class InvarianceTest(parameterized.TestCase):
           lambda x: np.asarray(x, np.float64), self.pair.params
       )
       pair = self.pair._replace(params=params)
-      want = optimize(pair, edits(), schedule, slots=EDITS)
+      want = optimize(pair, edits(), config, slots=EDITS)
       self.assertGreater(len(set(want.steps.tolist())), 1)
       self.assertEqual(want.z.dtype, np.float64)
       for shape in (
           dict(slots=1),
-          dict(slots=2, share=False, widths=(3, 5)),
-          dict(slots=None, places=24),
+          dict(slots=2, share=False, max_suffixes=(3, 5)),
+          dict(slots=None, token_budget=24),
       ):
-        got = optimize(pair, edits()[::-1], schedule, **shape)
+        got = optimize(pair, edits()[::-1], config, **shape)
         np.testing.assert_array_equal(got.steps[::-1], want.steps)
         np.testing.assert_allclose(got.z[::-1], want.z, rtol=1e-10, atol=1e-10)
 
@@ -284,14 +284,14 @@ class InvarianceTest(parameterized.TestCase):
   def test_neighbours_of_one_shape_change_no_bit(self, slots):
     first, others = edits(), facts.random_edits(EDITS, seed=7, contexts=2)
     mixed = [first[0], *others[1:]]
-    frame = plan_lib.frame([*first, *mixed], slots=slots, share=False)
+    plan = plan_lib.plan_shapes([*first, *mixed], slots=slots, share=False)
     run = functools.partial(
         targets_lib.optimize,
         self.pair.spec,
         self.pair.params,
         layer=LAYER,
-        schedule=PLAIN,
-        frame=frame,
+        config=PLAIN,
+        plan=plan,
     )
     (before, _), (after, _) = run(first), run(mixed)
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after)):
@@ -300,20 +300,20 @@ class InvarianceTest(parameterized.TestCase):
     self.assertEqual(changed.tolist(), [False, *[True] * (EDITS - 1)])
 
   def test_products_of_f32_are_exact(self):
-    with products.watched(engine, 'prepare', 'advance') as found:
+    with products.watched(engine, 'prefill', 'optimize_until_done') as found:
       optimize(self.pair, edits(), PLAIN)
-    self.assertSameElements(found, ('prepare', 'advance'))
+    self.assertSameElements(found, ('prefill', 'optimize_until_done'))
     self.assertTrue(products.highest(found), found)
 
   def test_work_is_counted(self):
-    frame = plan_lib.frame(edits(), slots=2)
+    plan = plan_lib.plan_shapes(edits(), slots=2)
     _, work = targets_lib.optimize(
         self.pair.spec,
         self.pair.params,
         edits(),
         layer=LAYER,
-        schedule=PLAIN,
-        frame=frame,
+        config=PLAIN,
+        plan=plan,
     )
     suffix = sum(
         len(row) + len(edit.target) - 1 - anchor
@@ -324,29 +324,29 @@ class InvarianceTest(parameterized.TestCase):
     self.assertEqual(work.last, suffix)
     self.assertEqual(work.needed, PLAIN.steps * suffix)
     self.assertEqual(work.scored, PLAIN.steps * labels)
-    self.assertEqual(work.computed, work.steps * frame.rooms[0].places)
+    self.assertEqual(work.computed, work.steps * plan.shapes[0].token_budget)
     self.assertBetween(work.waste, 0, 0.6)
 
 
 class MemoryTest(absltest.TestCase):
 
-  def room(self, memory=None, free=None, count=200, batch=None):
+  def batch_shape(self, memory=None, free=None, count=200, batch=None):
     pair = model('llama')
     some = facts.random_edits(count, seed=5, contexts=2)
     with mock.patch.object(budget, '_free_bytes', lambda device: free):
-      frame = targets_lib.frame_for(
+      plan = targets_lib.plan_batches(
           pair.spec, pair.params, some, batch=batch, memory=memory
       )
-    return frame.rooms[0]
+    return plan.shapes[0]
 
   def places(self, **settings):
-    return self.room(**settings).places
+    return self.batch_shape(**settings).token_budget
 
   def test_many_edits_have_a_larger_room(self):
-    few, many = self.room(count=40), self.room(count=400)
-    self.assertLess(few.places, 400)
-    self.assertGreater(many.places, 400)
-    self.assertEqual((few.tails, many.tails), (1, 2))
+    few, many = self.batch_shape(count=40), self.batch_shape(count=400)
+    self.assertLess(few.token_budget, 400)
+    self.assertGreater(many.token_budget, 400)
+    self.assertEqual((few.compactions, many.compactions), (1, 2))
     # It is the edits of one batch that fill a room.
     self.assertLess(self.places(count=400, batch=40), 400)
 

@@ -152,7 +152,7 @@ class EncodeTest(parameterized.TestCase):
 
 
 class StageTest(parameterized.TestCase):
-  """Columns are those of the row that `text` returns."""
+  """TokenLayout are those of the row that `text` returns."""
 
   EDIT = encoding.EncodedEdit(
       number=1,
@@ -204,7 +204,7 @@ class SpeedTest(absltest.TestCase):
     seen = []
     for number, room in enumerate(frame.rooms):
       order = [i for i, e in enumerate(encoded) if frame.room(e) == number]
-      for tile in packer.row_tiles(encoded, order, frame, room):
+      for tile in packer.pack_edits(encoded, order, frame, room):
         seen.extend(tile.edit[tile.edit >= 0].tolist())
     # Twenty times what it takes: this only finds work that grows too fast.
     self.assertLess(time.perf_counter() - begin, 10)

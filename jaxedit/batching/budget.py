@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxedit.batching import plan as plan_lib
-from jaxedit.batching.plan import Frame
+from jaxedit.batching.plan import BatchPlan
 from jaxedit.models.spec import ModelSpec
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import Params
@@ -18,16 +18,16 @@ from jaxedit.types import Params
 # which the last edits leave places empty. A CPU copies each layer's weights once
 # a step; a larger room spreads that over more tokens, and a second, smaller tail
 # keeps its end short. Both pay where a batch fills the room so many times.
-_PLACES_CPU = 256
-_PLACES_CPU_MANY = 512
+_TOKENS_CPU = 256
+_TOKENS_CPU_MANY = 512
 _ROUNDS = 2
-_PLACES_ACCELERATOR = 2048
-_PLACES_LEAST = 16
+_TOKENS_ACCELERATOR = 2048
+_TOKENS_LEAST = 16
 # Of the free memory, what the optimiser may plan with.
 _MEMORY_SHARE = 0.6
 
 
-def frame_for(
+def plan_batches(
     spec: ModelSpec,
     params: Params,
     edits: Sequence[EncodedEdit],
@@ -35,7 +35,7 @@ def frame_for(
     slots: int | None = None,
     batch: int | None = None,
     memory: float | None = None,
-) -> Frame:
+) -> BatchPlan:
   """Chooses the static shapes of a run from its edits and the free memory.
 
   Args:
@@ -52,33 +52,33 @@ def frame_for(
     The frame.
   """
   device = jax.devices()[0]
-  places, tails = _PLACES_ACCELERATOR, 1
+  token_budget, compactions = _TOKENS_ACCELERATOR, 1
   if device.platform == 'cpu':
     most = min(batch or len(edits), len(edits))
-    places, tails = _cpu_places(edits, most)
+    token_budget, compactions = _cpu_tokens(edits, most)
   free = [_free_bytes(device)]
   if memory is not None:
     free.append(memory - sum(x.nbytes for x in jax.tree.leaves(params)))
   free = [x for x in free if x is not None]
   if free:
     share = _MEMORY_SHARE * min(free)
-    room = max(_PLACES_LEAST, int(share // _place_bytes(spec)))
+    batch_shape = max(_TOKENS_LEAST, int(share // _token_bytes(spec)))
     # A power of two, so that a little more or less memory changes no shape.
-    places = min(places, 2 ** int(np.log2(room)))
-  return plan_lib.frame(
-      edits, slots=slots, batch=batch, places=places, tails=tails
+    token_budget = min(token_budget, 2 ** int(np.log2(batch_shape)))
+  return plan_lib.plan_shapes(
+      edits, slots=slots, batch=batch, token_budget=token_budget, compactions=compactions
   )
 
 
-def _cpu_places(edits: Sequence[EncodedEdit], batch: int) -> tuple[int, int]:
+def _cpu_tokens(edits: Sequence[EncodedEdit], batch: int) -> tuple[int, int]:
   """(places, tails) of a CPU's room, for batches of that many of the edits."""
   load = sum(int(plan_lib.edit_load(edit)[0]) for edit in edits)
-  fills = load * batch >= len(edits) * _ROUNDS * _PLACES_CPU_MANY
-  return (_PLACES_CPU_MANY, 2) if fills else (_PLACES_CPU, 1)
+  fills = load * batch >= len(edits) * _ROUNDS * _TOKENS_CPU_MANY
+  return (_TOKENS_CPU_MANY, 2) if fills else (_TOKENS_CPU, 1)
 
 
-def _place_bytes(spec: ModelSpec) -> int:
-  """Memory that one suffix token takes, at most.
+def _token_bytes(spec: ModelSpec) -> int:
+  """TargetCache that one suffix token takes, at most.
 
   The backward pass keeps the results of weight products, in f32; an earlier
   column's keys and values, f32 as well, are counted eight times, once for every

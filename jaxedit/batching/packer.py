@@ -1,6 +1,6 @@
 """Fills tiles: own columns of some edits, end to end, in one static shape.
 
-Axis letters as in `rooms`: E slots, R rows, N places, K states of an edit.
+Axis letters as in `shapes`: E slots, R rows, N places, K states of an edit.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import numpy as np
 
 from jaxedit.batching import plan as plan_lib
 from jaxedit.batching.plan import (
-    Frame,
-    Room,
+    BatchPlan,
+    BatchShape,
 )
 from jaxedit.text.encoding import EncodedEdit
-from jaxedit.types import PADDING, TRUNK, Array, Columns, Keep, Ragged
+from jaxedit.types import PADDING, SHARED, Array, TokenLayout, OutputTokens, PackedSequences
 
 
 @flax.struct.dataclass
-class Tile:
+class PackedBatch:
   """Own columns of some edits, end to end.
 
   Attributes:
@@ -28,7 +28,7 @@ class Tile:
     context: [R] int32 number of a row's context, and of its trunk.
     tokens: [1, N] int32.
     rows: R = E * rows rows.
-    anchor: [E, rows] int32 place of the first anchor, in `key_tiles` [R, K] of
+    anchor: [E, rows] int32 place of the first anchor, in `pack_prompts` [R, K] of
       every state's; N where there is none.
     left: the places left of the anchor, as rows of their own; None where they
       are not needed apart.
@@ -37,12 +37,12 @@ class Tile:
   edit: Array
   context: Array
   tokens: Array
-  rows: Ragged
+  rows: PackedSequences
   anchor: Array
-  left: Keep | None
+  left: OutputTokens | None
 
 
-class Rows:
+class Packer:
   """Rows that are being laid out."""
 
   def __init__(self, rows: int, width: int, places: int):
@@ -57,7 +57,7 @@ class Rows:
     columns = np.arange(len(places), dtype=np.int32)
     self.index[row, : len(places)] = places
     self.position[row, : len(places)] = start + columns
-    self.segment[row, : len(places)] = TRUNK
+    self.segment[row, : len(places)] = SHARED
     self.row[places] = row
     self.column[places] = columns
 
@@ -72,91 +72,91 @@ class Rows:
     self.column[places] = 0
     return places
 
-  def ragged(self) -> Ragged:
+  def ragged(self) -> PackedSequences:
     """The rows as they are now."""
-    columns = Columns(self.position.copy(), self.segment.copy())
+    columns = TokenLayout(self.position.copy(), self.segment.copy())
     copies = (x.copy() for x in (self.index, self.row, self.column))
-    return Ragged(columns, *copies)
+    return PackedSequences(columns, *copies)
 
 
-def trunk_columns(frame: Frame) -> tuple[np.ndarray, Columns]:
+def pack_shared_prefix(plan: BatchPlan) -> tuple[np.ndarray, TokenLayout]:
   """The trunks as rows; the KL row's is empty.
 
   Args:
-    frame: of the run.
+    plan: of the run.
 
   Returns:
     ([rows, s] int32 tokens, their columns).
   """
-  tokens = np.zeros([frame.rows, frame.shared], np.int32)
+  tokens = np.zeros([plan.rows, plan.shared], np.int32)
   segment = np.full(tokens.shape, PADDING, np.int32)
-  for c, ids in enumerate(frame.trunk):
+  for c, ids in enumerate(plan.shared_prefix):
     tokens[c, : len(ids)] = ids
-    segment[c, : len(ids)] = TRUNK
-  position = np.where(segment, np.arange(frame.shared, dtype=np.int32), 0)
-  return tokens, Columns(position.astype(np.int32), segment)
+    segment[c, : len(ids)] = SHARED
+  position = np.where(segment, np.arange(plan.shared, dtype=np.int32), 0)
+  return tokens, TokenLayout(position.astype(np.int32), segment)
 
 
-def row_tiles(
-    edits: Sequence[EncodedEdit], order: Sequence[int], frame: Frame, room: Room
-) -> Iterator[Tile]:
+def pack_edits(
+    edits: Sequence[EncodedEdit], order: Sequence[int], plan: BatchPlan, batch_shape: BatchShape
+) -> Iterator[PackedBatch]:
   """Yields tiles of whole rows, in order.
 
   Args:
     edits: the batch.
     order: those to lay out, as indices.
-    frame: of the run.
-    room: which the edits belong to.
+    plan: of the run.
+    batch_shape: which the edits belong to.
   """
-  spans = {i: list(plan_lib.row_spans(edits[i], frame.trunk)) for i in order}
-  limits = (room.tile[1], room.left[0])
+  spans = {i: list(plan_lib.sequence_spans(edits[i], plan.shared_prefix)) for i in order}
+  limits = (batch_shape.prefill_shape[1], batch_shape.prefix_shape[0])
   load = lambda i: (
       sum(len(ids) for ids, _, _ in spans[i]),
       sum(cut for _, _, cut in spans[i]),
   )
-  for chosen in _groups(order, load, room.tile[0], limits):
+  for chosen in _groups(order, load, batch_shape.prefill_shape[0], limits):
     yield _tile(
-        [(i, spans[i]) for i in chosen], frame.rows, room.tile, room.left
+        [(i, spans[i]) for i in chosen], plan.rows, batch_shape.prefill_shape, batch_shape.prefix_shape
     )
 
 
-def key_tiles(
+def pack_prompts(
     edits: Sequence[EncodedEdit],
-    frame: Frame,
+    plan: BatchPlan,
     *,
     bare: bool,
     text: bool = False,
-) -> Iterator[Tile]:
+) -> Iterator[PackedBatch]:
   """Yields tiles of columns up to the last anchor, a slot a row, no KL rows.
 
   Args:
     edits: the batch.
-    frame: of the run.
+    plan: of the run.
     bare: the first context alone, or all others.
     text: go on to the end of the target.
   """
   rows = [
-      (i, c, plan_lib.key_text(edit, c, text))
+      (i, c, plan_lib.prompt_ids(edit, c, text))
       for i, edit in enumerate(edits)
-      for c in (range(1) if bare else range(1, frame.contexts))
+      for c in (range(1) if bare else range(1, plan.contexts))
   ]
-  shape = frame.key.text if text else frame.key.upto
-  load = lambda r: (len(rows[r][2]) - len(frame.trunk[rows[r][1]]),)
+  shape = plan.key.text if text else plan.key.upto
+  load = lambda r: (len(rows[r][2]) - len(plan.shared_prefix[rows[r][1]]),)
   for group in _groups(range(len(rows)), load, shape[0], shape[1:2]):
     chosen, context = [], np.zeros([shape[0]], np.int32)
     for slot, r in enumerate(group):
       i, c, ids = rows[r]
-      start = len(frame.trunk[c])
+      start = len(plan.shared_prefix[c])
       chosen.append((i, [(ids[start:], start, 0)]))
       context[slot] = c
-    tile = _tile(chosen, 1, shape, None)
-    anchor = np.full([shape[0], frame.stages], shape[1], np.int32)
+    packed = _tile(chosen, 1, shape, None)
+    anchor = np.full([shape[0], plan.stages], shape[1], np.int32)
     for slot, r in enumerate(group):
       i, c, _ = rows[r]
       columns = [edits[i].stage(k, c).anchor for k in range(edits[i].stages)]
-      columns = np.array(columns) - len(frame.trunk[c])
-      anchor[slot, : len(columns)] = tile.rows.index[slot, columns]
-    yield tile.replace(context=context, anchor=anchor)
+      columns = np.array(columns) - len(plan.shared_prefix[c])
+      anchor[slot, : len(columns)] = packed.rows.index[slot, columns]
+    yield packed.replace(context=context, anchor=anchor)
 
 
 def _groups(
@@ -184,10 +184,10 @@ def _tile(
     width: int,
     shape: tuple[int, int, int],
     left: tuple[int, int] | None,
-) -> Tile:
+) -> PackedBatch:
   """Fills one tile; `width` is the rows of an edit."""
   slots, places, columns = shape
-  rows = Rows(slots * width, columns, places)
+  rows = Packer(slots * width, columns, places)
   tokens = np.zeros([1, places], np.int32)
   edit = np.full([slots], -1, np.int32)
   anchor = np.full([slots, width], places, np.int32)
@@ -202,9 +202,9 @@ def _tile(
       anchor[e, c] = at + cut
       cuts.append((e * width + c, here[:cut], start))
       at += len(ids)
-  keep = None if left is None else _cut(cuts, places, slots * width, left)
+  outputs = None if left is None else _cut(cuts, places, slots * width, left)
   context = np.tile(np.arange(width, dtype=np.int32), slots)
-  return Tile(edit, context, tokens, rows.ragged(), anchor, keep)
+  return PackedBatch(edit, context, tokens, rows.ragged(), anchor, outputs)
 
 
 def _cut(
@@ -212,14 +212,14 @@ def _cut(
     places: int,
     count: int,
     shape: tuple[int, int],
-) -> Keep:
+) -> OutputTokens:
   """Makes rows of their own of some places: (row, places, first position)."""
   kept = np.full([shape[0]], places, np.int32)
-  rows = Rows(count, shape[1], shape[0])
+  rows = Packer(count, shape[1], shape[0])
   at = 0
   for row, here, start in cuts:
     there = np.arange(at, at + len(here), dtype=np.int32)
     rows.put(row, there, start)
     kept[there] = here
     at += len(here)
-  return Keep(kept, rows.ragged())
+  return OutputTokens(kept, rows.ragged())

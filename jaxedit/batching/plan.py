@@ -8,7 +8,7 @@ the suffix:
   trunk            own
   t t t t t t t t | t t t | A t t t y y y
 
-A tile (`tiles`) holds own columns of some edits. A room, filled by `seating`, is where
+A tile (`tiles`) holds own columns of some edits. A room, filled by `slots`, is where
 suffixes are optimised: a fixed number of slots (edits), places (tokens) and scored
 places. An edit that is done leaves, and another takes its slot and any free
 places; so rooms need no padding, and one compiled shape serves edits of any length
@@ -18,7 +18,7 @@ attention does pad rows to the width.
 Axis letters: E slots, C contexts, R rows, N places, W columns of a suffix, P
 columns before it, K scored places, n labels of a row.
 
-This file, `tiles` and `seating` hold numpy arrays only and know nothing of models.
+This file, `tiles` and `slots` hold numpy arrays only and know nothing of models.
 """
 
 from __future__ import annotations
@@ -37,56 +37,56 @@ from jaxedit.text.encoding import (
 )
 
 # Suffix lengths up to which edits share a room.
-WIDTHS = (16, 64, 256, 1024)
+MAX_SUFFIXES = (16, 64, 256, 1024)
 # A room has this many slots for every edit that fills its places on average, so
 # that short edits do not leave places empty.
 _SPARE = 1.2
 # Once nobody waits, the last edits move to a room this many times smaller.
-_TAIL = 2
+_COMPACTION = 2
 
 
-class Room(NamedTuple):
+class BatchShape(NamedTuple):
   """Static shapes of one room, and of the tiles that fill it.
 
   Attributes:
-    limit: longest suffix that comes here, tokens.
+    max_suffix: longest suffix that comes here, tokens.
     slots: E.
-    places: N, suffix tokens at a time.
-    width: W.
-    scored: K, scored tokens at a time.
+    token_budget: N, suffix tokens at a time.
+    length: W.
+    logit_budget: K, scored tokens at a time.
     labels: n, most labels of a row.
     grow: columns for the chunks of an edit that are done.
-    tile: (slots, places, width) of a tile of whole rows.
-    left: (places, width) of a tile's columns left of the anchor.
-    tails: how often the last edits move to a smaller room.
+    prefill_shape: (slots, places, width) of a tile of whole rows.
+    prefix_shape: (places, width) of a tile's columns left of the anchor.
+    compactions: how often the last edits move to a smaller room.
   """
 
-  limit: int
+  max_suffix: int
   slots: int
-  places: int
-  width: int
-  scored: int
+  token_budget: int
+  length: int
+  logit_budget: int
   labels: int
   grow: int
-  tile: tuple[int, int, int]
-  left: tuple[int, int]
-  tails: int
+  prefill_shape: tuple[int, int, int]
+  prefix_shape: tuple[int, int]
+  compactions: int
 
   @property
-  def tail(self) -> Room | None:
+  def compacted(self) -> BatchShape | None:
     """A smaller room, for the last edits; None if this one is small enough."""
-    if not self.tails or self.slots < 2 * _TAIL:
+    if not self.compactions or self.slots < 2 * _COMPACTION:
       return None
-    places, scored = -(-self.places // _TAIL), -(-self.scored // _TAIL)
+    token_budget, logit_budget = -(-self.token_budget // _COMPACTION), -(-self.logit_budget // _COMPACTION)
     return self._replace(
-        slots=-(-self.slots // _TAIL),
-        places=-(-places // 16) * 16,
-        scored=-(-scored // 4) * 4,
-        tails=self.tails - 1,
+        slots=-(-self.slots // _COMPACTION),
+        token_budget=-(-token_budget // 16) * 16,
+        logit_budget=-(-logit_budget // 4) * 4,
+        compactions=self.compactions - 1,
     )
 
 
-class KeyShapes(NamedTuple):
+class PromptShapes(NamedTuple):
   """(rows, places, width) of a tile of own columns.
 
   Attributes:
@@ -99,41 +99,41 @@ class KeyShapes(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Frame:
+class BatchPlan:
   """The static shapes of a run, which all its batches share.
 
   Attributes:
-    trunk: the shared head of every context, C arrays [s] int32.
+    shared_prefix: the shared head of every context, C arrays [s] int32.
     kl: whether edits have a KL row.
-    rooms: by ascending limit.
+    shapes: by ascending limit.
     batch: edits a batch at most.
     stages: states an edit at most.
     states: states a batch at most.
-    key: shapes of `key_tiles`.
-    whole: same, where nothing is shared.
+    prompts: shapes of `pack_prompts`.
+    unshared_prompts: same, where nothing is shared.
   """
 
-  trunk: tuple[np.ndarray, ...]
+  shared_prefix: tuple[np.ndarray, ...]
   kl: bool
-  rooms: tuple[Room, ...]
+  shapes: tuple[BatchShape, ...]
   batch: int
   stages: int
   states: int
-  key: KeyShapes
-  whole: KeyShapes
+  prompts: PromptShapes
+  unshared_prompts: PromptShapes
 
-  def apart(self) -> Frame:
+  def independent(self) -> BatchPlan:
     """The frame for edits that share nothing, as their models differ.
 
-    It serves `key_tiles`; what comes before editing can be shared in any case.
+    It serves `pack_prompts`; what comes before editing can be shared in any case.
     """
     nothing = (np.zeros(0, np.int32),) * self.contexts
-    return dataclasses.replace(self, trunk=nothing, key=self.whole)
+    return dataclasses.replace(self, shared_prefix=nothing, prompts=self.unshared_prompts)
 
   @property
   def contexts(self) -> int:
     """C."""
-    return len(self.trunk)
+    return len(self.shared_prefix)
 
   @property
   def rows(self) -> int:
@@ -142,14 +142,14 @@ class Frame:
 
   @property
   def shared(self) -> int:
-    """Columns of the longest trunk."""
-    return max(map(len, self.trunk))
+    """Tokens of the longest trunk."""
+    return max(map(len, self.shared_prefix))
 
-  def room(self, edit: EncodedEdit) -> int:
+  def shape_of(self, edit: EncodedEdit) -> int:
     """Number of the room an edit belongs to."""
     suffix = _suffix(edit)
-    for number, room in enumerate(self.rooms):
-      if suffix <= room.limit:
+    for number, shape in enumerate(self.shapes):
+      if suffix <= shape.max_suffix:
         return number
     raise ValueError(
         f'edit {edit.number} has a suffix of {suffix} tokens, longer than any'
@@ -157,28 +157,28 @@ class Frame:
     )
 
 
-def frame(
+def plan_shapes(
     edits: Sequence[EncodedEdit],
     *,
     slots: int | None = None,
     batch: int | None = None,
-    places: int = 128,
-    tails: int = 1,
+    token_budget: int = 128,
+    compactions: int = 1,
     share: bool = True,
-    widths: Sequence[int] = WIDTHS,
-) -> Frame:
+    max_suffixes: Sequence[int] = MAX_SUFFIXES,
+) -> BatchPlan:
   """Chooses the shapes for a run.
 
   Args:
     edits: all edits of the run, at least one, with one number of contexts.
-    slots: edits optimised side by side; None for as many as fill `places`.
+    slots: edits optimised side by side; None for as many as fill `token_budget`.
     batch: edits a batch at most; more slots than that are never made.
-    places: suffix tokens optimised side by side where `slots` does not say.
-    tails: how often the last edits move to a smaller room, which compiles for
+    token_budget: suffix tokens optimised side by side where `slots` does not say.
+    compactions: how often the last edits move to a smaller room, which compiles for
       it.
     share: run what all edits share once. It must be off where edits differ in
       weights.
-    widths: suffix lengths up to which edits share a room, ascending.
+    max_suffixes: suffix lengths up to which edits share a room, ascending.
 
   Returns:
     The frame.
@@ -202,34 +202,34 @@ def frame(
   if len(kinds) != 1:
     raise ValueError('edits differ in their contexts; encode them together')
   contexts, kl = kinds.pop()
-  trunk = tuple(
-      _trunk(edits, c) if share else np.zeros(0, np.int32)
+  shared_prefix = tuple(
+      _shared_prefix(edits, c) if share else np.zeros(0, np.int32)
       for c in range(contexts)
   )
-  rooms, rest = [], list(edits)
-  limits = [*widths, max(map(_suffix, edits))]
-  for limit in sorted(set(limits)):
-    members = [edit for edit in rest if _suffix(edit) <= limit]
-    rest = [edit for edit in rest if _suffix(edit) > limit]
+  shapes, rest = [], list(edits)
+  limits = [*max_suffixes, max(map(_suffix, edits))]
+  for max_suffix in sorted(set(limits)):
+    members = [edit for edit in rest if _suffix(edit) <= max_suffix]
+    rest = [edit for edit in rest if _suffix(edit) > max_suffix]
     if members:
-      amount = (slots, places, min(batch or len(members), len(members)))
-      rooms.append(_room(members, trunk, limit, amount, tails))
+      amount = (slots, token_budget, min(batch or len(members), len(members)))
+      shapes.append(_batch_shape(members, shared_prefix, max_suffix, amount, compactions))
   nothing = (np.zeros(0, np.int32),) * contexts
   most = min(batch or len(edits), len(edits))
   stages = sorted((edit.stages for edit in edits), reverse=True)
-  return Frame(
-      trunk=trunk,
+  return BatchPlan(
+      shared_prefix=shared_prefix,
       kl=kl,
-      rooms=tuple(rooms),
+      shapes=tuple(shapes),
       batch=most,
       stages=stages[0],
       states=sum(stages[:most]),
-      key=_key_shapes(edits, trunk, places),
-      whole=_key_shapes(edits, nothing, places),
+      prompts=_prompt_shapes(edits, shared_prefix, token_budget),
+      unshared_prompts=_prompt_shapes(edits, nothing, token_budget),
   )
 
 
-def _trunk(edits: Sequence[EncodedEdit], c: int) -> np.ndarray:
+def _shared_prefix(edits: Sequence[EncodedEdit], c: int) -> np.ndarray:
   """The head that one context has in all edits, left of all anchors."""
   first = edits[0].rows[c]
   length = min(edit.anchors[c] for edit in edits)
@@ -240,75 +240,75 @@ def _trunk(edits: Sequence[EncodedEdit], c: int) -> np.ndarray:
   return first[:length]
 
 
-def _key_shapes(
-    edits: Sequence[EncodedEdit], trunk: Sequence[np.ndarray], places: int
-) -> KeyShapes:
-  """Shapes of `key_tiles`, of about `places` columns each."""
+def _prompt_shapes(
+    edits: Sequence[EncodedEdit], shared_prefix: Sequence[np.ndarray], token_budget: int
+) -> PromptShapes:
+  """Shapes of `pack_prompts`, of about `token_budget` columns each."""
 
   def shape(text: bool) -> tuple[int, int, int]:
     sizes = np.array(
         [
-            len(key_text(edit, c, text)) - len(head)
+            len(prompt_ids(edit, c, text)) - len(head)
             for edit in edits
-            for c, head in enumerate(trunk)
+            for c, head in enumerate(shared_prefix)
         ]
     )
-    rows = max(1, min(len(sizes), round(places / sizes.mean())))
-    return rows, _room_for(sizes, rows), round_up(int(sizes.max()))
+    rows = max(1, min(len(sizes), round(token_budget / sizes.mean())))
+    return rows, _budget_for(sizes, rows), round_up(int(sizes.max()))
 
-  return KeyShapes(shape(False), shape(True))
+  return PromptShapes(shape(False), shape(True))
 
 
-def _room(
+def _batch_shape(
     members: Sequence[EncodedEdit],
-    trunk: Sequence[np.ndarray],
-    limit: int,
+    shared_prefix: Sequence[np.ndarray],
+    max_suffix: int,
     amount: tuple[int | None, int, int],
-    tails: int,
-) -> Room:
+    compactions: int,
+) -> BatchShape:
   """Chooses the shapes of a room for the edits that belong there."""
-  slots, places, most = amount
+  slots, token_budget, most = amount
   loads = np.array([edit_load(edit) for edit in members])
   if slots is None:
-    slots = max(1, round(places / loads[:, 0].mean()))
+    slots = max(1, round(token_budget / loads[:, 0].mean()))
   slots = min(slots, most)
-  spans = [list(row_spans(edit, trunk)) for edit in members]
+  spans = [list(sequence_spans(edit, shared_prefix)) for edit in members]
   own = [sum(len(ids) for ids, _, _ in rows) for rows in spans]
-  left = [sum(cut for _, _, cut in rows) for rows in spans]
+  prefix_shape = [sum(cut for _, _, cut in rows) for rows in spans]
   side = -(-slots // 2)
   done = lambda edit, c: edit.stage(edit.stages - 1, c).anchor - edit.anchors[c]
   chained = any(edit.stages > 1 for edit in members)
-  width = round_up(max(map(_suffix, members)))
-  grow = max(done(edit, c) for edit in members for c in range(len(trunk)))
-  return Room(
-      limit=limit,
+  length = round_up(max(map(_suffix, members)))
+  grow = max(done(edit, c) for edit in members for c in range(len(shared_prefix)))
+  return BatchShape(
+      max_suffix=max_suffix,
       slots=min(most, int(np.ceil(_SPARE * slots))),
-      places=_room_for(loads[:, 0], slots),
-      width=width,
-      scored=_room_for(loads[:, 1], slots, 4),
+      token_budget=_budget_for(loads[:, 0], slots),
+      length=length,
+      logit_budget=_budget_for(loads[:, 1], slots, 4),
       labels=max(len(stage.labels) for e in members for _, stage in _stages(e)),
-      grow=round_up(grow + width) if chained else 0,
-      tile=(
+      grow=round_up(grow + length) if chained else 0,
+      prefill_shape=(
           side,
-          _room_for(own, side),
+          _budget_for(own, side),
           round_up(max(len(ids) for rows in spans for ids, _, _ in rows)),
       ),
-      left=(
-          max(1, _room_for(left, side)),
+      prefix_shape=(
+          max(1, _budget_for(prefix_shape, side)),
           round_up(max(1, *(cut for rows in spans for _, _, cut in rows))),
       ),
-      tails=tails,
+      compactions=compactions,
   )
 
 
-def _room_for(sizes: Sequence[int], count: float, step: int = 16) -> int:
+def _budget_for(sizes: Sequence[int], count: float, step: int = 16) -> int:
   """Places that hold `count` average edits, or the largest one."""
   wanted = min(np.mean(sizes) * count, np.sum(sizes))
   return -(-int(max(np.ceil(wanted), np.max(sizes))) // step) * step
 
 
 def _suffix(edit: EncodedEdit) -> int:
-  """Columns of the longest suffix of any stage."""
+  """Tokens of the longest suffix of any stage."""
   stages = _stages(edit)
   return max(stage.end - stage.anchor for _, stage in stages)
 
@@ -320,28 +320,28 @@ def _stages(edit: EncodedEdit) -> Iterator[tuple[int, Stage]]:
 
 
 def stage_load(edit: EncodedEdit, k: int) -> tuple[int, int]:
-  """(places, scored places) of a stage; the first has the KL row's place too."""
-  places, scored = edit.load(k)
-  return places + (k == 0 and len(edit.kl) > 0), scored
+  """(tokens, scored tokens) of a stage, its KL token with the first."""
+  token_budget, logit_budget = edit.load(k)
+  return token_budget + (k == 0 and len(edit.kl) > 0), logit_budget
 
 
 def edit_load(edit: EncodedEdit) -> np.ndarray:
-  """(places, scored places) that serve every stage of an edit."""
+  """(tokens, scored tokens) that serve every stage of an edit."""
   return np.max([stage_load(edit, k) for k in range(edit.stages)], axis=0)
 
 
-def row_spans(
-    edit: EncodedEdit, trunk: Sequence[np.ndarray]
+def sequence_spans(
+    edit: EncodedEdit, shared_prefix: Sequence[np.ndarray]
 ) -> Iterator[tuple[np.ndarray, int, int]]:
   """Own columns of every row: (ids, first position, how many left of A)."""
-  for c, head in enumerate(trunk):
+  for c, head in enumerate(shared_prefix):
     start = len(head)
     yield edit.text(c)[start:], start, edit.anchors[c] - start
   if len(edit.kl):
     yield edit.kl, 0, len(edit.kl) - 1
 
 
-def key_text(edit: EncodedEdit, c: int, text: bool) -> np.ndarray:
+def prompt_ids(edit: EncodedEdit, c: int, text: bool) -> np.ndarray:
   """What keys are read from: a row up to its last anchor, or to its end."""
   if text:
     return np.concatenate([edit.rows[c], edit.target])

@@ -1,6 +1,6 @@
 """Keeps track of who sits where in a room.
 
-Axis letters as in `rooms`: E slots, C contexts, R rows, N places, P columns before
+Axis letters as in `shapes`: E slots, C contexts, R rows, N places, P columns before
 a suffix, K scored places, n labels of a row.
 """
 
@@ -18,83 +18,83 @@ from jaxedit.batching import (
     plan as plan_lib,
 )
 from jaxedit.batching.plan import (
-    Frame,
-    Room,
+    BatchPlan,
+    BatchShape,
 )
 from jaxedit.text.encoding import (
     EncodedEdit,
     Stage,
 )
-from jaxedit.types import TRUNK, Array, Columns, Keep, Ragged
+from jaxedit.types import SHARED, Array, TokenLayout, OutputTokens, PackedSequences
 
 
 @flax.struct.dataclass
-class Seats:
+class SlotLayout:
   """Who sits where in a room.
 
   Attributes:
     rows: suffix columns, R rows on N places.
     before: [R, P] columns of earlier keys and values: trunk, own, done chunks.
-    keep: the K scored places, then one a slot for its KL row.
+    outputs: the K scored places, then one a slot for its KL row.
     anchor: [E, rows] int32 place of the anchor; N where there is none.
     pick: [E, C, n] int32 scored place of a label; K where there is none.
     label: [K] int32 token that should follow a scored place.
     live: [E] bool, slots whose edit has its places.
   """
 
-  rows: Ragged
-  before: Columns
-  keep: Keep
+  rows: PackedSequences
+  before: TokenLayout
+  outputs: OutputTokens
   anchor: Array
   pick: Array
   label: Array
   live: Array
 
 
-class Move(NamedTuple):
+class Compaction(NamedTuple):
   """How everybody moves to another room.
 
   Attributes:
-    seating: of the new room.
+    slots: of the new room.
     slots: [E] int32 old slot of a new one; past the end for a free one.
     places: [N] int32 old place of a new one, likewise.
   """
 
-  seating: Seating
+  slots: SlotAllocator
   slots: np.ndarray
   places: np.ndarray
 
 
-class Seating:
+class SlotAllocator:
   """Keeps track of who sits where in one room.
 
   Attributes:
     held: (edit, stage) in every slot, or None.
   """
 
-  def __init__(self, frame: Frame, room: Room):
-    slots, rows = room.slots, frame.rows
+  def __init__(self, plan: BatchPlan, batch_shape: BatchShape):
+    slots, rows = batch_shape.slots, plan.rows
     count = slots * rows
-    self._frame, self._room = frame, room
+    self._plan, self._batch_shape = plan, batch_shape
     self.held: list[tuple[EncodedEdit, int] | None] = [None] * slots
-    self._places = list(range(room.places))[::-1]
-    self._scored = list(range(room.scored))[::-1]
-    self._rows = packer.Rows(count, room.width, room.places)
+    self._places = list(range(batch_shape.token_budget))[::-1]
+    self._scored = list(range(batch_shape.logit_budget))[::-1]
+    self._rows = packer.Packer(count, batch_shape.length, batch_shape.token_budget)
     # Scored places come first, then one a slot for its KL row.
-    kept = room.scored + (slots if frame.kl else 0)
-    self._keep = np.full([kept], room.places, np.int32)
-    self._asking = packer.Rows(count, room.labels, kept)
-    columns = frame.shared + room.left[1] + room.grow
+    kept = batch_shape.logit_budget + (slots if plan.kl else 0)
+    self._keep = np.full([kept], batch_shape.token_budget, np.int32)
+    self._asking = packer.Packer(count, batch_shape.labels, kept)
+    columns = plan.shared + batch_shape.prefix_shape[1] + batch_shape.grow
     self._before = np.zeros([2, count, columns], np.int32)
-    self._anchor = np.full([slots, rows], room.places, np.int32)
+    self._anchor = np.full([slots, rows], batch_shape.token_budget, np.int32)
     self._pick = np.full(
-        [slots, frame.contexts, room.labels], room.scored, np.int32
+        [slots, plan.contexts, batch_shape.labels], batch_shape.logit_budget, np.int32
     )
-    self._label = np.zeros([room.scored], np.int32)
+    self._label = np.zeros([batch_shape.logit_budget], np.int32)
     self._grown = [0] * slots
 
   @property
-  def idle(self) -> int | None:
+  def free_slot(self) -> int | None:
     """A free slot, if there is one."""
     return self.held.index(None) if None in self.held else None
 
@@ -103,8 +103,8 @@ class Seating:
     places, scored = plan_lib.stage_load(edit, k)
     return places <= len(self._places) and scored <= len(self._scored)
 
-  def sit(self, slot: int, edit: EncodedEdit, k: int) -> np.ndarray:
-    """Seats a stage of an edit.
+  def assign(self, slot: int, edit: EncodedEdit, k: int) -> np.ndarray:
+    """Assigns a stage of an edit.
 
     Args:
       slot: a free one.
@@ -114,34 +114,34 @@ class Seating:
     Returns:
       [rows, W] int32 places of its columns from the anchor on; N elsewhere.
     """
-    frame = self._frame
+    plan = self._plan
     self.held[slot] = (edit, k)
-    base = slot * frame.rows
-    for c in range(frame.contexts):
+    base = slot * plan.rows
+    for c in range(plan.contexts):
       stage = edit.stage(k, c)
-      self._seat(slot, c, stage.anchor, stage.end - stage.anchor)
-      self._ask(slot, c, stage)
-    if frame.kl and k == 0:
-      self._seat(slot, frame.contexts, len(edit.kl) - 1, 1)
+      self._assign_sequence(slot, c, stage.anchor, stage.end - stage.anchor)
+      self._assign_outputs(slot, c, stage)
+    if plan.kl and k == 0:
+      self._assign_sequence(slot, plan.contexts, len(edit.kl) - 1, 1)
       place = len(self._label) + slot
       self._keep[place] = self._anchor[slot, -1]
       self._asking.put(
-          base + frame.contexts, np.array([place]), len(edit.kl) - 1
+          base + plan.contexts, np.array([place]), len(edit.kl) - 1
       )
     if k == 0:
       self._grown[slot] = 0
-      self._look_back(slot, edit)
-    return self._rows.index[base : base + frame.rows].copy()
+      self._note_prefix(slot, edit)
+    return self._rows.index[base : base + plan.rows].copy()
 
-  def _seat(self, slot: int, c: int, start: int, count: int) -> None:
+  def _assign_sequence(self, slot: int, c: int, start: int, count: int) -> None:
     """Takes places for one row."""
     places = np.array([self._places.pop() for _ in range(count)], np.int32)
-    self._rows.put(slot * self._frame.rows + c, places, start)
+    self._rows.put(slot * self._plan.rows + c, places, start)
     self._anchor[slot, c] = places[0]
 
-  def _ask(self, slot: int, c: int, stage: Stage) -> None:
+  def _assign_outputs(self, slot: int, c: int, stage: Stage) -> None:
     """Takes scored places for the labels of one row."""
-    row = slot * self._frame.rows + c
+    row = slot * self._plan.rows + c
     count = len(stage.labels)
     kept = np.array([self._scored.pop() for _ in range(count)], np.int32)
     offset = stage.first - stage.anchor
@@ -150,18 +150,18 @@ class Seating:
     self._label[kept] = stage.labels
     self._pick[slot, c, :count] = kept
 
-  def _look_back(self, slot: int, edit: EncodedEdit) -> None:
+  def _note_prefix(self, slot: int, edit: EncodedEdit) -> None:
     """Notes which earlier columns the rows of a new edit see."""
-    frame = self._frame
-    for c in range(frame.rows):
-      position, segment = self._before[:, slot * frame.rows + c]
-      trunk = len(frame.trunk[c]) if c < frame.contexts else 0
-      anchor = edit.anchors[c] if c < frame.contexts else len(edit.kl) - 1
-      for at, begin, end in ((0, 0, trunk), (frame.shared, trunk, anchor)):
+    plan = self._plan
+    for c in range(plan.rows):
+      position, segment = self._before[:, slot * plan.rows + c]
+      shared_prefix = len(plan.shared_prefix[c]) if c < plan.contexts else 0
+      anchor = edit.anchors[c] if c < plan.contexts else len(edit.kl) - 1
+      for at, begin, end in ((0, 0, shared_prefix), (plan.shared, shared_prefix, anchor)):
         position[at : at + end - begin] = np.arange(begin, end)
-        segment[at : at + end - begin] = TRUNK
+        segment[at : at + end - begin] = SHARED
 
-  def move_on(self, slot: int) -> int:
+  def next_chunk(self, slot: int) -> int:
     """Ends a stage whose edit has another one.
 
     The columns before the next anchor become earlier columns of the row.
@@ -173,42 +173,42 @@ class Seating:
       The column of earlier keys and values from which this stage's belong.
     """
     edit, k = self.held[slot]
-    frame = self._frame
-    offset = frame.shared + self._room.left[1] + self._grown[slot]
+    plan = self._plan
+    offset = plan.shared + self._batch_shape.prefix_shape[1] + self._grown[slot]
     counts = []
-    for c in range(frame.contexts):
+    for c in range(plan.contexts):
       begin, end = edit.stage(k, c).anchor, edit.stage(k + 1, c).anchor
-      position, segment = self._before[:, slot * frame.rows + c]
+      position, segment = self._before[:, slot * plan.rows + c]
       position[offset : offset + end - begin] = np.arange(begin, end)
-      segment[offset : offset + end - begin] = TRUNK
+      segment[offset : offset + end - begin] = SHARED
       counts.append(end - begin)
     self._grown[slot] += max(counts)
-    self._rise(slot)
+    self._release(slot)
     return offset
 
-  def leave(self, slot: int) -> None:
+  def free(self, slot: int) -> None:
     """Frees a slot and its places."""
-    self._rise(slot)
-    for c in range(self._frame.rows):
-      self._before[:, slot * self._frame.rows + c] = 0
+    self._release(slot)
+    for c in range(self._plan.rows):
+      self._before[:, slot * self._plan.rows + c] = 0
     self.held[slot] = None
 
-  def _rise(self, slot: int) -> None:
-    frame, room = self._frame, self._room
-    for c in range(frame.rows):
-      row = slot * frame.rows + c
+  def _release(self, slot: int) -> None:
+    plan, batch_shape = self._plan, self._batch_shape
+    for c in range(plan.rows):
+      row = slot * plan.rows + c
       self._places += self._rows.clear(row).tolist()
       kept = self._asking.clear(row)
-      self._keep[kept] = room.places
-      self._scored += [int(i) for i in kept if i < room.scored]
-    self._anchor[slot] = room.places
-    self._pick[slot] = room.scored
+      self._keep[kept] = batch_shape.token_budget
+      self._scored += [int(i) for i in kept if i < batch_shape.logit_budget]
+    self._anchor[slot] = batch_shape.token_budget
+    self._pick[slot] = batch_shape.logit_budget
 
-  def shrink(self, room: Room) -> Move | None:
-    """Seats everybody in a smaller room, if all their stages fit there.
+  def compact(self, batch_shape: BatchShape) -> Compaction | None:
+    """Assigns everybody in a smaller room, if all their stages fit there.
 
     Args:
-      room: `Room.tail`.
+      batch_shape: `BatchShape.compacted`.
 
     Returns:
       The new seating and where its slots and places come from, or None.
@@ -218,31 +218,31 @@ class Seating:
         [plan_lib.edit_load(self.held[slot][0]) for slot in seated]
     )
     places, scored = loads.sum(axis=0) if seated else (0, 0)
-    if len(seated) > room.slots or places > room.places or scored > room.scored:
+    if len(seated) > batch_shape.slots or places > batch_shape.token_budget or scored > batch_shape.logit_budget:
       return None
-    other, rows = Seating(self._frame, room), self._frame.rows
-    slots = np.full([room.slots], len(self.held), np.int32)
-    source = np.full([room.places], self._room.places, np.int32)
+    other, rows = SlotAllocator(self._plan, batch_shape), self._plan.rows
+    slots = np.full([batch_shape.slots], len(self.held), np.int32)
+    source = np.full([batch_shape.token_budget], self._batch_shape.token_budget, np.int32)
     for new, old in enumerate(seated):
-      there = other.sit(new, *self.held[old])
+      there = other.assign(new, *self.held[old])
       here = self._rows.index[old * rows : (old + 1) * rows]
-      taken = there < room.places
+      taken = there < batch_shape.token_budget
       source[there[taken]] = here[taken]
       slots[new] = old
       a, b = new * rows, old * rows
       other._before[:, a : a + rows] = self._before[:, b : b + rows]
       other._grown[new] = self._grown[old]
-    return Move(other, slots, source)
+    return Compaction(other, slots, source)
 
-  def seats(self) -> Seats:
+  def assigned(self) -> SlotLayout:
     """Who sits where now, in arrays of their own."""
     position, segment = self._before.copy()
-    return Seats(
+    return SlotLayout(
         rows=self._rows.ragged(),
-        before=Columns(position, segment),
-        keep=Keep(self._keep.copy(), self._asking.ragged()),
+        before=TokenLayout(position, segment),
+        outputs=OutputTokens(self._keep.copy(), self._asking.ragged()),
         anchor=self._anchor.copy(),
         pick=self._pick.copy(),
         label=self._label.copy(),
-        live=self._anchor[:, 0] < self._room.places,
+        live=self._anchor[:, 0] < self._batch_shape.token_budget,
     )

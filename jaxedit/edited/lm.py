@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxedit.models import decode, decoder
 from jaxedit.models.blocks import wide
 from jaxedit.models.spec import ModelSpec
-from jaxedit.types import Array, Columns, Delta, Dense, Edited, Params
+from jaxedit.types import Array, TokenLayout, Delta, Dense, Edited, Params
 
 UNEDITED = Edited()
 
@@ -66,7 +66,7 @@ def hidden(
     params: Params,
     edited: Edited,
     tokens: Array,
-    columns: Columns,
+    columns: TokenLayout,
 ) -> Array:
   """Runs an edited model up to its last block.
 
@@ -100,7 +100,7 @@ def forward(
     params: Params,
     edited: Edited,
     tokens: Array,
-    columns: Columns,
+    columns: TokenLayout,
 ) -> Array:
   """Computes the logits of an edited model; see `hidden`.
 

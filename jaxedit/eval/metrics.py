@@ -231,7 +231,7 @@ def aggregate(
     resamples: bootstrap samples.
 
   Returns:
-    Metric id -> the fields of `Interval`, in the order of `NAMES`, then by
+    Preconditioner id -> the fields of `Interval`, in the order of `NAMES`, then by
     name. A metric that no record has is absent. `score` is there when es, ps
     and ns are.
   """

@@ -38,9 +38,9 @@ from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
 from jaxedit.text.locate import encode_prompts
 from jaxedit.types import (
-    TRUNK,
+    SHARED,
     Array,
-    Columns,
+    TokenLayout,
     Edited,
     InputError,
     LowRank,
@@ -75,7 +75,7 @@ class _Batch(NamedTuple):
   """Rows laid out for one call; numpy arrays."""
 
   tokens: np.ndarray  # [B, T]
-  columns: Columns  # [B, T]
+  columns: TokenLayout  # [B, T]
   index: np.ndarray  # [chunks, R / chunks] into the B T columns
   labels: np.ndarray  # same shape
 
@@ -257,7 +257,7 @@ def _lay_out(
   index, labels = [], []
   for r, row in enumerate(rows):
     end = 0
-    for number, window in enumerate(row, TRUNK + 1):
+    for number, window in enumerate(row, SHARED + 1):
       first, end = end, end + len(window)
       tokens[r, first:end] = window
       position[r, first:end] = np.arange(len(window))
@@ -271,7 +271,7 @@ def _lay_out(
   chunks = lambda parts: np.concatenate([*parts, spare]).reshape(-1, chunk)
   batch = _Batch(
       tokens,
-      Columns(position, segment),
+      TokenLayout(position, segment),
       chunks(index).astype(np.int32),
       chunks(labels).astype(np.int32),
   )

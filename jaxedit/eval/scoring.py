@@ -43,9 +43,9 @@ from jaxedit.models import decode, decoder
 from jaxedit.models.spec import ModelSpec
 from jaxedit.text.locate import encode_prompts, encode_targets
 from jaxedit.types import (
-    TRUNK,
+    SHARED,
     Array,
-    Columns,
+    TokenLayout,
     Edited,
     InputError,
     Params,
@@ -54,7 +54,7 @@ from jaxedit.types import (
 )
 
 # Widths of a batch, in columns, and scored columns a row on average.
-_WIDTHS = (8, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
+_LENGTHS = (8, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
 _SCORED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512, 1024)
 _ROWS = tuple(2**i for i in range(16))
 # Rows of wide batches are fewer: attention needs B T T numbers.
@@ -75,7 +75,7 @@ class Row(NamedTuple):
 
   @property
   def columns(self) -> int:
-    """Columns that the row needs."""
+    """TokenLayout that the row needs."""
     return len(self.prompt) + sum(len(a) - 1 for a in self.answers)
 
   @property
@@ -103,7 +103,7 @@ class _Batch(NamedTuple):
   """Rows laid out for one call; numpy arrays."""
 
   tokens: np.ndarray  # [B, T]
-  columns: Columns  # [B, T]
+  columns: TokenLayout  # [B, T]
   index: np.ndarray  # [chunks, R / chunks] into the B T columns
   labels: np.ndarray  # same shape
   owner: np.ndarray  # [B]
@@ -333,7 +333,7 @@ def _cut(
   # its batches, the last one first.
   ways = {0: {(0, 0): (0, None)}}
   while (first := min(ways)) < len(order):
-    own = round_up(rows[order[first]].columns, _WIDTHS)
+    own = round_up(rows[order[first]].columns, _LENGTHS)
     for last, (cost, path) in ways.pop(first).items():
       for width in {own, max(own, last[1])}:
         for shape in ((count, width) for count in counts(width)):
@@ -368,9 +368,9 @@ def _lay_out(
     length = len(row.prompt)
     tokens[r, :length] = row.prompt
     position[r, :length] = np.arange(length)
-    segment[r, :length] = TRUNK
+    segment[r, :length] = SHARED
     end = length
-    for branch, answer in enumerate(row.answers, TRUNK + 1):
+    for branch, answer in enumerate(row.answers, SHARED + 1):
       begin, end = end, end + len(answer) - 1
       tokens[r, begin:end] = answer[:-1]
       position[r, begin:end] = length + np.arange(end - begin)
@@ -382,7 +382,7 @@ def _lay_out(
   spare = [0] * (chunks[0] * chunks[1] - len(index))
   return _Batch(
       tokens,
-      Columns(position, segment),
+      TokenLayout(position, segment),
       np.asarray(index + spare, np.int32).reshape(chunks),
       np.asarray(labels + spare, np.int32).reshape(chunks),
       np.asarray([*owner, *[0] * (shape[0] - len(rows))], np.int32),

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 from jaxedit.methods.closed_form.recipe import Recipe
 from jaxedit.solve.preconditioner import null_space
-from jaxedit.targets import Schedule
+from jaxedit.targets import TargetConfig
 
 THRESHOLD = 2e-2  # published, absolute
 
@@ -32,7 +32,7 @@ def alphaedit(
     threshold: float | None = None,
     ridge: float = 10.0,
     remember: bool = True,
-    value: Schedule | None = None,
+    value: TargetConfig | None = None,
 ) -> Recipe:
   """The AlphaEdit row.
 
@@ -53,7 +53,7 @@ def alphaedit(
       name='alphaedit',
       layers=tuple(layers),
       metric=lambda gram: null_space(gram, share=share, threshold=threshold),
-      value=value or Schedule(rate=0.1),
+      value=value or TargetConfig(rate=0.1),
       ridge=ridge,
       remember=remember,
   )

@@ -47,7 +47,7 @@ class Editor(NamedTuple):
     init: (params, moments) -> state.
     edit: (params, state, edits) -> (edited, state, info): all edits of the
       batch together, as one change.
-    edit_each: same, every edit alone, or every group of edits where `owner`
+    edit_independent: same, every edit alone, or every group of edits where `owner`
       names one an edit: the change has a group axis [n, G, ...], and entry g is
       the model in which only that group was edited.
 
@@ -56,4 +56,4 @@ class Editor(NamedTuple):
 
   init: Callable[..., Any]
   edit: Callable[..., Any]
-  edit_each: Callable[..., Any]
+  edit_independent: Callable[..., Any]

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from jaxedit.methods.closed_form.recipe import Recipe
 from jaxedit.solve.preconditioner import covariance
-from jaxedit.targets import Schedule
+from jaxedit.targets import TargetConfig
 
 
 def emmet(
@@ -22,8 +22,8 @@ def emmet(
     *,
     moment_weight: float = 1.0,
     ridge: float = 0.1,
-    lone_ridge: float | None = 0.0,
-    value: Schedule | None = None,
+    single_edit_ridge: float | None = 0.0,
+    value: TargetConfig | None = None,
 ) -> Recipe:
   """The EMMET row.
 
@@ -32,7 +32,7 @@ def emmet(
     moment_weight: lambda. It scales K S K^T, so the ridge acts as ridge * lambda
       (published 1 for GPT-J, 1000 for GPT2-XL; EasyEdit 100000).
     ridge: mu.
-    lone_ridge: mu for a single fact; published 0, None for `ridge` (EasyEdit).
+    single_edit_ridge: mu for a single fact; published 0, None for `ridge` (EasyEdit).
     value: settings of the value optimisation; None for those of GPT-J.
 
   Returns:
@@ -42,7 +42,7 @@ def emmet(
       name='emmet',
       layers=tuple(layers),
       metric=lambda gram: covariance(gram, moment_weight),
-      value=value or Schedule(),
+      value=value or TargetConfig(),
       ridge=ridge,
-      lone_ridge=lone_ridge,
+      single_edit_ridge=single_edit_ridge,
   )

@@ -14,14 +14,14 @@ from collections.abc import Sequence
 
 from jaxedit.methods.closed_form.recipe import Recipe
 from jaxedit.solve.preconditioner import covariance
-from jaxedit.targets import Schedule
+from jaxedit.targets import TargetConfig
 
 
 def memit(
     layers: Sequence[int] = (3, 4, 5, 6, 7, 8),
     *,
     moment_weight: float = 15000.0,
-    value: Schedule | None = None,
+    value: TargetConfig | None = None,
 ) -> Recipe:
   """The MEMIT row.
 
@@ -37,5 +37,5 @@ def memit(
       name='memit',
       layers=tuple(layers),
       metric=lambda gram: covariance(gram, moment_weight),
-      value=value or Schedule(),
+      value=value or TargetConfig(),
   )

@@ -39,12 +39,12 @@ def shadowed(recipe: Recipe, edits: int) -> Recipe:
         ' layers make its layer schedule divide by zero or less; take at most'
         f' {len(recipe.layers)} a batch'
     )
-  own = recipe.shared_metric
+  own = recipe.shared_preconditioner
   if recipe.name == 'alphaedit':
     own = edits - 1
   return dataclasses.replace(
       recipe,
       name=f'{recipe.name} (shadowed)',
       spread=lambda remaining: 1 / left,
-      shared_metric=own,
+      shared_preconditioner=own,
   )

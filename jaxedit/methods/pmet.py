@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 from jaxedit.methods.closed_form.recipe import Recipe
 from jaxedit.solve.preconditioner import covariance
-from jaxedit.targets import Schedule
+from jaxedit.targets import TargetConfig
 
 
 def root(remaining: int) -> float:
@@ -33,7 +33,7 @@ def pmet(
     layers: Sequence[int] = (3, 4, 5, 6, 7, 8),
     *,
     moment_weight: float = 6000.0,
-    value: Schedule | None = None,
+    value: TargetConfig | None = None,
 ) -> Recipe:
   """The PMET row.
 
@@ -49,7 +49,7 @@ def pmet(
       name='pmet',
       layers=tuple(layers),
       metric=lambda gram: covariance(gram, moment_weight),
-      value=value or Schedule(steps=30, rate=0.2, kl=1.0, ease=0.01),
+      value=value or TargetConfig(steps=30, rate=0.2, kl=1.0, argmax_stop=0.01),
       output='attn+mlp',
       spread=root,
   )

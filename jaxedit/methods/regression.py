@@ -29,7 +29,7 @@ from jaxedit.batching.buckets import round_up
 from jaxedit.models import decoder
 from jaxedit.models.blocks import wide
 from jaxedit.models.spec import ModelSpec
-from jaxedit.types import PADDING, TRUNK, Array, Columns, Params, Ragged
+from jaxedit.types import PADDING, SHARED, Array, TokenLayout, Params, PackedSequences
 
 _ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
 
@@ -58,7 +58,7 @@ class Texts(NamedTuple):
   """
 
   tokens: Array
-  rows: Ragged
+  rows: PackedSequences
   counted: Array
 
 
@@ -150,15 +150,15 @@ def pack(
     here = np.arange(at, at + length, dtype=np.int32)
     tokens[0, here] = 0 if pad is None else pad
     tokens[0, here[: len(ids)]] = ids
-    index[r, :length], segment[r, : len(ids)] = here, TRUNK
+    index[r, :length], segment[r, : len(ids)] = here, SHARED
     row[here], column[here] = r, np.arange(length)
     at += length
   position = np.tile(np.arange(columns, dtype=np.int32), (count, 1))
-  rows = Ragged(Columns(position, segment), index, row, column)
+  rows = PackedSequences(TokenLayout(position, segment), index, row, column)
   return Texts(tokens, rows, row < count)
 
 
-def run_block(spec: ModelSpec, block: Params, h: Array, rows: Ragged) -> Array:
+def run_block(spec: ModelSpec, block: Params, h: Array, rows: PackedSequences) -> Array:
   """Runs one block alone.
 
   Args:
@@ -194,7 +194,7 @@ def _between(
     spec: ModelSpec,
     params: Params,
     h: Array,
-    rows: Ragged,
+    rows: PackedSequences,
     *,
     start: int,
     stop: int,
@@ -216,7 +216,7 @@ def aim(
     spec: ModelSpec,
     params: Params,
     h: Array,
-    rows: Ragged,
+    rows: PackedSequences,
     goals: Goals | None,
     *,
     layer: int,
@@ -258,11 +258,11 @@ def read(h: Array, goals: Goals) -> Array:
 
 @functools.partial(jax.jit, static_argnames='spec')
 def advance(
-    spec: ModelSpec, block: Params, change: Params, h: Array, rows: Ragged
+    spec: ModelSpec, block: Params, change: Params, h: Array, rows: PackedSequences
 ) -> Array:
   """Runs every group's own block."""
 
-  def one(change: Params, h: Array, rows: Ragged) -> Array:
+  def one(change: Params, h: Array, rows: PackedSequences) -> Array:
     new = jax.tree.map(lambda w, d: (w + d).astype(w.dtype), block, change)
     return run_block(spec, new, h, rows)
 

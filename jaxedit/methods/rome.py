@@ -24,7 +24,7 @@ from jaxedit.solve.preconditioner import (
     covariance,
     identity,
 )
-from jaxedit.targets import Schedule
+from jaxedit.targets import TargetConfig
 from jaxedit.types import InputError
 
 R_ROME_KEYS = ('mean', 'bare')
@@ -33,7 +33,7 @@ R_ROME_KEYS = ('mean', 'bare')
 def rome(
     layers: Sequence[int] = (5,),
     *,
-    value: Schedule | None = None,
+    value: TargetConfig | None = None,
     moments: bool = True,
 ) -> Recipe:
   """The ROME row.
@@ -59,7 +59,7 @@ def rome(
       name='rome',
       layers=tuple(layers),
       metric=metric,
-      value=value or Schedule(steps=20, clamp=4.0),
+      value=value or TargetConfig(steps=20, clamp=4.0),
       ridge=0.0,
       bare=None,
       constraint='bare',
@@ -70,7 +70,7 @@ def rome(
 def r_rome(
     layers: Sequence[int] = (5,),
     *,
-    value: Schedule | None = None,
+    value: TargetConfig | None = None,
     keys: str = 'mean',
 ) -> Recipe:
   """The R-ROME row.

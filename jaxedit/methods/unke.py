@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxedit import targets as targets_lib
-from jaxedit.batching.plan import Frame
+from jaxedit.batching.plan import BatchPlan
 from jaxedit.methods import (
     base,
     regression,
@@ -58,7 +58,7 @@ from jaxedit.types import (
 
 # Published settings, the same for all models. Runs with chunks are published
 # with a threshold of 5e-3, others without early stop.
-_VALUE = targets_lib.Schedule(
+_VALUE = targets_lib.TargetConfig(
     steps=25, rate=0.5, decay=1e-3, clamp=4.0, kl=0.0, threshold=0.0
 )
 _NOT_FINITE = (
@@ -91,7 +91,7 @@ class Unke:
 
   name: str = 'unke'
   layers: tuple[int, ...] = (7,)
-  value: targets_lib.Schedule = _VALUE
+  value: targets_lib.TargetConfig = _VALUE
   activations: str = 'float32'
   chunks: Chunking | None = None
   anchor: str = 'prompt_last'
@@ -141,7 +141,7 @@ def unke_editor(spec: ModelSpec, recipe: Unke) -> base.Editor:
     The editor. Its `init(params, preserved)` takes the texts whose outputs
     shall stay, arrays of ids. Its `edit(params, state, edits, frame=None,
     memory=None, progress=silent)` takes what `text` encodes, in one context
-    each; the change is `Dense`, one a parameter of the block. `edit_each` takes
+    each; the change is `Dense`, one a parameter of the block. `edit_independent` takes
     `owner` as well, [E] the group of an edit (each its own unless given); its
     changes are numpy arrays [n, G, ...], as they need not fit the device.
 
@@ -169,7 +169,7 @@ def unke_editor(spec: ModelSpec, recipe: Unke) -> base.Editor:
       edits: Sequence[EncodedEdit],
       *,
       owner: Sequence[int],
-      frame: Frame | None,
+      plan: BatchPlan | None,
       memory: targets_lib.Memory | None,
       progress: Progress,
   ) -> tuple[tuple[Dense, ...], base.Info]:
@@ -180,8 +180,8 @@ def unke_editor(spec: ModelSpec, recipe: Unke) -> base.Editor:
         params,
         edits,
         layer=recipe.layers[-1],
-        schedule=recipe.value,
-        frame=frame,
+        config=recipe.value,
+        plan=plan,
         memory=memory,
         progress=progress,
     )
@@ -207,7 +207,7 @@ def unke_editor(spec: ModelSpec, recipe: Unke) -> base.Editor:
     info = _info(targets, written, fitting.distance, seconds, work, number)
     return fitting.deltas(), info
 
-  def edit(params, state, edits, *, frame=None, memory=None, progress=silent):
+  def edit(params, state, edits, *, plan=None, memory=None, progress=silent):
     if not edits:
       return Edited(), state, _nothing(spec, recipe)
     deltas, info = run(
@@ -215,20 +215,20 @@ def unke_editor(spec: ModelSpec, recipe: Unke) -> base.Editor:
         state,
         edits,
         owner=[0] * len(edits),
-        frame=frame,
+        plan=plan,
         memory=memory,
         progress=progress,
     )
     only = lambda x: jnp.asarray(x[:, 0])
     return Edited(deltas=jax.tree.map(only, deltas)), state, info
 
-  def edit_each(
+  def edit_independent(
       params,
       state,
       edits,
       *,
       owner=None,
-      frame=None,
+      plan=None,
       memory=None,
       progress=silent,
   ):
@@ -240,13 +240,13 @@ def unke_editor(spec: ModelSpec, recipe: Unke) -> base.Editor:
         state,
         edits,
         owner=owner,
-        frame=frame,
+        plan=plan,
         memory=memory,
         progress=progress,
     )
     return Edited(deltas=deltas), state, info
 
-  return base.Editor(init, edit, edit_each)
+  return base.Editor(init, edit, edit_independent)
 
 
 class _Fitting:

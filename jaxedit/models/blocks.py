@@ -28,7 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxedit.models import packing
 from jaxedit.models.spec import ModelSpec
-from jaxedit.types import Array, Keep, Ragged
+from jaxedit.types import Array, OutputTokens, PackedSequences
 
 # The name under which results of weight products are saved for a backward pass.
 PRODUCT = 'product'
@@ -141,7 +141,7 @@ narrow_product.defvjp(_narrow_forward, _narrow_backward)
 
 
 def change(
-    x: Array, delta: tuple[Array, ...], rows: Ragged | None = None
+    x: Array, delta: tuple[Array, ...], rows: PackedSequences | None = None
 ) -> Array:
   """Applies one kernel change, in f32 or wider.
 
@@ -161,7 +161,7 @@ def change(
   if key.ndim == 2:
     return einsum('btm,md->btd', einsum('btf,mf->btm', x, key), value)
   if rows is not None:
-    return packing.to_places(rows, change(packing.to_rows(rows, x), delta))
+    return packing.flatten(rows, change(packing.unflatten(rows, x), delta))
   return einsum('btm,bmd->btd', einsum('btf,bmf->btm', x, key), value)
 
 
@@ -198,7 +198,7 @@ class Linear(nn.Module):
       self,
       x: Array,
       delta: tuple[Array, ...] | None,
-      rows: Ragged | None = None,
+      rows: PackedSequences | None = None,
   ) -> Array:
     kernel = self.param(
         'kernel',
@@ -246,7 +246,7 @@ def attend(
 ) -> Array:
   """Grouped-query attention over prefix and own columns, without joining them.
 
-  Columns are the last axis but one, so that every product is one of plain
+  TokenLayout are the last axis but one, so that every product is one of plain
   matrices: a CPU runs others at a third of the rate.
 
   Args:
@@ -290,7 +290,7 @@ def _scores(q: Array, key: Array, columns: int) -> Array:
   return jnp.swapaxes(jax.lax.optimization_barrier(y), 2, 3)
 
 
-class Sight(NamedTuple):
+class AttentionInputs(NamedTuple):
   """What a block knows of the columns it runs on.
 
   Attributes:
@@ -304,8 +304,8 @@ class Sight(NamedTuple):
 
   mask: Array
   turn: tuple[Array, Array] | None
-  rows: Ragged | None = None
-  keep: Keep | None = None
+  rows: PackedSequences | None = None
+  keep: OutputTokens | None = None
 
 
 class Block(nn.Module):
@@ -382,7 +382,7 @@ class Block(nn.Module):
 class _Recorder:
   """Hands linear maps their change and keeps what they were given."""
 
-  def __init__(self, deltas: Mapping[str, Any], rows: Ragged | None):
+  def __init__(self, deltas: Mapping[str, Any], rows: PackedSequences | None):
     self.deltas, self.rows = deltas, rows
     self.seen: dict[str, Any] = {}
 
@@ -391,10 +391,10 @@ class _Recorder:
     return linear(x, self.deltas.get(site), self.rows)
 
 
-def _by_group(spec: ModelSpec, rows: Ragged | None, x: Array) -> Array:
+def _by_group(spec: ModelSpec, rows: PackedSequences | None, x: Array) -> Array:
   """Lays heads [B, T, heads, H] out as [R, G, T, heads / G * H]."""
   if rows is not None:
-    x = packing.to_rows(rows, x.reshape(*x.shape[:2], -1))
+    x = packing.unflatten(rows, x.reshape(*x.shape[:2], -1))
   x = x.reshape(*x.shape[:2], spec.kv_heads, -1)
   return jnp.swapaxes(x, 1, 2)
 
@@ -436,7 +436,7 @@ class _Attention(nn.Module):
     mixed = jnp.swapaxes(mixed, 1, 2)
     mixed = mixed.reshape(*mixed.shape[:2], -1)
     if rows is not None:
-      mixed = packing.to_places(asking, mixed)
+      mixed = packing.flatten(asking, mixed)
     out = Linear(spec, spec.width, spec.out_bias, name='out')
     return run('attn/out', out, mixed)
 

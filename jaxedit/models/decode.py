@@ -43,10 +43,10 @@ __all__ = ['GREEDY', 'Decoding', 'generate', 'refuse_faulty', 'stack_faults']
 # Numbers of random streams are int32 on the device.
 _STREAMS = 2**31
 
-# Columns of a batch of prompts and of a cache, and rows of the first batch; each
+# TokenLayout of a batch of prompts and of a cache, and rows of the first batch; each
 # is another program.
-_WIDTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-_CACHES = tuple(width for width in _WIDTHS if width >= 64)
+_LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+_CACHES = tuple(width for width in _LENGTHS if width >= 64)
 _ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
 # A batch is not halved below this: reading the weights is what it costs then.
 _FEW = 4
@@ -284,14 +284,14 @@ class _Writer:
       self.seats += [None] * (rows - len(self.seats))
 
   def _columns(self, i: int) -> int:
-    """Columns of the cache that a text has filled after the next segment."""
+    """TokenLayout of the cache that a text has filled after the next segment."""
     new = max(len(self.texts[i]), 1)  # a prompt is read with its first token
     ahead = min(decode_state.SEGMENT, self._most - new)
     return len(self._prompts[i]) + new - 1 + ahead
 
   def _admit(self, chosen: Sequence[int]) -> None:
     """Reads prompts and gives them rows."""
-    width = _fit(_WIDTHS, max(len(self._prompts[i]) for i in chosen))
+    width = _fit(_LENGTHS, max(len(self._prompts[i]) for i in chosen))
     tokens = np.zeros((self._chunk, width), np.int32)
     # What a chunk has to spare holds one token and gets no row.
     length, stream, owner = np.zeros((3, self._chunk), np.int32)

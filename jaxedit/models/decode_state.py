@@ -25,16 +25,16 @@ from jaxedit.models.spec import ModelSpec
 from jaxedit.types import (
     KV,
     PADDING,
-    TRUNK,
+    SHARED,
     Array,
-    Columns,
+    TokenLayout,
     Delta,
     LowRank,
     Params,
     Tap,
 )
 
-# Columns of a segment: rows that have ended wait for half of it on average.
+# TokenLayout of a segment: rows that have ended wait for half of it on average.
 SEGMENT = 32
 
 
@@ -186,7 +186,7 @@ def read(
     (a batch of its own, [Q] first tokens).
   """
   valid = jnp.arange(tokens.shape[1]) < length[:, None]
-  columns = decoder.token_columns(valid)
+  columns = decoder.token_layout(valid)
   h = decoder.embed(spec, params, tokens, columns)
   h, (cache,) = _run(spec, params, call, owner)(h, columns)
   each = jnp.arange(len(tokens))
@@ -287,8 +287,8 @@ def extend(
   def write(state: tuple) -> tuple:
     step, (rows, cache), out = state
     place = rows.place[:, None]
-    own = Columns(place, jnp.full_like(place, TRUNK))
-    before = Columns(column, jnp.where(column < place, TRUNK, PADDING))
+    own = TokenLayout(place, jnp.full_like(place, SHARED))
+    before = TokenLayout(column, jnp.where(column < place, SHARED, PADDING))
     h = decoder.embed(spec, params, rows.token[:, None], own)
     h, (new,) = run(h, own, prefix=KV(*cache, before))
     cache = tuple(

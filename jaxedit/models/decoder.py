@@ -25,20 +25,20 @@ import numpy as np
 
 from jaxedit import ops
 from jaxedit.models import packing
-from jaxedit.models.blocks import PRODUCT, Block, Norm, Sight, product, wide
+from jaxedit.models.blocks import PRODUCT, Block, Norm, AttentionInputs, product, wide
 from jaxedit.models.spec import ModelSpec, RopeScaling
 from jaxedit.types import (
     KV,
     PADDING,
-    TRUNK,
+    SHARED,
     Array,
-    Columns,
+    TokenLayout,
     Delta,
-    Keep,
+    OutputTokens,
     LowRank,
     Params,
     Patch,
-    Ragged,
+    PackedSequences,
     Tap,
 )
 
@@ -47,22 +47,22 @@ from jaxedit.types import (
 SAVE_PRODUCTS = jax.checkpoint_policies.save_only_these_names(PRODUCT)
 
 
-def token_columns(valid: Array) -> Columns:
+def token_layout(valid: Array) -> TokenLayout:
   """Describes padded rows of one text each.
 
   Args:
     valid: [B, T] bool, False at padding on either side.
 
   Returns:
-    Columns with positions from 0 at the first valid column and one trunk.
+    TokenLayout with positions from 0 at the first valid column and one trunk.
   """
   valid = jnp.asarray(valid)
   position = jnp.maximum(jnp.cumsum(valid, axis=-1) - 1, 0)
-  segment = jnp.where(valid, TRUNK, PADDING)
-  return Columns(position.astype(jnp.int32), segment.astype(jnp.int32))
+  segment = jnp.where(valid, SHARED, PADDING)
+  return TokenLayout(position.astype(jnp.int32), segment.astype(jnp.int32))
 
 
-def visible(query: Columns, key: Columns, window: int | None) -> Array:
+def visible(query: TokenLayout, key: TokenLayout, window: int | None) -> Array:
   """Says which key columns a query column sees (see `types.Columns`).
 
   Args:
@@ -73,10 +73,10 @@ def visible(query: Columns, key: Columns, window: int | None) -> Array:
   Returns:
     [B, T, S] bool.
   """
-  q = Columns(query.position[:, :, None], query.segment[:, :, None])
-  k = Columns(key.position[:, None, :], key.segment[:, None, :])
+  q = TokenLayout(query.position[:, :, None], query.segment[:, :, None])
+  k = TokenLayout(key.position[:, None, :], key.segment[:, None, :])
   mask = (k.position <= q.position) & (k.segment != PADDING)
-  mask &= (k.segment == TRUNK) | (k.segment == q.segment)
+  mask &= (k.segment == SHARED) | (k.segment == q.segment)
   if window is not None:
     mask &= q.position - k.position < window
   return mask
@@ -120,26 +120,26 @@ def _turn(
   return jnp.cos(angles), jnp.sin(angles)
 
 
-def _row_columns(columns: Columns | Ragged) -> Columns:
+def _row_columns(columns: TokenLayout | PackedSequences) -> TokenLayout:
   """[R, T] columns as attention sees them."""
-  return columns.columns if isinstance(columns, Ragged) else columns
+  return columns.columns if isinstance(columns, PackedSequences) else columns
 
 
-def _positions(columns: Columns | Ragged) -> Array:
+def _positions(columns: TokenLayout | PackedSequences) -> Array:
   """[B, T] positions as activations have them."""
-  if isinstance(columns, Ragged):
-    return packing.to_places(columns, columns.columns.position)
+  if isinstance(columns, PackedSequences):
+    return packing.flatten(columns, columns.columns.position)
   return columns.position
 
 
 def _sight(
     spec: ModelSpec,
-    columns: Columns | Ragged,
+    columns: TokenLayout | PackedSequences,
     prefix: KV | None,
     *,
     dtype: Any,
-    keep: Keep | None = None,
-) -> Sight:
+    keep: OutputTokens | None = None,
+) -> AttentionInputs:
   """What blocks need to know of their columns."""
   keys = _row_columns(columns)
   queries = keys if keep is None else keep.rows.columns
@@ -147,23 +147,23 @@ def _sight(
   if prefix is not None:
     before = visible(queries, prefix.columns, spec.window)
     mask = jnp.concatenate([before, mask], axis=-1)
-  return Sight(
+  return AttentionInputs(
       mask=mask,
       turn=_turn(spec, _positions(columns), dtype),
-      rows=columns if isinstance(columns, Ragged) else None,
+      rows=columns if isinstance(columns, PackedSequences) else None,
       keep=keep,
   )
 
 
 def embed(
-    spec: ModelSpec, params: Params, tokens: Array, columns: Columns | Ragged
+    spec: ModelSpec, params: Params, tokens: Array, columns: TokenLayout | PackedSequences
 ) -> Array:
   """Looks up token (and learned position) embeddings.
 
   Args:
     spec: the architecture.
     params: canonical parameters.
-    tokens: [B, T] int32; [1, N] for `Ragged` columns.
+    tokens: [B, T] int32; [1, N] for `PackedSequences` columns.
     columns: [B, T] columns.
 
   Returns:
@@ -258,13 +258,13 @@ def run_layer(
     spec: ModelSpec,
     params: Params,
     h: Array,
-    columns: Columns | Ragged,
+    columns: TokenLayout | PackedSequences,
     *,
     layer: Array | int,
-    prefix: tuple[Array, Array, Columns] | None = None,
+    prefix: tuple[Array, Array, TokenLayout] | None = None,
     deltas: Mapping[str, tuple[Array, ...]] | None = None,
     intervene: Callable[[str, Array], Array] = lambda site, x: x,
-    keep: Keep | None = None,
+    keep: OutputTokens | None = None,
 ) -> tuple[Array, dict[str, Any]]:
   """Runs one layer whose number may be traced.
 
@@ -278,7 +278,7 @@ def run_layer(
     deltas: site -> factors of this layer, as `blocks.change` takes them.
     intervene: (site, output) -> output that takes its place, for the sites
       'attn', 'mlp' and 'block'.
-    keep: places of `Ragged` columns at which the output is wanted.
+    keep: places of `PackedSequences` columns at which the output is wanted.
 
   Returns:
     ([B, T, D] residual, what the block saw, see `blocks.Block`).
@@ -297,14 +297,14 @@ def run_layer(
   )
 
 
-def mix_layer(
+def attention_half(
     spec: ModelSpec,
     params: Params,
     h: Array,
-    columns: Columns | Ragged,
+    columns: TokenLayout | PackedSequences,
     *,
     layer: Array | int,
-    prefix: tuple[Array, Array, Columns] | None = None,
+    prefix: tuple[Array, Array, TokenLayout] | None = None,
 ) -> tuple[Array, Array, tuple[Array, Array]]:
   """Runs the attention half of one layer, up to the input of its MLP.
 
@@ -328,13 +328,13 @@ def mix_layer(
   return Block(spec).apply(weights, h, sight, kv, {}, method='mix')
 
 
-def write_layer(
+def mlp_half(
     spec: ModelSpec,
     params: Params,
     x: Array,
     *,
     layer: Array | int,
-    rows: Ragged | None = None,
+    rows: PackedSequences | None = None,
     deltas: Mapping[str, tuple[Array, ...]] | None = None,
 ) -> tuple[Array, dict[str, Any]]:
   """Runs the MLP of one layer.
@@ -342,7 +342,7 @@ def write_layer(
   Args:
     spec: the architecture.
     params: canonical parameters.
-    x: [B, T, D] its input, as `mix_layer` gives it.
+    x: [B, T, D] its input, as `attention_half` gives it.
     layer: layer number, may be traced.
     rows: how x [1, N, D] forms rows, for changes of their own a row.
     deltas: site -> factors of this layer.
@@ -382,7 +382,7 @@ def run_layers(
     spec: ModelSpec,
     params: Params,
     h: Array,
-    columns: Columns | Ragged,
+    columns: TokenLayout | PackedSequences,
     *,
     start: int,
     stop: int,
@@ -390,7 +390,7 @@ def run_layers(
     patches: Sequence[Patch] = (),
     deltas: Sequence[Delta] = (),
     taps: Sequence[Tap] = (),
-    keep: Keep | None = None,
+    keep: OutputTokens | None = None,
     remat: Callable | None = None,
 ) -> tuple[Array, tuple[Any, ...]]:
   """Runs layers start to stop - 1.
@@ -399,7 +399,7 @@ def run_layers(
     spec: the architecture.
     params: canonical parameters.
     h: [B, T, D] residual before layer `start`.
-    columns: [B, T] columns of h. `Ragged` ones go with h [1, N, D]; what is
+    columns: [B, T] columns of h. `PackedSequences` ones go with h [1, N, D]; what is
       said of B below then holds for rows, and patches are not supported.
     start: first layer, static.
     stop: one past the last layer, static.
@@ -407,7 +407,7 @@ def run_layers(
     patches: interventions on activations.
     deltas: kernel changes, applied lazily; those of other layers are ignored.
     taps: what to observe.
-    keep: places of `Ragged` columns at which the last of these layers is
+    keep: places of `PackedSequences` columns at which the last of these layers is
       wanted; h is [1, K, D] then.
     remat: a checkpoint policy (e.g. `SAVE_PRODUCTS`) where gradients flow.
 
@@ -415,8 +415,8 @@ def run_layers(
     ([B, T, D] residual after layer stop - 1; for every tap its readings, stacked
     over those of its layers that were run).
   """
-  if isinstance(columns, Ragged) and patches:
-    raise ValueError('patches name columns of rows, not places: use `Columns`')
+  if isinstance(columns, PackedSequences) and patches:
+    raise ValueError('patches name columns of rows, not places: use `TokenLayout`')
   if keep is not None and any(
       isinstance(d, LowRank) and d.key.ndim == 4 for d in deltas
   ):
@@ -479,7 +479,7 @@ def forward(
     spec: ModelSpec,
     params: Params,
     tokens: Array,
-    columns: Columns,
+    columns: TokenLayout,
     *,
     patches: Sequence[Patch] = (),
     deltas: Sequence[Delta] = (),
@@ -490,7 +490,7 @@ def forward(
     spec: the architecture.
     params: canonical parameters.
     tokens: [B, T] int32.
-    columns: [B, T] columns, e.g. `token_columns(tokens != pad)`.
+    columns: [B, T] columns, e.g. `token_layout(tokens != pad)`.
     patches: interventions on activations.
     deltas: kernel changes, applied lazily.
 

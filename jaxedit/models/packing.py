@@ -1,6 +1,6 @@
 """Moves activations between places and rows (see `types.Ragged`).
 
-`to_rows` and `to_places` are each other's transpose, and both gather: plain
+`unflatten` and `flatten` are each other's transpose, and both gather: plain
 differentiation would turn the gather of one direction into a scatter, which
 runs serially on a CPU. (`take` picks few places and leaves it at that.)
 """
@@ -10,11 +10,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxedit.types import Array, Keep, Ragged
+from jaxedit.types import Array, OutputTokens, PackedSequences
 
 
 @jax.custom_vjp
-def to_rows(rows: Ragged, x: Array) -> Array:
+def unflatten(rows: PackedSequences, x: Array) -> Array:
   """Lays places out as rows.
 
   Args:
@@ -28,7 +28,7 @@ def to_rows(rows: Ragged, x: Array) -> Array:
 
 
 @jax.custom_vjp
-def to_places(rows: Ragged, x: Array) -> Array:
+def flatten(rows: PackedSequences, x: Array) -> Array:
   """Lays rows end to end.
 
   Args:
@@ -43,17 +43,17 @@ def to_places(rows: Ragged, x: Array) -> Array:
   return jnp.take(flat, index, axis=0, mode='fill', fill_value=0)[None]
 
 
-to_rows.defvjp(
-    lambda rows, x: (to_rows(rows, x), rows),
-    lambda rows, g: (None, to_places(rows, g)),
+unflatten.defvjp(
+    lambda rows, x: (unflatten(rows, x), rows),
+    lambda rows, g: (None, flatten(rows, g)),
 )
-to_places.defvjp(
-    lambda rows, x: (to_places(rows, x), rows),
-    lambda rows, g: (None, to_rows(rows, g)),
+flatten.defvjp(
+    lambda rows, x: (flatten(rows, x), rows),
+    lambda rows, g: (None, unflatten(rows, g)),
 )
 
 
-def take(x: Array, keep: Keep) -> Array:
+def take(x: Array, keep: OutputTokens) -> Array:
   """Picks the kept places.
 
   Args:

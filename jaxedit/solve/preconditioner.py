@@ -57,7 +57,7 @@ class Identity(NamedTuple):
   ones: Array
 
 
-Metric = Covariance | NullSpace | Identity
+Preconditioner = Covariance | NullSpace | Identity
 
 
 @jax.jit
@@ -140,13 +140,13 @@ def identity(gram: Array) -> Identity:
   return Identity(jnp.ones(gram.shape[0], gram.dtype))
 
 
-def rank(metric: Metric) -> int:
+def rank(metric: Preconditioner) -> int:
   """The number r of coordinates of a whitened key."""
   (root,) = metric
   return root.shape[-1]
 
 
-def whiten(metric: Metric, keys: Array) -> Array:
+def whiten(metric: Preconditioner, keys: Array) -> Array:
   """Takes keys to the coordinates in which a metric is the identity.
 
   Args:
@@ -165,7 +165,7 @@ def whiten(metric: Metric, keys: Array) -> Array:
   return _solve_transposed(root, keys, transpose=False)
 
 
-def lift(metric: Metric, whitened: Array) -> Array:
+def lift(metric: Preconditioner, whitened: Array) -> Array:
   """Takes whitened coordinates to key space, the adjoint of `whiten`.
 
   Args:

@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxedit.solve.preconditioner import (
-    Metric,
+    Preconditioner,
     lift,
     rank,
     whiten,
@@ -67,7 +67,7 @@ class Factors(NamedTuple):
 
 
 def ridge_update(
-    metric: Metric,
+    metric: Preconditioner,
     keys: Array,
     residuals: Array,
     *,
@@ -75,7 +75,7 @@ def ridge_update(
     active: Array | None = None,
     constraint: Array | None = None,
     held: Array | None = None,
-    held_active: Array | None = None,
+    preserved_active: Array | None = None,
 ) -> Factors:
   """Solves for the change that moves the output at C by R, as exact factors.
 
@@ -95,7 +95,7 @@ def ridge_update(
     held: [P, F] H, keys whose output is to stay where it is; as rows of `keys`
       with zero residual, only that the factors still have M rows, and that
       with ridge 0 they may repeat or depend on each other.
-    held_active: [P] bool, as `active`.
+    preserved_active: [P] bool, as `active`.
 
   Returns:
     Factors of X in the dtype of the metric, [M, F] and [M, D], zero in inactive
@@ -105,7 +105,7 @@ def ridge_update(
   constraint Meng et al. 2022a (ROME, arXiv 2202.05262), equation 2.
   """
   problem = _Problem.of(
-      (metric, keys, residuals), active, constraint, (held, held_active)
+      (metric, keys, residuals), active, constraint, (held, preserved_active)
   )
   count = keys.shape[0]
   if count + _count(problem.held) <= rank(metric):
@@ -119,7 +119,7 @@ def ridge_update(
 
 
 def ridge_dense(
-    metric: Metric,
+    metric: Preconditioner,
     keys: Array,
     residuals: Array,
     *,
@@ -127,7 +127,7 @@ def ridge_dense(
     active: Array | None = None,
     constraint: Array | None = None,
     held: Array | None = None,
-    held_active: Array | None = None,
+    preserved_active: Array | None = None,
     block: int = BLOCK,
 ) -> Array:
   """Solves for the same change as `ridge_update`, as one matrix.
@@ -157,7 +157,7 @@ def ridge_dense(
     active: [M] bool; other rows take no part, as if they were not there.
     constraint: [M, F] C; `keys` unless given.
     held: [P, F] H, keys whose output is to stay where it is.
-    held_active: [P] bool, as `active`.
+    preserved_active: [P] bool, as `active`.
     block: rows whitened at one time.
 
   Returns:
@@ -168,7 +168,7 @@ def ridge_dense(
   Source: as `ridge_update`; the rank x rank form is the normal equations.
   """
   problem = _Problem.of(
-      (metric, keys, residuals), active, constraint, (held, held_active)
+      (metric, keys, residuals), active, constraint, (held, preserved_active)
   )
   if keys.shape[0] + _count(problem.held) <= rank(metric):
     free, value = _solve_rows(problem, ridge=ridge, block=block)
@@ -181,18 +181,18 @@ def ridge_dense(
 class _Problem(NamedTuple):
   """What a solve was given, every mask written out."""
 
-  metric: Metric
+  metric: Preconditioner
   keys: Array  # [M, F]
   residuals: Array  # [M, D]
   active: Array  # [M]
   constraint: Array | None  # [M, F]
   held: Array | None  # [P, F], P at least 1
-  held_active: Array | None  # [P]
+  preserved_active: Array | None  # [P]
 
   @classmethod
   def of(
       cls,
-      system: tuple[Metric, Array, Array],
+      system: tuple[Preconditioner, Array, Array],
       active: Array | None,
       constraint: Array | None,
       held: tuple[Array | None, Array | None],
@@ -228,20 +228,20 @@ def _solve_rows(
     problem: _Problem, *, ridge: Array | float, block: int | None
 ) -> tuple[Array, Array]:
   """A' and (r I + Q' A'^T + j V W^T)^-1 R, j the ridge of held keys."""
-  _, keys, residuals, active, constraint, held, held_active = problem
+  _, keys, residuals, active, constraint, held, preserved_active = problem
   free = problem.whitened(keys, active, block)
   there = free
   if constraint is not None:
     there = problem.whitened(constraint, active, block)
   blend = 0
   if held is not None:
-    rows = problem.whitened(held, held_active, block)
+    rows = problem.whitened(held, preserved_active, block)
     gram = rows @ rows.T
     # Texts share openings, so held keys repeat: without any ridge their system
     # is singular although the answer is not.
     least = _SOFT * jnp.finfo(gram.dtype).eps * jnp.trace(gram)
     soft = jnp.maximum(ridge, least)
-    factor = _factor(gram, jnp.where(held_active, soft, 1))
+    factor = _factor(gram, jnp.where(preserved_active, soft, 1))
     weigh = lambda x: jax.scipy.linalg.cho_solve(factor, rows @ x.T).T
     mine = also = weigh(free)  # W, V
     if constraint is not None:
@@ -258,7 +258,7 @@ def _solve_coordinates(
     problem: _Problem, *, ridge: Array | float, block: int
 ) -> Array:
   """(r I + A^T Q + G^T G)^-1 A^T R, [rank, D], for many keys."""
-  metric, keys, residuals, active, constraint, held, held_active = problem
+  metric, keys, residuals, active, constraint, held, preserved_active = problem
   size, dtype = rank(metric), metric[0].dtype
 
   def cut(first: Array, fresh: Array, active: Array) -> Any:
@@ -275,7 +275,7 @@ def _solve_coordinates(
     return sums[0] + whitened.T @ there, sums[1] + whitened.T @ wanted
 
   def hold(gram: Array, first: Array, fresh: Array) -> Array:
-    whitened = whiten(metric, cut(first, fresh, held_active)(held))
+    whitened = whiten(metric, cut(first, fresh, preserved_active)(held))
     return gram + whitened.T @ whitened
 
   zeros = lambda width: jnp.zeros((size, width), dtype)

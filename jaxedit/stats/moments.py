@@ -39,7 +39,7 @@ from jaxedit.stats.storage import Moments, load, save
 from jaxedit.types import (
     PADDING,
     Array,
-    Columns,
+    TokenLayout,
     InputError,
     Params,
     Progress,
@@ -54,7 +54,7 @@ __all__ = ['Moments', 'Source', 'collect', 'gram', 'load', 'load_npz', 'save']
 TOKENS_PER_DIMENSION = 20
 # Block rows of the triangular product: 8 do 56% of the full product.
 _BLOCKS = 8
-# Columns that are mirrored at one time: one by one they are a cache miss a number.
+# TokenLayout that are mirrored at one time: one by one they are a cache miss a number.
 _MIRRORED = 512
 
 
@@ -126,7 +126,7 @@ def add_batch(
   Returns:
     [n, F, F] sums, see `gram`.
   """
-  columns = Columns(batch.position, batch.segment)
+  columns = TokenLayout(batch.position, batch.segment)
   read = functools.partial(gram, real=batch.segment != PADDING)
   h = decoder.embed(spec, params, batch.tokens, columns)
   *before, last = layers

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxedit.types import PADDING, TRUNK, InputError
+from jaxedit.types import PADDING, SHARED, InputError
 
 # Open rows. On WikiText-2 paragraphs 16 leave a few per mille of padding.
 OPEN_ROWS = 16
@@ -50,7 +50,7 @@ class Row(NamedTuple):
   @property
   def texts(self) -> int:
     """Texts in the row."""
-    return max(int(self.segment.max(initial=PADDING)) - TRUNK, 0)
+    return max(int(self.segment.max(initial=PADDING)) - SHARED, 0)
 
 
 def _close(texts: Sequence[Sequence[int]], width: int) -> Row:
@@ -61,7 +61,7 @@ def _close(texts: Sequence[Sequence[int]], width: int) -> Row:
     last = first + len(text)
     row.tokens[first:last] = text
     row.position[first:last] = np.arange(len(text))
-    row.segment[first:last] = TRUNK + 1 + i
+    row.segment[first:last] = SHARED + 1 + i
     first = last
   return row
 

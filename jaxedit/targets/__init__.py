@@ -11,41 +11,41 @@ Adam on
 and the wanted state is z = z0 + d. What lies below the layer, left of the
 anchor or in contexts that edits share is run once (`parts`); this is exact.
 Edits share steps but nothing else: one that is done leaves its slot to the next
-(`room`, `pool`, `batching.slots`), without recompiling and without a trace in the
+(`batch_shape`, `cache`, `batching.slots`), without recompiling and without a trace in the
 others' results.
 
 Source: Meng et al. 2022a (ROME, arXiv 2202.05262), equation 4; Meng et al.
 2022b (MEMIT), equation 16; Li et al. 2023 (PMET, arXiv 2308.08742), section 3.
 """
 
-from jaxedit.batching.budget import frame_for
+from jaxedit.batching.budget import plan_batches
 from jaxedit.targets.objective import norm
 from jaxedit.targets.partial_forward import (
     lower,
     prefix_kv,
-    spread,
-    trunk_kv,
+    broadcast_prefix,
+    shared_prefix_kv,
     upper,
 )
 from jaxedit.targets.run import (
-    Memory,
+    TargetCache,
     autoregressive,
     optimize,
 )
 from jaxedit.targets.scheduler import Work
-from jaxedit.targets.state import Schedule
+from jaxedit.targets.state import TargetConfig
 
 __all__ = [
-    'Memory',
-    'Schedule',
+    'TargetCache',
+    'TargetConfig',
     'Work',
     'autoregressive',
-    'frame_for',
+    'plan_batches',
     'lower',
     'norm',
     'optimize',
     'prefix_kv',
-    'spread',
-    'trunk_kv',
+    'broadcast_prefix',
+    'shared_prefix_kv',
     'upper',
 ]

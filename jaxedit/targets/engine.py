@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxedit.batching.packer import Tile
-from jaxedit.batching.slots import Seats
+from jaxedit.batching.packer import PackedBatch
+from jaxedit.batching.slots import SlotLayout
 from jaxedit.models import packing
 from jaxedit.models.blocks import stored
 from jaxedit.models.spec import ModelSpec
@@ -29,71 +29,71 @@ from jaxedit.targets.partial_forward import (
     lower,
     lower_parts,
     prefix_kv,
-    spread,
+    broadcast_prefix,
 )
 from jaxedit.targets.state import (
-    Parts,
-    Pool,
-    Ready,
-    Schedule,
-    State,
+    HalfOutputs,
+    PrefixCache,
+    Prefill,
+    TargetConfig,
+    OptState,
 )
 from jaxedit.types import KV, Array, Params
 
 
 @functools.partial(jax.jit, static_argnames=('spec', 'layer', 'output'))
-def prepare(
+def prefill(
     spec: ModelSpec,
     params: Params,
-    trunk: KV | None,
-    tile: Tile,
+    shared_prefix: KV | None,
+    packed: PackedBatch,
     *,
     layer: int,
     output: str,
-) -> Ready:
+) -> Prefill:
   """Runs what stays constant for the edits of one tile.
 
   Args:
     spec: the architecture.
     params: canonical parameters.
-    trunk: keys and values that edits share, or None.
-    tile: the edits.
+    shared_prefix: keys and values that edits share, or None.
+    packed: the edits.
     layer: the edited layer.
     output: one of `state.OUTPUTS`.
 
   Returns:
     What stays constant.
   """
-  slots, rows = tile.anchor.shape
-  if trunk is not None:
-    trunk = spread(trunk, tile.context)
+  slots, rows = packed.anchor.shape
+  if shared_prefix is not None:
+    shared_prefix = broadcast_prefix(shared_prefix, packed.context)
   parts = None
   if output == 'block':
-    h = lower(spec, params, tile.tokens, tile.rows, layer, trunk)
+    h = lower(spec, params, packed.tokens, packed.rows, layer, shared_prefix)
   else:
     h, (attn, mlp) = lower_parts(
-        spec, params, tile.tokens, tile.rows, layer=layer, trunk=trunk
+        spec, params, packed.tokens, packed.rows, layer=layer, shared_prefix=shared_prefix
     )
-    parts = Parts(attn if output == 'attn+mlp' else None, mlp)
-  before = packing.take(h, tile.left)
-  kv = prefix_kv(spec, params, before, tile.left.rows, layer, trunk)
+    parts = HalfOutputs(attn if output == 'attn+mlp' else None, mlp)
+  before = packing.take(h, packed.left)
+  kv = prefix_kv(spec, params, before, packed.left.rows, layer, shared_prefix)
   if kv is None:
     shape = (0, slots, rows, spec.kv_heads, 1, spec.head_size)
     empty = jnp.zeros(shape, stored(spec, params['embed']['embedding'].dtype))
-    return Ready(h, empty, empty, parts)
+    return Prefill(h, empty, empty, parts)
   split = lambda x: x.reshape(len(x), slots, rows, *x.shape[2:])
-  return Ready(h, split(kv.key), split(kv.value), parts)
+  return Prefill(h, split(kv.key), split(kv.value), parts)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def seat(
-    pool: Pool, ready: Ready, slot: Array, source: Array, move: Array
-) -> Pool:
+def assign(
+    cache: PrefixCache, prefilled: Prefill, slot: Array, source: Array, move: Array
+) -> PrefixCache:
   """Copies an edit from a tile to its slot.
 
   Args:
-    pool: where to.
-    ready: the tile.
+    cache: where to.
+    prefilled: the tile.
     slot: of the room.
     source: slot of the tile.
     move: [2, R * W] places from and to, every row from its anchor on.
@@ -110,36 +110,36 @@ def seat(
     )
     return jax.lax.dynamic_update_slice(old, part, (0, slot, 0, 0, 0, 0))
 
-  pool = _move(pool, ready, slot, move)
-  return pool._replace(
-      key=put(pool.key, ready.key), value=put(pool.value, ready.value)
+  cache = _move(cache, prefilled, slot, move)
+  return cache._replace(
+      key=put(cache.key, prefilled.key), value=put(cache.value, prefilled.value)
   )
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def shift(pool: Pool, ready: Ready, slot: Array, move: Array) -> Pool:
+def assign_chunk(cache: PrefixCache, prefilled: Prefill, slot: Array, move: Array) -> PrefixCache:
   """Copies the states of an edit's next chunk; its rows stay in their slot."""
-  return _move(pool, ready, slot, move)
+  return _move(cache, prefilled, slot, move)
 
 
-def _move(pool: Pool, ready: Ready, slot: Array, move: Array) -> Pool:
+def _move(cache: PrefixCache, prefilled: Prefill, slot: Array, move: Array) -> PrefixCache:
   """Copies states from places `move[0]` of a tile to `move[1]` of the pool."""
 
   def taken(x: Array, places: Array) -> Array:
     return jnp.take(x[0], places, axis=0, mode='fill', fill_value=0)
 
-  base = pool.base.at[0, move[1]].set(taken(ready.h, move[0]), mode='drop')
+  base = cache.base.at[0, move[1]].set(taken(prefilled.h, move[0]), mode='drop')
   # A row's first place is its anchor.
-  anchor = move[0].reshape(pool.key.shape[2], -1)[:, 0]
+  anchor = move[0].reshape(cache.key.shape[2], -1)[:, 0]
   put = lambda old, new: old.at[slot].set(taken(new, anchor))
-  parts = jax.tree.map(put, pool.parts, ready.parts)
-  return pool._replace(base=base, parts=parts)
+  parts = jax.tree.map(put, cache.parts, prefilled.parts)
+  return cache._replace(base=base, parts=parts)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def extend(
-    pool: Pool, kv: tuple[Array, Array], slot: Array, column: Array
-) -> Pool:
+def append_kv(
+    cache: PrefixCache, kv: tuple[Array, Array], slot: Array, column: Array
+) -> PrefixCache:
   """Appends a finished chunk's keys and values [U, R, G, W, H] to its rows."""
 
   def put(old: Array, new: Array) -> Array:
@@ -147,26 +147,26 @@ def extend(
     part = jax.lax.dynamic_slice_in_dim(new, slot, 1, axis=1)
     return jax.lax.dynamic_update_slice(old, part, (0, slot, 0, 0, column, 0))
 
-  return pool._replace(key=put(pool.key, kv[0]), value=put(pool.value, kv[1]))
+  return cache._replace(key=put(cache.key, kv[0]), value=put(cache.value, kv[1]))
 
 
 _ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
 
 
-@functools.partial(jax.jit, static_argnames=('spec', 'watch'))
-def start(spec: ModelSpec, pool: Pool, seats: Seats, watch: bool) -> State:
+@functools.partial(jax.jit, static_argnames=('spec', 'return_kv'))
+def start(spec: ModelSpec, cache: PrefixCache, assigned: SlotLayout, return_kv: bool) -> OptState:
   """The state in which every slot is new."""
-  slots, dtype = len(seats.live), pool.base.dtype
-  delta = jnp.zeros(objective.unedited(pool, seats).shape, dtype)
+  slots, dtype = len(assigned.live), cache.base.dtype
+  delta = jnp.zeros(objective.unedited(cache, assigned).shape, dtype)
   scalar = jnp.zeros([slots], dtype)
-  kl = seats.keep.index.shape[0] > seats.label.shape[0]
+  kl = assigned.outputs.index.shape[0] > assigned.label.shape[0]
   kv = None
-  if watch and len(pool.key):
-    rows, columns = seats.rows.index.shape
-    groups, size = pool.key.shape[3], pool.key.shape[5]
-    shape = (len(pool.key), rows, groups, columns, size)
-    kv = (jnp.zeros(shape, pool.key.dtype),) * 2
-  return State(
+  if return_kv and len(cache.key):
+    rows, columns = assigned.rows.index.shape
+    groups, size = cache.key.shape[3], cache.key.shape[5]
+    shape = (len(cache.key), rows, groups, columns, size)
+    kv = (jnp.zeros(shape, cache.key.dtype),) * 2
+  return OptState(
       delta=delta,
       adam=jax.vmap(_ADAM.init)(delta),
       done=jnp.zeros([slots], bool),
@@ -174,7 +174,7 @@ def start(spec: ModelSpec, pool: Pool, seats: Seats, watch: bool) -> State:
       likelihood=scalar,
       steps=jnp.zeros([slots], jnp.int32),
       finite=jnp.ones([slots], bool),
-      eased=jnp.zeros([slots], bool),
+      lowered=jnp.zeros([slots], bool),
       base=jnp.zeros([slots, spec.vocab if kl else 0], dtype),
       kv=kv,
       ran=jnp.int32(0),
@@ -183,9 +183,9 @@ def start(spec: ModelSpec, pool: Pool, seats: Seats, watch: bool) -> State:
 
 @jax.jit
 def move(
-    pool: Pool, state: State, slots: Array, places: Array
-) -> tuple[Pool, State]:
-  """Takes everybody to a room of other slots and places (`seating.Move`)."""
+    cache: PrefixCache, state: OptState, slots: Array, places: Array
+) -> tuple[PrefixCache, OptState]:
+  """Takes everybody to a room of other slots and places (`slots.Compaction`)."""
 
   def pick(x: Array, axis: int = 0) -> Array:
     return jnp.take(x, slots, axis=axis, mode='fill', fill_value=0)
@@ -194,79 +194,79 @@ def move(
     kept = pick(x.reshape(len(x), len(state.done), -1, *x.shape[2:]), 1)
     return kept.reshape(len(x), -1, *x.shape[2:])
 
-  base = jnp.take(pool.base, places, axis=1, mode='fill', fill_value=0)
+  base = jnp.take(cache.base, places, axis=1, mode='fill', fill_value=0)
   moved = jax.tree.map(pick, state.replace(kv=None, ran=None))
   kv = jax.tree.map(pick_rows, state.kv)
-  parts = jax.tree.map(pick, pool.parts)
+  parts = jax.tree.map(pick, cache.parts)
   return (
-      Pool(base, pick(pool.key, 1), pick(pool.value, 1), parts),
+      PrefixCache(base, pick(cache.key, 1), pick(cache.value, 1), parts),
       moved.replace(kv=kv, ran=jnp.zeros_like(state.ran)),
   )
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=('spec', 'layer', 'watch', 'easing'),
+    static_argnames=('spec', 'layer', 'return_kv', 'use_argmax_stop'),
     donate_argnames='state',
 )
-def advance(
+def optimize_until_done(
     spec: ModelSpec,
     params: Params,
-    pool: Pool,
-    seats: Seats,
-    state: State,
+    cache: PrefixCache,
+    assigned: SlotLayout,
+    state: OptState,
     fresh: Array,
     *,
-    schedule: Schedule,
+    config: TargetConfig,
     layer: int,
-    watch: bool,
-    easing: bool,
-) -> tuple[State, Array]:
+    return_kv: bool,
+    use_argmax_stop: bool,
+) -> tuple[OptState, Array]:
   """Steps until one of the seated edits is done.
 
   Args:
     spec: the architecture.
     params: canonical parameters.
-    pool: what stays constant.
-    seats: who sits where.
+    cache: what stays constant.
+    assigned: who sits where.
     state: as this function, or `start`, left it.
     fresh: [E] bool, slots that are new and start at the unedited state.
-    schedule: settings.
+    config: settings.
     layer: the layer whose output is changed.
-    watch: keep the keys and values of every edit's last step.
-    easing: apply `Schedule.ease`.
+    return_kv: keep the keys and values of every edit's last step.
+    use_argmax_stop: apply `TargetConfig.argmax_stop`.
 
   Returns:
     (the state, z0 of the shape of its `delta`).
   """
-  new = start(spec, pool, seats, watch)
+  new = start(spec, cache, assigned, return_kv)
   state = _unless(~fresh, state, new.replace(kv=state.kv, ran=state.ran))
   loss = objective.build(
-      spec, params, pool, seats, layer=layer, watch=watch, easing=easing
+      spec, params, cache, assigned, layer=layer, return_kv=return_kv, use_argmax_stop=use_argmax_stop
   )
-  z0 = objective.unedited(pool, seats)
-  radius = schedule.clamp * norm(z0)
+  z0 = objective.unedited(cache, assigned)
+  radius = config.clamp * norm(z0)
 
-  def total(delta: Array, state: State) -> tuple[Array, Aux]:
-    aux = loss(delta, state, schedule)
-    active = seats.live & ~state.done
+  def total(delta: Array, state: OptState) -> tuple[Array, Aux]:
+    aux = loss(delta, state, config)
+    active = assigned.live & ~state.done
     return jnp.sum(jnp.where(active, aux.loss, 0)), aux
 
-  def step(state: State) -> State:
+  def step(state: OptState) -> OptState:
     grad, aux = jax.grad(total, has_aux=True)(state.delta, state)
     finite = jnp.isfinite(aux.loss)
-    last = state.steps + 1 >= schedule.steps
-    done = (aux.loss < schedule.threshold) | ~finite | last
-    if easing:
-      done |= aux.found & (aux.term <= schedule.ease)
+    last = state.steps + 1 >= config.steps
+    done = (aux.loss < config.threshold) | ~finite | last
+    if use_argmax_stop:
+      done |= aux.found & (aux.term <= config.argmax_stop)
     update, adam = jax.vmap(_ADAM.update)(grad, state.adam)
-    delta = state.delta - schedule.rate * update
+    delta = state.delta - config.rate * update
     size = norm(delta)
     scale = jnp.where(size > radius, radius / jnp.maximum(size, 1e-30), 1)
     # A stage that is done keeps the change its loss was evaluated at.
     still = done.reshape(-1, *[1] * (delta.ndim - 1))
     delta = jnp.where(still, state.delta, delta * scale[..., None])
-    moved = State(
+    moved = OptState(
         delta=delta,
         adam=adam,
         done=done,
@@ -274,28 +274,28 @@ def advance(
         likelihood=aux.likelihood,
         steps=state.steps + 1,
         finite=finite,
-        eased=aux.found if easing else state.eased,
+        lowered=aux.found if use_argmax_stop else state.lowered,
         base=aux.base,
         kv=aux.kv,
         ran=state.ran + 1,
     )
-    return _unless(state.done | ~seats.live, state, moved)
+    return _unless(state.done | ~assigned.live, state, moved)
 
-  def waits(state: State) -> Array:
-    return ~jnp.any(seats.live & state.done)
+  def waits(state: OptState) -> Array:
+    return ~jnp.any(assigned.live & state.done)
 
   return jax.lax.while_loop(waits, step, state), z0
 
 
-def _unless(idle: Array, old: State, new: State) -> State:
+def _unless(free_slot: Array, old: OptState, new: OptState) -> OptState:
   """The new state of slots at work, the old one of all others."""
-  slots = len(idle)
+  slots = len(free_slot)
 
   def pick(x: Array, y: Array) -> Array:
-    return jnp.where(idle.reshape(-1, *[1] * (x.ndim - 1)), x, y)
+    return jnp.where(free_slot.reshape(-1, *[1] * (x.ndim - 1)), x, y)
 
   def pick_rows(x: Array, y: Array) -> Array:
-    rows = jnp.repeat(idle, x.shape[1] // slots)
+    rows = jnp.repeat(free_slot, x.shape[1] // slots)
     return jnp.where(rows[None, :, None, None, None], x, y)
 
   kv = jax.tree.map(pick_rows, old.kv, new.kv)

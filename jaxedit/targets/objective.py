@@ -19,19 +19,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxedit.batching.slots import Seats
+from jaxedit.batching.slots import SlotLayout
 from jaxedit.models import decoder
 from jaxedit.models.blocks import Norm
 from jaxedit.models.spec import ModelSpec
 from jaxedit.targets.partial_forward import upper
 from jaxedit.targets.state import (
-    Pool,
-    Schedule,
-    State,
+    PrefixCache,
+    TargetConfig,
+    OptState,
 )
 from jaxedit.types import KV, Array, Params
 
-# Of its weight, what the likelihood keeps where `Schedule.ease` applies.
+# Of its weight, what the likelihood keeps where `TargetConfig.argmax_stop` applies.
 _EASED = 0.1
 
 
@@ -42,57 +42,57 @@ def norm(x: Array) -> Array:
   return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
 
 
-def unedited(pool: Pool, seats: Seats) -> Array:
+def unedited(cache: PrefixCache, assigned: SlotLayout) -> Array:
   """The outputs that are changed, before any change.
 
   Args:
-    pool: what stays constant.
-    seats: who sits where.
+    cache: what stays constant.
+    assigned: who sits where.
 
   Returns:
     [E, D], or [E, part, D], at the anchor of the bare prompt.
   """
-  if pool.parts is None:
-    return _anchored(pool, seats.anchor[:, 0])
-  attn, mlp = pool.parts
+  if cache.parts is None:
+    return _anchored(cache, assigned.anchor[:, 0])
+  attn, mlp = cache.parts
   if attn is None:
     return mlp[:, 0]
   return jnp.stack([attn[:, 0], mlp[:, 0]], axis=1)
 
 
-def _anchored(pool: Pool, anchor: Array) -> Array:
+def _anchored(cache: PrefixCache, anchor: Array) -> Array:
   """[..., D] unedited residuals at places [...]."""
-  return jnp.take(pool.base[0], anchor, axis=0, mode='fill', fill_value=0)
+  return jnp.take(cache.base[0], anchor, axis=0, mode='fill', fill_value=0)
 
 
 def _changed(
     spec: ModelSpec,
     params: Params,
-    pool: Pool,
-    seats: Seats,
+    cache: PrefixCache,
+    assigned: SlotLayout,
     *,
     layer: int,
 ) -> Callable[[Array], Array]:
   """Builds the function from a change to the residual [1, N, D] with it."""
-  anchor = seats.anchor.reshape(-1)
+  anchor = assigned.anchor.reshape(-1)
 
   def add(delta: Array) -> Array:
-    moves = jnp.repeat(delta, seats.anchor.shape[1], axis=0)
-    return pool.base.at[0, anchor].add(moves, mode='drop')
+    moves = jnp.repeat(delta, assigned.anchor.shape[1], axis=0)
+    return cache.base.at[0, anchor].add(moves, mode='drop')
 
-  if pool.parts is None or pool.parts.attn is None:
+  if cache.parts is None or cache.parts.attn is None:
     return add
   if spec.residual != 'sequential':
     return lambda delta: add(jnp.sum(delta, axis=1))
-  middle = _anchored(pool, seats.anchor) - pool.parts.mlp  # [E, R, D]
+  middle = _anchored(cache, assigned.anchor) - cache.parts.mlp  # [E, R, D]
   weights = {'params': decoder.layer_params(params, layer)['mlp_norm']}
 
   def run(delta: Array) -> Array:
     m = middle + delta[:, :1]
     x = Norm(spec).apply(weights, m)
-    y, _ = decoder.write_layer(spec, params, x, layer=layer)
+    y, _ = decoder.mlp_half(spec, params, x, layer=layer)
     out = (m + y + delta[:, 1:]).reshape(len(anchor), -1)
-    return pool.base.at[0, anchor].set(out, mode='drop')
+    return cache.base.at[0, anchor].set(out, mode='drop')
 
   return run
 
@@ -121,65 +121,65 @@ class Aux(NamedTuple):
 def build(
     spec: ModelSpec,
     params: Params,
-    pool: Pool,
-    seats: Seats,
+    cache: PrefixCache,
+    assigned: SlotLayout,
     *,
     layer: int,
-    watch: bool,
-    easing: bool,
-) -> Callable[[Array, State, Schedule], Aux]:
+    return_kv: bool,
+    use_argmax_stop: bool,
+) -> Callable[[Array, OptState, TargetConfig], Aux]:
   """Builds the loss of all slots.
 
   Args:
     spec: the architecture.
     params: canonical parameters.
-    pool: what stays constant.
-    seats: who sits where.
+    cache: what stays constant.
+    assigned: who sits where.
     layer: the edited layer.
-    watch: give the keys and values of the suffixes as well.
-    easing: apply `Schedule.ease`.
+    return_kv: give the keys and values of the suffixes as well.
+    use_argmax_stop: apply `TargetConfig.argmax_stop`.
 
   Returns:
     (change [E, D] or [E, part, D], state, settings) -> `Aux`.
   """
-  scored = seats.label.shape[0]
+  scored = assigned.label.shape[0]
   flat = lambda x: x.reshape(len(x), x.shape[1] * x.shape[2], *x.shape[3:])
-  kv = KV(flat(pool.key), flat(pool.value), seats.before)
-  kv = kv if len(pool.key) else None
-  z0 = unedited(pool, seats)
-  changed = _changed(spec, params, pool, seats, layer=layer)
-  mask = seats.pick < scored
-  label = jnp.pad(seats.label, (0, len(seats.keep.index) - scored))
+  kv = KV(flat(cache.key), flat(cache.value), assigned.before)
+  kv = kv if len(cache.key) else None
+  z0 = unedited(cache, assigned)
+  changed = _changed(spec, params, cache, assigned, layer=layer)
+  mask = assigned.pick < scored
+  label = jnp.pad(assigned.label, (0, len(assigned.outputs.index) - scored))
   tokens = jnp.maximum(jnp.sum(mask, axis=-1), 1)
 
-  def loss(delta: Array, state: State, schedule: Schedule) -> Aux:
+  def loss(delta: Array, state: OptState, config: TargetConfig) -> Aux:
     h = changed(delta)
-    h, seen = upper(spec, params, h, seats, kv=kv, layer=layer, watch=watch)
+    h, seen = upper(spec, params, h, assigned, kv=kv, layer=layer, return_kv=return_kv)
     # Labels and KL rows share the head: its weights are read once.
     logits = decoder.logits(spec, params, h[0])
     total = jax.nn.logsumexp(logits, axis=-1)
     logprob = jnp.take_along_axis(logits, label[:, None], axis=1)[:, 0] - total
-    picked = jnp.take(logprob, seats.pick, mode='fill', fill_value=0)
+    picked = jnp.take(logprob, assigned.pick, mode='fill', fill_value=0)
     picked = jnp.where(mask, picked, 0)
     nll = jnp.mean(-jnp.sum(picked, axis=-1) / tokens, axis=-1)
     size = jnp.maximum(jnp.sum(jnp.square(z0), axis=-1), 1e-30)
     decay = norm(delta) / size
     decay = decay if decay.ndim == 1 else jnp.sum(decay, axis=-1)
-    weight = schedule.nll
-    if easing:
-      weight = jnp.where(state.eased, _EASED * weight, weight)
-    value = weight * nll + schedule.decay * decay
+    weight = config.nll
+    if use_argmax_stop:
+      weight = jnp.where(state.lowered, _EASED * weight, weight)
+    value = weight * nll + config.decay * decay
     base, term = state.base, jnp.zeros_like(nll)
     if base.shape[1]:
       now = logits[scored:] - total[scored:, None]
       first = (state.steps == 0)[:, None]
       base = jnp.where(first, jax.lax.stop_gradient(now), base)
-      term = schedule.kl * jnp.sum(jnp.exp(now) * (now - base), axis=-1)
+      term = config.kl * jnp.sum(jnp.exp(now) * (now - base), axis=-1)
       value += term
-    if not easing:
+    if not use_argmax_stop:
       return Aux(value, nll, base, seen, None, None)
-    best = jnp.argmax(logits[:scored], axis=-1) == seats.label
-    best = jnp.take(best, seats.pick, mode='fill', fill_value=True)
+    best = jnp.argmax(logits[:scored], axis=-1) == assigned.label
+    best = jnp.take(best, assigned.pick, mode='fill', fill_value=True)
     found = jnp.all(best | ~mask, axis=(1, 2))
     return Aux(value, nll, base, seen, found, term)
 

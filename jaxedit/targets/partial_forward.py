@@ -1,6 +1,6 @@
 """The parts a model is run in while a state above `layer` is optimised.
 
-  trunk_kv   what all edits' contexts share, all layers         once a batch
+  shared_prefix_kv   what all edits' contexts share, all layers         once a batch
   lower      an edit's own columns, layers up to l              once an edit
   prefix_kv  its columns left of the anchor, layers above l     once an edit
   upper      its suffix columns, layers above l; in the last of them queries,
@@ -17,14 +17,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxedit.batching.slots import Seats
+from jaxedit.batching.slots import SlotLayout
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
-from jaxedit.types import KV, Array, Columns, Params, Ragged, Tap
+from jaxedit.types import KV, Array, TokenLayout, Params, PackedSequences, Tap
 
 
-def trunk_kv(
-    spec: ModelSpec, params: Params, tokens: Array, columns: Columns
+def shared_prefix_kv(
+    spec: ModelSpec, params: Params, tokens: Array, columns: TokenLayout
 ) -> KV | None:
   """Runs what all edits share at the head of their rows.
 
@@ -52,7 +52,7 @@ def trunk_kv(
   return KV(key, value, columns)
 
 
-def spread(kv: KV, context: Array) -> KV:
+def broadcast_prefix(kv: KV, context: Array) -> KV:
   """Gives every row the keys and values of its trunk.
 
   Args:
@@ -70,9 +70,9 @@ def lower(
     spec: ModelSpec,
     params: Params,
     tokens: Array,
-    columns: Columns | Ragged,
+    columns: TokenLayout | PackedSequences,
     layer: int,
-    trunk: KV | None = None,
+    shared_prefix: KV | None = None,
 ) -> Array:
   """Runs the model up to and including `layer`.
 
@@ -82,22 +82,22 @@ def lower(
     tokens: [B, T] int32.
     columns: [B, T] columns.
     layer: last layer to run.
-    trunk: keys and values of earlier columns, in all layers.
+    shared_prefix: keys and values of earlier columns, in all layers.
 
   Returns:
     [B, T, D] residual leaving `layer`.
   """
-  return _lower(spec, params, tokens, columns, layer=layer, trunk=trunk)[0]
+  return _lower(spec, params, tokens, columns, layer=layer, shared_prefix=shared_prefix)[0]
 
 
 def lower_parts(
     spec: ModelSpec,
     params: Params,
     tokens: Array,
-    columns: Columns | Ragged,
+    columns: TokenLayout | PackedSequences,
     *,
     layer: int,
-    trunk: KV | None = None,
+    shared_prefix: KV | None = None,
 ) -> tuple[Array, tuple[Array, Array]]:
   """Runs the model up to and including `layer`, whose two halves are observed.
 
@@ -107,14 +107,14 @@ def lower_parts(
     tokens: [B, T] int32.
     columns: [B, T] columns.
     layer: last layer to run.
-    trunk: keys and values of earlier columns, in all layers.
+    shared_prefix: keys and values of earlier columns, in all layers.
 
   Returns:
     ([B, T, D] residual leaving `layer`, (attention's output, MLP's output)).
   """
   taps = tuple(Tap(site, (layer,)) for site in ('attn', 'mlp'))
   h, (attn, mlp) = _lower(
-      spec, params, tokens, columns, layer=layer, trunk=trunk, taps=taps
+      spec, params, tokens, columns, layer=layer, shared_prefix=shared_prefix, taps=taps
   )
   return h, (attn[0], mlp[0])
 
@@ -123,15 +123,15 @@ def _lower(
     spec: ModelSpec,
     params: Params,
     tokens: Array,
-    columns: Columns | Ragged,
+    columns: TokenLayout | PackedSequences,
     *,
     layer: int,
-    trunk: KV | None,
+    shared_prefix: KV | None,
     taps: tuple[Tap, ...] = (),
 ) -> tuple[Array, tuple[Any, ...]]:
   """Runs layers 0 to `layer`; gives what the taps read as well."""
-  if trunk is not None:
-    trunk = KV(trunk.key[: layer + 1], trunk.value[: layer + 1], trunk.columns)
+  if shared_prefix is not None:
+    shared_prefix = KV(shared_prefix.key[: layer + 1], shared_prefix.value[: layer + 1], shared_prefix.columns)
   return decoder.run_layers(
       spec,
       params,
@@ -139,7 +139,7 @@ def _lower(
       columns,
       start=0,
       stop=layer + 1,
-      prefix=trunk,
+      prefix=shared_prefix,
       taps=taps,
   )
 
@@ -148,9 +148,9 @@ def prefix_kv(
     spec: ModelSpec,
     params: Params,
     h: Array,
-    columns: Columns | Ragged,
+    columns: TokenLayout | PackedSequences,
     layer: int,
-    trunk: KV | None = None,
+    shared_prefix: KV | None = None,
 ) -> KV | None:
   """Runs the columns left of the anchor through the layers above `layer`.
 
@@ -160,7 +160,7 @@ def prefix_kv(
     h: [B, P, D] residual leaving `layer`, columns before the anchor only.
     columns: [B, P] columns.
     layer: the edited layer.
-    trunk: keys and values of earlier columns, in all layers.
+    shared_prefix: keys and values of earlier columns, in all layers.
 
   Returns:
     Keys and values of the trunk and of these columns in the U layers above;
@@ -169,8 +169,8 @@ def prefix_kv(
   above = tuple(range(layer + 1, spec.layers))
   if not above:
     return None
-  if trunk is not None:
-    trunk = KV(trunk.key[layer + 1 :], trunk.value[layer + 1 :], trunk.columns)
+  if shared_prefix is not None:
+    shared_prefix = KV(shared_prefix.key[layer + 1 :], shared_prefix.value[layer + 1 :], shared_prefix.columns)
   _, ((key, value),) = decoder.run_layers(
       spec,
       params,
@@ -178,17 +178,17 @@ def prefix_kv(
       columns,
       start=layer + 1,
       stop=spec.layers,
-      prefix=trunk,
+      prefix=shared_prefix,
       taps=(Tap('kv', above),),
   )
-  rows = columns.columns if isinstance(columns, Ragged) else columns
-  if trunk is None:
+  rows = columns.columns if isinstance(columns, PackedSequences) else columns
+  if shared_prefix is None:
     return KV(key, value, rows)
   join = lambda x, y, axis: jnp.concatenate([x, y], axis=axis)
   return KV(
-      join(trunk.key, key, 3),
-      join(trunk.value, value, 3),
-      jax.tree.map(lambda x, y: join(x, y, 1), trunk.columns, rows),
+      join(shared_prefix.key, key, 3),
+      join(shared_prefix.value, value, 3),
+      jax.tree.map(lambda x, y: join(x, y, 1), shared_prefix.columns, rows),
   )
 
 
@@ -196,11 +196,11 @@ def upper(
     spec: ModelSpec,
     params: Params,
     h: Array,
-    seats: Seats,
+    assigned: SlotLayout,
     *,
     kv: KV | None,
     layer: int,
-    watch: bool = False,
+    return_kv: bool = False,
 ) -> tuple[Array, tuple[Array, Array] | None]:
   """Runs suffix columns through the layers above `layer`; differentiable in h.
 
@@ -208,10 +208,10 @@ def upper(
     spec: the architecture.
     params: canonical parameters.
     h: [1, N, D] residual leaving `layer`, from the anchors on.
-    seats: which rows these places form, and which are scored.
+    assigned: which rows these places form, and which are scored.
     kv: keys and values of earlier columns in the layers above.
     layer: the edited layer.
-    watch: return this run's keys and values as well.
+    return_kv: return this run's keys and values as well.
 
   Returns:
     ([1, K', D] output of the last block at scored places; keys and values
@@ -222,12 +222,12 @@ def upper(
       spec,
       params,
       h,
-      seats.rows,
+      assigned.rows,
       start=layer + 1,
       stop=spec.layers,
       prefix=kv,
-      taps=(Tap('kv', above),) if watch and above else (),
-      keep=seats.keep,
+      taps=(Tap('kv', above),) if return_kv and above else (),
+      outputs=assigned.outputs,
       remat=decoder.SAVE_PRODUCTS,
   )
   return h, taps[0] if taps else None

@@ -22,31 +22,31 @@ import jax
 import numpy as np
 
 from jaxedit.batching import packer
-from jaxedit.batching.budget import frame_for
-from jaxedit.batching.plan import Frame
+from jaxedit.batching.budget import plan_batches
+from jaxedit.batching.plan import BatchPlan
 from jaxedit.models.spec import ModelSpec
-from jaxedit.targets.partial_forward import trunk_kv
+from jaxedit.targets.partial_forward import shared_prefix_kv
 from jaxedit.targets.scheduler import (
-    Goal,
+    Objective,
     Result,
-    Run,
+    Scheduler,
     Work,
 )
 from jaxedit.targets.state import (
     OUTPUTS,
-    Schedule,
+    TargetConfig,
 )
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import Params, Progress, Targets, silent
 
 
-class Memory(Protocol):
+class TargetCache(Protocol):
   """Remembers the states of edits, so that they are not optimised again.
 
   It must tell apart whatever else states depend on: the model and the settings.
   """
 
-  def recall(self, edit: EncodedEdit) -> Targets | None:
+  def get(self, edit: EncodedEdit) -> Targets | None:
     """The states of an edit, if it was remembered."""
 
   def remember(self, edit: EncodedEdit, targets: Targets) -> None:
@@ -59,10 +59,10 @@ def optimize(
     edits: Sequence[EncodedEdit],
     *,
     layer: int,
-    schedule: Schedule,
+    config: TargetConfig,
     output: str = 'block',
-    frame: Frame | None = None,
-    memory: Memory | None = None,
+    plan: BatchPlan | None = None,
+    memory: TargetCache | None = None,
     progress: Progress = silent,
 ) -> tuple[Targets, Work]:
   """Finds the wanted states of edits with one state each.
@@ -72,9 +72,9 @@ def optimize(
     params: canonical parameters.
     edits: E edits, at least one.
     layer: the layer whose output is changed.
-    schedule: settings.
+    config: settings.
     output: which output, 'block', 'mlp' or 'attn+mlp' (see `state`).
-    frame: static shapes, of these edits and others; chosen unless given.
+    plan: static shapes, of these edits and others; chosen unless given.
     memory: what it recalls is not optimised, and all else is told to it.
     progress: progress display.
 
@@ -96,9 +96,9 @@ def optimize(
       params,
       edits,
       layer=layer,
-      schedule=schedule,
+      config=config,
       output=output,
-      frame=frame,
+      plan=plan,
       memory=memory,
       progress=progress,
   )
@@ -111,10 +111,10 @@ def autoregressive(
     edits: Sequence[EncodedEdit],
     *,
     layer: int,
-    schedule: Schedule,
+    config: TargetConfig,
     output: str = 'block',
-    frame: Frame | None = None,
-    memory: Memory | None = None,
+    plan: BatchPlan | None = None,
+    memory: TargetCache | None = None,
     progress: Progress = silent,
 ) -> tuple[list[Targets], Work]:
   """Finds the wanted states of edits whose targets go chunk by chunk.
@@ -124,11 +124,11 @@ def autoregressive(
     params: canonical parameters.
     edits: E edits, at least one.
     layer: the layer whose output is changed.
-    schedule: settings; steps are counted anew for every chunk.
+    config: settings; steps are counted anew for every chunk.
     output: which output, 'block', 'mlp' or 'attn+mlp' (see `state`). `Targets`
       hold the state of the block or of the MLP; the change of the attention's
       output is optimised with the MLP's and let go of, as published.
-    frame: static shapes, of these edits and others; chosen unless given.
+    plan: static shapes, of these edits and others; chosen unless given.
     memory: what it recalls is not optimised, and all else is told to it.
     progress: progress display.
 
@@ -140,43 +140,43 @@ def autoregressive(
   """
   if output not in OUTPUTS:
     raise ValueError(f'output is {output!r}; known are {", ".join(OUTPUTS)}')
-  targets = [memory.recall(edit) if memory else None for edit in edits]
+  targets = [memory.get(edit) if memory else None for edit in edits]
   if all(targets):
     return targets, Work()
-  frame = frame or frame_for(spec, params, edits)
+  plan = plan or plan_batches(spec, params, edits)
   begin = time.monotonic()
-  tokens, columns = packer.trunk_columns(frame)
-  trunk = _trunk_kv(spec, params, tokens, columns)
-  jax.block_until_ready(trunk)
-  seconds = {'prepare': time.monotonic() - begin}
+  tokens, columns = packer.pack_shared_prefix(plan)
+  shared_prefix = _shared_prefix_kv(spec, params, tokens, columns)
+  jax.block_until_ready(shared_prefix)
+  seconds = {'prefill': time.monotonic() - begin}
   total = Work(seconds=seconds, prepared=tokens.size)
   home = [
-      None if known else frame.room(edit) for edit, known in zip(edits, targets)
+      None if known else plan.batch_shape(edit) for edit, known in zip(edits, targets)
   ]
-  goal = Goal(layer, schedule, output)
+  objective = Objective(layer, config, output)
   stages = sum(e.stages for e, known in zip(edits, targets) if known is None)
   unit = 'edit' if stages == targets.count(None) else 'chunk'
-  with progress('optimize', stages, unit) as advance:
-    for number, room in enumerate(frame.rooms):
+  with progress('optimize', stages, unit) as optimize_until_done:
+    for number, batch_shape in enumerate(plan.shapes):
       order = [i for i, where in enumerate(home) if where == number]
       run = None  # gives the last room's memory back
       if order:
-        run = Run(spec, params, edits, frame, room=room, trunk=trunk, goal=goal)
+        run = Scheduler(spec, params, edits, plan, batch_shape=batch_shape, shared_prefix=shared_prefix, objective=objective)
         found: dict[int, list[Result]] = {i: [] for i in order}
         for (i, _), result in run.results(order):
           found[i].append(result)
-          advance(1)
+          optimize_until_done(1)
           if len(found[i]) == edits[i].stages:
             targets[i] = _targets(found.pop(i))
             if memory:
               memory.remember(edits[i], targets[i])
         total += run.work()
   spent = time.monotonic() - begin
-  seconds = {**total.seconds, 'optimize': spent - total.seconds['prepare']}
+  seconds = {**total.seconds, 'optimize': spent - total.seconds['prefill']}
   return targets, total._replace(seconds=seconds)
 
 
-_trunk_kv = jax.jit(trunk_kv, static_argnames='spec')
+_shared_prefix_kv = jax.jit(shared_prefix_kv, static_argnames='spec')
 
 
 def _targets(results: Sequence[Result]) -> Targets:

@@ -22,20 +22,20 @@ from jaxedit.batching import (
 from jaxedit.batching import (
     slots as slots_lib,
 )
-from jaxedit.batching.packer import Tile
+from jaxedit.batching.packer import PackedBatch
 from jaxedit.batching.plan import (
-    Frame,
-    Room,
+    BatchPlan,
+    BatchShape,
 )
 from jaxedit.models import blocks
 from jaxedit.models.spec import ModelSpec
 from jaxedit.targets import engine
 from jaxedit.targets.state import (
-    Parts,
-    Pool,
-    Ready,
-    Schedule,
-    State,
+    HalfOutputs,
+    PrefixCache,
+    Prefill,
+    TargetConfig,
+    OptState,
 )
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import KV, Params
@@ -96,19 +96,19 @@ class _Waiting(NamedTuple):
 
   edit: int
   source: int  # slot in the tile
-  tile: Tile
-  ready: Ready
+  packed: PackedBatch
+  prefilled: Prefill
 
 
-class Goal(NamedTuple):
+class Objective(NamedTuple):
   """What states are optimised for; see `run.autoregressive`."""
 
   layer: int
-  schedule: Schedule
+  config: TargetConfig
   output: str
 
 
-class Run:
+class Scheduler:
   """One room at work: seats edits, steps, and collects who is done."""
 
   def __init__(
@@ -116,50 +116,50 @@ class Run:
       spec: ModelSpec,
       params: Params,
       edits: Sequence[EncodedEdit],
-      frame: Frame,
+      plan: BatchPlan,
       *,
-      room: Room,
-      trunk: KV | None,
-      goal: Goal,
+      batch_shape: BatchShape,
+      shared_prefix: KV | None,
+      objective: Objective,
   ):
     self._model, self._edits = (spec, params), edits
-    self._frame, self._room, self._trunk = frame, room, trunk
-    self._goal = goal
-    self._chained = room.grow > 0
+    self._plan, self._batch_shape, self._shared_prefix = plan, batch_shape, shared_prefix
+    self._objective = objective
+    self._chained = batch_shape.grow > 0
     self._exhausted = False
-    self._seating = slots_lib.Seating(frame, room)
+    self._allocator = slots_lib.SlotAllocator(plan, batch_shape)
     self._waiting: collections.deque[_Waiting] = collections.deque()
-    self._seated: dict[int, tuple[_Waiting, int]] = {}  # slot -> who, stage
+    self._assigned: dict[int, tuple[_Waiting, int]] = {}  # slot -> who, stage
     self._parked: dict[int, tuple[_Waiting, int]] = {}  # no places free yet
-    self._fresh = np.ones(room.slots, bool)
-    self._pool = self._empty()
-    self._state: State | None = None
+    self._fresh = np.ones(batch_shape.slots, bool)
+    self._cache = self._empty()
+    self._state: OptState | None = None
     self._counts = collections.Counter()
     self._prepare_seconds = 0.0
 
-  def _empty(self) -> Pool:
-    (spec, params), room, frame = self._model, self._room, self._frame
+  def _empty(self) -> PrefixCache:
+    (spec, params), batch_shape, plan = self._model, self._batch_shape, self._plan
     kept = blocks.stored(spec, params['embed']['embedding'].dtype)
-    above = spec.layers - 1 - self._goal.layer
-    columns = frame.shared + room.left[1] + room.grow if above else 1
-    shape = (above, room.slots, frame.rows, spec.kv_heads, columns)
+    above = spec.layers - 1 - self._objective.layer
+    columns = plan.shared + batch_shape.prefix_shape[1] + batch_shape.grow if above else 1
+    shape = (above, batch_shape.slots, plan.rows, spec.kv_heads, columns)
     make = lambda: jnp.zeros((*shape, spec.head_size), kept)
     wide = lambda *shape: jnp.zeros([*shape, spec.width], blocks.wide(kept))
-    base, parts = wide(1, room.places), None
-    if self._goal.output != 'block':
-      output = lambda: wide(room.slots, frame.rows)
-      attn = output() if self._goal.output == 'attn+mlp' else None
-      parts = Parts(attn, output())
-    return Pool(base, make(), make(), parts)
+    base, parts = wide(1, batch_shape.token_budget), None
+    if self._objective.output != 'block':
+      output = lambda: wide(batch_shape.slots, plan.rows)
+      attn = output() if self._objective.output == 'attn+mlp' else None
+      parts = HalfOutputs(attn, output())
+    return PrefixCache(base, make(), make(), parts)
 
   def results(
       self, order: Sequence[int]
   ) -> Iterator[tuple[tuple[int, int], Result]]:
     """Optimises the edits named; yields ((edit, stage), result)."""
-    source = packer.row_tiles(self._edits, order, self._frame, self._room)
+    source = packer.pack_edits(self._edits, order, self._plan, self._batch_shape)
     while True:
       self._fill(source)
-      if not self._seated:
+      if not self._assigned:
         return
       if self._exhausted and not self._waiting and not self._parked:
         self._move_out()
@@ -169,112 +169,112 @@ class Run:
     """Goes on in the smallest room where the last edits fit."""
     if self._state is None:
       return
-    found, room, tail = None, self._room, self._room.tail
-    while tail is not None and (fits := self._seating.shrink(tail)):
-      found, room, tail = fits, tail, tail.tail
+    found, batch_shape, compacted = None, self._batch_shape, self._batch_shape.compacted
+    while compacted is not None and (fits := self._allocator.compact(compacted)):
+      found, batch_shape, compacted = fits, compacted, compacted.compacted
     if found is None:
       return
     self._bank()
-    self._pool, self._state = engine.move(
-        self._pool, self._state, found.slots, found.places
+    self._cache, self._state = engine.move(
+        self._cache, self._state, found.slots, found.token_budget
     )
     now = {int(old): new for new, old in enumerate(found.slots)}
-    self._seated = {now[slot]: who for slot, who in self._seated.items()}
-    self._seating, self._room = found.seating, room
+    self._assigned = {now[slot]: who for slot, who in self._assigned.items()}
+    self._allocator, self._batch_shape = found.slots, batch_shape
     self._fresh = np.append(self._fresh, False)[found.slots]
 
   def _bank(self) -> None:
     """Counts what was run since the last time."""
-    room, ran = self._room, int(self._state.ran)
-    kl = room.slots if self._frame.kl else 0
-    self._counts['computed'] += ran * room.places
-    self._counts['scored_computed'] += ran * (room.scored + kl)
+    batch_shape, ran = self._batch_shape, int(self._state.ran)
+    kl = batch_shape.slots if self._plan.kl else 0
+    self._counts['computed'] += ran * batch_shape.token_budget
+    self._counts['scored_computed'] += ran * (batch_shape.logit_budget + kl)
     self._counts['steps'] += ran
 
-  def _fill(self, source: Iterator[Tile]) -> None:
-    """Seats who waits, first in line first as far as they fit."""
+  def _fill(self, source: Iterator[PackedBatch]) -> None:
+    """SlotLayout who waits, first in line first as far as they fit."""
     for slot, (who, k) in list(self._parked.items()):
-      if self._seating.fits(self._edits[who.edit], k):
+      if self._allocator.fits(self._edits[who.edit], k):
         del self._parked[slot]
         self._take(slot, who, k)
     # Who waits for places goes first, or small edits would take them for ever.
-    while not self._parked and (slot := self._seating.idle) is not None:
-      fits = lambda who: self._seating.fits(self._edits[who.edit])
+    while not self._parked and (slot := self._allocator.free_slot) is not None:
+      fits = lambda who: self._allocator.fits(self._edits[who.edit])
       who = next(filter(fits, self._waiting), None)
       if who is not None:
         self._waiting.remove(who)
         self._take(slot, who, 0)
       # One tile more gives a choice of edits that may fit; a second would only
       # take memory.
-      elif len(self._waiting) >= self._room.tile[0] or not self._more(source):
+      elif len(self._waiting) >= self._batch_shape.prefill_shape[0] or not self._more(source):
         return
 
-  def _more(self, source: Iterator[Tile]) -> bool:
+  def _more(self, source: Iterator[PackedBatch]) -> bool:
     """Runs the constant part of a further tile; says if there was one."""
-    tile = next(source, None)
-    if tile is None:
+    packed = next(source, None)
+    if packed is None:
       self._exhausted = True
       return False
     begin = time.monotonic()
-    ready = engine.prepare(
+    prefilled = engine.prefill(
         *self._model,
-        self._trunk,
-        tile,
-        layer=self._goal.layer,
-        output=self._goal.output,
+        self._shared_prefix,
+        packed,
+        layer=self._objective.layer,
+        output=self._objective.output,
     )
-    jax.block_until_ready(ready)
+    jax.block_until_ready(prefilled)
     self._prepare_seconds += time.monotonic() - begin
-    self._counts['prepared'] += tile.tokens.shape[1]
-    for source, edit in enumerate(tile.edit):
+    self._counts['prepared'] += packed.tokens.shape[1]
+    for source, edit in enumerate(packed.edit):
       if edit >= 0:
-        self._waiting.append(_Waiting(int(edit), source, tile, ready))
+        self._waiting.append(_Waiting(int(edit), source, packed, prefilled))
     return True
 
   def _take(self, slot: int, who: _Waiting, k: int) -> None:
-    """Seats a stage and copies its states there."""
-    edit, rows = self._edits[who.edit], self._frame.rows
-    places = self._seating.sit(slot, edit, k)
-    tile = who.tile.rows.index[who.source * rows : (who.source + 1) * rows]
-    origin = np.full_like(places, who.tile.tokens.shape[1])
+    """Assigns a stage and copies its states there."""
+    edit, rows = self._edits[who.edit], self._plan.rows
+    places = self._allocator.assign(slot, edit, k)
+    packed = who.packed.rows.index[who.source * rows : (who.source + 1) * rows]
+    origin = np.full_like(places, who.packed.tokens.shape[1])
     for c in range(rows):
-      count = int((places[c] < self._room.places).sum())
+      count = int((places[c] < self._batch_shape.token_budget).sum())
       first = self._column(edit, c, k)
-      origin[c, :count] = tile[c, first : first + count]
+      origin[c, :count] = packed[c, first : first + count]
     move = np.stack([origin.reshape(-1), places.reshape(-1)])
     if k == 0:
-      self._pool = engine.seat(self._pool, who.ready, slot, who.source, move)
+      self._cache = engine.assign(self._cache, who.prefilled, slot, who.source, move)
     else:
-      self._pool = engine.shift(self._pool, who.ready, slot, move)
+      self._cache = engine.assign_chunk(self._cache, who.prefilled, slot, move)
     # A tile's arrays are let go of as soon as nobody needs them.
-    kept = who.ready._replace(key=None, value=None)
-    who = who._replace(ready=kept if k + 1 < edit.stages else None)
+    kept = who.prefilled._replace(key=None, value=None)
+    who = who._replace(prefilled=kept if k + 1 < edit.stages else None)
     self._fresh[slot] = True
-    self._seated[slot] = (who, k)
+    self._assigned[slot] = (who, k)
 
   def _column(self, edit: EncodedEdit, c: int, k: int) -> int:
     """Column of a stage's anchor among a row's own columns."""
-    if c == self._frame.contexts:
+    if c == self._plan.contexts:
       return len(edit.kl) - 1
-    return edit.stage(k, c).anchor - len(self._frame.trunk[c])
+    return edit.stage(k, c).anchor - len(self._plan.shared_prefix[c])
 
   def _step(self) -> Iterator[tuple[tuple[int, int], Result]]:
     """Steps until somebody is done and takes their results."""
-    seats = self._seating.seats()
+    assigned = self._allocator.layout()
     if self._state is None:
       self._state = engine.start(
-          self._model[0], self._pool, seats, self._chained
+          self._model[0], self._cache, assigned, self._chained
       )
-    self._state, z0 = engine.advance(
+    self._state, z0 = engine.optimize_until_done(
         *self._model,
-        self._pool,
-        seats,
+        self._cache,
+        assigned,
         self._state,
         self._fresh,
-        schedule=self._goal.schedule,
-        layer=self._goal.layer,
-        watch=self._chained,
-        easing=bool(self._goal.schedule.ease > 0),
+        config=self._objective.config,
+        layer=self._objective.layer,
+        return_kv=self._chained,
+        use_argmax_stop=bool(self._objective.config.argmax_stop > 0),
     )
     self._fresh = np.zeros_like(self._fresh)
     state = self._state
@@ -284,8 +284,8 @@ class Run:
     if delta.ndim == 3:  # the attention's part is not wanted
       delta, z0 = delta[:, 1], z0[:, 1]
     steps, finite = np.asarray(state.steps), np.asarray(state.finite)
-    for slot in [s for s in self._seated if done[s]]:
-      who, k = self._seated.pop(slot)
+    for slot in [s for s in self._assigned if done[s]]:
+      who, k = self._assigned.pop(slot)
       self._count(self._edits[who.edit], k, int(steps[slot]))
       yield (
           (who.edit, k),
@@ -303,12 +303,12 @@ class Run:
   def _end(self, slot: int, who: _Waiting, k: int) -> None:
     """Goes on to an edit's next stage, or lets it leave."""
     if k + 1 == self._edits[who.edit].stages:
-      self._seating.leave(slot)
+      self._allocator.free(slot)
       return
-    column = self._seating.move_on(slot)
+    column = self._allocator.next_chunk(slot)
     if self._state.kv is not None:
-      self._pool = engine.extend(
-          self._pool, self._state.kv, slot=slot, column=column
+      self._cache = engine.append_kv(
+          self._cache, self._state.kv, slot=slot, column=column
       )
     self._parked[slot] = (who, k + 1)
 
@@ -323,5 +323,5 @@ class Run:
     """What was run, once all is done."""
     if self._state is not None:
       self._bank()
-    seconds = {'prepare': self._prepare_seconds}
+    seconds = {'prefill': self._prepare_seconds}
     return Work(seconds=seconds, **self._counts)

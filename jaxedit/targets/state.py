@@ -26,10 +26,10 @@ from jaxedit.types import Array
 OUTPUTS = ('block', 'mlp', 'attn+mlp')
 
 
-class Schedule(NamedTuple):
+class TargetConfig(NamedTuple):
   """Settings of the optimisation; numbers, so changing one does not recompile.
 
-  `ease` alone recompiles where it is switched on or off.
+  `argmax_stop` alone recompiles where it is switched on or off.
 
   Attributes:
     steps: losses evaluated at most; there is one update fewer.
@@ -39,7 +39,7 @@ class Schedule(NamedTuple):
     kl: weight of the KL term.
     threshold: an edit stops when its loss is below, nats.
     nll: weight of the negative log-likelihood.
-    ease: 0 for none, or: where every target token is the most probable one in
+    argmax_stop: 0 for none, or: where every target token is the most probable one in
       all contexts, the likelihood weighs a tenth in the next step, and the edit
       stops if its KL term as it weighs (times `kl`) is not above this, nats. An
       edit without KL row, or past its first chunk, has a KL term of 0.
@@ -55,10 +55,10 @@ class Schedule(NamedTuple):
   kl: float = 0.0625
   threshold: float = 5e-2
   nll: float = 1.0
-  ease: float = 0.0
+  argmax_stop: float = 0.0
 
 
-class Parts(NamedTuple):
+class HalfOutputs(NamedTuple):
   """Outputs of the two halves of the edited layer, unedited.
 
   Attributes:
@@ -70,26 +70,26 @@ class Parts(NamedTuple):
   mlp: Array
 
 
-class Ready(NamedTuple):
+class Prefill(NamedTuple):
   """A tile of edits with all that stays constant."""
 
   h: Array  # [1, N, D] residual leaving the layer
   key: Array  # [U, E, R, G, P, H]
   value: Array
-  parts: Parts | None  # [1, N, D]; None if the block's output is changed
+  parts: HalfOutputs | None  # [1, N, D]; None if the block's output is changed
 
 
-class Pool(NamedTuple):
+class PrefixCache(NamedTuple):
   """What the seated edits keep constant."""
 
   base: Array  # [1, N, D] residual leaving the layer
   key: Array  # [U, E, R, G, P, H]
   value: Array
-  parts: Parts | None  # [E, R, D] at the anchors
+  parts: HalfOutputs | None  # [E, R, D] at the anchors
 
 
 @flax.struct.dataclass
-class State:
+class OptState:
   """Loop state of the slots of a room."""
 
   delta: Array  # [E, D], or [E, part, D]
@@ -99,7 +99,7 @@ class State:
   likelihood: Array  # [E]
   steps: Array  # [E] int32
   finite: Array  # [E] bool
-  eased: Array  # [E] bool, the likelihood weighs a tenth
+  lowered: Array  # [E] bool, the likelihood weighs a tenth
   base: Array  # [E, V] unedited log-probabilities of the KL row, or [E, 0]
   kv: tuple[Array, Array] | None  # [U, rows, G, W, H] of the last step
   ran: Array  # [] int32 steps of the room

@@ -98,7 +98,7 @@ def _next(
     spec: ModelSpec, params: Params, ids: Any, valid: Any
 ) -> tuple[Any, Any]:
   """([G] most probable next token, [G] its log-probability)."""
-  columns = decoder.token_columns(valid)
+  columns = decoder.token_layout(valid)
   h = decoder.embed(spec, params, ids, columns)
   h, _ = decoder.run_layers(spec, params, h, columns, start=0, stop=spec.layers)
   last = jnp.sum(valid, axis=1) - 1

@@ -20,7 +20,7 @@ import flax
 import numpy as np
 
 from jaxedit.trace.kinds import Kind
-from jaxedit.types import PADDING, TRUNK, Array, Columns, Keep, Ragged
+from jaxedit.types import PADDING, SHARED, Array, TokenLayout, OutputTokens, PackedSequences
 
 
 class Cells(NamedTuple):
@@ -64,7 +64,7 @@ class Shape(NamedTuple):
 
 
 @flax.struct.dataclass
-class Tile:
+class PackedBatch:
   """Rows that enter after one layer.
 
   Attributes:
@@ -81,8 +81,8 @@ class Tile:
   owner: Array
   token: Array
   stop: Array
-  rows: Ragged
-  keep: Keep
+  rows: PackedSequences
+  keep: OutputTokens
   label: Array
 
 
@@ -177,7 +177,7 @@ def tiles(
     lengths: np.ndarray,
     labels: Sequence[np.ndarray],
     draws: int,
-) -> Iterator[tuple[slice, Tile]]:
+) -> Iterator[tuple[slice, PackedBatch]]:
   """Builds tiles.
 
   Args:
@@ -202,7 +202,7 @@ def _tile(
     lengths: np.ndarray,
     labels: Sequence[np.ndarray],
     draws: int,
-) -> Tile:
+) -> PackedBatch:
   size, n = shape.rows, shape.places
   pad = lambda x: np.pad(np.asarray(x, np.int32), (0, size - len(x)))
   token = pad(mine.token)
@@ -211,16 +211,16 @@ def _tile(
   inside = column < length[:, None]
   start = np.cumsum(length) - length
   index = np.where(inside, start[:, None] + column, n).astype(np.int32)
-  columns = Columns(
+  columns = TokenLayout(
       position=token[:, None] + column,
-      segment=np.where(inside, TRUNK, PADDING).astype(np.int32),
+      segment=np.where(inside, SHARED, PADDING).astype(np.int32),
   )
-  rows = Ragged(columns, index, *_places(index, n))
+  rows = PackedSequences(columns, index, *_places(index, n))
   wanted = [labels[case] for case in mine.case]
   count = pad([len(x) for x in wanted])
   label = np.zeros(size * shape.scored, np.int32)
   label[: count.sum()] = np.concatenate(wanted)
-  return Tile(
+  return PackedBatch(
       entry=np.int32(mine.entry[0]),
       owner=pad(mine.case * draws + mine.draw),
       token=token,
@@ -241,8 +241,8 @@ def _places(index: np.ndarray, places: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _kept(
-    rows: Ragged, start: np.ndarray, count: np.ndarray, shape: Shape
-) -> Keep:
+    rows: PackedSequences, start: np.ndarray, count: np.ndarray, shape: Shape
+) -> OutputTokens:
   """The scored columns of every row, as rows of their own.
 
   Args:
@@ -262,8 +262,8 @@ def _kept(
   kept = np.full(inside.size, shape.places, np.int32)
   place = np.take_along_axis(rows.index, column, axis=1)
   kept[index[inside]] = place[inside]
-  columns = Columns(
+  columns = TokenLayout(
       position=np.take_along_axis(rows.columns.position, column, axis=1),
-      segment=np.where(inside, TRUNK, PADDING).astype(np.int32),
+      segment=np.where(inside, SHARED, PADDING).astype(np.int32),
   )
-  return Keep(kept, Ragged(columns, index, *_places(index, inside.size)))
+  return OutputTokens(kept, PackedSequences(columns, index, *_places(index, inside.size)))

@@ -28,7 +28,7 @@ import numpy as np
 from jaxedit.models.spec import ModelSpec
 from jaxedit.trace import cells as cells_lib
 from jaxedit.trace import tail
-from jaxedit.trace.cells import Tile
+from jaxedit.trace.cells import PackedBatch
 from jaxedit.trace.groups import padded
 from jaxedit.trace.kinds import HIDDEN
 from jaxedit.types import Array, Params, Progress, silent
@@ -175,7 +175,7 @@ def _reach(
 
 @functools.partial(jax.jit, static_argnames=('spec',))
 def _pushed(
-    spec: ModelSpec, params: Params, found: tail.Tables, tile: Tile, push: Array
+    spec: ModelSpec, params: Params, found: tail.Tables, tile: PackedBatch, push: Array
 ) -> Array:
   """[K] log-probability of the labels where first columns are pushed."""
   h = found.base['block'][tile.entry, tile.owner, tile.token]

@@ -31,9 +31,9 @@ import jax.numpy as jnp
 
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
-from jaxedit.trace.cells import Tile
+from jaxedit.trace.cells import PackedBatch
 from jaxedit.trace.kinds import Kind
-from jaxedit.types import PADDING, TRUNK, Array, Columns, Params, Tap
+from jaxedit.types import PADDING, SHARED, Array, TokenLayout, Params, Tap
 
 
 class How(NamedTuple):
@@ -122,7 +122,7 @@ def tables(
   """
   draws = noise.shape[1]
   layers = tuple(range(spec.layers))
-  columns = decoder.token_columns(valid)
+  columns = decoder.token_layout(valid)
   spread = lambda x: jnp.repeat(x, draws, axis=0)
   run = functools.partial(
       decoder.run_layers, spec, params, start=0, stop=spec.layers
@@ -158,7 +158,7 @@ def _attend_clean(
     spec: ModelSpec,
     params: Params,
     h: Array,
-    columns: Columns,
+    columns: TokenLayout,
     base: dict[str, Array],
     clean: dict[str, Array],
 ) -> Array:
@@ -212,7 +212,7 @@ def restored(
 
 @functools.partial(jax.jit, static_argnames=('spec', 'how'))
 def tails(
-    spec: ModelSpec, params: Params, found: Tables, tile: Tile, *, how: How
+    spec: ModelSpec, params: Params, found: Tables, tile: PackedBatch, *, how: How
 ) -> Array:
   """Runs a tile of cells.
 
@@ -231,7 +231,7 @@ def tails(
 
 
 def _holder(
-    found: Tables, tile: Tile, how: How
+    found: Tables, tile: PackedBatch, how: How
 ) -> tuple[str, Callable[[Array], tuple[Array, Array]]] | None:
   """(part, layer -> ([R, D] its output at t, [R] whether it is set))."""
   part = how.sever or (how.part if how.windowed else None)
@@ -254,7 +254,7 @@ def run(
     spec: ModelSpec,
     params: Params,
     found: Tables,
-    tile: Tile,
+    tile: PackedBatch,
     first: Array,
     *,
     hold: Any = None,
@@ -312,11 +312,11 @@ def run(
   return decoder.label_logprob(spec, params, h[0], tile.label)[0]
 
 
-def _before(tile: Tile, width: int) -> Columns:
+def _before(tile: PackedBatch, width: int) -> TokenLayout:
   """The columns left of the first one, of the corrupted run."""
   position = jnp.broadcast_to(jnp.arange(width), (len(tile.token), width))
   seen = position < tile.token[:, None]
-  return Columns(position, jnp.where(seen, TRUNK, PADDING))
+  return TokenLayout(position, jnp.where(seen, SHARED, PADDING))
 
 
 @functools.partial(jax.jit, static_argnames=('spec', 'part'))

@@ -19,7 +19,7 @@ from jaxedit.kernels import timing
 from jaxedit.kernels.gram import pallas_gpu, reference
 
 # Model -> key width of mlp/down.
-WIDTHS = {
+LENGTHS = {
     'SmolLM2-135M': 1536,
     'Llama-3-8B': 14336,
     'GPT-J-6B': 16384,
@@ -39,7 +39,7 @@ def cases(
     tiles: of the kernel, None for its own choice.
     interpret: small shapes.
   """
-  widths = {'small': 200} if interpret else WIDTHS
+  widths = {'small': 200} if interpret else LENGTHS
   functions = {
       'reference': reference.gram,
       'cast': lambda keys, mask: reference.gram(keys.astype(jnp.float32), mask),

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxedit import targets as targets_lib
-from jaxedit.batching.plan import Frame
+from jaxedit.batching.plan import BatchPlan
 from jaxedit.methods.base import (
     Editor,
     Info,
@@ -68,12 +68,12 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
     The editor. Its `init(params, moments)` factors the metrics in f64, once; its
     `edit(params, state, edits, frame=None, memory=None, progress=silent)` takes
     what `text.encoding.encode_edits` or `text.passages.encode_passages` gives,
-    and the frame of the run it is part of; `edit_each` also takes `owner`, [E]
+    and the frame of the run it is part of; `edit_independent` also takes `owner`, [E]
     which independent group an edit belongs to (every edit alone unless given).
 
   Raises:
     InputError: a layer is out of range; from `init`, moments lack a layer or
-      are not positive definite; from `edit_each`, the method writes single
+      are not positive definite; from `edit_independent`, the method writes single
       entries of a matrix (RECT), which have no factors.
   """
   check_layers(spec, recipe.layers)
@@ -94,10 +94,10 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
       prior = (np.zeros((0, width), np.float32),) * len(recipe.layers)
     return State(tuple(metrics), prior)
 
-  def edit(params, state, edits, *, frame=None, memory=None, progress=silent):
+  def edit(params, state, edits, *, plan=None, memory=None, progress=silent):
     if not edits:
       return Edited(), state, _nothing(spec, recipe)
-    call = _Call(spec, params, recipe, edits, (frame, memory), progress)
+    call = _Call(spec, params, recipe, edits, (plan, memory), progress)
     written = call.run(state, None)
     # What stopped being finite while it was written has zero rows.
     delta = _delta(recipe, written.changes, call.finite)
@@ -107,13 +107,13 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
       state = state._replace(prior=tuple(joined))
     return Edited(deltas=(delta,)), state, call.info(written)
 
-  def edit_each(
+  def edit_independent(
       params,
       state,
       edits,
       *,
       owner=None,
-      frame=None,
+      plan=None,
       memory=None,
       progress=silent,
   ):
@@ -124,7 +124,7 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
       )
     if not edits:
       return Edited(), state, _nothing(spec, recipe)
-    call = _Call(spec, params, recipe, edits, (frame, memory), progress)
+    call = _Call(spec, params, recipe, edits, (plan, memory), progress)
     owner = np.arange(len(edits)) if owner is None else np.asarray(owner)
     written = call.run(state, owner)
     groups = slice(0, int(owner.max()) + 1)
@@ -134,7 +134,7 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
     delta = LowRank(recipe.layers, recipe.site, key, value)
     return Edited(deltas=(delta,)), state, call.info(written)
 
-  return Editor(init, edit, edit_each)
+  return Editor(init, edit, edit_independent)
 
 
 def _metric(recipe: Recipe, gram: jax.Array, layer: int) -> Any:
@@ -160,14 +160,14 @@ class _Call:
       params: Params,
       recipe: Recipe,
       edits: Sequence[EncodedEdit],
-      prepared: tuple[Frame | None, targets_lib.Memory | None],
+      prepared: tuple[BatchPlan | None, targets_lib.Memory | None],
       progress: Progress,
   ):
     begin = time.monotonic()
     self._given = (spec, params, recipe)
     self._edits, self._progress = edits, progress
-    frame, self._memory = prepared
-    self._frame = frame or targets_lib.frame_for(spec, params, edits)
+    plan, self._memory = prepared
+    self._plan = plan or targets_lib.plan_batches(spec, params, edits)
     self._targets, self._work = self._optimize()
     self._edit = np.repeat(np.arange(len(edits)), [e.stages for e in edits])
     self.finite = whole(self._edit, self._targets.finite)
@@ -177,9 +177,9 @@ class _Call:
     spec, params, recipe = self._given
     settings = dict(
         layer=recipe.layers[-1],
-        schedule=recipe.value,
+        config=recipe.value,
         output=recipe.output,
-        frame=self._frame,
+        plan=self._plan,
         memory=self._memory,
         progress=self._progress,
     )
@@ -200,7 +200,7 @@ class _Call:
         targets=self._targets,
         active=self.finite,
         owner=owner,
-        frame=self._frame,
+        plan=self._plan,
         progress=self._progress,
     )
     self._seconds['insert'] = time.monotonic() - begin

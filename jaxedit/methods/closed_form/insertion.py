@@ -7,7 +7,7 @@ Layer by layer from the first edited one to the last (which z describes),
   H   keys that are held: other tokens of the texts, keys of earlier batches
   X   = S K_all^T (r I + C_all S K_all^T)^-1 [R; 0]      (`solve.ridge`)
 
-in one pass that goes up with the edits (`climb`). Edits are solved for together,
+in one pass that goes up with the edits (`sweep`). Edits are solved for together,
 or in independent groups side by side, each on a model of its own.
 
 Axes: E edits, M states of all edits, G groups, m states of a group, P held keys,
@@ -27,20 +27,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxedit.batching import plan as plan_lib
-from jaxedit.batching.plan import Frame
+from jaxedit.batching.plan import BatchPlan
 from jaxedit.methods.closed_form.recipe import (
     Recipe,
     State,
 )
 from jaxedit.methods.closed_form.sweep import (
-    Change,
-    Climb,
+    LayerDelta,
+    LayerSweep,
     Keys,
 )
 from jaxedit.methods.closed_form.systems import (
-    Apart,
+    Independent,
     Rows,
-    Together,
+    Joint,
 )
 from jaxedit.models.spec import ModelSpec
 from jaxedit.solve.ridge import Factors
@@ -61,7 +61,7 @@ class Written(NamedTuple):
     keys: [M, F] of every layer.
   """
 
-  changes: list[Change]
+  changes: list[LayerDelta]
   distance: np.ndarray
   active: np.ndarray
   keys: list[np.ndarray]
@@ -77,7 +77,7 @@ def insert(
     targets: Targets,
     active: np.ndarray,
     owner: Sequence[int] | None = None,
-    frame: Frame | None = None,
+    plan: BatchPlan | None = None,
     progress: Progress = silent,
 ) -> Written:
   """Writes the targets into the edited layers, lowest first.
@@ -92,24 +92,24 @@ def insert(
     active: [M] bool, states to write; an edit is written whole or not at all.
     owner: [E] independent group of an edit, for changes of their own a group;
       None solves for all together.
-    frame: static shapes, of these edits and others; chosen unless given.
+    plan: static shapes, of these edits and others; chosen unless given.
     progress: progress display.
 
   Returns:
     What was written.
   """
-  frame = frame or plan_lib.frame(edits)
+  plan = plan or plan_lib.plan_shapes(edits)
   states = sum(edit.stages for edit in edits)
   if owner is None:
-    systems: Any = Together(frame, states)
+    systems: Any = Joint(plan, states)
   else:
-    systems = Apart(frame, edits, owner)
+    systems = Independent(plan, edits, owner)
   if owner is not None or recipe.texts:
     # Every group changes what contexts share in its own way, and every text
     # holds all of its own tokens.
-    frame = frame.apart()
-  climb = _Climbing(
-      Climb(spec, params, recipe, edits, frame, owner=owner),
+    plan = plan.apart()
+  sweep = _Insertion(
+      LayerSweep(spec, params, recipe, edits, plan, owner=owner),
       (params, recipe, state),
       edits,
       targets,
@@ -118,20 +118,20 @@ def insert(
   )
   with progress('insert', len(recipe.layers), 'layer') as advance:
     for layer in range(recipe.layers[0], recipe.layers[-1] + 1):
-      climb.halt(layer)
-      change = None
+      sweep.to_mlp(layer)
+      delta = None
       if layer in recipe.layers:
-        change = climb.solve(layer, systems)
+        delta = sweep.solve(layer, systems)
         advance(1)
       if layer < recipe.layers[-1]:
-        climb.write(layer, change)
-  climb.gap(climb.rows.outcome(change))
+        sweep.through_mlp(layer, delta)
+  sweep.gap(sweep.rows.final(delta))
   return Written(
-      climb.solved, np.stack(climb.distance), climb.active, climb.keys
+      sweep.solved, np.stack(sweep.distance), sweep.active, sweep.keys
   )
 
 
-def whole(edit: np.ndarray, fine: np.ndarray) -> np.ndarray:
+def all_states(edit: np.ndarray, fine: np.ndarray) -> np.ndarray:
   """Finds states whose edit is fine in all its states.
 
   Args:
@@ -146,12 +146,12 @@ def whole(edit: np.ndarray, fine: np.ndarray) -> np.ndarray:
   return ~bad[edit]
 
 
-class _Climbing:
+class _Insertion:
   """An insertion under way."""
 
   def __init__(
       self,
-      rows: Climb,
+      rows: LayerSweep,
       given: tuple[Params, Recipe, State],
       edits: Sequence[EncodedEdit],
       targets: Targets,
@@ -164,9 +164,9 @@ class _Climbing:
     self._params, self._recipe, self._state = given
     self._edit = np.repeat(np.arange(len(edits)), [e.stages for e in edits])
     self._length = np.linalg.norm(targets.z - targets.z0, axis=-1)
-    self.halt, self.write = rows.halt, rows.write
-    self.active = whole(self._edit, active)
-    self.solved: list[Change] = []
+    self.to_mlp, self.through_mlp = rows.to_mlp, rows.through_mlp
+    self.active = all_states(self._edit, active)
+    self.solved: list[LayerDelta] = []
     self.distance: list[np.ndarray] = []
     self.keys: list[np.ndarray] = []
 
@@ -177,17 +177,17 @@ class _Climbing:
     self.distance.append(far)
     return away
 
-  def solve(self, layer: int, systems: Any) -> Change:
+  def solve(self, layer: int, systems: Any) -> LayerDelta:
     """Solves for the change of a layer whose MLP rows wait for."""
     recipe, dtype = self._recipe, self._targets.z.dtype
     i = recipe.layers.index(layer)
     found = self.rows.keys(layer)
     share = recipe.spread(len(recipe.layers) - i)
-    away = self.gap(self.rows.present(layer)) * share
+    away = self.gap(self.rows.predicted(layer)) * share
     fine = np.isfinite(found.mean).all(1) & np.isfinite(away).all(1)
-    self.active = whole(self._edit, self.active & fine)
+    self.active = all_states(self._edit, self.active & fine)
     self.keys.append(found.mean)
-    metric = i if recipe.shared_metric is None else recipe.shared_metric
+    metric = i if recipe.shared_preconditioner is None else recipe.shared_preconditioner
     rows, owner = self._rows(found, away, i)
     with jax.enable_x64(True):
       exact = systems.solve(self._state.metrics[metric], rows, owner, recipe)
@@ -198,12 +198,12 @@ class _Climbing:
         if isinstance(exact, Factors):
           exact = exact.key.T @ exact.value
         exact = rect(exact, kernel[layer], recipe.keep)
-      change = jax.tree.map(lambda x: np.asarray(x, dtype), exact)
+      delta = jax.tree.map(lambda x: np.asarray(x, dtype), exact)
     # Nothing of a singular system may reach the model.
-    change, sound = systems.sound(change)
-    self.active = whole(self._edit, self.active & sound)
-    self.solved.append(change)
-    return jax.tree.map(jnp.asarray, change)
+    delta, sound = systems.sound(delta)
+    self.active = all_states(self._edit, self.active & sound)
+    self.solved.append(delta)
+    return jax.tree.map(jnp.asarray, delta)
 
   def _rows(
       self, found: Keys, away: np.ndarray, i: int

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxedit import targets as targets_lib
 from jaxedit.models.spec import ModelSpec
-from jaxedit.solve.preconditioner import Metric
+from jaxedit.solve.preconditioner import Preconditioner
 from jaxedit.text.chunking import Chunking
 from jaxedit.types import Array, InputError
 
@@ -39,7 +39,7 @@ class Recipe:
     metric: (gram [F, F] average second moment) -> metric S.
     value: settings of the value optimisation.
     ridge: r in the closed form.
-    lone_ridge: r of a system of one row and none held; None for `ridge`.
+    single_edit_ridge: r of a system of one row and none held; None for `ridge`.
     bare: weight of the bare prompt in the average of the keys; the other
       contexts share the rest evenly. None for the same as any other.
     constraint: keys at which the change is held to R, 'same' as those it is
@@ -51,7 +51,7 @@ class Recipe:
     measured: where the present state is read, on the 'bare' prompt or as the
       'mean' over contexts.
     spread: layers still to write, this one included -> share of the residual.
-    shared_metric: index of the layer whose metric serves all; None for its own.
+    shared_preconditioner: index of the layer whose metric serves all; None for its own.
     keep: share of a matrix's entries that are written, those of largest
       relative change (RECT); 1 for all.
     remember: keys of earlier batches are held as well, explicitly in the state.
@@ -64,17 +64,17 @@ class Recipe:
 
   name: str
   layers: tuple[int, ...]
-  metric: Callable[[Array], Metric]
-  value: targets_lib.Schedule
+  metric: Callable[[Array], Preconditioner]
+  value: targets_lib.TargetConfig
   ridge: float = 1.0
-  lone_ridge: float | None = None
+  single_edit_ridge: float | None = None
   bare: float | None = 0.5
   constraint: str = 'same'
   activations: str = 'float32'
   output: str = 'block'
   measured: str = 'bare'
   spread: Callable[[int], float] = even
-  shared_metric: int | None = None
+  shared_preconditioner: int | None = None
   keep: float = 1.0
   remember: bool = False
   chunks: Chunking | None = None
@@ -95,8 +95,8 @@ class Recipe:
 
   def ridge_of(self, rows: int, held: int = 0) -> float:
     """r of a system with that many rows and held rows."""
-    lone = rows == 1 and not held and self.lone_ridge is not None
-    return self.lone_ridge if lone else self.ridge
+    lone = rows == 1 and not held and self.single_edit_ridge is not None
+    return self.single_edit_ridge if lone else self.ridge
 
 
 class State(NamedTuple):
@@ -108,7 +108,7 @@ class State(NamedTuple):
       does not remember.
   """
 
-  metrics: tuple[Metric, ...]
+  metrics: tuple[Preconditioner, ...]
   prior: tuple[np.ndarray, ...] | None = None
 
 

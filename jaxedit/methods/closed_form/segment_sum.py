@@ -16,7 +16,7 @@ import numpy as np
 from jaxedit.types import Array
 
 
-class Fold(NamedTuple):
+class Segments(NamedTuple):
   """Where a tile's anchors belong.
 
   Attributes:
@@ -39,7 +39,7 @@ def fold(part: Array, index: Array) -> Array:
   return rows.at[index].get(mode='fill', fill_value=0).sum(1)
 
 
-def find(number: np.ndarray, contexts: int) -> Fold:
+def find(number: np.ndarray, contexts: int) -> Segments:
   """Finds the anchors of every state of a tile.
 
   Args:
@@ -60,7 +60,7 @@ def find(number: np.ndarray, contexts: int) -> Fold:
   index[np.arange(index.shape[1]) < counts[:, None]] = places[
       np.argsort(taken, kind='stable')
   ]
-  return Fold(states, index)
+  return Segments(states, index)
 
 
 def ahead(parts: Iterator[Array]) -> Iterator[Array]:

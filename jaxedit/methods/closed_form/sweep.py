@@ -22,8 +22,8 @@ import numpy as np
 
 from jaxedit import targets as targets_lib
 from jaxedit.batching import packer
-from jaxedit.batching.packer import Tile
-from jaxedit.batching.plan import Frame
+from jaxedit.batching.packer import PackedBatch
+from jaxedit.batching.plan import BatchPlan
 from jaxedit.methods.closed_form import segment_sum
 from jaxedit.methods.closed_form.recipe import Recipe
 from jaxedit.models import decoder
@@ -31,10 +31,10 @@ from jaxedit.models.blocks import stored, wide
 from jaxedit.models.spec import ModelSpec
 from jaxedit.solve.ridge import Factors
 from jaxedit.text.encoding import EncodedEdit
-from jaxedit.types import KV, Array, Columns, Params, Ragged, Tap
+from jaxedit.types import KV, Array, TokenLayout, Params, PackedSequences, Tap
 
 # A layer's change: factors, or one matrix [F, D].
-Change = Factors | Array
+LayerDelta = Factors | Array
 # Of the rows that wait between layers, so much stays on an accelerator; more goes
 # back to the host.
 _RESIDENT_BYTES = 2 * 2**30
@@ -56,32 +56,32 @@ class Keys(NamedTuple):
   owner: np.ndarray
 
 
-class _Halted(NamedTuple):
+class _AtMlp(NamedTuple):
   """Rows that wait before an MLP."""
 
   h: Array  # residual without the MLP
   x: Array  # input of the MLP
 
 
-class _Trunk(NamedTuple):
+class _SharedPrefix(NamedTuple):
   """What the contexts share, on its way up."""
 
-  at: Array | _Halted  # [B, s, D]
-  columns: Columns  # [B, s]
+  at: Array | _AtMlp  # [B, s, D]
+  columns: TokenLayout  # [B, s]
   kv: tuple[Array, Array] | None = None  # of the layer at hand, [B, G, s, H]
 
 
 def _prefix(
-    trunk: _Trunk, kv: tuple[Array, Array], tile: Tile
-) -> tuple[Array, Array, Columns]:
+    shared_prefix: _SharedPrefix, kv: tuple[Array, Array], batch: PackedBatch
+) -> tuple[Array, Array, TokenLayout]:
   """Keys and values that a tile's rows have before them in one layer."""
-  pick = lambda x: x[tile.context]
-  return pick(kv[0]), pick(kv[1]), jax.tree.map(pick, trunk.columns)
+  pick = lambda x: x[batch.context]
+  return pick(kv[0]), pick(kv[1]), jax.tree.map(pick, shared_prefix.columns)
 
 
 @functools.partial(jax.jit, static_argnames=('spec', 'layer'))
-def _enter_trunk(
-    spec: ModelSpec, params: Params, tokens: Array, columns: Columns, layer: int
+def _enter_shared_prefix(
+    spec: ModelSpec, params: Params, tokens: Array, columns: TokenLayout, layer: int
 ) -> tuple[Array, KV | None]:
   """Runs the trunk as far as the first edited layer."""
   h = decoder.embed(spec, params, tokens, columns)
@@ -102,47 +102,47 @@ def _enter_trunk(
 
 @functools.partial(jax.jit, static_argnames=('spec', 'layer'))
 def _enter(
-    spec: ModelSpec, params: Params, kv: KV | None, tile: Tile, layer: int
+    spec: ModelSpec, params: Params, kv: KV | None, batch: PackedBatch, layer: int
 ) -> Array:
   """Runs a tile as far as the first edited layer; `kv` is its trunk's."""
-  h = decoder.embed(spec, params, tile.tokens, tile.rows)
+  h = decoder.embed(spec, params, batch.tokens, batch.rows)
   if kv is not None:
-    kv = targets_lib.spread(kv, tile.context)
+    kv = targets_lib.spread(kv, batch.context)
   return decoder.run_layers(
-      spec, params, h, tile.rows, start=0, stop=layer, prefix=kv
+      spec, params, h, batch.rows, start=0, stop=layer, prefix=kv
   )[0]
 
 
 @functools.partial(jax.jit, static_argnames='spec')
-def _halt_trunk(
-    spec: ModelSpec, params: Params, trunk: _Trunk, *, layer: Array
-) -> _Trunk:
+def _shared_prefix_to_mlp(
+    spec: ModelSpec, params: Params, shared_prefix: _SharedPrefix, *, layer: Array
+) -> _SharedPrefix:
   """Takes the trunk to the MLP of a layer."""
-  h, x, kv = decoder.mix_layer(
-      spec, params, trunk.at, trunk.columns, layer=layer
+  h, x, kv = decoder.attention_half(
+      spec, params, shared_prefix.at, shared_prefix.columns, layer=layer
   )
-  return trunk._replace(at=_Halted(h, x), kv=kv)
+  return shared_prefix._replace(at=_AtMlp(h, x), kv=kv)
 
 
 @functools.partial(jax.jit, static_argnames='spec', donate_argnames='h')
-def _halt(
+def _to_mlp(
     spec: ModelSpec,
     params: Params,
     h: Array,
-    tile: Tile,
-    trunk: _Trunk | None,
+    batch: PackedBatch,
+    shared_prefix: _SharedPrefix | None,
     *,
     layer: Array,
-) -> _Halted:
+) -> _AtMlp:
   """Takes a tile to the MLP of a layer; the trunk has halted there."""
   prefix = None
-  if trunk is not None:
-    prefix = _prefix(trunk, trunk.kv, tile)
-  h, x, _ = decoder.mix_layer(
-      spec, params, h, tile.rows, layer=layer, prefix=prefix
+  if shared_prefix is not None:
+    prefix = _prefix(shared_prefix, shared_prefix.kv, batch)
+  h, x, _ = decoder.attention_half(
+      spec, params, h, batch.rows, layer=layer, prefix=prefix
   )
   # The MLP takes its input in this dtype.
-  return _Halted(h, x.astype(stored(spec, params['embed']['embedding'].dtype)))
+  return _AtMlp(h, x.astype(stored(spec, params['embed']['embedding'].dtype)))
 
 
 def _at(x: Array, places: Array) -> Array:
@@ -154,36 +154,36 @@ def _at(x: Array, places: Array) -> Array:
 def _read_keys(
     spec: ModelSpec,
     params: Params,
-    halted: _Halted,
+    at_mlp: _AtMlp,
     places: Array | None,
     *,
     layer: Array,
     site: str,
 ) -> Array:
   """Computes the keys at places [n], or at all of them, [n, F]."""
-  x = halted.x if places is None else _at(halted.x, places)[None]
-  _, seen = decoder.write_layer(spec, params, x, layer=layer)
+  x = at_mlp.x if places is None else _at(at_mlp.x, places)[None]
+  _, seen = decoder.mlp_half(spec, params, x, layer=layer)
   key = seen[site][0]
   return key.astype(wide(key.dtype))
 
 
-def _deltas(site: str, change: Change | None) -> dict[str, tuple[Array, ...]]:
+def _deltas(site: str, delta: LayerDelta | None) -> dict[str, tuple[Array, ...]]:
   """A change as blocks take it."""
-  if change is None:
+  if delta is None:
     return {}
-  whole = isinstance(change, Factors)
-  return {site: tuple(change) if whole else (change,)}
+  all_states = isinstance(delta, Factors)
+  return {site: tuple(delta) if all_states else (delta,)}
 
 
 @functools.partial(jax.jit, static_argnames=('spec', 'site', 'output'))
 def _measure(
     spec: ModelSpec,
     params: Params,
-    halted: _Halted,
+    at_mlp: _AtMlp,
     anchor: Array,
     *,
     layer: Array,
-    change: Change | None,
+    delta: LayerDelta | None,
     site: str,
     output: str,
 ) -> Array:
@@ -192,71 +192,71 @@ def _measure(
   Returns:
     [R, K, D].
   """
-  m, _ = decoder.write_layer(
+  m, _ = decoder.mlp_half(
       spec,
       params,
-      _at(halted.x, anchor),
+      _at(at_mlp.x, anchor),
       layer=layer,
-      deltas=_deltas(site, change),
+      deltas=_deltas(site, delta),
   )
-  return _at(halted.h, anchor) + m if output == 'block' else m
+  return _at(at_mlp.h, anchor) + m if output == 'block' else m
 
 
 @functools.partial(jax.jit, static_argnames='spec')
-def _foresee(
+def _predict_final(
     spec: ModelSpec,
     params: Params,
-    halted: _Halted,
-    tile: Tile,
-    trunk: _Trunk | None,
+    at_mlp: _AtMlp,
+    batch: PackedBatch,
+    shared_prefix: _SharedPrefix | None,
     *,
     layer: Array,
     last: Array,
-) -> _Halted:
+) -> _AtMlp:
   """Takes halted rows from the MLP of `layer`, unchanged, to that of `last`."""
 
-  def write(at: _Halted, layer: Array) -> Array:
-    return at.h + decoder.write_layer(spec, params, at.x, layer=layer)[0]
+  def through_mlp(at: _AtMlp, layer: Array) -> Array:
+    return at.h + decoder.mlp_half(spec, params, at.x, layer=layer)[0]
 
-  def body(layer: Array, state: tuple[_Halted, Any]) -> Any:
+  def body(layer: Array, state: tuple[_AtMlp, Any]) -> Any:
     at, base = state
     prefix = None
     if base is not None:
-      h, x, kv = decoder.mix_layer(
-          spec, params, write(base, layer), trunk.columns, layer=layer + 1
+      h, x, kv = decoder.attention_half(
+          spec, params, through_mlp(base, layer), shared_prefix.columns, layer=layer + 1
       )
-      base = _Halted(h, x.astype(base.x.dtype))
-      prefix = _prefix(trunk, kv, tile)
-    h, x, _ = decoder.mix_layer(
-        spec, params, write(at, layer), tile.rows, layer=layer + 1,
+      base = _AtMlp(h, x.astype(base.x.dtype))
+      prefix = _prefix(shared_prefix, kv, batch)
+    h, x, _ = decoder.attention_half(
+        spec, params, through_mlp(at, layer), batch.rows, layer=layer + 1,
         prefix=prefix,
     )  # fmt: skip
-    return _Halted(h, x.astype(at.x.dtype)), base
+    return _AtMlp(h, x.astype(at.x.dtype)), base
 
-  base = None if trunk is None else trunk.at
-  return jax.lax.fori_loop(layer, last, body, (halted, base))[0]
+  base = None if shared_prefix is None else shared_prefix.at
+  return jax.lax.fori_loop(layer, last, body, (at_mlp, base))[0]
 
 
 @functools.partial(
     jax.jit, static_argnames=('spec', 'site'), donate_argnames='h'
 )
-def _write(
+def _through_mlp(
     spec: ModelSpec,
     params: Params,
     h: Array,
     x: Array,
-    rows: Ragged | None,
+    rows: PackedSequences | None,
     *,
     layer: Array,
-    change: Change | None,
+    delta: LayerDelta | None,
     site: str,
 ) -> Array:
   """Runs the MLP that rows wait for, with its change; gives the residual.
 
   Factors may have a row axis, for changes of their own a row.
   """
-  m, _ = decoder.write_layer(
-      spec, params, x, layer=layer, rows=rows, deltas=_deltas(site, change)
+  m, _ = decoder.mlp_half(
+      spec, params, x, layer=layer, rows=rows, deltas=_deltas(site, delta)
   )
   return h + m
 
@@ -267,7 +267,7 @@ def _resident_bytes() -> float:
   return np.inf if cpu else _RESIDENT_BYTES
 
 
-class Climb:
+class LayerSweep:
   """All rows of a batch on their way through the edited layers."""
 
   def __init__(
@@ -276,7 +276,7 @@ class Climb:
       params: Params,
       recipe: Recipe,
       edits: Sequence[EncodedEdit],
-      frame: Frame,
+      plan: BatchPlan,
       *,
       owner: Sequence[int] | None = None,
   ):
@@ -287,35 +287,35 @@ class Climb:
       params: canonical parameters.
       recipe: the method.
       edits: E edits.
-      frame: of the run.
+      plan: of the run.
       owner: [E] which change an edit is under, where changes have a row axis.
     """
     self._model, self._recipe = (spec, params), recipe
-    self._contexts, self._text = frame.contexts, recipe.texts
+    self._contexts, self._text = plan.contexts, recipe.texts
     self._owner = None if owner is None else np.asarray(owner)
     self._stages = np.array([edit.stages for edit in edits])
     self._first = np.cumsum(self._stages) - self._stages
     self._sides = tuple(
-        list(packer.key_tiles(edits, frame, bare=bare, text=self._text))
+        list(packer.pack_prompts(edits, plan, bare=bare, text=self._text))
         for bare in (True, False)
     )
-    self._folds = tuple(
-        [segment_sum.find(self._numbers(tile), each) for tile in side]
-        for side, each in zip(self._sides, (1, frame.contexts - 1))
+    self._segments = tuple(
+        [segment_sum.find(self._numbers(batch), each) for batch in side]
+        for side, each in zip(self._sides, (1, plan.contexts - 1))
     )
     first = recipe.layers[0]
-    tokens, columns = packer.trunk_columns(frame)
-    self._trunk, kv = None, None
+    tokens, columns = packer.pack_shared_prefix(plan)
+    self._shared_prefix, kv = None, None
     if tokens.shape[1]:
-      h, kv = _enter_trunk(spec, params, tokens, columns, layer=first)
-      self._trunk = _Trunk(h, columns)
-    room = _resident_bytes()
+      h, kv = _enter_shared_prefix(spec, params, tokens, columns, layer=first)
+      self._shared_prefix = _SharedPrefix(h, columns)
+    batch_shape = _resident_bytes()
     self._at: list[list[Any]] = [[], []]
-    self._far: list[list[bool]] = [[], []]  # who waits on the host
-    for side, t, tile in self._each():
-      h = _enter(spec, params, kv, tile, layer=first)
-      room -= 2 * h.nbytes  # with the input of the MLP
-      self._far[side].append(room < 0)
+    self._offloaded: list[list[bool]] = [[], []]  # who waits on the host
+    for side, t, batch in self._each():
+      h = _enter(spec, params, kv, batch, layer=first)
+      batch_shape -= 2 * h.nbytes  # with the input of the MLP
+      self._offloaded[side].append(batch_shape < 0)
       self._at[side].append(None)
       self._keep(side, t, h)
 
@@ -324,30 +324,30 @@ class Climb:
     """M."""
     return int(self._stages.sum())
 
-  def _each(self) -> Iterator[tuple[int, int, Tile]]:
+  def _each(self) -> Iterator[tuple[int, int, PackedBatch]]:
     for number, side in enumerate(self._sides):
-      for t, tile in enumerate(side):
-        yield number, t, tile
+      for t, batch in enumerate(side):
+        yield number, t, batch
 
-  def _numbers(self, tile: Tile) -> np.ndarray:
+  def _numbers(self, batch: PackedBatch) -> np.ndarray:
     """[R, K] which of the M states an anchor has, -1 for none."""
-    k = np.arange(tile.anchor.shape[1])
-    taken = (tile.edit >= 0)[:, None] & (k < self._stages[tile.edit][:, None])
-    return np.where(taken, self._first[tile.edit][:, None] + k, -1)
+    k = np.arange(batch.anchor.shape[1])
+    taken = (batch.edit >= 0)[:, None] & (k < self._stages[batch.edit][:, None])
+    return np.where(taken, self._first[batch.edit][:, None] + k, -1)
 
   def _keep(self, side: int, t: int, rows: Any) -> None:
     """Puts a tile's rows where they wait."""
-    if self._far[side][t]:
+    if self._offloaded[side][t]:
       rows = jax.tree.map(np.asarray, rows)
     self._at[side][t] = rows
 
   def _gather(self, side: int, parts: Iterator[Array]) -> np.ndarray:
     """Averages what anchors hold [R, K, .] over the contexts of a side."""
-    total, mine = None, self._folds[side]
+    total, mine = None, self._segments[side]
     found = (
-        segment_sum.fold(part, one.index) for part, one in zip(parts, mine)
+        segment_sum.segment_sum(part, one.index) for part, one in zip(parts, mine)
     )
-    for part, one in zip(segment_sum.ahead(found), mine):
+    for part, one in zip(segment_sum.one_ahead(found), mine):
       part = np.asarray(part)
       if total is None:
         total = np.zeros((self.states, part.shape[-1]), part.dtype)
@@ -357,15 +357,15 @@ class Climb:
   def _mean(self, bare: np.ndarray, others: np.ndarray | None, weight: float):
     return bare if others is None else weight * bare + (1 - weight) * others
 
-  def halt(self, layer: int) -> None:
+  def to_mlp(self, layer: int) -> None:
     """Takes all rows to the MLP of a layer."""
-    if self._trunk is not None:
-      self._trunk = _halt_trunk(*self._model, self._trunk, layer=layer)
-    for side, t, tile in self._each():
-      halted = _halt(
-          *self._model, self._at[side][t], tile, self._trunk, layer=layer
+    if self._shared_prefix is not None:
+      self._shared_prefix = _shared_prefix_to_mlp(*self._model, self._shared_prefix, layer=layer)
+    for side, t, batch in self._each():
+      at_mlp = _to_mlp(
+          *self._model, self._at[side][t], batch, self._shared_prefix, layer=layer
       )
-      self._keep(side, t, halted)
+      self._keep(side, t, at_mlp)
 
   def keys(self, layer: int) -> Keys:
     """Reads the keys of all edits before the MLP of a layer."""
@@ -376,16 +376,16 @@ class Climb:
 
     def at_anchors(side: int) -> Iterator[Array]:
       # A tile at a time: the keys of all contexts would fill the memory.
-      for at, tile in zip(self._at[side], self._sides[side]):
+      for at, batch in zip(self._at[side], self._sides[side]):
         if not self._text:
-          found = read(at, tile.anchor.reshape(-1))
-          yield found.reshape(*tile.anchor.shape, -1)
+          found = read(at, batch.anchor.reshape(-1))
+          yield found.reshape(*batch.anchor.shape, -1)
           continue
         every = read(at, None)
-        rest = tile.rows.row < len(tile.edit)
-        rest[tile.anchor[self._numbers(tile) >= 0]] = False
-        held.append((np.asarray(every)[rest], tile.edit[tile.rows.row[rest]]))
-        yield _at(every[None], tile.anchor)
+        rest = batch.rows.row < len(batch.edit)
+        rest[batch.anchor[self._numbers(batch) >= 0]] = False
+        held.append((np.asarray(every)[rest], batch.edit[batch.rows.row[rest]]))
+        yield _at(every[None], batch.anchor)
 
     bare = self._gather(0, at_anchors(0))
     others = self._gather(1, at_anchors(1)) if self._sides[1] else None
@@ -395,37 +395,37 @@ class Climb:
       return Keys(bare, mean, bare[:0], np.zeros(0, np.int32))
     return Keys(bare, mean, *(np.concatenate(x) for x in zip(*held)))
 
-  def present(self, layer: int) -> np.ndarray:
+  def predicted(self, layer: int) -> np.ndarray:
     """States of the last edited layer as things stand, [M, D]."""
     last = self._recipe.layers[-1]
 
-    def ahead(side: int, t: int, tile: Tile) -> _Halted:
-      return _foresee(
+    def one_ahead(side: int, t: int, batch: PackedBatch) -> _AtMlp:
+      return _predict_final(
           *self._model,
           self._at[side][t],
-          tile,
-          self._trunk,
+          batch,
+          self._shared_prefix,
           layer=layer,
           last=last,
       )
 
-    return self._read(ahead, None)
+    return self._read(one_ahead, None)
 
-  def outcome(self, change: Change | None) -> np.ndarray:
+  def final(self, delta: LayerDelta | None) -> np.ndarray:
     """States of the last edited layer, where rows are halted, under a change."""
-    return self._read(lambda side, t, tile: self._at[side][t], change)
+    return self._read(lambda side, t, batch: self._at[side][t], delta)
 
-  def _read(self, where: Any, change: Change | None) -> np.ndarray:
+  def _read(self, where: Any, delta: LayerDelta | None) -> np.ndarray:
     recipe = self._recipe
 
     def measured(side: int) -> Iterator[Array]:
-      for t, tile in enumerate(self._sides[side]):
+      for t, batch in enumerate(self._sides[side]):
         yield _measure(
             *self._model,
-            where(side, t, tile),
-            tile.anchor,
+            where(side, t, batch),
+            batch.anchor,
             layer=recipe.layers[-1],
-            change=self._own(change, tile),
+            delta=self._own(delta, batch),
             site=recipe.site,
             output=recipe.output,
         )
@@ -436,21 +436,21 @@ class Climb:
     others = self._gather(1, measured(1))
     return self._mean(bare, others, 1 / self._contexts)
 
-  def _own(self, change: Change | None, tile: Tile) -> Change | None:
+  def _own(self, delta: LayerDelta | None, batch: PackedBatch) -> LayerDelta | None:
     """The change that each row of a tile is under."""
-    if self._owner is None or change is None:
-      return change
-    own = self._owner[np.maximum(tile.edit, 0)]
-    return Factors(*(x[own] for x in change))
+    if self._owner is None or delta is None:
+      return delta
+    own = self._owner[np.maximum(batch.edit, 0)]
+    return Factors(*(x[own] for x in delta))
 
-  def write(self, layer: int, change: Change | None) -> None:
+  def through_mlp(self, layer: int, delta: LayerDelta | None) -> None:
     """Takes all rows past the MLP of a layer, with its change."""
     put = functools.partial(
-        _write, *self._model, layer=layer, site=self._recipe.site
+        _through_mlp, *self._model, layer=layer, site=self._recipe.site
     )
-    if self._trunk is not None:
-      h = put(*self._trunk.at, None, change=change)
-      self._trunk = _Trunk(h, self._trunk.columns)
-    for side, t, tile in self._each():
-      own = self._own(change, tile)
-      self._keep(side, t, put(*self._at[side][t], tile.rows, change=own))
+    if self._shared_prefix is not None:
+      h = put(*self._shared_prefix.at, None, delta=delta)
+      self._shared_prefix = _SharedPrefix(h, self._shared_prefix.columns)
+    for side, t, batch in self._each():
+      own = self._own(delta, batch)
+      self._keep(side, t, put(*self._at[side][t], batch.rows, delta=own))

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxedit.batching.buckets import round_up
-from jaxedit.batching.plan import Frame
+from jaxedit.batching.plan import BatchPlan
 from jaxedit.methods.closed_form.recipe import Recipe
 from jaxedit.methods.closed_form.sweep import Change
-from jaxedit.solve.preconditioner import Metric
+from jaxedit.solve.preconditioner import Preconditioner
 from jaxedit.solve.ridge import Factors, ridge_dense, ridge_update
 from jaxedit.text.encoding import (
     EncodedEdit,
@@ -41,7 +41,7 @@ class Rows(NamedTuple):
   active: np.ndarray  # [M] bool
   constraint: np.ndarray | None  # [M, F]
   held: np.ndarray | None  # [P, F]
-  held_active: np.ndarray | None  # [P] bool
+  preserved_active: np.ndarray | None  # [P] bool
 
 
 def pays(rows: int, keys: int, width: int) -> bool:
@@ -50,17 +50,17 @@ def pays(rows: int, keys: int, width: int) -> bool:
 
 
 @jax.jit
-def _solve_factors(metric: Metric, rows: Rows, ridge: Array) -> Factors:
+def _solve_factors(metric: Preconditioner, rows: Rows, ridge: Array) -> Factors:
   return ridge_update(metric, **_named(rows), ridge=ridge)
 
 
 @jax.jit
-def _solve_dense(metric: Metric, rows: Rows, ridge: Array) -> Array:
+def _solve_dense(metric: Preconditioner, rows: Rows, ridge: Array) -> Array:
   return ridge_dense(metric, **_named(rows), ridge=ridge)
 
 
 @jax.jit
-def _solve_groups(metric: Metric, rows: Rows, ridge: Array) -> Factors:
+def _solve_groups(metric: Preconditioner, rows: Rows, ridge: Array) -> Factors:
   """Solves systems that know nothing of each other, [G, m, .]."""
   one = lambda rows, ridge: ridge_update(metric, **_named(rows), ridge=ridge)
   return jax.vmap(one)(rows, ridge)
@@ -70,16 +70,16 @@ def _named(rows: Rows) -> dict[str, Any]:
   return {name: x for name, x in rows._asdict().items() if x is not None}
 
 
-class Together:
+class Joint:
   """All edits in one system."""
 
-  def __init__(self, frame: Frame, states: int):
+  def __init__(self, plan: BatchPlan, states: int):
     # Smaller batches leave rows of the solve idle, rather than compile their own.
-    self._rows, self._states = max(frame.states, states), states
+    self._rows, self._states = max(plan.states, states), states
 
   def solve(
       self,
-      metric: Metric,
+      metric: Preconditioner,
       rows: Rows,
       owner: np.ndarray,
       recipe: Recipe,
@@ -90,12 +90,12 @@ class Together:
     held = 0 if rows.held is None else len(rows.held)
     # Rows that take no part have no say in the ridge.
     sizes = [
-        int(x.sum()) for x in (rows.active, rows.held_active) if x is not None
+        int(x.sum()) for x in (rows.active, rows.preserved_active) if x is not None
     ]
     dense = not pays(full, rows.keys.shape[1], rows.residuals.shape[1])
     put = lambda x: None if x is None else _pad(x, full)
-    room = _room(held)
-    hold = lambda x: None if x is None else _pad(x, room)
+    batch_shape = _batch_shape(held)
+    hold = lambda x: None if x is None else _pad(x, batch_shape)
     rows = Rows(*map(put, rows[:4]), *map(hold, rows[4:]))
     solve = _solve_dense if dense else _solve_factors
     ridge = recipe.ridge_of(*sizes)
@@ -109,19 +109,19 @@ class Together:
     return change, np.full(self._states, fine)
 
 
-class Apart:
+class Independent:
   """Independent groups of edits, each a system of its own."""
 
-  def __init__(self, frame: Frame, edits: Sequence[EncodedEdit], group: Any):
+  def __init__(self, plan: BatchPlan, edits: Sequence[EncodedEdit], group: Any):
     self._group = np.asarray(group)
     self._number = np.repeat(self._group, [edit.stages for edit in edits])
     self._groups = int(self._group.max()) + 1
-    self._most = max(frame.batch, self._groups)
-    self._index = _members(self._number, self._groups, frame.stages)
+    self._most = max(plan.batch, self._groups)
+    self._index = _members(self._number, self._groups, plan.stages)
 
   def solve(
       self,
-      metric: Metric,
+      metric: Preconditioner,
       rows: Rows,
       owner: np.ndarray,
       recipe: Recipe,
@@ -131,9 +131,9 @@ class Apart:
     sizes = [np.bincount(self._number, rows.active, self._groups)]
     if rows.held is not None:
       mine = self._group[owner]
-      sizes.append(np.bincount(mine, rows.held_active, self._groups))
+      sizes.append(np.bincount(mine, rows.preserved_active, self._groups))
       held = _members(mine, self._groups, 1)
-      idle = _room(held.shape[1]) - held.shape[1]
+      idle = _batch_shape(held.shape[1]) - held.shape[1]
       held = np.pad(held, [(0, 0), (0, idle)], constant_values=-1)
     ridge = [recipe.ridge_of(*map(int, some)) for some in zip(*sizes)]
     ridge = np.array(ridge, np.float64)
@@ -195,6 +195,6 @@ def _pad(x: np.ndarray, rows: int) -> np.ndarray:
   return np.pad(x, [(0, rows - len(x)), *[(0, 0)] * (x.ndim - 1)])
 
 
-def _room(held: int) -> int:
+def _batch_shape(held: int) -> int:
   """Held rows to compile for, so that a few more do not compile anew."""
   return round_up(held) if held else 0
