@@ -267,7 +267,7 @@ def _insert(
       comparison.edits,
       targets=targets,
       active=np.ones(comparison.states, bool),
-      owner=np.arange(count) if setup.apart else None,
+      group=np.arange(count) if setup.apart else None,
       plan=plan,
       progress=progress,
   )

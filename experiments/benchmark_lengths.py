@@ -24,7 +24,7 @@ class Lengths(NamedTuple):
     kl: tokens of the KL row.
     reach: tokens that take part in insertion: up to the last anchors, these
       included, or with their texts all of them.
-    bare: those of the bare prompt up to its last anchor.
+    plain: those of the bare prompt up to its last anchor.
     keys: tokens whose keys are read: the anchors, or all.
     states: states, and anchors of the bare prompt.
   """
@@ -33,7 +33,7 @@ class Lengths(NamedTuple):
   left: np.ndarray
   kl: np.ndarray
   reach: np.ndarray
-  bare: np.ndarray
+  plain: np.ndarray
   keys: np.ndarray
   states: np.ndarray
 
@@ -59,11 +59,11 @@ class System(NamedTuple):
 
   Attributes:
     states: rows with a residual.
-    held: rows whose output stays as it is.
+    preserved: rows whose output stays as it is.
   """
 
   states: int
-  held: int = 0
+  preserved: int = 0
 
 
 def lengths(edits: Sequence[EncodedEdit], texts: bool = False) -> Lengths:
@@ -86,7 +86,7 @@ def lengths(edits: Sequence[EncodedEdit], texts: bool = False) -> Lengths:
             left=sum(edit.anchors),
             kl=len(edit.kl),
             reach=whole if texts else sum(anchors) + len(anchors),
-            bare=anchors[0] + 1,
+            plain=anchors[0] + 1,
             keys=whole if texts else len(anchors) * edit.stages,
             states=edit.stages,
         )
@@ -137,10 +137,12 @@ def systems(
     A system an edit, or one of all.
   """
   sizes = lengths(edits, texts)
-  held = sizes.keys - sizes.states if texts else np.zeros_like(sizes.states)
+  preserved = (
+      sizes.keys - sizes.states if texts else np.zeros_like(sizes.states)
+  )
   if apart:
-    return [System(int(m), int(p)) for m, p in zip(sizes.states, held)]
-  return [System(int(sizes.states.sum()), int(held.sum()))]
+    return [System(int(m), int(p)) for m, p in zip(sizes.states, preserved)]
+  return [System(int(sizes.states.sum()), int(preserved.sum()))]
 
 
 def own(sizes: Lengths, shared_prefix: Sequence[int]) -> Lengths:
@@ -160,7 +162,7 @@ def own(sizes: Lengths, shared_prefix: Sequence[int]) -> Lengths:
       tokens=cut(sizes.tokens, whole),
       left=cut(sizes.left, whole),
       reach=cut(sizes.reach, whole),
-      bare=cut(sizes.bare, shared_prefix[0]),
+      plain=cut(sizes.plain, shared_prefix[0]),
   )
 
 

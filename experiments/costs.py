@@ -135,7 +135,7 @@ def insert_flops(
   mlp, down = layer_weights(spec, 'mlp'), spec.mlp_width * spec.width
   states, keys = float(sizes.states.sum()), float(sizes.keys.sum())
   climbs = float(sizes.reach.sum()) * ((last + 1) * weights - mlp)
-  looks = float(sizes.bare.sum()) * weights * sum(last - n for n in layers)
+  looks = float(sizes.plain.sum()) * weights * sum(last - n for n in layers)
   return 2.0 * (
       climbs + keys * (mlp - down) + looks + len(layers) * states * mlp
   )

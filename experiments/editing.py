@@ -96,7 +96,7 @@ def edit_apart(
         bench.model.params,
         state,
         bench.encoded,
-        owner=bench.cases,
+        group=bench.cases,
         plan=bench.plan,
         progress=progress,
     )

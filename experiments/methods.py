@@ -48,7 +48,7 @@ METHODS: Mapping[str, _Row] = {
             'share': 'null_space_share',
             'threshold': 'null_space_threshold',
             'ridge': 'ridge',
-            'remember': 'remember',
+            'preserve_previous': 'remember',
         },
     ),
 }
@@ -65,7 +65,10 @@ PARITY: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         'alphaedit': {'threshold': alphaedit.THRESHOLD},
     },
     'anyedit': {
-        'alphaedit': {'threshold': alphaedit.THRESHOLD, 'remember': False},
+        'alphaedit': {
+            'threshold': alphaedit.THRESHOLD,
+            'preserve_previous': False,
+        },
         'unke': {'pads': True},
     },
 }
@@ -241,7 +244,9 @@ def recipe_of_flags(
     arguments['layers'] = layers
   if value is not None:
     # When PMET stops is its own rule.
-    arguments['value'] = value._replace(argmax_stop=row.make().value.argmax_stop)
+    arguments['value'] = value._replace(
+        argmax_stop=row.make().value.argmax_stop
+    )
   arguments |= {
       name: getattr(FLAGS, flag)
       for name, flag in row.settings.items()
@@ -250,7 +255,9 @@ def recipe_of_flags(
   if FLAGS.null_space_share is not None and FLAGS.null_space_threshold is None:
     arguments['threshold'] = None  # a bundle's would win over the share
   if FLAGS.method == 'emmet' and FLAGS.ridge is not None:
-    arguments['single_edit_ridge'] = None  # what is asked for holds for one fact, too
+    arguments['single_edit_ridge'] = (
+        None  # what is asked for holds for one fact, too
+    )
   if FLAGS.layers is not None:
     try:
       arguments['layers'] = common.layer_list(FLAGS.layers, 'layers')
@@ -270,7 +277,7 @@ def recipe_of_flags(
       activations=FLAGS.activations,
   )
   if FLAGS.post == 'rect':
-    recipe = dataclasses.replace(recipe, keep=_RECT_KEEP)
+    recipe = dataclasses.replace(recipe, rect_density=_RECT_KEEP)
   names = ('site', 'anchor', 'output', 'ridge', 'single_edit_ridge', 'steps')
   names += ('rate', 'decay', 'activations')
   mine = {n: getattr(recipe, n) for n in names if hasattr(recipe, n)}

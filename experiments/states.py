@@ -54,11 +54,11 @@ class States:
     """
     self._place, self._more = place, more
 
-  def recall(self, edit: EncodedEdit) -> Targets | None:
+  def get(self, edit: EncodedEdit) -> Targets | None:
     arrays = self._place.load(*self._more, *_parts(edit))
     return Targets(**arrays) if arrays else None
 
-  def remember(self, edit: EncodedEdit, targets: Targets) -> None:
+  def put(self, edit: EncodedEdit, targets: Targets) -> None:
     self._place.save(vars(targets), *self._more, *_parts(edit))
 
 

@@ -98,7 +98,7 @@ class Prober:
     self._bench, self._recipe, self._moments = bench, recipe, moments
     self._judge, self._pieces, self._progress = judge, pieces, progress
     self._base = judge(bench, None, None)
-    self._metrics: dict[int, Any] = {}
+    self._preconditioners: dict[int, Any] = {}
     self._anchors: set[int] = set()  # those with programs in memory
 
   def __call__(self, layers: tuple[int, ...]) -> Tried:
@@ -111,7 +111,7 @@ class Prober:
     recipe = dataclasses.replace(self._recipe, layers=layers)
     editor = closed_form.closed_form(model.spec, recipe)
     memory = states.States(self._pieces, states.about(model, recipe))
-    state = State(tuple(self._metric(layer) for layer in layers), None)
+    state = State(tuple(self._preconditioner(layer) for layer in layers), None)
     edited, _, info = editor.edit(
         model.params,
         state,
@@ -125,14 +125,14 @@ class Prober:
     rows = tuple(row['metrics'] for row in found.per_record)
     return Tried(layers, rows, float(np.nanmean(info.distance[-1])))
 
-  def _metric(self, layer: int) -> Any:
+  def _preconditioner(self, layer: int) -> Any:
     """The factored metric of a layer."""
-    if layer not in self._metrics:
+    if layer not in self._preconditioners:
       recipe = dataclasses.replace(self._recipe, layers=(layer,))
       editor = closed_form.closed_form(self._bench.model.spec, recipe)
       state = editor.init(self._bench.model.params, self._moments)
-      (self._metrics[layer],) = state.metrics
-    return self._metrics[layer]
+      (self._preconditioners[layer],) = state.preconditioners
+    return self._preconditioners[layer]
 
 
 def windows(

@@ -250,12 +250,12 @@ def insert(
   changes, tokens = [], 0
   with torch.no_grad(), progress('torch insert', len(layers), 'layer') as tell:
     for i, layer in enumerate(layers):
-      keys, held, ran = _keys(model, edits, layer, texts)
+      keys, preserved, ran = _keys(model, edits, layer, texts)
       now, more = _states(model, edits, layers[-1], texts)
       tokens += ran + more
       residuals = (wanted - now) / (len(layers) - i)
       gram = torch.as_tensor(grams[i], device=model.device).double()
-      system = weight * gram + held.T @ held + keys.T @ keys
+      system = weight * gram + preserved.T @ preserved + keys.T @ keys
       changes.append(torch.linalg.solve(system, keys.T) @ residuals)
       kernels[i] += _stored(down(model, layer), changes[-1])
       tell(1)
@@ -301,17 +301,17 @@ def _keys(
   wanted = [range(len(row)) for row in rows] if whole else anchors
   seen, keep = _reader(wanted, lambda inputs, output: inputs[0])
   tokens = _run(model, rows, down(model, layer), keep)
-  held = [seen[0][:0]]
+  preserved = [seen[0][:0]]
   if whole:
     for i, at in enumerate(anchors):
       rest = np.setdiff1d(wanted[i], at)
-      held.append(seen[i][rest])
+      preserved.append(seen[i][rest])
       seen[i] = seen[i][at]
   found, each = [], iter(seen)
   for edit in edits:
-    bare, *others = [next(each) for _ in edit.rows]
-    found.append((bare + sum(others) / len(others)) / 2 if others else bare)
-  return require().cat(found), require().cat(held), tokens
+    plain, *others = [next(each) for _ in edit.rows]
+    found.append((plain + sum(others) / len(others)) / 2 if others else plain)
+  return require().cat(found), require().cat(preserved), tokens
 
 
 def _states(
@@ -321,8 +321,8 @@ def _states(
   first = lambda x: x[0] if isinstance(x, tuple) else x
   wanted = [_anchors(edit, 0) for edit in edits]
   seen, keep = _reader(wanted, lambda inputs, output: first(output))
-  bare = [_texts(edit, whole)[0] for edit in edits]
-  tokens = _run(model, bare, block(model, layer), keep)
+  plain = [_texts(edit, whole)[0] for edit in edits]
+  tokens = _run(model, plain, block(model, layer), keep)
   return require().cat(seen), tokens
 
 

@@ -73,12 +73,12 @@ class TokenLayout:
   one shared prompt (trunk, then branches 2, 3, ...) are the same computation.
 
   Attributes:
-    position: [B, T] int32, rotary or learned position of the token.
-    segment: [B, T] int32, `PADDING`, `SHARED` or an id from 2 up.
+    positions: [B, T] int32, rotary or learned position of the token.
+    segment_ids: [B, T] int32, `PADDING`, `SHARED` or an id from 2 up.
   """
 
-  position: Array
-  segment: Array
+  positions: Array
+  segment_ids: Array
 
 
 @flax.struct.dataclass
@@ -90,13 +90,13 @@ class PackedSequences:
   rows. Stands wherever `TokenLayout` do, for activations of shape [1, N, ...].
 
   Attributes:
-    columns: [R, T] columns of the rows.
+    layout: [R, T] columns of the rows.
     index: [R, T] int32 place of a column; N (no place) where there is no token.
     row: [N] int32 row of a place; R where the place is empty.
     column: [N] int32 column of a place in its row.
   """
 
-  columns: TokenLayout
+  layout: TokenLayout
   index: Array
   row: Array
   column: Array
@@ -124,12 +124,12 @@ class KV:
   Attributes:
     key: [n, B, G, P, H] rotated keys of n consecutive layers.
     value: [n, B, G, P, H].
-    columns: the P columns they stand for.
+    layout: the P columns they stand for.
   """
 
   key: Array
   value: Array
-  columns: TokenLayout
+  layout: TokenLayout
 
 
 @flax.struct.dataclass

@@ -78,14 +78,14 @@ def check_ragged(case, rows: types.PackedSequences) -> None:
   index, row, column = (np.asarray(x) for x in (rows.index, rows.row,
                                                 rows.column))  # fmt: skip
   count, places = len(index), len(row)
-  real = rows.columns.segment != NONE
+  real = rows.layout.segment_ids != NONE
   np.testing.assert_array_equal(index == places, ~real)
-  np.testing.assert_array_equal(rows.columns.position[~real], 0)
-  np.testing.assert_array_equal(rows.columns.segment[real], types.SHARED)
+  np.testing.assert_array_equal(rows.layout.positions[~real], 0)
+  np.testing.assert_array_equal(rows.layout.segment_ids[real], types.SHARED)
   # Rows are filled from their first column on, by tokens that follow each
   # other in the text.
   np.testing.assert_array_equal(real[:, 1:] & ~real[:, :-1], False)
-  step = np.diff(rows.columns.position, axis=1)
+  step = np.diff(rows.layout.positions, axis=1)
   np.testing.assert_array_equal(step[real[:, 1:]], 1)
   used = index[real]
   case.assertLen(set(used.tolist()), len(used))
@@ -94,7 +94,7 @@ def check_ragged(case, rows: types.PackedSequences) -> None:
   free = np.setdiff1d(np.arange(places), used)
   np.testing.assert_array_equal(row[free], count)
   np.testing.assert_array_equal(column[free], 0)
-  for array in (index, row, column, *vars(rows.columns).values()):
+  for array in (index, row, column, *vars(rows.layout).values()):
     case.assertEqual(array.dtype, np.int32)
 
 
@@ -103,14 +103,14 @@ def tile_rows(packed, slot: int) -> list[tuple[list[int], list[int], int]]:
   width = packed.anchor.shape[1]
   found = []
   for r in range(slot * width, (slot + 1) * width):
-    real = packed.rows.columns.segment[r] != NONE
+    real = packed.rows.layout.segment_ids[r] != NONE
     place = packed.anchor[slot, r - slot * width]
     assert packed.rows.row[place] == r
-    position = packed.rows.columns.position[r]
+    positions = packed.rows.layout.positions[r]
     found.append((
         packed.tokens[0, packed.rows.index[r, real]].tolist(),
-        position[real].tolist(),
-        int(position[packed.rows.column[place]]),
+        positions[real].tolist(),
+        int(positions[packed.rows.column[place]]),
     ))  # fmt: skip
   return found
 
@@ -137,31 +137,33 @@ class FrameTest(parameterized.TestCase):
     # The context in words is shared as a whole, and one token begins all.
     self.assertGreater(len(plan.shared_prefix[1]), 3)
     self.assertLen(plan.shared_prefix[0], 1)
-    tokens, columns = packer.pack_shared_prefix(plan)
+    tokens, layout = packer.pack_shared_prefix(plan)
     self.assertEqual(tokens.shape, (plan.rows, plan.shared))
     for c, ids in enumerate((*plan.shared_prefix, [])[: plan.rows]):
-      real = columns.segment[c] == types.SHARED
+      real = layout.segment_ids[c] == types.SHARED
       np.testing.assert_array_equal(tokens[c, real], ids)
-      np.testing.assert_array_equal(columns.position[c, real], range(len(ids)))
+      np.testing.assert_array_equal(layout.positions[c, real], range(len(ids)))
       self.assertFalse(
-          tokens[c, ~real].any() or columns.segment[c, ~real].any()
+          tokens[c, ~real].any() or layout.segment_ids[c, ~real].any()
       )
 
   def test_equal_edits_share_what_is_left_of_the_anchor(self):
     edit = encode()[1]
     plan = plan_lib.plan_shapes([edit, edit])
-    for row, anchor, shared_prefix in zip(edit.rows, edit.anchors, plan.shared_prefix):
+    for row, anchor, shared_prefix in zip(
+        edit.rows, edit.anchors, plan.shared_prefix
+    ):
       np.testing.assert_array_equal(shared_prefix, row[:anchor])
 
   def test_nothing_is_shared_if_not_wanted(self):
     edits = encode()
     for plan in (
         plan_lib.plan_shapes(edits, share=False),
-        plan_lib.plan_shapes(edits).apart(),
+        plan_lib.plan_shapes(edits).independent(),
     ):
       self.assertEqual(plan.shared, 0)
       self.assertEqual(plan.contexts, len(TEMPLATES))
-      self.assertEqual(plan.key, plan.whole)
+      self.assertEqual(plan.prompts, plan.unshared_prompts)
       tokens, _ = packer.pack_shared_prefix(plan)
       self.assertEqual(tokens.shape, (plan.rows, 0))
 
@@ -180,30 +182,40 @@ class FrameTest(parameterized.TestCase):
     limits = [batch_shape.max_suffix for batch_shape in plan.shapes]
     self.assertEqual(limits, [4, 7, max(suffix)])
     for edit, length in zip(edits, suffix):
-      number = plan.batch_shape(edit)
-      self.assertLessEqual(length, plan.shapes[number].width)
+      number = plan.shape_of(edit)
+      self.assertLessEqual(length, plan.shapes[number].length)
       self.assertLessEqual(length, limits[number])
       self.assertGreater(length, [0, *limits][number])
     # A limit that nobody needs makes no room.
     self.assertLen(plan_lib.plan_shapes(edits, max_suffixes=(1, 100)).shapes, 1)
 
-  @parameterized.product(slots=[None, 1, 2, 8], token_budget=[1, 64], batch=[None, 3])
-  def test_rooms_hold_their_largest_edit(self, slots, places, batch):
+  @parameterized.product(
+      slots=[None, 1, 2, 8], token_budget=[1, 64], batch=[None, 3]
+  )
+  def test_rooms_hold_their_largest_edit(self, slots, token_budget, batch):
     edits = random_edits(20, 4, chunked=True)
     plan = plan_lib.plan_shapes(
-        edits, slots=slots, token_budget=token_budget, batch=batch, max_suffixes=(6,)
+        edits,
+        slots=slots,
+        token_budget=token_budget,
+        batch=batch,
+        max_suffixes=(6,),
     )
     self.assertEqual(plan.batch, batch or 20)
     for number, batch_shape in enumerate(plan.shapes):
-      members = [edit for edit in edits if plan.batch_shape(edit) == number]
+      members = [edit for edit in edits if plan.shape_of(edit) == number]
       self.assertBetween(batch_shape.slots, 1, min(batch or 20, len(members)))
       self.assertLessEqual(batch_shape.slots, 1.2 * (slots or 20) + 1)
       self.assertLessEqual(batch_shape.prefill_shape[0], batch_shape.slots)
       for edit in members:
         for k in range(edit.stages):
-          self.assertTrue(slots_lib.SlotAllocator(plan, batch_shape).fits(edit, k))
+          self.assertTrue(
+              slots_lib.SlotAllocator(plan, batch_shape).fits(edit, k)
+          )
           for c in range(len(edit.rows)):
-            self.assertLessEqual(len(edit.stage(k, c).labels), batch_shape.labels)
+            self.assertLessEqual(
+                len(edit.stage(k, c).labels), batch_shape.labels
+            )
 
   def test_the_kl_row_has_a_place(self):
     # Sixteen columns are a whole step of the budget; one more is needed.
@@ -233,14 +245,16 @@ class TileTest(parameterized.TestCase):
     for c, (tokens, start, anchor) in enumerate(wanted):
       r = slot * width + c
       rows = packed.prefix.rows
-      real = rows.columns.segment[r] != NONE
+      real = rows.layout.segment_ids[r] != NONE
       here = packed.prefix.index[rows.index[r, real]]
       count = anchor - start
       np.testing.assert_array_equal(packed.tokens[0, here], tokens[:count])
       np.testing.assert_array_equal(
-          rows.columns.position[r, real], np.arange(start, anchor)
+          rows.layout.positions[r, real], np.arange(start, anchor)
       )
-      np.testing.assert_array_equal(here, packed.rows.index[r, : anchor - start])
+      np.testing.assert_array_equal(
+          here, packed.rows.index[r, : anchor - start]
+      )
 
   @parameterized.product(
       slots=[1, 2, 8],
@@ -255,17 +269,27 @@ class TileTest(parameterized.TestCase):
     edits = encode(anchor=anchor, kl_template=kl)
     if window:
       edits = [cut(edit, window) for edit in edits]
-    plan = plan_lib.plan_shapes(edits, slots=slots, share=share, max_suffixes=(12,))
+    plan = plan_lib.plan_shapes(
+        edits, slots=slots, share=share, max_suffixes=(12,)
+    )
     seen = []
     for number, batch_shape in enumerate(plan.shapes):
-      order = [i for i, e in enumerate(edits) if plan.batch_shape(e) == number][::-1]
+      order = [i for i, e in enumerate(edits) if plan.shape_of(e) == number][
+          ::-1
+      ]
       begin = len(seen)
       for packed in packer.pack_edits(edits, order, plan, batch_shape):
         self.assertEqual(packed.edit.shape, (batch_shape.prefill_shape[0],))
         self.assertEqual(packed.tokens.shape, (1, batch_shape.prefill_shape[1]))
-        self.assertEqual(packed.rows.index.shape[1], batch_shape.prefill_shape[2])
-        self.assertEqual(packed.prefix.index.shape, (batch_shape.prefix_shape[0],))
-        self.assertEqual(packed.prefix.rows.index.shape[1], batch_shape.prefix_shape[1])
+        self.assertEqual(
+            packed.rows.index.shape[1], batch_shape.prefill_shape[2]
+        )
+        self.assertEqual(
+            packed.prefix.index.shape, (batch_shape.prefix_shape[0],)
+        )
+        self.assertEqual(
+            packed.prefix.rows.index.shape[1], batch_shape.prefix_shape[1]
+        )
         check_ragged(self, packed.rows)
         check_ragged(self, packed.prefix.rows)
         contexts = packed.context.reshape(-1, plan.rows)
@@ -275,7 +299,11 @@ class TileTest(parameterized.TestCase):
             continue
           seen.append(int(i))
           wanted = [
-              (edits[i].text(c)[len(shared_prefix) :].tolist(), len(shared_prefix), column)
+              (
+                  edits[i].text(c)[len(shared_prefix) :].tolist(),
+                  len(shared_prefix),
+                  column,
+              )
               for c, (shared_prefix, column) in enumerate(
                   zip(plan.shared_prefix, edits[i].anchors)
               )
@@ -307,12 +335,14 @@ class TileTest(parameterized.TestCase):
     edits = encode()
     if window:
       edits = [cut(edit, window, 1) for edit in edits]
-    plan = plan_lib.plan_shapes(edits, slots=slots, share=bool(share), token_budget=8)
-    plan = plan.apart() if share == 'apart' else plan
-    rows, places, width = plan.key.text if text else plan.key.upto
-    for bare, contexts in ((True, [0]), (False, [1, 2])):
+    plan = plan_lib.plan_shapes(
+        edits, slots=slots, share=bool(share), token_budget=8
+    )
+    plan = plan.independent() if share == 'apart' else plan
+    rows, places, width = plan.prompts.text if text else plan.prompts.upto
+    for plain, contexts in ((True, [0]), (False, [1, 2])):
       seen = []
-      for packed in packer.pack_prompts(edits, plan, bare=bare, text=text):
+      for packed in packer.pack_prompts(edits, plan, plain=plain, text=text):
         self.assertEqual(packed.tokens.shape, (1, places))
         self.assertEqual(packed.rows.index.shape, (rows, width))
         self.assertEqual(packed.anchor.shape, (rows, plan.stages))
@@ -326,11 +356,12 @@ class TileTest(parameterized.TestCase):
           anchors = [edit.stage(k, c).anchor for k in range(edit.stages)]
           whole = [*edit.rows[c], *edit.target]
           end = len(whole) if text else anchors[-1] + 1
-          used = packed.rows.columns.segment[r] != types.PADDING
+          used = packed.rows.layout.segment_ids[r] != types.PADDING
           here = packed.rows.index[r, used]
           self.assertEqual(packed.tokens[0, here].tolist(), whole[begin:end])
           self.assertEqual(
-              packed.rows.columns.position[r, used].tolist(), [*range(begin, end)]
+              packed.rows.layout.positions[r, used].tolist(),
+              [*range(begin, end)],
           )
           self.assertEqual(
               packed.anchor[r, : edit.stages].tolist(),
@@ -343,7 +374,7 @@ class TileTest(parameterized.TestCase):
   def test_one_context_has_no_others(self):
     edits = facts.random_edits(3, seed=1, contexts=1)
     plan = plan_lib.plan_shapes(edits)
-    self.assertEmpty(list(packer.pack_prompts(edits, plan, bare=False)))
+    self.assertEmpty(list(packer.pack_prompts(edits, plan, plain=False)))
 
   def test_empty_slots_are_all_padding(self):
     edits = encode()
@@ -351,7 +382,7 @@ class TileTest(parameterized.TestCase):
     (batch_shape,) = plan.shapes
     for packed, width in (
         (next(packer.pack_edits(edits, [3], plan, batch_shape)), plan.rows),
-        (next(packer.pack_prompts(edits[:1], plan, bare=True)), 1),
+        (next(packer.pack_prompts(edits[:1], plan, plain=True)), 1),
     ):
       self.assertGreater(len(packed.edit), 1)
       self.assertGreaterEqual(packed.edit[0], 0)
@@ -359,17 +390,17 @@ class TileTest(parameterized.TestCase):
       places = packed.tokens.shape[1]
       np.testing.assert_array_equal(packed.anchor[1:], places)
       np.testing.assert_array_equal(packed.rows.index[width:], places)
-      self.assertFalse(packed.rows.columns.segment[width:].any())
+      self.assertFalse(packed.rows.layout.segment_ids[width:].any())
       empty = packed.rows.row == len(packed.rows.index)
       self.assertFalse(packed.tokens[0, empty].any())
       if packed.prefix is not None:
-        self.assertFalse(packed.prefix.rows.columns.segment[width:].any())
+        self.assertFalse(packed.prefix.rows.layout.segment_ids[width:].any())
 
   def test_no_edits_no_tiles(self):
     edits = encode()
     plan = plan_lib.plan_shapes(edits)
     self.assertEmpty(list(packer.pack_edits(edits, [], plan, plan.shapes[0])))
-    self.assertEmpty(list(packer.pack_prompts([], plan, bare=True)))
+    self.assertEmpty(list(packer.pack_prompts([], plan, plain=True)))
 
 
 class Model:
@@ -391,7 +422,10 @@ class Model:
     """(places, scored places) that nobody has."""
     taken = [self.need(e, k) for e, k, seated in self.at.values() if seated]
     places, scored = np.sum([(0, 0), *taken], axis=0)
-    return self.batch_shape.token_budget - places, self.batch_shape.logit_budget - scored
+    return (
+        self.batch_shape.token_budget - places,
+        self.batch_shape.logit_budget - scored,
+    )
 
   def fits(self, edit, k) -> bool:
     """Compares `fits` with a count of places."""
@@ -412,7 +446,7 @@ class Model:
     column = self.slots.next_chunk(slot)
     self.case.assertEqual(column, self.offsets(edit, k)[k])
     # What is copied there is as wide as a row of the room.
-    total = self.slots.layout().before.segment.shape[1]
+    total = self.slots.layout().before.segment_ids.shape[1]
     self.case.assertLessEqual(column + self.batch_shape.length, total)
     self.at[slot] = (edit, k, False)
 
@@ -440,10 +474,15 @@ class Model:
     check_ragged(case, assigned.rows)
     check_ragged(case, assigned.outputs.rows)
     taken = (assigned.rows.row < len(assigned.rows.index)).sum()
-    case.assertEqual(batch_shape.token_budget - taken, self.free()[0])
+    case.assertEqual(batch_shape.token_budget - taken, self.left()[0])
     kept = assigned.outputs.index < batch_shape.token_budget
-    case.assertEqual(batch_shape.logit_budget - kept[: batch_shape.logit_budget].sum(), self.free()[1])
-    case.assertEqual(kept.shape, (batch_shape.logit_budget + batch_shape.slots * plan.kl,))
+    case.assertEqual(
+        batch_shape.logit_budget - kept[: batch_shape.logit_budget].sum(),
+        self.left()[1],
+    )
+    case.assertEqual(
+        kept.shape, (batch_shape.logit_budget + batch_shape.slots * plan.kl,)
+    )
     # A scored place is empty, or a row asks there.
     asking = assigned.outputs.rows.row < len(assigned.outputs.rows.index)
     np.testing.assert_array_equal(kept, asking)
@@ -456,24 +495,28 @@ class Model:
       case.assertEqual(assigned.live[slot], seated)
       rows = range(slot * plan.rows, (slot + 1) * plan.rows)
       for c, r in enumerate(rows):
-        self._before(assigned, edit, k + (edit is not None and not seated), (c, r))
+        self._before(
+            assigned, edit, k + (edit is not None and not seated), (c, r)
+        )
         if seated and c < plan.contexts:
           self._row(assigned, edit.stage(k, c), (slot, c, r))
         elif seated and k == 0:
           self._kl(assigned, edit, (slot, c, r))
         else:
-          case.assertFalse(assigned.rows.columns.segment[r].any())
-          case.assertFalse(assigned.outputs.rows.columns.segment[r].any())
+          case.assertFalse(assigned.rows.layout.segment_ids[r].any())
+          case.assertFalse(assigned.outputs.rows.layout.segment_ids[r].any())
           case.assertEqual(assigned.anchor[slot, c], batch_shape.token_budget)
           if c < plan.contexts:
-            np.testing.assert_array_equal(assigned.pick[slot, c], batch_shape.logit_budget)
+            np.testing.assert_array_equal(
+                assigned.pick[slot, c], batch_shape.logit_budget
+            )
 
   def _row(self, assigned, stage, where) -> None:
     slot, c, r = where
     case, count = self.case, len(stage.labels)
-    real = assigned.rows.columns.segment[r] != NONE
+    real = assigned.rows.layout.segment_ids[r] != NONE
     np.testing.assert_array_equal(
-        assigned.rows.columns.position[r, real], range(stage.anchor, stage.end)
+        assigned.rows.layout.positions[r, real], range(stage.anchor, stage.end)
     )
     place = assigned.rows.index[r, 0]
     case.assertEqual(assigned.anchor[slot, c], place)
@@ -483,31 +526,35 @@ class Model:
     np.testing.assert_array_equal(assigned.label[pick], stage.labels)
     ask = assigned.outputs.rows
     np.testing.assert_array_equal(ask.index[r, :count], pick)
-    case.assertEqual((ask.columns.segment[r] != NONE).sum(), count)
+    case.assertEqual((ask.layout.segment_ids[r] != NONE).sum(), count)
     # A label is foretold one column before its own.
     places = assigned.outputs.index[pick]
     np.testing.assert_array_equal(assigned.rows.row[places], r)
-    columns = np.arange(stage.first, stage.end)
-    np.testing.assert_array_equal(ask.columns.position[r, :count], columns)
+    layout = np.arange(stage.first, stage.end)
+    np.testing.assert_array_equal(ask.layout.positions[r, :count], layout)
     np.testing.assert_array_equal(
-        assigned.rows.columns.position[r, assigned.rows.column[places]], columns
+        assigned.rows.layout.positions[r, assigned.rows.column[places]], layout
     )
 
   def _kl(self, assigned, edit, where) -> None:
     slot, c, r = where
     case, last = self.case, len(edit.kl) - 1
     for rows in (assigned.rows, assigned.outputs.rows):
-      real = rows.columns.segment[r] != NONE
-      case.assertEqual(rows.columns.position[r, real].tolist(), [last])
+      real = rows.layout.segment_ids[r] != NONE
+      case.assertEqual(rows.layout.positions[r, real].tolist(), [last])
     place = assigned.rows.index[r, 0]
     case.assertEqual(assigned.anchor[slot, c], place)
-    case.assertEqual(assigned.outputs.rows.index[r, 0], self.batch_shape.logit_budget + slot)
-    case.assertEqual(assigned.outputs.index[self.batch_shape.logit_budget + slot], place)
+    case.assertEqual(
+        assigned.outputs.rows.index[r, 0], self.batch_shape.logit_budget + slot
+    )
+    case.assertEqual(
+        assigned.outputs.index[self.batch_shape.logit_budget + slot], place
+    )
 
   def _before(self, assigned, edit, k, where) -> None:
     """TokenLayout before the anchor of stage k: each position once, in place."""
     c, r = where
-    wanted = np.full(assigned.before.position.shape[1], -1)
+    wanted = np.full(assigned.before.positions.shape[1], -1)
 
     def put(at, begin, end):
       wanted[at : at + end - begin] = np.arange(begin, end)
@@ -523,10 +570,11 @@ class Model:
     elif edit is not None:
       put(self.plan.shared, 0, len(edit.kl) - 1)
     np.testing.assert_array_equal(
-        assigned.before.segment[r], np.where(wanted >= 0, types.SHARED, NONE)
+        assigned.before.segment_ids[r],
+        np.where(wanted >= 0, types.SHARED, NONE),
     )
     np.testing.assert_array_equal(
-        assigned.before.position[r], np.maximum(wanted, 0)
+        assigned.before.positions[r], np.maximum(wanted, 0)
     )
 
 
@@ -547,7 +595,9 @@ class SeatingTest(parameterized.TestCase):
         places, scored = Model(self, plan, batch_shape).need(edit, k)
         for less in ((0, 0), (1, 0), (0, 1)):
           size = (places - less[0], scored - less[1])
-          tight = batch_shape._replace(token_budget=size[0], logit_budget=size[1])
+          tight = batch_shape._replace(
+              token_budget=size[0], logit_budget=size[1]
+          )
           model = Model(self, plan, tight)
           self.assertEqual(model.fits(edit, k), less == (0, 0))
         whole = batch_shape._replace(token_budget=places, logit_budget=scored)
@@ -632,10 +682,13 @@ class SeatingTest(parameterized.TestCase):
     rng = np.random.default_rng(seed)
     edits = random_edits(15, seed, kl=kl, chunked=seed > 0)
     plan = plan_lib.plan_shapes(
-        edits, slots=int(rng.integers(2, 6)), share=bool(seed % 2), max_suffixes=(5,)
+        edits,
+        slots=int(rng.integers(2, 6)),
+        share=bool(seed % 2),
+        max_suffixes=(5,),
     )
     batch_shape = plan.shapes[-1]
-    edits = [e for e in edits if plan.batch_shape(e) == len(plan.shapes) - 1]
+    edits = [e for e in edits if plan.shape_of(e) == len(plan.shapes) - 1]
     model = Model(self, plan, batch_shape)
     crowded = 0
     for _ in range(80):
@@ -662,16 +715,30 @@ class SeatingTest(parameterized.TestCase):
     for slot in list(model.at):
       model.free(slot)
     model.check()
-    self.assertEqual(model.free(), (batch_shape.token_budget, batch_shape.logit_budget))
+    self.assertEqual(
+        model.left(), (batch_shape.token_budget, batch_shape.logit_budget)
+    )
 
 
 def _leaves(assigned: slots_lib.SlotLayout) -> list[np.ndarray]:
   """All arrays of the seats."""
   rows, outputs = assigned.rows, assigned.outputs
-  found = [assigned.anchor, assigned.pick, assigned.label, assigned.live, outputs.index]
+  found = [
+      assigned.anchor,
+      assigned.pick,
+      assigned.label,
+      assigned.live,
+      outputs.index,
+  ]
   for x in (rows, outputs.rows):
-    found += [x.index, x.row, x.column, x.columns.position, x.columns.segment]
-  return [*found, assigned.before.position, assigned.before.segment]
+    found += [
+        x.index,
+        x.row,
+        x.column,
+        x.layout.positions,
+        x.layout.segment_ids,
+    ]
+  return [*found, assigned.before.positions, assigned.before.segment_ids]
 
 
 if __name__ == '__main__':

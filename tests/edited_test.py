@@ -73,10 +73,10 @@ class Base(parameterized.TestCase):
     cls.params = models.random_params(SPEC, 0)
     tokens = np.random.default_rng(0).integers(0, SPEC.vocab, (4, 9))
     cls.tokens = jnp.asarray(tokens, jnp.int32)
-    cls.columns = decoder.token_layout(np.ones((4, 9), bool))
+    cls.layout = decoder.token_layout(np.ones((4, 9), bool))
 
   def logits(self, params, edited=lm.UNEDITED):
-    return np.asarray(run(SPEC, params, edited, self.tokens, self.columns))
+    return np.asarray(run(SPEC, params, edited, self.tokens, self.layout))
 
 
 class ApplyTest(Base):
@@ -224,8 +224,8 @@ class LeafTest(parameterized.TestCase):
     cls.spec = models.tiny_spec('qwen2')
     cls.params = models.random_params(cls.spec, 0)
     tokens = np.random.default_rng(0).integers(0, cls.spec.vocab, (4, 9))
-    columns = decoder.token_layout(np.ones((4, 9), bool))
-    cls.rest = jnp.asarray(tokens, jnp.int32), columns
+    layout = decoder.token_layout(np.ones((4, 9), bool))
+    cls.rest = jnp.asarray(tokens, jnp.int32), layout
 
   def logits(self, params, edited=lm.UNEDITED):
     return np.asarray(run(self.spec, params, edited, *self.rest))

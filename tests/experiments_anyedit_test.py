@@ -507,9 +507,9 @@ class OtherRowsTest(Case):
   def test_chunks_have_no_shadowed_schedule(self):
     recipe, _ = SETUP.recipe(parity='anyedit')
     self.assertEqual(recipe.name, 'memit+anyedit')
-    self.assertEqual((recipe.spread(2), recipe.spread(1)), (0.5, 1))
+    self.assertEqual((recipe.layer_share(2), recipe.layer_share(1)), (0.5, 1))
     recipe, _ = SETUP.recipe(parity='anyedit', anyedit=False)
-    self.assertEqual((recipe.spread(2), recipe.spread(1)), (0.5, 0.5))
+    self.assertEqual((recipe.layer_share(2), recipe.layer_share(1)), (0.5, 0.5))
 
   def test_rome(self):
     done = self.succeed(method='rome', layers='1', moment_weight=None)
@@ -644,14 +644,18 @@ class UnkeTest(Case):
     self.assertEqual([pick(3, 5), pick(None, 5), pick(None, None)], [3, 5, 0])
 
   @parameterized.parameters(
-      ('memit', 'alphaedit', dict(share=None, threshold=0.02, remember=True)),
+      (
+          'memit',
+          'alphaedit',
+          dict(share=None, threshold=0.02, preserve_previous=True),
+      ),
       ('easyedit', 'alphaedit', dict(share=None, threshold=0.02)),
       ('easyedit', 'rome', dict(moments=False)),
       ('easyedit', 'emmet', dict(single_edit_ridge=None)),
       (
           'anyedit',
           'alphaedit',
-          dict(share=None, threshold=0.02, remember=False),
+          dict(share=None, threshold=0.02, preserve_previous=False),
       ),
   )
   def test_bundles(self, bundle, method, wanted):
@@ -663,7 +667,7 @@ class UnkeTest(Case):
     )
     _, settings = SETUP.recipe(**names)
     for name, value in wanted.items():
-      if name != 'remember':
+      if name != 'preserve_previous':
         self.assertNotEqual(settings[name], value)
 
   def test_a_given_flag_wins_over_a_bundle(self):
@@ -688,7 +692,7 @@ class UnkeTest(Case):
     names = dict(method='emmet', anyedit=False)
     recipe, _ = SETUP.recipe(**names)
     self.assertEqual((recipe.ridge_of(1), recipe.ridge_of(2)), (0, 0.1))
-    self.assertEqual(recipe.ridge_of(1, held=3), 0.1)
+    self.assertEqual(recipe.ridge_of(1, preserved=3), 0.1)
     recipe, settings = SETUP.recipe(ridge=0.5, **names)
     self.assertEqual((recipe.ridge_of(1), recipe.ridge_of(2)), (0.5, 0.5))
     self.assertIsNone(settings['single_edit_ridge'])
@@ -872,7 +876,7 @@ class BadFlagTest(Case):
       ('prune_of_unke', dict(method='unke', moment_weight=None, reset=False,
                              layers='1', post='prune'),
        '--post=prune: unke changes a whole block.*leave'),
-      ('rrome_keys', dict(rrome_keys='bare'),
+      ('rrome_keys', dict(rrome_keys='plain'),
        '--rrome_keys is no setting of memit; it belongs to r-rome: leave'),
       ('unke_steps', dict(unke_steps=9),
        '--unke_steps is no setting of memit; it belongs to unke: leave'),

@@ -81,9 +81,7 @@ class TorchLoopTest(parameterized.TestCase):
     self.assertEqual((got.steps, got.shape[0]), (1, 3))
     np.testing.assert_array_equal(got.z, got.z0)
     want = naive_oracle.optimize(pair.torch, edit, 1, SCHEDULE)
-    (got,) = torch_baseline.optimize(
-        pair.torch, edit, layer=1, config=SCHEDULE
-    )
+    (got,) = torch_baseline.optimize(pair.torch, edit, layer=1, config=SCHEDULE)
     np.testing.assert_allclose(got.z, want.z, rtol=1e-4, atol=1e-5)
 
   @parameterized.parameters(('llama', True), ('gptj', False))
@@ -91,9 +89,7 @@ class TorchLoopTest(parameterized.TestCase):
     pair = naive_oracle.pair(family)
     for edit in chained(2, contexts=2, kl=kl):
       want = naive_oracle.chain(pair.torch, edit, 1, SCHEDULE)
-      got = torch_baseline.optimize(
-          pair.torch, edit, layer=1, config=SCHEDULE
-      )
+      got = torch_baseline.optimize(pair.torch, edit, layer=1, config=SCHEDULE)
       self.assertLen(got, edit.stages)
       for k, (one, other) in enumerate(zip(got, want)):
         np.testing.assert_allclose(one.z0, other.z0, rtol=1e-5, atol=1e-6)
@@ -141,8 +137,8 @@ class TorchLoopTest(parameterized.TestCase):
     after = benchmark_torch.down(pair.torch, 0).weight
     self.assertTrue(torch.equal(before, after))
     rows = [len(row) for edit in edits for row in edit.rows]
-    bare = [len(edit.rows[0]) for edit in edits]
-    self.assertGreaterEqual(got.tokens, 2 * (sum(rows) + sum(bare)))
+    plain = [len(edit.rows[0]) for edit in edits]
+    self.assertGreaterEqual(got.tokens, 2 * (sum(rows) + sum(plain)))
 
   @parameterized.parameters('gptj-6b', 'gpt2-xl', 'llama3-8b', 'qwen2.5-7b')
   def test_same_random_weights(self, name):

@@ -34,7 +34,7 @@ class LengthsTest(absltest.TestCase):
         left=2 + 5,
         kl=4,
         reach=3 + 6,
-        bare=3,
+        plain=3,
         keys=2,
         states=1,
     )
@@ -87,7 +87,7 @@ class LengthsTest(absltest.TestCase):
     self.assertEqual(sizes.tokens.sum(), 3 * 17 - 2 * 5)
     self.assertEqual(sizes.left.sum(), 3 * 7 - 2 * 5)
     self.assertEqual(sizes.reach.sum(), 3 * 9 - 2 * 5)
-    self.assertEqual(sizes.bare.sum(), 3 * 3 - 2 * 1)
+    self.assertEqual(sizes.plain.sum(), 3 * 3 - 2 * 1)
 
   def test_no_edits(self):
     empty = (*benchmark_lengths.lengths([]), *benchmark_lengths.loads([]))

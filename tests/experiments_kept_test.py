@@ -156,12 +156,12 @@ class StatesTest(Case):
     def edit(params, state, edits, *, memory):
       del params, state
       for one in edits:
-        found = memory.recall(one)
+        found = memory.get(one)
         if found is None:
           missing.append(one.number)
           number = np.full((1, 2), one.number, np.float32)
           rest = (np.ones(1),) * 4
-          memory.remember(one, Targets(number, number, *rest))
+          memory.put(one, Targets(number, number, *rest))
         else:
           np.testing.assert_array_equal(found.z, [[one.number] * 2])
 

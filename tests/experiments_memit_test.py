@@ -499,7 +499,7 @@ class OtherRowsTest(Case):
   def test_settings_of_another_method(self):
     self.refuse(
         '--rrome_keys is no setting of memit; it belongs to r-rome',
-        rrome_keys='bare',
+        rrome_keys='plain',
     )
 
   def test_activations_of_float32_weights(self):

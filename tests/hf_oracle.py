@@ -96,12 +96,12 @@ def state(folder: str | pathlib.Path) -> dict[str, np.ndarray]:
 
 def logits(model: Any, tokens: np.ndarray, valid: np.ndarray) -> np.ndarray:
   """Logits [B, T, V] of padded rows, positions counted from the first token."""
-  position = np.maximum(np.cumsum(valid, axis=-1) - 1, 0)
+  positions = np.maximum(np.cumsum(valid, axis=-1) - 1, 0)
   with torch.no_grad():
     out = model(
         input_ids=torch.tensor(tokens),
         attention_mask=torch.tensor(valid.astype(np.int64)),
-        position_ids=torch.tensor(position),
+        position_ids=torch.tensor(positions),
         use_cache=False,
     )
   return out.logits.float().numpy()

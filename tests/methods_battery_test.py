@@ -44,15 +44,15 @@ LAYERS = (0, 1)
 EDITS, SLOTS = 4, 8
 SEEDS = (1, 5, 6, 7)
 STAGES = (
-    engine.prepare,
-    engine.seat,
-    engine.advance,
+    engine.prefill,
+    engine.assign,
+    engine.optimize_until_done,
     sweep._enter,
     sweep._to_mlp,
     sweep._read_keys,
     sweep._measure,
     sweep._predict_final,
-    sweep._write,
+    sweep._through_mlp,
     systems._solve_factors,
     systems._solve_groups,
 )
@@ -66,7 +66,9 @@ def edits(seed: int = 1, **options: Any) -> list[encoding.EncodedEdit]:
   return facts.random_edits(EDITS, **options)
 
 
-def plan(some: Sequence[encoding.EncodedEdit], slots: int) -> plan_lib.BatchPlan:
+def plan(
+    some: Sequence[encoding.EncodedEdit], slots: int
+) -> plan_lib.BatchPlan:
   """One frame for all batches of a test."""
   if len(some[0].rows) == len(edits()[0].rows):
     some = [edit for seed in SEEDS for edit in edits(seed)]
@@ -343,8 +345,8 @@ def random_targets(spec, params, some, *, layer, scale=0.5, **ignored):
     row, anchor = edit.rows[0], edit.anchors[0]
     tokens = np.zeros([1, 16], np.int32)
     tokens[0, : len(row)] = row
-    columns = decoder.token_layout(np.arange(16)[None] < len(row))
-    h = _lower(spec, params, tokens, columns, layer=layer)
+    layout = decoder.token_layout(np.arange(16)[None] < len(row))
+    h = _lower(spec, params, tokens, layout, layer=layer)
     z0.append(np.asarray(h)[0, anchor])
     rng = np.random.default_rng(int(row.sum()))
     moves.append(rng.standard_normal(h.shape[-1]))

@@ -70,9 +70,9 @@ ROWS = {
         naive_rows.rome(constraint='mean', measured='mean'),
         (1,),
     ),
-    'r_rome_bare': (
-        functools.partial(rome.r_rome, keys='bare'),
-        naive_rows.rome(bare=1.0),
+    'r_rome_plain': (
+        functools.partial(rome.r_rome, keys='plain'),
+        naive_rows.rome(plain=1.0),
         (1,),
     ),
     'emmet': (
@@ -218,17 +218,17 @@ class OracleTest(parameterized.TestCase):
 
   @parameterized.parameters(*WITH_ANYEDIT)
   def test_groups_are_edited_alone(self, name):
-    case, some, owner = Case(name, chunks=True), texts(), (0, 1, 0)
-    edited, _, info = case.edit(some, each=True, owner=owner)
+    case, some, group = Case(name, chunks=True), texts(), (0, 1, 0)
+    edited, _, info = case.edit(some, each=True, group=group)
     delta = edited.deltas[0]
     self.assertEqual(delta.key.shape[1], 2)
-    for group in (0, 1):
-      mine = [i for i, g in enumerate(owner) if g == group]
+    for number in (0, 1):
+      mine = [i for i, g in enumerate(group) if g == number]
       rows = np.isin(info.edit, mine)
       want, distance, _ = case.naive(
           [some[i] for i in mine], info.targets.z[rows]
       )
-      got = edited_lib.kernel(edited_lib.one(edited, group).deltas[0])
+      got = edited_lib.kernel(edited_lib.one(edited, number).deltas[0])
       for a, b in zip(np.asarray(got), want):
         self.assertLess(error(a, b), 2e-3)
       np.testing.assert_allclose(info.distance[:, rows], distance, atol=2e-3)
@@ -238,7 +238,9 @@ class OracleTest(parameterized.TestCase):
     case, some = Case(name), edits(count=5, contexts=4)
     whole, _, want = case.edit(some)
     small = plan_lib.plan_shapes(some, slots=4, token_budget=16)
-    self.assertGreater(len(list(packer.pack_prompts(some, small, bare=False))), 1)
+    self.assertGreater(
+        len(list(packer.pack_prompts(some, small, plain=False))), 1
+    )
     with mock.patch.object(sweep, '_resident_bytes', lambda: 1000):
       parts, _, info = case.edit(some, plan=small)
     got, wanted_ = (
@@ -248,7 +250,14 @@ class OracleTest(parameterized.TestCase):
     np.testing.assert_allclose(info.distance, want.distance, atol=1e-5)
 
   def test_products_of_f32_are_exact(self):
-    names = ('_enter', '_to_mlp', '_predict_final', '_read_keys', '_measure', '_write')
+    names = (
+        '_enter',
+        '_to_mlp',
+        '_predict_final',
+        '_read_keys',
+        '_measure',
+        '_through_mlp',
+    )
     with products.watched(sweep, *names) as found:
       Case('memit').edit(edits())
     self.assertSameElements(found, names)
@@ -272,7 +281,7 @@ class OracleTest(parameterized.TestCase):
       score = np.abs(change / (kernel + 1e-8))
       return np.where(score >= np.quantile(score, 0.6), change, 0)
 
-    case = Case('memit', keep=0.4)
+    case = Case('memit', rect_density=0.4)
     case.slow = case.slow._replace(shape=shape)
     edited, _, info = case.edit(edits())
     want, _, _ = case.naive(edits(), info.targets.z)
@@ -291,14 +300,14 @@ class OracleTest(parameterized.TestCase):
       return jax.tree.map(lambda x: x * np.nan, solve(self, *given))
 
     with mock.patch.object(systems.Joint, 'solve', singular):
-      edited, _, info = Case('memit', keep=0.4).edit(edits())
+      edited, _, info = Case('memit', rect_density=0.4).edit(edits())
     self.assertFalse(info.written.any())
     self.assertFalse(np.asarray(edited.deltas[0].kernel).any())
 
 
 class PromiseTest(parameterized.TestCase):
 
-  @parameterized.parameters('rome', 'rome_plain_keys', 'r_rome_bare')
+  @parameterized.parameters('rome', 'rome_plain_keys', 'r_rome_plain')
   def test_rome_moves_the_mlp_by_exactly_what_was_asked(self, name):
     case = Case(name)
     some = edits(contexts=3)
@@ -319,7 +328,9 @@ class PromiseTest(parameterized.TestCase):
     some = edits(count=1)
     case = Case('emmet')
     edited, _, info = case.edit(some)
-    twin = naive_rows.rome(bare=0.5, constraint='mean')._replace(output='block')
+    twin = naive_rows.rome(plain=0.5, constraint='mean')._replace(
+        output='block'
+    )
     case.slow = twin
     (want,), _, _ = case.naive(some, info.targets.z)
     got = np.asarray(edited_lib.kernel(edited.deltas[0]))[0]
@@ -330,8 +341,8 @@ class PromiseTest(parameterized.TestCase):
     edited, _, _ = case.edit(edits())
     for i, change in enumerate(edited_lib.kernel(edited.deltas[0])):
       size, vectors = np.linalg.eigh(case.moments.gram[i])
-      held = np.cumsum(size[::-1]) >= SHARE * size.sum()
-      kept = vectors[:, len(size) - 1 - int(held.argmax()) :]
+      preserved = np.cumsum(size[::-1]) >= SHARE * size.sum()
+      kept = vectors[:, len(size) - 1 - int(preserved.argmax()) :]
       moved = np.linalg.norm(kept.T @ np.asarray(change))
       size = np.linalg.norm(change) * np.linalg.norm(kept)
       self.assertLess(moved, 1e-6 * size)
@@ -340,20 +351,20 @@ class PromiseTest(parameterized.TestCase):
     case = Case('alphaedit')
     first, second = edits(seed=1), edits(seed=5)
     one, state, info = case.edit(first)
-    self.assertEqual([len(keys) for keys in state.prior], [3, 3])
+    self.assertEqual([len(keys) for keys in state.preserved_before], [3, 3])
     _, _, model = case.naive(first, info.targets.z)
     # Published code reads the keys again, on the model that was edited.
     prior = [
         naive_rows.keys(model, first, layer, case.slow, False).mean
         for layer in case.layers
     ]
-    for got, want in zip(state.prior, prior):
+    for got, want in zip(state.preserved_before, prior):
       self.assertLess(error(got, want), 1e-4)
     params = edited_lib.apply(case.pair.params, one)
     two, state, info = case.edit(
         second, params=params, state=state, model=model
     )
-    self.assertEqual([len(keys) for keys in state.prior], [6, 6])
+    self.assertEqual([len(keys) for keys in state.preserved_before], [6, 6])
     want, _, _ = case.naive(second, info.targets.z, model, prior=prior)
     got = np.asarray(edited_lib.kernel(two.deltas[0]))
     for a, b in zip(got, want):
@@ -369,13 +380,13 @@ class PromiseTest(parameterized.TestCase):
     # Nor do they hold what a sequence before them has left, or each other's.
     _, state, _ = case.edit(edits(seed=5))
     some = edits()
-    for owner in (None, (0, 1, 1)):
-      with self.subTest(owner=owner):
-        each, after, _ = case.edit(some, each=True, state=state, owner=owner)
+    for group in (None, (0, 1, 1)):
+      with self.subTest(group=group):
+        each, after, _ = case.edit(some, each=True, state=state, group=group)
         self.assertIs(after, state)
-        for group in set(owner or (0, 1, 2)):
+        for group in set(group or (0, 1, 2)):
           mine = [
-              edit for edit, g in zip(some, owner or (0, 1, 2)) if g == group
+              edit for edit, g in zip(some, group or (0, 1, 2)) if g == group
           ]
           alone, _, _ = case.edit(mine)
           got = edited_lib.kernel(edited_lib.one(each, group).deltas[0])
@@ -385,16 +396,16 @@ class PromiseTest(parameterized.TestCase):
   @parameterized.parameters(*WITH_ANYEDIT)
   def test_held_tokens_move_less(self, name):
     some, gone = texts(), {}
-    for held in (True, False):
+    for preserved in (True, False):
       case = Case(name, chunks=True)
-      recipe = dataclasses.replace(case.recipe, held=held)
+      recipe = dataclasses.replace(case.recipe, preserved=preserved)
       case.editor = closed_form.closed_form(case.pair.spec, recipe)
       edited, _, _ = case.edit(some)
       change = np.asarray(edited_lib.kernel(edited.deltas[0]))[0]
       found = naive_rows.keys(
           case.pair.torch, some, case.layers[0], case.slow, True
       )
-      gone[held] = np.linalg.norm(found.held @ change)
+      gone[preserved] = np.linalg.norm(found.preserved @ change)
     self.assertLess(gone[True], gone[False])
 
 
@@ -405,7 +416,7 @@ class SoundTest(parameterized.TestCase):
     strong = dataclasses.replace(case.recipe, ridge=1e9)
     case.editor = closed_form.closed_form(case.pair.spec, strong)
     some = edits()
-    edited, _, _ = case.edit(some, each=True, owner=(0, 0, 1))
+    edited, _, _ = case.edit(some, each=True, group=(0, 0, 1))
     alone, _, _ = case.edit(some[2:], each=True)
     for found, group in ((edited, 1), (alone, 0)):
       change = edited_lib.kernel(edited_lib.one(found, group).deltas[0])
@@ -432,7 +443,7 @@ class SoundTest(parameterized.TestCase):
     np.testing.assert_allclose(info.distance[-1], 0, atol=1e-2)
 
   @parameterized.parameters(False, True)
-  def test_a_singular_system_writes_nothing(self, each):
+  def test_a_singular_system_through_mlps_nothing(self, each):
     # The same key twice, asked for two different outputs without any ridge.
     case, (one, *_) = Case('rome'), edits(count=1)
     some = [one, dataclasses.replace(one, number=2)]
@@ -442,7 +453,7 @@ class SoundTest(parameterized.TestCase):
         systems, '_solve_groups', lambda _, rows, ridge: bad((1, 1), ridge)
     ):
       edited, _, info = case.edit(
-          some, each=each, **({'owner': (0, 1)} if each else {})
+          some, each=each, **({'group': (0, 1)} if each else {})
       )
     self.assertEqual(info.written.tolist(), [False, each])
     for leaf in jax.tree.leaves(edited):
@@ -479,7 +490,7 @@ class ParityTest(parameterized.TestCase):
   def test_a_shadowed_index_gives_every_layer_one_share(self, count, share):
     case = Case('memit')
     recipe = parity.shadowed(case.recipe, count)
-    self.assertEqual([recipe.spread(left) for left in (2, 1)], [share] * 2)
+    self.assertEqual([recipe.layer_share(left) for left in (2, 1)], [share] * 2)
     case.editor = closed_form.closed_form(case.pair.spec, recipe)
     case.slow = case.slow._replace(share=lambda left: share)
     some = edits(count=count)
@@ -515,7 +526,7 @@ class BadSettingsTest(parameterized.TestCase):
       rome.rome((1, 2))
 
   def test_unknown_keys(self):
-    with self.assertRaisesRegex(InputError, 'mean or bare'):
+    with self.assertRaisesRegex(InputError, 'mean or plain'):
       rome.r_rome(keys='all')
 
   @parameterized.parameters((0, 0), (3, 3), (3, -1))

@@ -46,9 +46,9 @@ VALUE = targets_lib.TargetConfig(
 CLOSE = 1e-8  # of changes of about 5e-3, in f64
 WINDOW = Chunking(3)
 STAGES = (
-    engine.prepare,
-    engine.seat,
-    engine.advance,
+    engine.prefill,
+    engine.assign,
+    engine.optimize_until_done,
     regression.enter,
     regression.reach,
     regression.aim,
@@ -97,8 +97,8 @@ def random_targets(spec, params, some, *, layer, **ignored):
   h = np.asarray(regression.enter(spec, params, packed, stop=layer + 1))[0]
   found = []
   for r, edit in enumerate(some):
-    columns = [edit.stage(k, 0).anchor for k in range(edit.stages)]
-    z0 = h[packed.rows.index[r, columns]]
+    layout = [edit.stage(k, 0).anchor for k in range(edit.stages)]
+    z0 = h[packed.rows.index[r, layout]]
     rng = np.random.default_rng(int(edit.rows[0].sum()))
     z = z0 + 0.5 * rng.standard_normal(z0.shape).astype(z0.dtype)
     none, fine = np.zeros(len(z), z.dtype), np.isfinite(z).all(1)
@@ -162,8 +162,8 @@ class Torch:
   def out(self, ids) -> torch.Tensor:
     """Output [T, D] of the block."""
     seen = []
-    keep = lambda h: seen.append(h[0]) or h
-    with naive_oracle.hooked(self.block, keep):
+    outputs = lambda h: seen.append(h[0]) or h
+    with naive_oracle.hooked(self.block, outputs):
       naive_oracle.run(self.model, ids)
     return seen[0]
 
@@ -174,13 +174,13 @@ class Torch:
     mask = torch.zeros([len(texts), longest], dtype=torch.int64)
     for r, text in enumerate(texts):
       ids[r, : len(text)], mask[r, : len(text)] = torch.tensor(text), 1
-    keep = lambda h: seen.append(h) or h
-    position = torch.arange(longest)[None].expand(len(texts), -1)
-    with naive_oracle.hooked(self.block, keep):
+    outputs = lambda h: seen.append(h) or h
+    positions = torch.arange(longest)[None].expand(len(texts), -1)
+    with naive_oracle.hooked(self.block, outputs):
       self.model(
           input_ids=ids,
           attention_mask=mask,
-          position_ids=position,
+          position_ids=positions,
           use_cache=False,
       )
     return seen[0]
@@ -194,7 +194,7 @@ class Torch:
       return torch.cat([self.out(ids) for ids in some])
 
     with torch.no_grad():
-      keep, want = run(preserved()), run(texts)
+      outputs, want = run(preserved()), run(texts)
       starts = np.cumsum([0, *map(len, texts)])
       for t, wanted in enumerate(goals):
         for column, z in wanted.items():
@@ -216,7 +216,7 @@ class Torch:
     before = self.leaves()
     mse = torch.nn.functional.mse_loss
     for _ in range(recipe.steps):
-      loss = mse(run(preserved()), keep) + mse(run(texts), want)
+      loss = mse(run(preserved()), outputs) + mse(run(texts), want)
       adam.zero_grad()
       loss.backward()
       adam.step()
@@ -241,10 +241,10 @@ def goals(some, info, chosen=None) -> list[dict[int, np.ndarray]]:
   """Wanted states of every text by column."""
   found, at = [], 0
   for edit in some:
-    columns = [edit.stage(k, 0).anchor for k in range(edit.stages)]
-    states = info.targets.z[at : at + len(columns)]
-    found.append(dict(zip(columns, states)))
-    at += len(columns)
+    layout = [edit.stage(k, 0).anchor for k in range(edit.stages)]
+    states = info.targets.z[at : at + len(layout)]
+    found.append(dict(zip(layout, states)))
+    at += len(layout)
   return found
 
 
@@ -416,22 +416,22 @@ class EditorTest(parameterized.TestCase):
     self.assertGreater(gap(total, changes(together)), 1e-3)
 
   def test_owners(self):
-    some, owner = edits(chunked=True), [2, 0, 2, 2]
-    groups, info = made(CHUNKED, some, each=True, owner=owner, double=True)
+    some, group = edits(chunked=True), [2, 0, 2, 2]
+    groups, info = made(CHUNKED, some, each=True, group=group, double=True)
     self.assertEqual(groups.deltas[0].kernel.shape[:2], (1, 3))
     for group in (0, 2):
-      mine = [e for e, g in zip(some, owner) if g == group]
+      mine = [e for e, g in zip(some, group) if g == group]
       want, one = made(CHUNKED, mine, double=True)
       self.assertLess(gap(changes(groups, group), changes(want)), CLOSE)
-      here = np.isin(info.edit, [i for i in range(4) if owner[i] == group])
+      here = np.isin(info.edit, [i for i in range(4) if group[i] == group])
       np.testing.assert_allclose(
           info.distance[:, here], one.distance, atol=CLOSE
       )
     for change in changes(groups, 1).values():
       np.testing.assert_array_equal(change, 0)
     for wrong in ([0, 1], [0, 1, 2, -1]):
-      with self.assertRaisesRegex(InputError, 'owner'):
-        made(CHUNKED, some, each=True, owner=wrong)
+      with self.assertRaisesRegex(InputError, 'group'):
+        made(CHUNKED, some, each=True, group=wrong)
 
   def test_padding(self):
     # More room changes nothing.

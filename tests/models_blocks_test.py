@@ -108,24 +108,24 @@ class NarrowProductTest(parameterized.TestCase):
 
 class AttendTest(parameterized.TestCase):
 
-  @parameterized.product(columns=(1, 5), dtype=('float32', 'bfloat16'))
-  def test_few_queries_and_many_against_the_formula(self, columns, dtype):
+  @parameterized.product(layout=(1, 5), dtype=('float32', 'bfloat16'))
+  def test_few_queries_and_many_against_the_formula(self, layout, dtype):
     batch, groups, heads, size, before = 3, 2, 2, 8, 40
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
-    q = draw(batch, groups, columns, heads * size)
+    q = draw(batch, groups, layout, heads * size)
     k, v, old_k, old_v = (
         draw(batch, groups, n, size).astype(jnp.dtype(dtype))
-        for n in (columns, columns, before, before)
+        for n in (layout, layout, before, before)
     )
-    mask = rng.random((batch, columns, before + columns)) < 0.7
-    mask[..., -columns:] |= np.eye(columns, dtype=bool)
+    mask = rng.random((batch, layout, before + layout)) < 0.7
+    mask[..., -layout:] |= np.eye(layout, dtype=bool)
     got = blocks.attend(
         q, (k, v), (old_k, old_v), mask=jnp.asarray(mask), scale=0.3
     )
     exact = lambda x, y: np.concatenate([x, y], 2).astype(np.float64)
     key, value = exact(old_k, k), exact(old_v, v)
-    each = q.astype(np.float64).reshape(batch, groups, columns, heads, size)
+    each = q.astype(np.float64).reshape(batch, groups, layout, heads, size)
     logits = 0.3 * np.einsum('bgtnh,bgsh->bgtns', each, key)
     logits = np.where(mask[:, None, :, None], logits, -np.inf)
     weights = np.exp(logits - logits.max(-1, keepdims=True))

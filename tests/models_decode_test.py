@@ -274,7 +274,7 @@ class GenerateTest(parameterized.TestCase):
     self.assertIn('stream 2147483648 does not exist', number)
 
   def test_a_number_does_not_recompile(self):
-    programs = decode_state.read, decode_state.extend
+    programs = decode_state.prefill, decode_state.generate_segment
     count = lambda: [program._cache_size() for program in programs]
     write = functools.partial(self.write, prompts_of(SIZES))
     write(temperature=1.0, top_p=0.9, repetition_penalty=1.1)
@@ -386,11 +386,11 @@ class LongTest(parameterized.TestCase):
   def test_a_batch_that_fits_is_not_copied(self):
     moved, whole = [], decode_state.resize
 
-    def resize(pool, kept, width):
-      _, rows, _, columns, _ = pool.cache[0].shape
-      moved.append((columns, width))
-      self.assertNotEqual((rows, columns), (len(kept), width))
-      return whole(pool, kept, width)
+    def resize(state, kept, width):
+      _, rows, _, layout, _ = state.cache[0].shape
+      moved.append((layout, width))
+      self.assertNotEqual((rows, layout), (len(kept), width))
+      return whole(state, kept, width)
 
     with mock.patch.object(decode_state, 'resize', resize):
       self.write(self.prompts, stop_ids=(), batch_size=4)
@@ -418,8 +418,8 @@ def tiny_model():
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(spec, params, tokens):
-  columns = decoder.token_layout(tokens >= 0)
-  return decoder.forward(spec, params, tokens, columns)
+  layout = decoder.token_layout(tokens >= 0)
+  return decoder.forward(spec, params, tokens, layout)
 
 
 class SamplingTest(parameterized.TestCase):

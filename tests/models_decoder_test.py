@@ -20,7 +20,7 @@ from absl.testing import absltest, parameterized
 from jaxedit.models import decoder, loading
 from jaxedit.models.spec import param_shapes
 from jaxedit.testing import models as tiny
-from jaxedit.types import KV, TokenLayout, Dense, LowRank, Patch, Tap
+from jaxedit.types import KV, Dense, LowRank, Patch, Tap, TokenLayout
 
 _ACTIVATIONS = {
     'silu': lambda x: x / (1 + np.exp(-x)),
@@ -36,7 +36,7 @@ PADDING = (0, 4, 2)
 WIDTH = 9
 
 
-def keep(layer, site, x):
+def outputs(layer, site, x):
   """Intervenes nowhere."""
   del layer, site
   return x
@@ -56,12 +56,12 @@ def oracle_rotary(spec, x):
     return x
   size, axis = spec.rotary_size, {'half': 2, 'interleaved': 3}[spec.rotary]
   freq = spec.rope_theta ** (-np.arange(0, size, 2) / size)
-  turn = np.exp(1j * np.arange(len(x))[:, None] * freq)[:, None]
+  rotary = np.exp(1j * np.arange(len(x))[:, None] * freq)[:, None]
   pair = (2, -1) if axis == 2 else (-1, 2)
   real, imaginary = np.moveaxis(
       x[..., :size].reshape(*x.shape[:2], *pair), axis, 0
   )
-  z = (real + 1j * imaginary) * turn
+  z = (real + 1j * imaginary) * rotary
   z = np.stack([z.real, z.imag], axis=axis).reshape(*x.shape[:2], size)
   return np.concatenate([z, x[..., size:]], axis=-1)
 
@@ -106,7 +106,7 @@ def oracle_mlp(spec, leaf, x, seen):
   return oracle_linear(leaf, 'mlp/down', inner, seen)
 
 
-def oracle(spec, params, tokens, intervene=keep):
+def oracle(spec, params, tokens, intervene=outputs):
   """Runs one text [T] in numpy.
 
   Args:
@@ -140,34 +140,34 @@ def oracle(spec, params, tokens, intervene=keep):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(spec, params, tokens, columns, patches, deltas):
-  h = decoder.embed(spec, params, tokens, columns)
+def _run(spec, params, tokens, layout, patches, deltas):
+  h = decoder.embed(spec, params, tokens, layout)
   h, _ = decoder.run_layers(
-      spec, params, h, columns,
+      spec, params, h, layout,
       start=0, stop=spec.layers, patches=patches, deltas=deltas,
   )  # fmt: skip
   return h
 
 
-def run(spec, params, tokens, columns, patches=(), deltas=()):
+def run(spec, params, tokens, layout, patches=(), deltas=()):
   """The last residual [B, T, D] of a batch."""
-  return np.asarray(_run(spec, params, tokens, columns, patches, deltas))
+  return np.asarray(_run(spec, params, tokens, layout, patches, deltas))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
-def _run_part(spec, params, h, columns, start, stop, prefix, deltas):
+def _run_part(spec, params, h, layout, start, stop, prefix, deltas):
   taps = (Tap('kv', tuple(range(start, stop))),)
   h, (kv,) = decoder.run_layers(
-      spec, params, h, columns,
+      spec, params, h, layout,
       start=start, stop=stop, prefix=prefix, deltas=deltas, taps=taps,
   )  # fmt: skip
   return h, kv
 
 
-def run_part(spec, params, h, columns, layers, prefix=None, deltas=()):
+def run_part(spec, params, h, layout, layers, prefix=None, deltas=()):
   """Layers first to last - 1, with their keys and values."""
-  h, kv = _run_part(spec, params, h, columns, *layers, prefix, deltas)
-  return np.asarray(h), KV(*map(np.asarray, kv), columns)
+  h, kv = _run_part(spec, params, h, layout, *layers, prefix, deltas)
+  return np.asarray(h), KV(*map(np.asarray, kv), layout)
 
 
 def cut(kv, first, end):
@@ -175,13 +175,13 @@ def cut(kv, first, end):
   return KV(
       kv.key[..., first:end, :],
       kv.value[..., first:end, :],
-      some(kv.columns, slice(first, end)),
+      some(kv.layout, slice(first, end)),
   )
 
 
-def some(columns, part):
+def some(layout, part):
   """A slice of columns."""
-  return jax.tree.map(lambda leaf: leaf[:, part], columns)
+  return jax.tree.map(lambda leaf: leaf[:, part], layout)
 
 
 def merge(params, deltas):
@@ -219,8 +219,8 @@ def tight(family):
 def padded_columns():
   """Three rows of nine columns, padded by `PADDING` on the left."""
   left = np.array(PADDING)[:, None]
-  position = np.maximum(np.arange(WIDTH) - left, 0).astype(np.int32)
-  return TokenLayout(position, (np.arange(WIDTH) >= left).astype(np.int32))
+  positions = np.maximum(np.arange(WIDTH) - left, 0).astype(np.int32)
+  return TokenLayout(positions, (np.arange(WIDTH) >= left).astype(np.int32))
 
 
 class DecoderTestCase(parameterized.TestCase):
@@ -231,7 +231,7 @@ class DecoderTestCase(parameterized.TestCase):
     self.enterContext(jax.enable_x64(True))
     self.rng = np.random.default_rng(0)
     self.tokens = self.rng.integers(1, 97, (len(PADDING), WIDTH))
-    self.columns = padded_columns()
+    self.layout = padded_columns()
 
   def draw(self, *shape, scale=1.0):
     return self.rng.standard_normal(shape) * scale
@@ -253,7 +253,7 @@ class DecoderTestCase(parameterized.TestCase):
   def assert_same(self, actual, wanted, tolerance=1e-10):
     np.testing.assert_allclose(actual, wanted, rtol=0, atol=tolerance)
 
-  def assert_rows(self, h, spec, params, intervene=lambda row: keep):
+  def assert_rows(self, h, spec, params, intervene=lambda row: outputs):
     """Every row of the padded batch is what the oracle makes of its text."""
     for row, left in enumerate(PADDING):
       wanted, _ = oracle(spec, params, self.text(row), intervene(row))
@@ -274,13 +274,13 @@ class OracleTest(DecoderTestCase):
     taps.append(Tap('block', (7,)))
 
     @jax.jit
-    def observe(params, tokens, columns):
-      h = decoder.embed(spec, params, tokens, columns)
+    def observe(params, tokens, layout):
+      h = decoder.embed(spec, params, tokens, layout)
       return decoder.run_layers(
-          spec, params, h, columns, start=0, stop=3, taps=taps
+          spec, params, h, layout, start=0, stop=3, taps=taps
       )
 
-    seen = observe(params, self.tokens, self.columns)
+    seen = observe(params, self.tokens, self.layout)
     h, (*readings, reduced, absent) = jax.tree.map(np.asarray, seen)
     self.assertIsNone(absent)
     self.assertEqual(reduced.shape, (1, spec.mlp_width))
@@ -316,7 +316,7 @@ class OracleTest(DecoderTestCase):
     spec, params = model()
     h = self.draw(3, WIDTH, spec.width)
     out, taps = decoder.run_layers(
-        spec, params, h, self.columns, start=3, stop=3, taps=(Tap('mlp', (2,)),)
+        spec, params, h, self.layout, start=3, stop=3, taps=(Tap('mlp', (2,)),)
     )
     self.assertIs(out, h)
     self.assertEqual(taps, (None,))
@@ -339,7 +339,7 @@ class PatchTest(DecoderTestCase):
           Patch(*kind, layers[i], offset + PADDING, values[i])
           for i, kind in enumerate(kinds)
       ]
-      return _run(spec, params, self.tokens, self.columns, patches, ())
+      return _run(spec, params, self.tokens, self.layout, patches, ())
 
     for i, layer in itertools.product(range(len(kinds)), LAYERS):
       # The others are of a layer that there is not.
@@ -372,18 +372,18 @@ class PatchTest(DecoderTestCase):
         Patch('block', 'add', jnp.int32(1), column, second),
     )
     h = np.asarray(params['embed']['embedding'])[self.tokens]
-    h, _ = run_part(spec, params, h, self.columns, (0, 2))
+    h, _ = run_part(spec, params, h, self.layout, (0, 2))
     h = h.copy()
     h[rows, column] = first + second
-    h, _ = run_part(spec, params, h, self.columns, (2, 3))
-    self.assert_same(run(spec, params, self.tokens, self.columns, patches), h)
+    h, _ = run_part(spec, params, h, self.layout, (2, 3))
+    self.assert_same(run(spec, params, self.tokens, self.layout, patches), h)
 
 
 class DeltaTest(DecoderTestCase):
 
   def assert_merged(self, spec, params, deltas):
     """Lazy changes equal changed weights."""
-    h = run(spec, params, self.tokens, self.columns, (), tuple(deltas))
+    h = run(spec, params, self.tokens, self.layout, (), tuple(deltas))
     self.assert_rows(h, spec, merge(params, deltas))
     plain, _ = oracle(spec, params, self.text(0))
     self.assertGreater(np.abs(h[0] - plain).max(), 0.1)
@@ -434,7 +434,7 @@ class DeltaTest(DecoderTestCase):
         self.low_rank(spec, 'mlp/down', (0, 2), rows=(3,)),
         self.low_rank(spec, 'attn/out', (2,), rows=(3,)),
     ]
-    h = run(spec, params, self.tokens, self.columns, (), (shared, *own))
+    h = run(spec, params, self.tokens, self.layout, (), (shared, *own))
     for row, left in enumerate(PADDING):
       deltas = [
           LowRank(d.layers, d.site, d.key[:, row], d.value[:, row]) for d in own
@@ -447,8 +447,8 @@ class DeltaTest(DecoderTestCase):
     spec, params = model()
     delta = self.low_rank(spec, 'mlp/down', LAYERS)
     h = self.draw(3, WIDTH, spec.width)
-    lazy, _ = run_part(spec, params, h, self.columns, (1, 2), deltas=(delta,))
-    merged, _ = run_part(spec, merge(params, [delta]), h, self.columns, (1, 2))
+    lazy, _ = run_part(spec, params, h, self.layout, (1, 2), deltas=(delta,))
+    merged, _ = run_part(spec, merge(params, [delta]), h, self.layout, (1, 2))
     self.assert_same(lazy, merged)
 
   def test_gradients_reach_the_factors(self):
@@ -459,7 +459,7 @@ class DeltaTest(DecoderTestCase):
     @jax.jit
     @jax.grad
     def slope(delta):
-      h = _run(spec, params, self.tokens, self.columns, (), (delta,))
+      h = _run(spec, params, self.tokens, self.layout, (), (delta,))
       return jnp.sum(h[:, -1] @ weight)
 
     def loss(delta):
@@ -481,22 +481,22 @@ class DeltaTest(DecoderTestCase):
 class ColumnsTest(DecoderTestCase):
 
   def test_token_columns_by_hand(self):
-    columns = decoder.token_layout(
+    layout = decoder.token_layout(
         np.array([[0, 0, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]], bool)
     )
     np.testing.assert_array_equal(
-        columns.position, [[0, 0, 0, 1], [0, 1, 2, 2], [0, 0, 0, 0]]
+        layout.positions, [[0, 0, 0, 1], [0, 1, 2, 2], [0, 0, 0, 0]]
     )
     np.testing.assert_array_equal(
-        columns.segment, [[0, 0, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]]
+        layout.segment_ids, [[0, 0, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]]
     )
-    self.assertEqual(columns.position.dtype, jnp.int32)
-    self.assertEqual(columns.segment.dtype, jnp.int32)
-    ours = decoder.token_layout(self.columns.segment > 0)
-    jax.tree.map(np.testing.assert_array_equal, ours, self.columns)
+    self.assertEqual(layout.positions.dtype, jnp.int32)
+    self.assertEqual(layout.segment_ids.dtype, jnp.int32)
+    ours = decoder.token_layout(self.layout.segment_ids > 0)
+    jax.tree.map(np.testing.assert_array_equal, ours, self.layout)
 
   def test_visible_by_hand(self):
-    columns = TokenLayout(
+    layout = TokenLayout(
         np.array([[0, 0, 1, 2, 2, 3]]), np.array([[0, 1, 1, 2, 3, 3]])
     )
     wanted = [  # padding, trunk, trunk, branch 2, branch 3, branch 3
@@ -507,11 +507,11 @@ class ColumnsTest(DecoderTestCase):
         [0, 1, 1, 0, 1, 0],
         [0, 1, 1, 0, 1, 1],
     ]
-    seen = decoder.visible(columns, columns, None)[0]
+    seen = decoder.visible(layout, layout, None)[0]
     np.testing.assert_array_equal(seen, np.array(wanted, bool))
     # Position 0 is out of a window of two from 2 on, position 1 from 3 on.
     wanted[3][1] = wanted[4][1] = wanted[5][1] = wanted[5][2] = 0
-    seen = decoder.visible(columns, columns, 2)[0]
+    seen = decoder.visible(layout, layout, 2)[0]
     np.testing.assert_array_equal(seen, np.array(wanted, bool))
 
   def test_prefix_at_any_split(self):
@@ -519,12 +519,14 @@ class ColumnsTest(DecoderTestCase):
     # serves all splits.
     spec, params = model('mistral', window=3)
     h = self.draw(3, WIDTH, spec.width)
-    whole, kv = run_part(spec, params, h, self.columns, (1, 3))
-    position, segment = self.columns.position, self.columns.segment
+    whole, kv = run_part(spec, params, h, self.layout, (1, 3))
+    positions, segment_ids = self.layout.positions, self.layout.segment_ids
     for split in range(WIDTH + 1):
       before = np.arange(WIDTH) < split
-      prefix = KV(kv.key, kv.value, TokenLayout(position, segment * before))
-      suffix = TokenLayout(position, segment * ~before)
+      prefix = KV(
+          kv.key, kv.value, TokenLayout(positions, segment_ids * before)
+      )
+      suffix = TokenLayout(positions, segment_ids * ~before)
       part, own = run_part(spec, params, h, suffix, (1, 3), prefix)
       for row, left in enumerate(PADDING):
         first = max(split, left)
@@ -539,12 +541,12 @@ class ColumnsTest(DecoderTestCase):
     spec, params = model(family)
     deltas = (self.low_rank(spec, 'mlp/down', (2,)),)
     h = self.draw(3, WIDTH, spec.width)
-    whole, kv = run_part(spec, params, h, self.columns, (1, 3), deltas=deltas)
-    suffix = some(self.columns, slice(split, None))
+    whole, kv = run_part(spec, params, h, self.layout, (1, 3), deltas=deltas)
+    suffix = some(self.layout, slice(split, None))
     part, own = run_part(
         spec, params, h[:, split:], suffix, (1, 3), cut(kv, 0, split), deltas
     )
-    seen = suffix.segment > 0
+    seen = suffix.segment_ids > 0
     self.assert_same(part[seen], whole[:, split:][seen])
     ours, wanted = own.key, kv.key[..., split:, :]
     by_column = lambda x: np.moveaxis(x, 3, 2)[:, seen]
@@ -555,7 +557,7 @@ class ColumnsTest(DecoderTestCase):
     spec, params = model(family, **tight(family))
     draw = lambda *sizes: [self.rng.integers(1, 97, n) for n in sizes]
     texts, ((trunk,), branches) = draw(4, 1, 5, 2), (draw(4), draw(3, 1, 2))
-    segment = np.array(
+    segment_ids = np.array(
         [
             np.repeat([2, 3, 4, 5, 0], [4, 1, 5, 2, 2]),
             np.repeat([0, 1, 2, 3, 4, 0], [2, 4, 3, 1, 2, 2]),
@@ -563,7 +565,7 @@ class ColumnsTest(DecoderTestCase):
     )
     place = lambda texts, first: [first + np.arange(len(t)) for t in texts]
     pad = [np.zeros(2, int)]
-    position = np.array(
+    positions = np.array(
         [
             np.concatenate(place(texts, 0) + pad),
             np.concatenate(pad + place([trunk], 0) + place(branches, 4) + pad),
@@ -575,15 +577,15 @@ class ColumnsTest(DecoderTestCase):
             np.concatenate(pad + [trunk] + branches + pad),
         ]
     )
-    h = run(spec, params, tokens, TokenLayout(position, segment))
+    h = run(spec, params, tokens, TokenLayout(positions, segment_ids))
     self.assertTrue(np.isfinite(h).all())
     for i, text in enumerate(texts):
       wanted, _ = oracle(spec, params, text)
-      self.assert_same(h[0, segment[0] == i + 2], wanted)
+      self.assert_same(h[0, segment_ids[0] == i + 2], wanted)
     for i, branch in enumerate(branches):
       wanted, _ = oracle(spec, params, np.concatenate([trunk, branch]))
-      self.assert_same(h[1, segment[1] == 1], wanted[:4])
-      self.assert_same(h[1, segment[1] == i + 2], wanted[4:])
+      self.assert_same(h[1, segment_ids[1] == 1], wanted[:4])
+      self.assert_same(h[1, segment_ids[1] == i + 2], wanted[4:])
 
   def test_branches_on_a_prefix(self):
     spec, params = model('mistral', window=3)
@@ -598,18 +600,18 @@ class ColumnsTest(DecoderTestCase):
     h, _ = run_part(spec, params, tails, right, (0, 3), kv)
     for i, branch in enumerate(branches):
       wanted, _ = oracle(spec, params, np.concatenate([trunk, branch]))
-      self.assert_same(h[right.segment == i + 2], wanted[4:])
+      self.assert_same(h[right.segment_ids == i + 2], wanted[4:])
 
   def test_padded_rows_are_finite(self):
     spec, params = model('mistral')
-    valid = self.columns.segment > 0
+    valid = self.layout.segment_ids > 0
     valid[1] = False
-    columns = TokenLayout(self.columns.position, valid.astype(np.int32))
+    layout = TokenLayout(self.layout.positions, valid.astype(np.int32))
 
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def loss(params):
-      h = _run(spec, params, self.tokens, columns, (), ())
+      h = _run(spec, params, self.tokens, layout, (), ())
       score, _ = decoder.label_logprob(spec, params, h, self.tokens)
       return -jnp.sum(jnp.where(valid, score, 0)), (h, score)
 
@@ -626,8 +628,8 @@ class RematTest(DecoderTestCase):
   def test_same_gradient(self):
     spec, params = model()
     h = self.draw(3, WIDTH, spec.width)
-    _, kv = run_part(spec, params, h, self.columns, (1, 3))
-    suffix = some(self.columns, slice(4, None))
+    _, kv = run_part(spec, params, h, self.layout, (1, 3))
+    suffix = some(self.layout, slice(4, None))
     delta = self.low_rank(spec, 'mlp/down', (2,))
 
     def loss(remat, params, h, delta, value):
@@ -677,15 +679,15 @@ class DtypeTest(parameterized.TestCase):
     sites = (*OUTPUTS, 'mlp/down', 'attn/out', 'kv')
     taps = [Tap(site, LAYERS) for site in sites]
 
-    def everything(params, tokens, columns, patches, deltas):
+    def everything(params, tokens, layout, patches, deltas):
       run_layers = functools.partial(
           decoder.run_layers, spec, params,
           start=0, stop=3, patches=patches, deltas=deltas, taps=taps,
       )  # fmt: skip
-      h = decoder.embed(spec, params, tokens, columns)
-      _, (*_, kv) = run_layers(h, columns)
-      own = TokenLayout(columns.position + WIDTH, columns.segment)
-      h, (*seen, kv) = run_layers(h, own, prefix=KV(*kv, columns))
+      h = decoder.embed(spec, params, tokens, layout)
+      _, (*_, kv) = run_layers(h, layout)
+      own = TokenLayout(layout.positions + WIDTH, layout.segment_ids)
+      h, (*seen, kv) = run_layers(h, own, prefix=KV(*kv, layout))
       logits = decoder.logits(spec, params, h)
       score, best = decoder.label_logprob(spec, params, h, tokens)
       return dict(wide=(h, seen, logits, score), kv=kv, best=best)
@@ -733,8 +735,8 @@ class DtypeTest(parameterized.TestCase):
 
   def test_f32_is_close_to_f64(self):
     spec, params = model('llama', 'float32')
-    tokens, columns, patches, deltas = self.inputs(spec, np.float32)
-    h = run(spec, params, tokens, columns, (), deltas)
+    tokens, layout, patches, deltas = self.inputs(spec, np.float32)
+    h = run(spec, params, tokens, layout, (), deltas)
     exact = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     merged = merge(exact, deltas)
     for row, left in enumerate(PADDING):

@@ -55,10 +55,10 @@ _forward = jax.jit(decoder.forward, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward_in_parts(spec, params, tokens, columns):
-  h = decoder.embed(spec, params, tokens, columns)
+def _forward_in_parts(spec, params, tokens, layout):
+  h = decoder.embed(spec, params, tokens, layout)
   for start, stop in ((0, 1), (1, spec.layers)):
-    h, _ = decoder.run_layers(spec, params, h, columns, start=start, stop=stop)
+    h, _ = decoder.run_layers(spec, params, h, layout, start=start, stop=stop)
   return decoder.logits(spec, params, h)
 
 
@@ -98,13 +98,13 @@ class LoadingTest(parameterized.TestCase):
     valid = np.ones(tokens.shape, bool)
     valid[1, :6], valid[2, 13:], valid[3, 1:] = False, False, False
     want = hf_oracle.logits(oracle, tokens, valid)
-    columns = decoder.token_layout(jnp.asarray(valid))
-    got = _forward(spec, model.params, tokens, columns)
+    layout = decoder.token_layout(jnp.asarray(valid))
+    got = _forward(spec, model.params, tokens, layout)
     self.assertGreater(want[valid].std(), 0.5)
     np.testing.assert_allclose(got[valid], want[valid], atol=1e-4, rtol=0)
 
     if variant in hf_oracle.FAMILIES:
-      parts = _forward_in_parts(spec, model.params, tokens, columns)
+      parts = _forward_in_parts(spec, model.params, tokens, layout)
       np.testing.assert_allclose(parts[valid], got[valid], atol=1e-5, rtol=0)
 
   @parameterized.parameters(*hf_oracle.FAMILIES)
@@ -324,8 +324,8 @@ class LoadingTest(parameterized.TestCase):
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), params, wide
     )
     tokens = np.arange(80).reshape(4, 20)
-    columns = decoder.token_layout(jnp.asarray(tokens) >= 0)
-    out = _forward(spec, params, tokens, columns)
+    layout = decoder.token_layout(jnp.asarray(tokens) >= 0)
+    out = _forward(spec, params, tokens, layout)
     self.assertBetween(float(out.std()), 0.3, 3.0)
 
   def test_random_params_refuse_silent_narrowing(self):

@@ -96,8 +96,8 @@ class SmolLm2Test(absltest.TestCase):
 
     @functools.partial(jax.jit, static_argnums=0)
     def forward(spec, params, tokens, valid):
-      columns = decoder.token_layout(valid)
-      return decoder.forward(spec, params, tokens, columns)
+      layout = decoder.token_layout(valid)
+      return decoder.forward(spec, params, tokens, layout)
 
     ours = np.asarray(forward(self.ours.spec, self.ours.params, tokens, valid))
     ours = ours[valid]

@@ -376,10 +376,10 @@ def _key(model: Any, edit: EncodedEdit, layer: int) -> np.ndarray:
   """Averages the input of the second MLP matrix at the anchor, [F]."""
   seen = []
 
-  def keep(_, inputs):
+  def outputs(_, inputs):
     seen.append(inputs[0][0].detach().double().numpy())
 
-  handle = down(model, layer).register_forward_pre_hook(keep)
+  handle = down(model, layer).register_forward_pre_hook(outputs)
   with torch.no_grad():
     for row in edit.rows:
       run(model, row)
@@ -391,7 +391,7 @@ def _key(model: Any, edit: EncodedEdit, layer: int) -> np.ndarray:
 def _state(model: Any, edit: EncodedEdit, layer: int) -> np.ndarray:
   """Output of a block at the anchor of the bare prompt, [D]."""
   seen = []
-  keep = lambda h: seen.append(h[0, edit.anchors[0]].double().numpy()) or h
-  with hooked(block(model, layer), keep), torch.no_grad():
+  outputs = lambda h: seen.append(h[0, edit.anchors[0]].double().numpy()) or h
+  with hooked(block(model, layer), outputs), torch.no_grad():
     run(model, edit.rows[0])
   return seen[0]

@@ -22,17 +22,17 @@ class Keys(NamedTuple):
   """Keys of one layer, as rows."""
 
   mean: np.ndarray  # [M, F]
-  bare: np.ndarray  # [M, F]
-  held: np.ndarray  # [P, F]
+  plain: np.ndarray  # [M, F]
+  preserved: np.ndarray  # [P, F]
 
 
 class Row(NamedTuple):
   """One method: how a layer's change follows from keys and residuals."""
 
   solve: Callable[[np.ndarray, Keys, np.ndarray], np.ndarray]
-  bare: float | None = 0.5
+  plain: float | None = 0.5
   output: str = 'block'
-  measured: str = 'bare'
+  measured: str = 'plain'
   share: Callable[[int], float] = lambda left: 1 / left
   # (change, kernel) -> what is written of it
   shape: Callable[[np.ndarray, np.ndarray], np.ndarray] = lambda x, w: x
@@ -42,7 +42,7 @@ def memit(weight: float) -> Row:
   """(lambda C + K_all K_all^T)^-1 K R."""
 
   def solve(gram, keys, residuals):
-    every = np.concatenate([keys.mean, keys.held])
+    every = np.concatenate([keys.mean, keys.preserved])
     a = weight * gram + every.T @ every
     return np.linalg.solve(a, keys.mean.T @ residuals)
 
@@ -50,33 +50,33 @@ def memit(weight: float) -> Row:
 
 
 def rome(
-    bare: float | None = None, constraint: str = 'bare', **how: Any
+    plain: float | None = None, constraint: str = 'plain', **how: Any
 ) -> Row:
   """C^-1 k* (z - o) / (k_b C^-1 k*), for several facts all at once."""
 
   def solve(gram, keys, residuals):
-    every = np.concatenate([keys.mean, keys.held])
-    asked = keys.bare if constraint == 'bare' else keys.mean
-    asked = np.concatenate([asked, keys.held])
+    every = np.concatenate([keys.mean, keys.preserved])
+    asked = keys.plain if constraint == 'plain' else keys.mean
+    asked = np.concatenate([asked, keys.preserved])
     u = np.linalg.solve(gram, every.T)
     wanted = np.concatenate(
-        [residuals, np.zeros((len(keys.held), residuals.shape[1]))]
+        [residuals, np.zeros((len(keys.preserved), residuals.shape[1]))]
     )
     return u @ np.linalg.solve(asked @ u, wanted)
 
-  return Row(solve, bare=bare, output='mlp', **how)
+  return Row(solve, plain=plain, output='mlp', **how)
 
 
 def emmet(weight: float, ridge: float, lone: float = 0.0) -> Row:
   """B^-1 K (K^T B^-1 K + mu I)^-1 R."""
 
   def solve(gram, keys, residuals):
-    every = np.concatenate([keys.mean, keys.held])
+    every = np.concatenate([keys.mean, keys.preserved])
     b = np.linalg.solve(weight * gram, every.T)
     mu = ridge if len(keys.mean) > 1 else lone
     small = every @ b + mu * np.eye(len(every))
     wanted = np.concatenate(
-        [residuals, np.zeros((len(keys.held), residuals.shape[1]))]
+        [residuals, np.zeros((len(keys.preserved), residuals.shape[1]))]
     )
     return b @ np.linalg.solve(small, wanted)
 
@@ -94,10 +94,10 @@ def alphaedit(share: float, ridge: float) -> Row:
 
   def solve(gram, keys, residuals):
     size, vectors = np.linalg.eigh(gram)
-    held = np.cumsum(size[::-1]) >= share * size.sum()
-    free = vectors[:, : len(size) - 1 - int(held.argmax())]
+    preserved = np.cumsum(size[::-1]) >= share * size.sum()
+    free = vectors[:, : len(size) - 1 - int(preserved.argmax())]
     project = free @ free.T
-    every = np.concatenate([keys.mean, keys.held])
+    every = np.concatenate([keys.mean, keys.preserved])
     a = project @ (every.T @ every) + ridge * np.eye(len(gram))
     return np.linalg.solve(a, project @ keys.mean.T @ residuals)
 
@@ -132,19 +132,19 @@ def keys(
     model: Any, edits: Sequence[EncodedEdit], layer: int, row: Row, whole: bool
 ) -> Keys:
   """Keys of all edits in one layer."""
-  mean, bare, held = [], [], []
+  mean, plain, preserved = [], [], []
   for edit in edits:
     found = read(model, edit, layer, whole)
     at = [x[anchors(edit, c)] for c, x in enumerate(found)]
-    bare.append(at[0])
-    weight = 1 / len(at) if row.bare is None else row.bare
+    plain.append(at[0])
+    weight = 1 / len(at) if row.plain is None else row.plain
     others = np.mean(at[1:], axis=0) if len(at) > 1 else at[0]
     mean.append(weight * at[0] + (1 - weight) * others)
     if whole:
-      held.append(np.delete(found[0], anchors(edit, 0), axis=0))
+      preserved.append(np.delete(found[0], anchors(edit, 0), axis=0))
   width = mean[0].shape[1]
-  held = np.concatenate(held) if held else np.zeros((0, width))
-  return Keys(np.concatenate(mean), np.concatenate(bare), held)
+  preserved = np.concatenate(preserved) if preserved else np.zeros((0, width))
+  return Keys(np.concatenate(mean), np.concatenate(plain), preserved)
 
 
 def states(
@@ -158,8 +158,8 @@ def states(
     mine = []
     for c in range(len(edit.rows) if row.measured == 'mean' else 1):
       seen = []
-      keep = lambda h: seen.append(h[0].double().numpy()) or h
-      with naive_oracle.hooked(module, keep), torch.no_grad():
+      outputs = lambda h: seen.append(h[0].double().numpy()) or h
+      with naive_oracle.hooked(module, outputs), torch.no_grad():
         naive_oracle.run(model, text(edit, c, False))
       mine.append(seen[0][anchors(edit, c)])
     found.append(np.mean(mine, axis=0))
@@ -193,7 +193,9 @@ def write(
   for i, layer in enumerate(layers):
     found = keys(model, edits, layer, row, whole)
     if prior is not None:
-      found = found._replace(held=np.concatenate([found.held, prior[i]]))
+      found = found._replace(
+          preserved=np.concatenate([found.preserved, prior[i]])
+      )
     residuals = gap() * row.share(len(layers) - i)
     kernel = naive_oracle.down(model, layer)
     linear = isinstance(kernel, torch.nn.Linear)

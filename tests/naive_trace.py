@@ -108,7 +108,7 @@ def _cell(
 
   corrupted: dict[int, torch.Tensor] = {}
 
-  def keep(k):
+  def outputs(k):
     return lambda x: corrupted.setdefault(k, x.clone())
 
   def hold(k):
@@ -118,7 +118,7 @@ def _cell(
 
     return held
 
-  _run(model, case, mode, {(k, kind.sever): keep(k) for k in layers})
+  _run(model, case, mode, {(k, kind.sever): outputs(k) for k in layers})
   changes |= {(k, kind.sever): hold(k) for k in layers}
   return _run(model, case, mode, changes)
 

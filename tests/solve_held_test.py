@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from jaxedit.solve import preconditioner as metrics
+from jaxedit.solve import preconditioner as preconditioners
 from jaxedit.solve.ridge import ridge_dense, ridge_update
 
 F, D = 24, 10
@@ -32,14 +32,14 @@ def root(name: str) -> np.ndarray:
   return np.linalg.qr(rng.standard_normal((F, F - 4)))[0]
 
 
-def metric(name: str):
+def preconditioner(name: str):
   """The metric; its root is exactly that of `root`, up to a rotation."""
   if name == 'covariance':
     keys, _ = draw(4 * F)
-    return metrics.covariance(jnp.asarray(keys.T @ keys), 1.0)
+    return preconditioners.covariance(jnp.asarray(keys.T @ keys), 1.0)
   if name == 'identity':
-    return metrics.identity(jnp.eye(F, dtype=jnp.float64))
-  return metrics.NullSpace(jnp.asarray(root(name)))
+    return preconditioners.identity(jnp.eye(F, dtype=jnp.float64))
+  return preconditioners.NullSpace(jnp.asarray(root(name)))
 
 
 _SOLVERS = {
@@ -53,7 +53,7 @@ def call(solver, name, keys, residuals, *, block=1024, **given):
   static = {'block': block} if solver == 'matrix' else {}
   with jax.enable_x64(True):
     given = {k: jnp.asarray(v) for k, v in given.items() if v is not None}
-    arrays = metric(name), jnp.asarray(keys), jnp.asarray(residuals)
+    arrays = preconditioner(name), jnp.asarray(keys), jnp.asarray(residuals)
     found = _SOLVERS[solver](*arrays, **static, **given)
   return jax.tree.map(np.asarray, found)
 
@@ -66,13 +66,15 @@ def product(found) -> np.ndarray:
   return found.key.T @ found.value
 
 
-def whole(name, keys, residuals, *, ridge, held, constraint=None):
+def whole(name, keys, residuals, *, ridge, preserved, constraint=None):
   """S K^T (r I + C S K^T)^-1 R with the held rows in K, C and R, [F, D]."""
   b = np.eye(F) if name == 'identity' else root(name)
-  b, keys, held = (x.astype(np.longdouble) for x in (b, keys, held))
-  rows = np.concatenate([keys, held])
-  there = np.concatenate([keys if constraint is None else constraint, held])
-  wanted = np.concatenate([residuals, np.zeros((len(held), D))])
+  b, keys, preserved = (x.astype(np.longdouble) for x in (b, keys, preserved))
+  rows = np.concatenate([keys, preserved])
+  there = np.concatenate(
+      [keys if constraint is None else constraint, preserved]
+  )
+  wanted = np.concatenate([residuals, np.zeros((len(preserved), D))])
   moved = b @ (rows @ b).T
   system = there @ moved + ridge * np.eye(len(rows))
   return moved @ solve(system, wanted)
@@ -97,11 +99,11 @@ class HeldTest(parameterized.TestCase):
   @parameterized.product(name=METRICS, others=(12, 3 * F), ridge=(0.3, 10.0))
   def test_are_rows_without_residual(self, name, others, ridge):
     keys, residuals = draw(4)
-    held, nothing = draw(others, 1)
-    given = {'ridge': ridge, 'held': held}
+    preserved, nothing = draw(others, 1)
+    given = {'ridge': ridge, 'preserved': preserved}
     found = factors(name, keys, residuals, **given)
     self.assertEqual((found.key.shape, found.value.shape), ((4, F), (4, D)))
-    rows = np.concatenate([keys, held])
+    rows = np.concatenate([keys, preserved])
     wanted = np.concatenate([residuals, 0 * nothing])
     together = product(factors(name, rows, wanted, ridge=ridge))
     matrix = dense(name, keys, residuals, **given)
@@ -113,21 +115,21 @@ class HeldTest(parameterized.TestCase):
   @parameterized.product(name=METRICS, others=(0, 12), ridge=(0.0, 0.3))
   def test_go_together_with_a_constraint(self, name, others, ridge):
     keys, residuals = draw(4)
-    held, _ = draw(others, 1)
+    preserved, _ = draw(others, 1)
     constraint = keys + 0.3 * draw(4, 2)[0]
-    given = {'ridge': ridge, 'held': held, 'constraint': constraint}
+    given = {'ridge': ridge, 'preserved': preserved, 'constraint': constraint}
     want = whole(name, keys, residuals, **given)
     found = product(factors(name, keys, residuals, **given))
     self.assertLess(error(found, want), 1e-10)
     self.assertLess(error(dense(name, keys, residuals, **given), want), 1e-10)
     if not ridge:
       self.assertLess(error(constraint @ found, residuals), 1e-9)
-      self.assertLess(np.abs(held @ found).max(initial=0), 1e-9)
+      self.assertLess(np.abs(preserved @ found).max(initial=0), 1e-9)
 
   @parameterized.parameters(None, 'constraint')
   def test_the_rank_is_the_number_of_edited_rows(self, constraint):
     keys, residuals = draw(3)
-    given = {'ridge': 1.0, 'held': draw(60, 1)[0]}
+    given = {'ridge': 1.0, 'preserved': draw(60, 1)[0]}
     if constraint:
       given['constraint'] = draw(3, 2)[0]
     found = factors('covariance', keys, residuals, **given)
@@ -138,11 +140,11 @@ class HeldTest(parameterized.TestCase):
 
   @parameterized.product(ridge=(0.0, 1e-6, 1e-2), near=(1e-3, 1e-5))
   def test_keys_close_to_the_held_ones_lose_little(self, ridge, near):
-    held, _ = draw(12, 1)
+    preserved, _ = draw(12, 1)
     keys, residuals = draw(4)
     mixture = np.random.default_rng(3).standard_normal((4, 12))
-    keys = near * keys + mixture @ held
-    given = {'ridge': ridge, 'held': held}
+    keys = near * keys + mixture @ preserved
+    given = {'ridge': ridge, 'preserved': preserved}
     want = whole('covariance', keys, residuals, **given)
     found = product(factors('covariance', keys, residuals, **given))
     # What is left of K is so much smaller, and its last bit so much larger. One
@@ -154,16 +156,16 @@ class HeldTest(parameterized.TestCase):
   def test_may_repeat_without_any_ridge(self):
     keys, residuals = draw(2)
     some, _ = draw(5, 3)
-    held = np.concatenate([some, some[:3], some[:1] * (1 + 1e-9)])
+    preserved = np.concatenate([some, some[:3], some[:1] * (1 + 1e-9)])
     for constraint in (None, draw(2, 4)[0]):
       found = factors(
-          'covariance', keys, residuals, ridge=0.0, held=held,
+          'covariance', keys, residuals, ridge=0.0, preserved=preserved,
           constraint=constraint,
       )  # fmt: skip
       change = product(found)
       asked = keys if constraint is None else constraint
       self.assertLess(error(asked @ change, residuals), 1e-6)
-      self.assertLess(np.abs(held @ change).max(), 1e-6)
+      self.assertLess(np.abs(preserved @ change).max(), 1e-6)
 
   @parameterized.parameters(False, True)
   def test_may_repeat_beyond_the_rank(self, constraint):
@@ -171,20 +173,22 @@ class HeldTest(parameterized.TestCase):
     keys, residuals = draw(2)
     some, _ = draw(5, 3)
     given = {'ridge': 0.0, 'constraint': draw(2, 4)[0] if constraint else None}
-    want = product(factors('covariance', keys, residuals, held=some, **given))
-    held = np.tile(some, (8, 1))
-    self.assertGreater(len(held), F)
-    found = factors('covariance', keys, residuals, held=held, **given)
+    want = product(
+        factors('covariance', keys, residuals, preserved=some, **given)
+    )
+    preserved = np.tile(some, (8, 1))
+    self.assertGreater(len(preserved), F)
+    found = factors('covariance', keys, residuals, preserved=preserved, **given)
     self.assertLess(error(product(found), want), 1e-4)
-    matrix = dense('covariance', keys, residuals, held=held, **given)
+    matrix = dense('covariance', keys, residuals, preserved=preserved, **given)
     self.assertLess(error(matrix, want), 1e-4)
-    self.assertLess(np.abs(held @ matrix).max(), 1e-4)
+    self.assertLess(np.abs(preserved @ matrix).max(), 1e-4)
 
   @parameterized.parameters(False, True)
   def test_more_of_them_than_the_rank(self, constraint):
     keys, residuals = draw(3)
-    held, _ = draw(3 * F, 5)
-    given = dict(ridge=0.3, held=held)
+    preserved, _ = draw(3 * F, 5)
+    given = dict(ridge=0.3, preserved=preserved)
     if constraint:
       given['constraint'] = draw(3, 6)[0]
     found = factors('covariance', keys, residuals, **given)
@@ -195,7 +199,7 @@ class HeldTest(parameterized.TestCase):
   @parameterized.product(ridge=(0.0, 0.3), constraint=(False, True))
   def test_inactive_rows_are_as_if_absent(self, ridge, constraint):
     keys, residuals = draw(6)
-    held, there = draw(8, 1)[0], draw(6, 2)[0] if constraint else None
+    preserved, there = draw(8, 1)[0], draw(6, 2)[0] if constraint else None
     on = np.array([1, 0, 1, 1, 0, 1], bool)
     held_on = np.arange(8) % 3 > 0
     pick = lambda x, on: None if x is None else x[on].copy()
@@ -204,15 +208,20 @@ class HeldTest(parameterized.TestCase):
         keys[on],
         residuals[on],
         ridge=ridge,
-        held=held[held_on],
+        preserved=preserved[held_on],
         constraint=pick(there, on),
     )
-    keys[1], residuals[4], held[0], held[3] = np.nan, np.inf, np.nan, np.inf
+    keys[1], residuals[4], preserved[0], preserved[3] = (
+        np.nan,
+        np.inf,
+        np.nan,
+        np.inf,
+    )
     if constraint:
       there[4] = np.nan
     given = {
         'ridge': ridge,
-        'held': held,
+        'preserved': preserved,
         'constraint': there,
         'active': on,
         'preserved_active': held_on,
@@ -228,8 +237,11 @@ class HeldTest(parameterized.TestCase):
   def test_held_rows_that_are_all_inactive_hold_nothing(self, ridge):
     keys, residuals = draw(4)
     want = factors('covariance', keys, residuals, ridge=ridge)
-    off = {'held': draw(8, 1)[0], 'preserved_active': np.zeros(8, bool)}
-    none = {'held': np.zeros((0, F)), 'preserved_active': np.zeros(0, bool)}
+    off = {'preserved': draw(8, 1)[0], 'preserved_active': np.zeros(8, bool)}
+    none = {
+        'preserved': np.zeros((0, F)),
+        'preserved_active': np.zeros(0, bool),
+    }
     for given in (off, none):
       found = factors('covariance', keys, residuals, ridge=ridge, **given)
       for got, wanted in zip(found, want):
@@ -242,25 +254,25 @@ class HeldTest(parameterized.TestCase):
     count, rows, others = 3, 4, 9
     draws = [draw(rows, i) for i in range(count)]
     keys, residuals = (np.stack(x) for x in zip(*draws))
-    held = np.stack([draw(others, 10 + i)[0] for i in range(count)])
+    preserved = np.stack([draw(others, 10 + i)[0] for i in range(count)])
     there = keys[::-1].copy() if constraint else None
     # Systems of different sizes, padded with rows that take no part.
     active = np.arange(rows) < np.array([[4], [1], [3]])
     on = np.arange(others) < np.array([[0], [9], [5]])
 
-    def one(key, residual, there, held, active, on):
+    def one(key, residual, there, preserved, active, on):
       return ridge_update(
-          metric(name),
+          preconditioner(name),
           key,
           residual,
           ridge=0.1,
           constraint=there,
-          held=held,
+          preserved=preserved,
           active=active,
           preserved_active=on,
       )
 
-    given = (keys, residuals, there, held, active, on)
+    given = (keys, residuals, there, preserved, active, on)
     with jax.enable_x64(True):
       every = jax.jit(jax.vmap(one))(*jax.tree.map(jnp.asarray, given))
     for i, found in enumerate(zip(*map(np.asarray, every))):
@@ -270,7 +282,7 @@ class HeldTest(parameterized.TestCase):
           residuals[i],
           ridge=0.1,
           constraint=None if there is None else there[i],
-          held=held[i],
+          preserved=preserved[i],
           active=active[i],
           preserved_active=on[i],
       )
@@ -295,8 +307,8 @@ class DenseTest(parameterized.TestCase):
         'more edited': (2 * F, 7),
     }[sizes]
     keys, residuals = draw(rows)
-    held, _ = draw(others, 1)
-    given = {'ridge': 0.3, 'held': held}
+    preserved, _ = draw(others, 1)
+    given = {'ridge': 0.3, 'preserved': preserved}
     if constraint:
       given['constraint'] = keys + 0.01 * draw(rows, 2)[0]
     got = dense(name, keys, residuals, **given)
@@ -309,7 +321,7 @@ class DenseTest(parameterized.TestCase):
     given = {
         'ridge': 0.3,
         'active': np.arange(rows) % 3 > 0,
-        'held': draw(11, 1)[0],
+        'preserved': draw(11, 1)[0],
         'preserved_active': np.arange(11) % 4 > 0,
     }
     if constraint:
@@ -323,7 +335,7 @@ class DenseTest(parameterized.TestCase):
     wide = [x.astype(np.float64) for x in narrow]
     for solver in (factors, dense):
       found = [
-          solver('covariance', k, r, ridge=1.0, held=h, constraint=k)
+          solver('covariance', k, r, ridge=1.0, preserved=h, constraint=k)
           for k, r, h in (narrow, wide)
       ]
       jax.tree.map(np.testing.assert_array_equal, *found)

@@ -15,7 +15,7 @@ from jaxedit.methods import (
     pmet,
     rome,
 )
-from jaxedit.solve import preconditioner as metrics
+from jaxedit.solve import preconditioner as preconditioners
 from jaxedit.solve import shaping
 from jaxedit.solve.ridge import ridge_dense, ridge_update
 
@@ -82,11 +82,11 @@ def metric_of(make, kind, *arguments, **options):
     return make(jnp.asarray(gram(kind)), *arguments, **options)
 
 
-def both(metric, keys, residuals, **given):
+def both(preconditioner, keys, residuals, **given):
   """The change as factors and as one matrix, [F, D] each."""
   with jax.enable_x64(True):
     given = {k: jnp.asarray(v) for k, v in given.items()}
-    arrays = (metric, jnp.asarray(keys), jnp.asarray(residuals))
+    arrays = (preconditioner, jnp.asarray(keys), jnp.asarray(residuals))
     key, value = numbers(jax.jit(ridge_update)(*arrays, **given))
     dense = np.asarray(jax.jit(ridge_dense)(*arrays, **given))
   assert key.shape == (len(keys), F), key.shape
@@ -105,7 +105,7 @@ class PublishedTest(parameterized.TestCase):
   def rome(self, kind, chosen, weighed):
     """ROME's delta W = (v* - o) u^T / (k_b . u), u along C^-1 k*, [F, D]."""
     contexts, wanted = draw(21, kind)
-    keys = {'bare': contexts[:1], 'mean': contexts.mean(0, keepdims=True)}
+    keys = {'plain': contexts[:1], 'mean': contexts.mean(0, keepdims=True)}
     star, base = keys[chosen], keys[weighed]
     (u,) = solve(gram(kind), star.T).T
     u /= np.linalg.norm(u)
@@ -121,9 +121,9 @@ class PublishedTest(parameterized.TestCase):
     a = LAMBDA * long(gram(kind))[0] + k.T @ k
     want = solve(a, k.T @ r / np.sqrt(np.longdouble(left)))
     with jax.enable_x64(True):
-      metric = recipe.metric(jnp.asarray(gram(kind)))
-    share = recipe.spread(left)
-    found = both(metric, keys, share * residuals, ridge=recipe.ridge)
+      preconditioner = recipe.preconditioner(jnp.asarray(gram(kind)))
+    share = recipe.layer_share(left)
+    found = both(preconditioner, keys, share * residuals, ridge=recipe.ridge)
     self.agree(found, want, tolerance(kind))
 
   @parameterized.parameters(*KINDS)
@@ -140,8 +140,8 @@ class PublishedTest(parameterized.TestCase):
         along = solve(weight * c, k.T)
         want = along @ solve(k @ along + ridge * np.eye(4), r)
         with jax.enable_x64(True):
-          metric = recipe.metric(jnp.asarray(gram(kind)))
-        found = both(metric, keys, residuals, ridge=recipe.ridge_of(4))
+          preconditioner = recipe.preconditioner(jnp.asarray(gram(kind)))
+        found = both(preconditioner, keys, residuals, ridge=recipe.ridge_of(4))
         self.agree(found, want, tolerance(kind))
 
   def test_prune(self):
@@ -160,20 +160,20 @@ class PublishedTest(parameterized.TestCase):
 
   @parameterized.parameters(*KINDS)
   def test_rome(self, kind):
-    star, base, wanted, want = self.rome(kind, 'mean', 'bare')
-    metric = metric_of(metrics.covariance, kind, 1.0)
-    found = both(metric, star, wanted, ridge=0.0, constraint=base)
+    star, base, wanted, want = self.rome(kind, 'mean', 'plain')
+    preconditioner = metric_of(preconditioners.covariance, kind, 1.0)
+    found = both(preconditioner, star, wanted, ridge=0.0, constraint=base)
     self.agree(found, want, tolerance(kind))
     # The output at the bare prompt moves by exactly what was asked.
     for change in found.values():
       self.assertLess(error(base @ change, wanted), 1e-10)
       self.assertEqual(np.linalg.matrix_rank(change), 1)
 
-  @parameterized.product(kind=KINDS, key=('mean', 'bare'))
+  @parameterized.product(kind=KINDS, key=('mean', 'plain'))
   def test_r_rome(self, kind, key):
     star, _, wanted, want = self.rome(kind, key, key)
-    metric = metric_of(metrics.covariance, kind, 1.0)
-    found = both(metric, star, wanted, ridge=0.0)
+    preconditioner = metric_of(preconditioners.covariance, kind, 1.0)
+    found = both(preconditioner, star, wanted, ridge=0.0)
     self.agree(found, want, tolerance(kind))
 
   def test_rome_without_moments(self):
@@ -181,18 +181,22 @@ class PublishedTest(parameterized.TestCase):
     star, base = contexts.mean(0), contexts[0]
     u = star / np.linalg.norm(star)
     want = np.outer(u, wanted[0] / (base @ u))
-    metric = metric_of(metrics.identity, 'random')
+    preconditioner = metric_of(preconditioners.identity, 'random')
     given = {'ridge': 0.0, 'constraint': base[None]}
-    self.agree(both(metric, star[None], wanted[:1], **given), want, 1e-13)
+    self.agree(
+        both(preconditioner, star[None], wanted[:1], **given), want, 1e-13
+    )
 
   @parameterized.product(kind=KINDS, rows=(1, 5), others=(0, 3, F, 4 * F))
   def test_memit_with_other_tokens(self, kind, rows, others):
     keys, residuals = draw(rows, kind)
-    held, _ = draw(others, kind, 1)
-    c, k, r, kp = long(LAMBDA * gram(kind), keys, residuals, held)
+    preserved, _ = draw(others, kind, 1)
+    c, k, r, kp = long(LAMBDA * gram(kind), keys, residuals, preserved)
     want = solve(c + kp.T @ kp + k.T @ k, k.T) @ r
-    metric = metric_of(metrics.covariance, kind, LAMBDA)
-    found = both(metric, keys, residuals, ridge=1.0, held=held)
+    preconditioner = metric_of(preconditioners.covariance, kind, LAMBDA)
+    found = both(
+        preconditioner, keys, residuals, ridge=1.0, preserved=preserved
+    )
     self.agree(found, want, tolerance(kind))
 
   @parameterized.product(kind=KINDS, rows=(1, 5, F - 1), ridge=(0.1, 3.0))
@@ -201,16 +205,16 @@ class PublishedTest(parameterized.TestCase):
     c, k, r = long(LAMBDA * gram(kind), keys, residuals)
     along = solve(c, k.T)  # B^-1 K^T
     want = along @ solve(k @ along + ridge * np.eye(rows), r)
-    metric = metric_of(metrics.covariance, kind, LAMBDA)
-    found = both(metric, keys, residuals, ridge=ridge)
+    preconditioner = metric_of(preconditioners.covariance, kind, LAMBDA)
+    found = both(preconditioner, keys, residuals, ridge=ridge)
     self.agree(found, want, tolerance(kind))
 
   @parameterized.parameters(*KINDS)
   def test_emmet_of_one_edit_is_rome_with_averaged_keys(self, kind):
     star, _, wanted, want = self.rome(kind, 'mean', 'mean')
-    metric = metric_of(metrics.covariance, kind, LAMBDA)
-    mine = both(metric, star, wanted, ridge=0.0)
-    twin = both(metric, star, wanted, ridge=0.0, constraint=star)
+    preconditioner = metric_of(preconditioners.covariance, kind, LAMBDA)
+    mine = both(preconditioner, star, wanted, ridge=0.0)
+    twin = both(preconditioner, star, wanted, ridge=0.0, constraint=star)
     self.agree(mine, want, tolerance(kind))
     self.agree(mine, twin['factors'], 1e-13)
 
@@ -219,28 +223,32 @@ class PublishedTest(parameterized.TestCase):
   )
   def test_alphaedit(self, kind, rows, prior, ridge):
     keys, residuals = draw(rows, kind)
-    held, _ = draw(prior, kind, 1)
+    preserved, _ = draw(prior, kind, 1)
     threshold = np.median(np.linalg.eigvalsh(gram(kind)))
-    metric = metric_of(metrics.null_space, kind, threshold=threshold)
-    (basis,) = numbers(metric)
+    preconditioner = metric_of(
+        preconditioners.null_space, kind, threshold=threshold
+    )
+    (basis,) = numbers(preconditioner)
     self.assertEqual(basis.shape, (F, F // 2))
     ridge = ridge * threshold  # neither term of the system drowns the other
-    u, k, r, g = long(basis, keys, residuals, held)
+    u, k, r, g = long(basis, keys, residuals, preserved)
     p = u @ u.T
     system = p @ (k.T @ k + g.T @ g) + ridge * np.eye(F)
     want = solve(system, p @ k.T @ r)
-    found = both(metric, keys, residuals, ridge=ridge, held=held)
+    found = both(
+        preconditioner, keys, residuals, ridge=ridge, preserved=preserved
+    )
     self.agree(found, want, 1e-10)
 
   @parameterized.product(kind=KINDS, share=(0.5, 0.9))
   def test_alphaedit_leaves_the_keys_of_text_alone(self, kind, share):
     keys, residuals = draw(5, kind)
-    metric = metric_of(metrics.null_space, kind, share=share)
-    (basis,) = numbers(metric)
+    preconditioner = metric_of(preconditioners.null_space, kind, share=share)
+    (basis,) = numbers(preconditioner)
     dropped = np.linalg.svd(basis, full_matrices=True)[0][:, basis.shape[1] :]
     text = np.random.default_rng(2).standard_normal((9, dropped.shape[1]))
     text = text @ dropped.T
-    for change in both(metric, keys, residuals, ridge=1.0).values():
+    for change in both(preconditioner, keys, residuals, ridge=1.0).values():
       scale = np.linalg.norm(change) * np.linalg.norm(text)
       self.assertLess(np.linalg.norm(text @ change), 1e-6 * scale)
 

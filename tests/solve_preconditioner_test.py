@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from jaxedit.solve import preconditioner as metrics
+from jaxedit.solve import preconditioner as preconditioners
 
 F = 24
 LAMBDA = 15.0
@@ -30,7 +30,7 @@ def orthonormal(rank: int) -> np.ndarray:
 def null_space(c: np.ndarray, **rule) -> np.ndarray:
   """The basis in f64."""
   with jax.enable_x64(True):
-    (basis,) = metrics.null_space(jnp.asarray(c), **rule)
+    (basis,) = preconditioners.null_space(jnp.asarray(c), **rule)
   assert basis.dtype == jnp.float64, basis.dtype
   return np.asarray(basis)
 
@@ -48,25 +48,25 @@ class MetricTest(parameterized.TestCase):
     c = gram(10.0)
     with jax.enable_x64(True):
       if name == 'covariance':
-        s = metrics.covariance(jnp.asarray(c), LAMBDA)
+        s = preconditioners.covariance(jnp.asarray(c), LAMBDA)
         want = np.linalg.inv(LAMBDA * c)
       elif name == 'null space':
-        s = metrics.NullSpace(jnp.asarray(orthonormal(8)))
+        s = preconditioners.NullSpace(jnp.asarray(orthonormal(8)))
         want = orthonormal(8) @ orthonormal(8).T
       else:
-        s = metrics.identity(jnp.asarray(c))
+        s = preconditioners.identity(jnp.asarray(c))
         want = np.eye(F)
-      whitened = metrics.whiten(s, jnp.asarray(keys, jnp.float32))
+      whitened = preconditioners.whiten(s, jnp.asarray(keys, jnp.float32))
       self.assertEqual(whitened.dtype, jnp.float64)
-      whitened = metrics.whiten(s, jnp.asarray(keys))
-      lifted = metrics.lift(s, whitened)
-    self.assertEqual(whitened.shape, (5, metrics.rank(s)))
+      whitened = preconditioners.whiten(s, jnp.asarray(keys))
+      lifted = preconditioners.lift(s, whitened)
+    self.assertEqual(whitened.shape, (5, preconditioners.rank(s)))
     whitened, lifted = np.asarray(whitened), np.asarray(lifted)
     self.assertLess(error(whitened @ whitened.T, keys @ want @ keys.T), 1e-12)
     self.assertLess(error(lifted, keys @ want), 1e-12)
 
   def test_the_identity_holds_no_matrix(self):
-    s = metrics.identity(jnp.full((F, F), jnp.nan))
+    s = preconditioners.identity(jnp.full((F, F), jnp.nan))
     self.assertEqual([x.shape for x in s], [(F,)])
     self.assertTrue(np.isfinite(s.ones).all())
 

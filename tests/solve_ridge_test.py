@@ -10,7 +10,7 @@ import naive_oracle
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from jaxedit.solve import preconditioner as metrics
+from jaxedit.solve import preconditioner as preconditioners
 from jaxedit.solve.ridge import ridge_dense, ridge_update
 
 F, D = 24, 10
@@ -46,7 +46,7 @@ def draw(rows: int, kind: str = 'random') -> tuple[np.ndarray, np.ndarray]:
 def solve(kind, keys, residuals, ridge=1.0, active=None):
   """Factors of `ridge_update` in f64, as numpy arrays."""
   with jax.enable_x64(True):
-    s = metrics.covariance(jnp.asarray(gram(kind)), LAMBDA)
+    s = preconditioners.covariance(jnp.asarray(gram(kind)), LAMBDA)
     found = jax.jit(ridge_update)(
         s, jnp.asarray(keys), jnp.asarray(residuals), ridge=ridge, active=active
     )
@@ -61,9 +61,9 @@ def solve_dense(
   """The matrix of `ridge_dense` in f64; the metric of a basis where given."""
   with jax.enable_x64(True):
     if basis is None:
-      s = metrics.covariance(jnp.asarray(gram(kind)), LAMBDA)
+      s = preconditioners.covariance(jnp.asarray(gram(kind)), LAMBDA)
     else:
-      s = metrics.NullSpace(jnp.asarray(basis))
+      s = preconditioners.NullSpace(jnp.asarray(basis))
     found = jax.jit(ridge_dense, static_argnames='block')(
         s,
         jnp.asarray(keys),
@@ -160,7 +160,7 @@ class FactorsTest(parameterized.TestCase):
 
   def test_moments_that_are_not_positive_give_nan(self):
     with jax.enable_x64(True):
-      s = metrics.covariance(jnp.asarray(-gram('random')), LAMBDA)
+      s = preconditioners.covariance(jnp.asarray(-gram('random')), LAMBDA)
     self.assertTrue(np.isnan(s.factor).any())
 
   def test_independent_systems_can_be_batched(self):
@@ -170,7 +170,7 @@ class FactorsTest(parameterized.TestCase):
         s, key[None], residual[None], ridge=1.0, active=on[None]
     )
     with jax.enable_x64(True):
-      s = metrics.covariance(jnp.asarray(gram('random')), LAMBDA)
+      s = preconditioners.covariance(jnp.asarray(gram('random')), LAMBDA)
       every = jax.jit(jax.vmap(one, in_axes=(None, 0, 0, 0)))
       key, value = every(s, *map(jnp.asarray, (keys, residuals, active)))
     self.assertEqual((key.shape, value.shape), ((6, 1, F), (6, 1, D)))

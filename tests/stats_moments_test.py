@@ -34,11 +34,11 @@ def oracle(spec, params, texts, layers, site):
 
   @jax.jit
   def keys_of(params):
-    columns = decoder.token_layout(valid)
-    h = decoder.embed(spec, params, tokens, columns)
+    layout = decoder.token_layout(valid)
+    h = decoder.embed(spec, params, tokens, layout)
     tap = Tap(site, tuple(range(spec.layers)))
     return decoder.run_layers(
-        spec, params, h, columns, start=0, stop=spec.layers, taps=(tap,)
+        spec, params, h, layout, start=0, stop=spec.layers, taps=(tap,)
     )[1][0]
 
   keys = np.asarray(keys_of(params), np.float64)[list(layers)][:, valid]
@@ -58,13 +58,15 @@ class PackingTest(parameterized.TestCase):
     texts = draw_texts()
     seen = []
     for row in packing.pack(texts, 16):
-      self.assertNotIn(1, row.segment)
-      for segment in range(2, row.segment.max() + 1):
-        here = row.segment == segment
+      self.assertNotIn(1, row.segment_ids)
+      for segment_ids in range(2, row.segment_ids.max() + 1):
+        here = row.segment_ids == segment_ids
         seen.append(row.tokens[here].tolist())
-        np.testing.assert_array_equal(row.position[here], np.arange(here.sum()))
-      self.assertEqual(row.texts, row.segment.max() - 1)
-      self.assertEqual(row.count, np.sum(row.segment != PADDING))
+        np.testing.assert_array_equal(
+            row.positions[here], np.arange(here.sum())
+        )
+      self.assertEqual(row.texts, row.segment_ids.max() - 1)
+      self.assertEqual(row.count, np.sum(row.segment_ids != PADDING))
     self.assertCountEqual(map(tuple, seen), map(tuple, texts))
 
   def test_long_texts_lose_their_end_and_empty_ones_go(self):
@@ -198,10 +200,10 @@ class CollectTest(parameterized.TestCase):
       )
 
     def keys_and_output(total, params, batch):
-      columns = decoder.TokenLayout(batch.position, batch.segment)
-      h = decoder.embed(spec, params, batch.tokens, columns)
-      h, seen = decoder.run_layer(spec, params, h, columns, layer=0)
-      real = batch.segment != PADDING
+      layout = decoder.TokenLayout(batch.positions, batch.segment_ids)
+      h = decoder.embed(spec, params, batch.tokens, layout)
+      h, seen = decoder.run_layer(spec, params, h, layout, layer=0)
+      real = batch.segment_ids != PADDING
       return total + moments.gram(seen['mlp/down'], real)[None], h
 
     down = 2 * 2 * 64 * 512 * 512

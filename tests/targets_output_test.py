@@ -232,7 +232,9 @@ class EaseTest(OracleCase):
     reached = [[t for t, x in zip(f.terms, f.found) if x] for f in every]
     terms = np.sort(np.concatenate(reached))
     middles = (terms[1:] + terms[:-1]) / 2
-    ends = lambda argmax_stop: sum(min(r, default=np.inf) < argmax_stop for r in reached)
+    ends = lambda argmax_stop: sum(
+        min(r, default=np.inf) < argmax_stop for r in reached
+    )
     goes_on = lambda argmax_stop: any(r and r[0] > argmax_stop for r in reached)
     gaps = [
         (high / low - 1, argmax_stop)

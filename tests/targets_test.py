@@ -158,7 +158,7 @@ class TargetCache:
   def get(self, edit):
     return self.known.get(edit.number)
 
-  def remember(self, edit, targets):
+  def put(self, edit, targets):
     self.told.append(edit.number)
     self.known[edit.number] = targets
 

@@ -200,12 +200,12 @@ class SpeedTest(absltest.TestCase):
     )
     begin = time.perf_counter()
     encoded = _encode(loaded.records)
-    frame = plan_lib.frame(encoded, slots=64)
+    plan = plan_lib.plan_shapes(encoded, slots=64)
     seen = []
-    for number, room in enumerate(frame.rooms):
-      order = [i for i, e in enumerate(encoded) if frame.room(e) == number]
-      for tile in packer.pack_edits(encoded, order, frame, room):
-        seen.extend(tile.edit[tile.edit >= 0].tolist())
+    for number, shape in enumerate(plan.shapes):
+      order = [i for i, e in enumerate(encoded) if plan.shape_of(e) == number]
+      for packed in packer.pack_edits(encoded, order, plan, shape):
+        seen.extend(packed.edit[packed.edit >= 0].tolist())
     # Twenty times what it takes: this only finds work that grows too fast.
     self.assertLess(time.perf_counter() - begin, 10)
     self.assertCountEqual(seen, range(1000))

@@ -183,7 +183,7 @@ class ChunkTest(parameterized.TestCase):
     for boundary in chunking.BOUNDARIES:
       for overlap in (0, 3):
         edits = encode(chunking=chunking.Chunking(5, overlap, boundary))
-        plan_lib.frame(edits)
+        plan_lib.plan_shapes(edits)
         for edit in edits:
           self.assertEqual(edit.stage(0, 0).anchor, edit.anchors[0])
           for k, (begin, _) in enumerate(edit.chunks):

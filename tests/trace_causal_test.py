@@ -237,12 +237,12 @@ class BatchTest(absltest.TestCase):
     cases, found = plain('llama')
     tokens = [[0, 4], [], [3, 3, 1]]
     wanted = []
-    for result, columns in zip(found, tokens):
+    for result, layout in zip(found, tokens):
       scores = {}
       for kind in SOME:
         table = result.scores[kind.name]
         scores[kind.name] = np.full_like(table, np.nan)
-        scores[kind.name][columns] = table[columns]
+        scores[kind.name][layout] = table[layout]
       wanted.append(result._replace(scores=scores))
     same(trace('llama', cases, SOME, tokens=tokens), wanted)
 
@@ -301,8 +301,8 @@ class RefusalTest(parameterized.TestCase):
       ({}, dict(some=[kinds.mlp(0)]), 'window'),
       ({}, dict(some=[kinds.mlp(2)._replace(sever='attn')]), 'severing'),
       ({}, dict(tokens=[[1]]), 'columns for 1 of 3'),
-      ({}, dict(tokens=[[8], [], []]), 'columns'),
-      ({}, dict(tokens=[[-1], [], []]), 'columns'),
+      ({}, dict(tokens=[[8], [], []]), 'layout'),
+      ({}, dict(tokens=[[-1], [], []]), 'layout'),
   )
   def test_says_what_is_wrong(self, changes, how, words):
     first, *others = make_cases(PLACES.values())

@@ -66,7 +66,11 @@ def plan_batches(
     # A power of two, so that a little more or less memory changes no shape.
     token_budget = min(token_budget, 2 ** int(np.log2(batch_shape)))
   return plan_lib.plan_shapes(
-      edits, slots=slots, batch=batch, token_budget=token_budget, compactions=compactions
+      edits,
+      slots=slots,
+      batch=batch,
+      token_budget=token_budget,
+      compactions=compactions,
   )
 
 

@@ -16,7 +16,14 @@ from jaxedit.batching.plan import (
     BatchShape,
 )
 from jaxedit.text.encoding import EncodedEdit
-from jaxedit.types import PADDING, SHARED, Array, TokenLayout, OutputTokens, PackedSequences
+from jaxedit.types import (
+    PADDING,
+    SHARED,
+    Array,
+    OutputTokens,
+    PackedSequences,
+    TokenLayout,
+)
 
 
 @flax.struct.dataclass
@@ -30,7 +37,7 @@ class PackedBatch:
     rows: R = E * rows rows.
     anchor: [E, rows] int32 place of the first anchor, in `pack_prompts` [R, K] of
       every state's; N where there is none.
-    left: the places left of the anchor, as rows of their own; None where they
+    prefix: the places left of the anchor, as rows of their own; None where they
       are not needed apart.
   """
 
@@ -39,7 +46,7 @@ class PackedBatch:
   tokens: Array
   rows: PackedSequences
   anchor: Array
-  left: OutputTokens | None
+  prefix: OutputTokens | None
 
 
 class Packer:
@@ -47,36 +54,36 @@ class Packer:
 
   def __init__(self, rows: int, width: int, places: int):
     self.index = np.full([rows, width], places, np.int32)
-    self.position = np.zeros([rows, width], np.int32)
-    self.segment = np.full([rows, width], PADDING, np.int32)
+    self.positions = np.zeros([rows, width], np.int32)
+    self.segment_ids = np.full([rows, width], PADDING, np.int32)
     self.row = np.full([places], rows, np.int32)
     self.column = np.zeros([places], np.int32)
 
   def put(self, row: int, places: np.ndarray, start: int) -> None:
     """Lets a row consist of these places, from a position on."""
-    columns = np.arange(len(places), dtype=np.int32)
+    layout = np.arange(len(places), dtype=np.int32)
     self.index[row, : len(places)] = places
-    self.position[row, : len(places)] = start + columns
-    self.segment[row, : len(places)] = SHARED
+    self.positions[row, : len(places)] = start + layout
+    self.segment_ids[row, : len(places)] = SHARED
     self.row[places] = row
-    self.column[places] = columns
+    self.column[places] = layout
 
   def clear(self, row: int) -> np.ndarray:
     """Empties a row and returns its places."""
-    used = self.segment[row] != PADDING
+    used = self.segment_ids[row] != PADDING
     places = self.index[row, used]
     self.index[row] = len(self.row)
-    self.position[row] = 0
-    self.segment[row] = PADDING
+    self.positions[row] = 0
+    self.segment_ids[row] = PADDING
     self.row[places] = len(self.index)
     self.column[places] = 0
     return places
 
-  def ragged(self) -> PackedSequences:
+  def packing(self) -> PackedSequences:
     """The rows as they are now."""
-    columns = TokenLayout(self.position.copy(), self.segment.copy())
+    layout = TokenLayout(self.positions.copy(), self.segment_ids.copy())
     copies = (x.copy() for x in (self.index, self.row, self.column))
-    return PackedSequences(columns, *copies)
+    return PackedSequences(layout, *copies)
 
 
 def pack_shared_prefix(plan: BatchPlan) -> tuple[np.ndarray, TokenLayout]:
@@ -89,16 +96,19 @@ def pack_shared_prefix(plan: BatchPlan) -> tuple[np.ndarray, TokenLayout]:
     ([rows, s] int32 tokens, their columns).
   """
   tokens = np.zeros([plan.rows, plan.shared], np.int32)
-  segment = np.full(tokens.shape, PADDING, np.int32)
+  segment_ids = np.full(tokens.shape, PADDING, np.int32)
   for c, ids in enumerate(plan.shared_prefix):
     tokens[c, : len(ids)] = ids
-    segment[c, : len(ids)] = SHARED
-  position = np.where(segment, np.arange(plan.shared, dtype=np.int32), 0)
-  return tokens, TokenLayout(position.astype(np.int32), segment)
+    segment_ids[c, : len(ids)] = SHARED
+  positions = np.where(segment_ids, np.arange(plan.shared, dtype=np.int32), 0)
+  return tokens, TokenLayout(positions.astype(np.int32), segment_ids)
 
 
 def pack_edits(
-    edits: Sequence[EncodedEdit], order: Sequence[int], plan: BatchPlan, batch_shape: BatchShape
+    edits: Sequence[EncodedEdit],
+    order: Sequence[int],
+    plan: BatchPlan,
+    batch_shape: BatchShape,
 ) -> Iterator[PackedBatch]:
   """Yields tiles of whole rows, in order.
 
@@ -108,7 +118,10 @@ def pack_edits(
     plan: of the run.
     batch_shape: which the edits belong to.
   """
-  spans = {i: list(plan_lib.sequence_spans(edits[i], plan.shared_prefix)) for i in order}
+  spans = {
+      i: list(plan_lib.sequence_spans(edits[i], plan.shared_prefix))
+      for i in order
+  }
   limits = (batch_shape.prefill_shape[1], batch_shape.prefix_shape[0])
   load = lambda i: (
       sum(len(ids) for ids, _, _ in spans[i]),
@@ -116,7 +129,10 @@ def pack_edits(
   )
   for chosen in _groups(order, load, batch_shape.prefill_shape[0], limits):
     yield _tile(
-        [(i, spans[i]) for i in chosen], plan.rows, batch_shape.prefill_shape, batch_shape.prefix_shape
+        [(i, spans[i]) for i in chosen],
+        plan.rows,
+        batch_shape.prefill_shape,
+        batch_shape.prefix_shape,
     )
 
 
@@ -124,7 +140,7 @@ def pack_prompts(
     edits: Sequence[EncodedEdit],
     plan: BatchPlan,
     *,
-    bare: bool,
+    plain: bool,
     text: bool = False,
 ) -> Iterator[PackedBatch]:
   """Yields tiles of columns up to the last anchor, a slot a row, no KL rows.
@@ -132,15 +148,15 @@ def pack_prompts(
   Args:
     edits: the batch.
     plan: of the run.
-    bare: the first context alone, or all others.
+    plain: the first context alone, or all others.
     text: go on to the end of the target.
   """
   rows = [
       (i, c, plan_lib.prompt_ids(edit, c, text))
       for i, edit in enumerate(edits)
-      for c in (range(1) if bare else range(1, plan.contexts))
+      for c in (range(1) if plain else range(1, plan.contexts))
   ]
-  shape = plan.key.text if text else plan.key.upto
+  shape = plan.prompts.text if text else plan.prompts.upto
   load = lambda r: (len(rows[r][2]) - len(plan.shared_prefix[rows[r][1]]),)
   for group in _groups(range(len(rows)), load, shape[0], shape[1:2]):
     chosen, context = [], np.zeros([shape[0]], np.int32)
@@ -153,9 +169,9 @@ def pack_prompts(
     anchor = np.full([shape[0], plan.stages], shape[1], np.int32)
     for slot, r in enumerate(group):
       i, c, _ = rows[r]
-      columns = [edits[i].stage(k, c).anchor for k in range(edits[i].stages)]
-      columns = np.array(columns) - len(plan.shared_prefix[c])
-      anchor[slot, : len(columns)] = packed.rows.index[slot, columns]
+      layout = [edits[i].stage(k, c).anchor for k in range(edits[i].stages)]
+      layout = np.array(layout) - len(plan.shared_prefix[c])
+      anchor[slot, : len(layout)] = packed.rows.index[slot, layout]
     yield packed.replace(context=context, anchor=anchor)
 
 
@@ -186,8 +202,8 @@ def _tile(
     left: tuple[int, int] | None,
 ) -> PackedBatch:
   """Fills one tile; `width` is the rows of an edit."""
-  slots, places, columns = shape
-  rows = Packer(slots * width, columns, places)
+  slots, places, layout = shape
+  rows = Packer(slots * width, layout, places)
   tokens = np.zeros([1, places], np.int32)
   edit = np.full([slots], -1, np.int32)
   anchor = np.full([slots, width], places, np.int32)
@@ -204,7 +220,7 @@ def _tile(
       at += len(ids)
   outputs = None if left is None else _cut(cuts, places, slots * width, left)
   context = np.tile(np.arange(width, dtype=np.int32), slots)
-  return PackedBatch(edit, context, tokens, rows.ragged(), anchor, outputs)
+  return PackedBatch(edit, context, tokens, rows.packing(), anchor, outputs)
 
 
 def _cut(
@@ -222,4 +238,4 @@ def _cut(
     rows.put(row, there, start)
     kept[there] = here
     at += len(here)
-  return OutputTokens(kept, rows.ragged())
+  return OutputTokens(kept, rows.packing())

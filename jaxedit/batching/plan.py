@@ -77,7 +77,9 @@ class BatchShape(NamedTuple):
     """A smaller room, for the last edits; None if this one is small enough."""
     if not self.compactions or self.slots < 2 * _COMPACTION:
       return None
-    token_budget, logit_budget = -(-self.token_budget // _COMPACTION), -(-self.logit_budget // _COMPACTION)
+    token_budget, logit_budget = -(-self.token_budget // _COMPACTION), -(
+        -self.logit_budget // _COMPACTION
+    )
     return self._replace(
         slots=-(-self.slots // _COMPACTION),
         token_budget=-(-token_budget // 16) * 16,
@@ -128,7 +130,9 @@ class BatchPlan:
     It serves `pack_prompts`; what comes before editing can be shared in any case.
     """
     nothing = (np.zeros(0, np.int32),) * self.contexts
-    return dataclasses.replace(self, shared_prefix=nothing, prompts=self.unshared_prompts)
+    return dataclasses.replace(
+        self, shared_prefix=nothing, prompts=self.unshared_prompts
+    )
 
   @property
   def contexts(self) -> int:
@@ -213,7 +217,9 @@ def plan_shapes(
     rest = [edit for edit in rest if _suffix(edit) > max_suffix]
     if members:
       amount = (slots, token_budget, min(batch or len(members), len(members)))
-      shapes.append(_batch_shape(members, shared_prefix, max_suffix, amount, compactions))
+      shapes.append(
+          _batch_shape(members, shared_prefix, max_suffix, amount, compactions)
+      )
   nothing = (np.zeros(0, np.int32),) * contexts
   most = min(batch or len(edits), len(edits))
   stages = sorted((edit.stages for edit in edits), reverse=True)
@@ -241,7 +247,9 @@ def _shared_prefix(edits: Sequence[EncodedEdit], c: int) -> np.ndarray:
 
 
 def _prompt_shapes(
-    edits: Sequence[EncodedEdit], shared_prefix: Sequence[np.ndarray], token_budget: int
+    edits: Sequence[EncodedEdit],
+    shared_prefix: Sequence[np.ndarray],
+    token_budget: int,
 ) -> PromptShapes:
   """Shapes of `pack_prompts`, of about `token_budget` columns each."""
 
@@ -279,7 +287,9 @@ def _batch_shape(
   done = lambda edit, c: edit.stage(edit.stages - 1, c).anchor - edit.anchors[c]
   chained = any(edit.stages > 1 for edit in members)
   length = round_up(max(map(_suffix, members)))
-  grow = max(done(edit, c) for edit in members for c in range(len(shared_prefix)))
+  grow = max(
+      done(edit, c) for edit in members for c in range(len(shared_prefix))
+  )
   return BatchShape(
       max_suffix=max_suffix,
       slots=min(most, int(np.ceil(_SPARE * slots))),

@@ -25,7 +25,13 @@ from jaxedit.text.encoding import (
     EncodedEdit,
     Stage,
 )
-from jaxedit.types import SHARED, Array, TokenLayout, OutputTokens, PackedSequences
+from jaxedit.types import (
+    SHARED,
+    Array,
+    OutputTokens,
+    PackedSequences,
+    TokenLayout,
+)
 
 
 @flax.struct.dataclass
@@ -55,14 +61,14 @@ class Compaction(NamedTuple):
   """How everybody moves to another room.
 
   Attributes:
-    slots: of the new room.
+    allocator: of the new shape.
     slots: [E] int32 old slot of a new one; past the end for a free one.
-    places: [N] int32 old place of a new one, likewise.
+    tokens: [N] int32 old token of a new one, likewise.
   """
 
-  slots: SlotAllocator
+  allocator: SlotAllocator
   slots: np.ndarray
-  places: np.ndarray
+  tokens: np.ndarray
 
 
 class SlotAllocator:
@@ -79,16 +85,20 @@ class SlotAllocator:
     self.held: list[tuple[EncodedEdit, int] | None] = [None] * slots
     self._places = list(range(batch_shape.token_budget))[::-1]
     self._scored = list(range(batch_shape.logit_budget))[::-1]
-    self._rows = packer.Packer(count, batch_shape.length, batch_shape.token_budget)
+    self._rows = packer.Packer(
+        count, batch_shape.length, batch_shape.token_budget
+    )
     # Scored places come first, then one a slot for its KL row.
     kept = batch_shape.logit_budget + (slots if plan.kl else 0)
     self._keep = np.full([kept], batch_shape.token_budget, np.int32)
     self._asking = packer.Packer(count, batch_shape.labels, kept)
-    columns = plan.shared + batch_shape.prefix_shape[1] + batch_shape.grow
-    self._before = np.zeros([2, count, columns], np.int32)
+    layout = plan.shared + batch_shape.prefix_shape[1] + batch_shape.grow
+    self._before = np.zeros([2, count, layout], np.int32)
     self._anchor = np.full([slots, rows], batch_shape.token_budget, np.int32)
     self._pick = np.full(
-        [slots, plan.contexts, batch_shape.labels], batch_shape.logit_budget, np.int32
+        [slots, plan.contexts, batch_shape.labels],
+        batch_shape.logit_budget,
+        np.int32,
     )
     self._label = np.zeros([batch_shape.logit_budget], np.int32)
     self._grown = [0] * slots
@@ -154,12 +164,15 @@ class SlotAllocator:
     """Notes which earlier columns the rows of a new edit see."""
     plan = self._plan
     for c in range(plan.rows):
-      position, segment = self._before[:, slot * plan.rows + c]
+      positions, segment_ids = self._before[:, slot * plan.rows + c]
       shared_prefix = len(plan.shared_prefix[c]) if c < plan.contexts else 0
       anchor = edit.anchors[c] if c < plan.contexts else len(edit.kl) - 1
-      for at, begin, end in ((0, 0, shared_prefix), (plan.shared, shared_prefix, anchor)):
-        position[at : at + end - begin] = np.arange(begin, end)
-        segment[at : at + end - begin] = SHARED
+      for at, begin, end in (
+          (0, 0, shared_prefix),
+          (plan.shared, shared_prefix, anchor),
+      ):
+        positions[at : at + end - begin] = np.arange(begin, end)
+        segment_ids[at : at + end - begin] = SHARED
 
   def next_chunk(self, slot: int) -> int:
     """Ends a stage whose edit has another one.
@@ -178,9 +191,9 @@ class SlotAllocator:
     counts = []
     for c in range(plan.contexts):
       begin, end = edit.stage(k, c).anchor, edit.stage(k + 1, c).anchor
-      position, segment = self._before[:, slot * plan.rows + c]
-      position[offset : offset + end - begin] = np.arange(begin, end)
-      segment[offset : offset + end - begin] = SHARED
+      positions, segment_ids = self._before[:, slot * plan.rows + c]
+      positions[offset : offset + end - begin] = np.arange(begin, end)
+      segment_ids[offset : offset + end - begin] = SHARED
       counts.append(end - begin)
     self._grown[slot] += max(counts)
     self._release(slot)
@@ -218,11 +231,17 @@ class SlotAllocator:
         [plan_lib.edit_load(self.held[slot][0]) for slot in seated]
     )
     places, scored = loads.sum(axis=0) if seated else (0, 0)
-    if len(seated) > batch_shape.slots or places > batch_shape.token_budget or scored > batch_shape.logit_budget:
+    if (
+        len(seated) > batch_shape.slots
+        or places > batch_shape.token_budget
+        or scored > batch_shape.logit_budget
+    ):
       return None
     other, rows = SlotAllocator(self._plan, batch_shape), self._plan.rows
     slots = np.full([batch_shape.slots], len(self.held), np.int32)
-    source = np.full([batch_shape.token_budget], self._batch_shape.token_budget, np.int32)
+    source = np.full(
+        [batch_shape.token_budget], self._batch_shape.token_budget, np.int32
+    )
     for new, old in enumerate(seated):
       there = other.assign(new, *self.held[old])
       here = self._rows.index[old * rows : (old + 1) * rows]
@@ -234,13 +253,13 @@ class SlotAllocator:
       other._grown[new] = self._grown[old]
     return Compaction(other, slots, source)
 
-  def assigned(self) -> SlotLayout:
+  def layout(self) -> SlotLayout:
     """Who sits where now, in arrays of their own."""
-    position, segment = self._before.copy()
+    positions, segment_ids = self._before.copy()
     return SlotLayout(
-        rows=self._rows.ragged(),
-        before=TokenLayout(position, segment),
-        outputs=OutputTokens(self._keep.copy(), self._asking.ragged()),
+        rows=self._rows.packing(),
+        before=TokenLayout(positions, segment_ids),
+        outputs=OutputTokens(self._keep.copy(), self._asking.packing()),
         anchor=self._anchor.copy(),
         pick=self._pick.copy(),
         label=self._label.copy(),

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxedit.models import decode, decoder
 from jaxedit.models.blocks import wide
 from jaxedit.models.spec import ModelSpec
-from jaxedit.types import Array, TokenLayout, Delta, Dense, Edited, Params
+from jaxedit.types import Array, Delta, Dense, Edited, Params, TokenLayout
 
 UNEDITED = Edited()
 
@@ -66,7 +66,7 @@ def hidden(
     params: Params,
     edited: Edited,
     tokens: Array,
-    columns: TokenLayout,
+    layout: TokenLayout,
 ) -> Array:
   """Runs an edited model up to its last block.
 
@@ -76,18 +76,18 @@ def hidden(
     edited: the change; with a row axis in its factors every row of the batch
       is a model of its own.
     tokens: [B, T] int32.
-    columns: [B, T] columns.
+    layout: [B, T] columns.
 
   Returns:
     [B, T, D] residual, ready for `decoder.logits` or `decoder.label_logprob`.
   """
   params, kernels = enter(params, edited)
-  h = decoder.embed(spec, params, tokens, columns)
+  h = decoder.embed(spec, params, tokens, layout)
   h, _ = decoder.run_layers(
       spec,
       params,
       h,
-      columns,
+      layout,
       start=0,
       stop=spec.layers,
       deltas=kernels,
@@ -100,14 +100,14 @@ def forward(
     params: Params,
     edited: Edited,
     tokens: Array,
-    columns: TokenLayout,
+    layout: TokenLayout,
 ) -> Array:
   """Computes the logits of an edited model; see `hidden`.
 
   Returns:
     [B, T, V] logits, f32 or wider.
   """
-  h = hidden(spec, params, edited, tokens, columns)
+  h = hidden(spec, params, edited, tokens, layout)
   return decoder.logits(spec, params, h)
 
 

@@ -40,12 +40,12 @@ from jaxedit.text.locate import encode_prompts
 from jaxedit.types import (
     SHARED,
     Array,
-    TokenLayout,
     Edited,
     InputError,
     LowRank,
     Params,
     Progress,
+    TokenLayout,
     silent,
 )
 

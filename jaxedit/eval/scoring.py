@@ -45,11 +45,11 @@ from jaxedit.text.locate import encode_prompts, encode_targets
 from jaxedit.types import (
     SHARED,
     Array,
-    TokenLayout,
     Edited,
     InputError,
     Params,
     Progress,
+    TokenLayout,
     silent,
 )
 

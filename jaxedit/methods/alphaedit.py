@@ -31,7 +31,7 @@ def alphaedit(
     share: float = 0.9,
     threshold: float | None = None,
     ridge: float = 10.0,
-    remember: bool = True,
+    preserve_previous: bool = True,
     value: TargetConfig | None = None,
 ) -> Recipe:
   """The AlphaEdit row.
@@ -43,7 +43,7 @@ def alphaedit(
     threshold: eigenvalue below which a direction may be changed, instead
       (published 0.02).
     ridge: r (L2; published 10).
-    remember: hold the keys of earlier batches.
+    preserve_previous: hold the keys of earlier batches.
     value: settings of the value optimisation; None for those of Llama-3-8B.
 
   Returns:
@@ -52,8 +52,10 @@ def alphaedit(
   return Recipe(
       name='alphaedit',
       layers=tuple(layers),
-      metric=lambda gram: null_space(gram, share=share, threshold=threshold),
+      preconditioner=lambda gram: null_space(
+          gram, share=share, threshold=threshold
+      ),
       value=value or TargetConfig(rate=0.1),
       ridge=ridge,
-      remember=remember,
+      preserve_previous=preserve_previous,
   )

@@ -41,7 +41,7 @@ def emmet(
   return Recipe(
       name='emmet',
       layers=tuple(layers),
-      metric=lambda gram: covariance(gram, moment_weight),
+      preconditioner=lambda gram: covariance(gram, moment_weight),
       value=value or TargetConfig(),
       ridge=ridge,
       single_edit_ridge=single_edit_ridge,

@@ -36,6 +36,6 @@ def memit(
   return Recipe(
       name='memit',
       layers=tuple(layers),
-      metric=lambda gram: covariance(gram, moment_weight),
+      preconditioner=lambda gram: covariance(gram, moment_weight),
       value=value or TargetConfig(),
   )

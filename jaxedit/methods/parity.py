@@ -45,6 +45,6 @@ def shadowed(recipe: Recipe, edits: int) -> Recipe:
   return dataclasses.replace(
       recipe,
       name=f'{recipe.name} (shadowed)',
-      spread=lambda remaining: 1 / left,
+      layer_share=lambda remaining: 1 / left,
       shared_preconditioner=own,
   )

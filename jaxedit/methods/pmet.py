@@ -48,8 +48,8 @@ def pmet(
   return Recipe(
       name='pmet',
       layers=tuple(layers),
-      metric=lambda gram: covariance(gram, moment_weight),
+      preconditioner=lambda gram: covariance(gram, moment_weight),
       value=value or TargetConfig(steps=30, rate=0.2, kl=1.0, argmax_stop=0.01),
       output='attn+mlp',
-      spread=root,
+      layer_share=root,
   )

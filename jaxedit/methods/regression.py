@@ -29,7 +29,14 @@ from jaxedit.batching.buckets import round_up
 from jaxedit.models import decoder
 from jaxedit.models.blocks import wide
 from jaxedit.models.spec import ModelSpec
-from jaxedit.types import PADDING, SHARED, Array, TokenLayout, Params, PackedSequences
+from jaxedit.types import (
+    PADDING,
+    SHARED,
+    Array,
+    PackedSequences,
+    Params,
+    TokenLayout,
+)
 
 _ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
 
@@ -138,10 +145,10 @@ def pack(
   Returns:
     Numpy arrays.
   """
-  count, columns, places = shape
+  count, layout, places = shape
   tokens = np.zeros([1, places], np.int32)
-  index = np.full([count, columns], places, np.int32)
-  segment = np.full([count, columns], PADDING, np.int32)
+  index = np.full([count, layout], places, np.int32)
+  segment_ids = np.full([count, layout], PADDING, np.int32)
   row = np.full([places], count, np.int32)
   column = np.zeros([places], np.int32)
   longest, at = max(map(len, texts), default=0), 0
@@ -150,15 +157,19 @@ def pack(
     here = np.arange(at, at + length, dtype=np.int32)
     tokens[0, here] = 0 if pad is None else pad
     tokens[0, here[: len(ids)]] = ids
-    index[r, :length], segment[r, : len(ids)] = here, SHARED
+    index[r, :length], segment_ids[r, : len(ids)] = here, SHARED
     row[here], column[here] = r, np.arange(length)
     at += length
-  position = np.tile(np.arange(columns, dtype=np.int32), (count, 1))
-  rows = PackedSequences(TokenLayout(position, segment), index, row, column)
+  positions = np.tile(np.arange(layout, dtype=np.int32), (count, 1))
+  rows = PackedSequences(
+      TokenLayout(positions, segment_ids), index, row, column
+  )
   return Texts(tokens, rows, row < count)
 
 
-def run_block(spec: ModelSpec, block: Params, h: Array, rows: PackedSequences) -> Array:
+def run_block(
+    spec: ModelSpec, block: Params, h: Array, rows: PackedSequences
+) -> Array:
   """Runs one block alone.
 
   Args:
@@ -258,7 +269,11 @@ def read(h: Array, goals: Goals) -> Array:
 
 @functools.partial(jax.jit, static_argnames='spec')
 def advance(
-    spec: ModelSpec, block: Params, change: Params, h: Array, rows: PackedSequences
+    spec: ModelSpec,
+    block: Params,
+    change: Params,
+    h: Array,
+    rows: PackedSequences,
 ) -> Array:
   """Runs every group's own block."""
 

@@ -27,7 +27,7 @@ from jaxedit.solve.preconditioner import (
 from jaxedit.targets import TargetConfig
 from jaxedit.types import InputError
 
-R_ROME_KEYS = ('mean', 'bare')
+R_ROME_KEYS = ('mean', 'plain')
 
 
 def rome(
@@ -54,15 +54,15 @@ def rome(
     raise InputError(
         f'layers {list(layers)}: ROME edits one layer; name one, or use MEMIT'
     )
-  metric = (lambda gram: covariance(gram, 1.0)) if moments else identity
+  preconditioner = (lambda gram: covariance(gram, 1.0)) if moments else identity
   return Recipe(
       name='rome',
       layers=tuple(layers),
-      metric=metric,
+      preconditioner=preconditioner,
       value=value or TargetConfig(steps=20, clamp=4.0),
       ridge=0.0,
-      bare=None,
-      constraint='bare',
+      plain=None,
+      constraint='plain',
       output='mlp',
   )
 
@@ -94,7 +94,7 @@ def r_rome(
   return dataclasses.replace(
       rome(layers, value=value),
       name='r-rome',
-      bare=None if keys == 'mean' else 1.0,
+      plain=None if keys == 'mean' else 1.0,
       constraint='same',
       measured=keys,
   )

@@ -142,7 +142,7 @@ def unke_editor(spec: ModelSpec, recipe: Unke) -> base.Editor:
     shall stay, arrays of ids. Its `edit(params, state, edits, frame=None,
     memory=None, progress=silent)` takes what `text` encodes, in one context
     each; the change is `Dense`, one a parameter of the block. `edit_independent` takes
-    `owner` as well, [E] the group of an edit (each its own unless given); its
+    `group` as well, [E] the group of an edit (each its own unless given); its
     changes are numpy arrays [n, G, ...], as they need not fit the device.
 
   Raises:
@@ -168,12 +168,12 @@ def unke_editor(spec: ModelSpec, recipe: Unke) -> base.Editor:
       state: State,
       edits: Sequence[EncodedEdit],
       *,
-      owner: Sequence[int],
+      group: Sequence[int],
       plan: BatchPlan | None,
-      memory: targets_lib.Memory | None,
+      memory: targets_lib.TargetCache | None,
       progress: Progress,
   ) -> tuple[tuple[Dense, ...], base.Info]:
-    jobs = _jobs(spec, recipe, edits, owner)
+    jobs = _jobs(spec, recipe, edits, group)
     begin = time.monotonic()
     found, work = targets_lib.autoregressive(
         dataclasses.replace(spec, activations=recipe.activations),
@@ -214,7 +214,7 @@ def unke_editor(spec: ModelSpec, recipe: Unke) -> base.Editor:
         params,
         state,
         edits,
-        owner=[0] * len(edits),
+        group=[0] * len(edits),
         plan=plan,
         memory=memory,
         progress=progress,
@@ -227,19 +227,19 @@ def unke_editor(spec: ModelSpec, recipe: Unke) -> base.Editor:
       state,
       edits,
       *,
-      owner=None,
+      group=None,
       plan=None,
       memory=None,
       progress=silent,
   ):
     if not edits:
       return Edited(), state, _nothing(spec, recipe)
-    owner = range(len(edits)) if owner is None else owner
+    group = range(len(edits)) if group is None else group
     deltas, info = run(
         params,
         state,
         edits,
-        owner=owner,
+        group=group,
         plan=plan,
         memory=memory,
         progress=progress,
@@ -414,14 +414,14 @@ def _jobs(
     spec: ModelSpec,
     recipe: Unke,
     edits: Sequence[EncodedEdit],
-    owner: Sequence[int],
+    group: Sequence[int],
 ) -> list[_Job]:
   """Sorts edits into groups."""
-  _check_edits(spec, recipe, edits, owner)
-  jobs: list[list[Any]] = [[[], [], [], []] for _ in range(max(owner) + 1)]
+  _check_edits(spec, recipe, edits, group)
+  jobs: list[list[Any]] = [[[], [], [], []] for _ in range(max(group) + 1)]
   state = 0
-  for e, (edit, group) in enumerate(zip(edits, owner)):
-    numbers, texts, anchors, states = jobs[group]
+  for e, (edit, number) in enumerate(zip(edits, group)):
+    numbers, texts, anchors, states = jobs[number]
     for k in range(edit.stages):
       anchors.append((len(texts), edit.stage(k, 0).anchor))
       states.append(state)
@@ -472,12 +472,12 @@ def _check_edits(
     spec: ModelSpec,
     recipe: Unke,
     edits: Sequence[EncodedEdit],
-    owner: Sequence[int],
+    group: Sequence[int],
 ) -> None:
   problems = []
-  if len(owner) != len(edits) or min(owner) < 0:
+  if len(group) != len(edits) or min(group) < 0:
     problems.append(
-        f'owner has {len(owner)} entries from {min(owner, default=0)} for'
+        f'group has {len(group)} entries from {min(group, default=0)} for'
         f' {len(edits)} edits; give each edit a group, counted from 0'
     )
   for edit in edits:

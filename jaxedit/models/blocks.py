@@ -140,7 +140,7 @@ def _narrow_backward(pieces, saved, grad):
 narrow_product.defvjp(_narrow_forward, _narrow_backward)
 
 
-def change(
+def apply_delta(
     x: Array, delta: tuple[Array, ...], rows: PackedSequences | None = None
 ) -> Array:
   """Applies one kernel change, in f32 or wider.
@@ -161,7 +161,7 @@ def change(
   if key.ndim == 2:
     return einsum('btm,md->btd', einsum('btf,mf->btm', x, key), value)
   if rows is not None:
-    return packing.flatten(rows, change(packing.unflatten(rows, x), delta))
+    return packing.flatten(rows, apply_delta(packing.unflatten(rows, x), delta))
   return einsum('btm,bmd->btd', einsum('btf,bmf->btm', x, key), value)
 
 
@@ -208,22 +208,22 @@ class Linear(nn.Module):
     y = product(self.spec, x, kernel)
     if self.use_bias:
       y = y + self.param('bias', nn.initializers.zeros, (self.features,))
-    return y if delta is None else y + change(x, delta, rows)
+    return y if delta is None else y + apply_delta(x, delta, rows)
 
 
-def rotate(x: Array, turn: tuple[Array, Array], style: str) -> Array:
+def rotate(x: Array, rotary: tuple[Array, Array], style: str) -> Array:
   """Rotates the leading part of every head by its position.
 
   Args:
     x: [B, T, heads, H].
-    turn: cosines and sines of the angles, each [B, T, R / 2], R the rotated
+    rotary: cosines and sines of the angles, each [B, T, R / 2], R the rotated
       part of a head.
     style: 'half' or 'interleaved'.
 
   Returns:
     [B, T, heads, H], in the dtype of x.
   """
-  cos, sin = (part[:, :, None, :] for part in turn)
+  cos, sin = (part[:, :, None, :] for part in rotary)
   size = 2 * cos.shape[-1]
   part = x[..., :size].astype(cos.dtype)
   if style == 'half':
@@ -259,13 +259,13 @@ def attend(
   Returns:
     [B, G, T, n * H] in f32 or wider.
   """
-  batch, groups, columns, _ = q.shape
+  batch, groups, layout, _ = q.shape
   size = kv[0].shape[-1]
   q = q.reshape(batch, groups, -1, size) * scale
   parts = [kv] if prefix is None else [prefix, kv]
-  logits = [_scores(q, key, columns) for key, _ in parts]
+  logits = [_scores(q, key, layout) for key, _ in parts]
   logits = jnp.concatenate(logits, axis=-1)
-  shape = (batch, groups, columns, -1, logits.shape[-1])
+  shape = (batch, groups, layout, -1, logits.shape[-1])
   logits = jnp.where(mask[:, None, :, None], logits.reshape(shape), MASKED)
   weights = jax.nn.softmax(logits).reshape(batch, groups, q.shape[2], -1)
   mixed, first = 0.0, 0
@@ -273,17 +273,17 @@ def attend(
     last = first + value.shape[2]
     mixed += einsum('bgqs,bgsh->bgqh', weights[..., first:last], value)
     first = last
-  return mixed.reshape(batch, groups, columns, -1)
+  return mixed.reshape(batch, groups, layout, -1)
 
 
-def _scores(q: Array, key: Array, columns: int) -> Array:
+def _scores(q: Array, key: Array, layout: int) -> Array:
   """Products of queries [B, G, Q, H] with keys [B, G, S, H], [B, G, Q, S].
 
   Where a CPU writes texts column by column, the few queries are the right operand,
   which is up to three times as fast in f32; the barrier keeps XLA from turning the
   product around again. Narrower keys and gradients of many columns lose by it.
   """
-  few = columns == 1 and _FEW * q.shape[2] <= key.shape[2]
+  few = layout == 1 and _FEW * q.shape[2] <= key.shape[2]
   if not few or jax.default_backend() != 'cpu' or key.dtype != wide(key.dtype):
     return einsum('bgqh,bgsh->bgqs', q, key)
   y = einsum('bgsh,bgqh->bgsq', key, q.astype(key.dtype))
@@ -295,25 +295,25 @@ class AttentionInputs(NamedTuple):
 
   Attributes:
     mask: [R, Q, P + T] bool, which keys a query sees.
-    turn: cosines and sines of the activations' rotary angles, each [B, T,
+    rotary: cosines and sines of the activations' rotary angles, each [B, T,
       rotated / 2], or None. They are the same in all layers, and a layer would
       work them out anew for every head.
     rows: how activations [1, N, ...] form rows; None if they are rows already.
-    keep: places to go on with; None for all.
+    outputs: places to go on with; None for all.
   """
 
   mask: Array
-  turn: tuple[Array, Array] | None
+  rotary: tuple[Array, Array] | None
   rows: PackedSequences | None = None
-  keep: OutputTokens | None = None
+  outputs: OutputTokens | None = None
 
 
 class Block(nn.Module):
   """One block; see the module head for its three shapes.
 
-  `__call__` is `mix` and then `write`. Called apart, the MLP can run again under
+  `__call__` is `attention_half` and then `mlp_half`. Called apart, the MLP can run again under
   another kernel without its attention. Activations are [B, T, D], or [1, N, D]
-  where `sight.rows` says which rows they form.
+  where `inputs.rows` says which rows they form.
   """
 
   spec: ModelSpec
@@ -324,14 +324,14 @@ class Block(nn.Module):
     self.mlp_norm = Norm(self.spec)
     self.mlp = _Mlp(self.spec)
 
-  def __call__(self, h, sight, prefix, deltas, intervene):
+  def __call__(self, h, inputs, prefix, deltas, intervene):
     """Runs the block.
 
     Args:
       h: [B, T, D] residual.
-      sight: the columns.
+      inputs: the columns.
       prefix: keys and values of P earlier columns, or None.
-      deltas: site -> kernel change, as `change` takes it.
+      deltas: site -> kernel change, as `apply_delta` takes it.
       intervene: (site, activation) -> activation, applied to the outputs 'attn',
         'mlp' and 'block'.
 
@@ -339,24 +339,24 @@ class Block(nn.Module):
       ([B, T, D] residual, what was seen: 'attn', 'mlp', 'block', 'kv' and the
       input of every linear map by its site).
     """
-    run = _Recorder(deltas, sight.rows)
-    h, x = self._mix(h, sight, prefix, run, intervene)
+    run = _Recorder(deltas, inputs.rows)
+    h, x = self._attention_half(h, inputs, prefix, run, intervene)
     m = self.mlp(x, run)
     run.seen['mlp'] = m = intervene('mlp', m)
     run.seen['block'] = h = intervene('block', h + m)
     return h, run.seen
 
-  def mix(self, h, sight, prefix, deltas):
+  def attention_half(self, h, inputs, prefix, deltas):
     """Runs the attention half.
 
     Returns:
       (residual without the MLP, input of the MLP, (keys, values) as rows).
     """
-    run = _Recorder(deltas, sight.rows)
-    h, x = self._mix(h, sight, prefix, run, lambda site, x: x)
+    run = _Recorder(deltas, inputs.rows)
+    h, x = self._attention_half(h, inputs, prefix, run, lambda site, x: x)
     return h, x, run.seen['kv']
 
-  def write(self, x, rows, deltas):
+  def mlp_half(self, x, rows, deltas):
     """Runs the MLP half.
 
     Returns:
@@ -365,10 +365,14 @@ class Block(nn.Module):
     run = _Recorder(deltas, rows)
     return self.mlp(x, run), run.seen
 
-  def _mix(self, h, sight, prefix, run, intervene):
-    kept = lambda x: x if sight.keep is None else packing.take(x, sight.keep)
+  def _attention_half(self, h, inputs, prefix, run, intervene):
+    kept = (
+        lambda x: x
+        if inputs.outputs is None
+        else packing.take(x, inputs.outputs)
+    )
     x = self.attn_norm(h)
-    a = self.attn(kept(x), x, sight, prefix, run)
+    a = self.attn(kept(x), x, inputs, prefix, run)
     run.seen['attn'] = a = intervene('attn', a)
     h = kept(h)
     if self.spec.residual == 'parallel_shared':
@@ -405,8 +409,8 @@ class _Attention(nn.Module):
   spec: ModelSpec
 
   @nn.compact
-  def __call__(self, x, context, sight, prefix, run):
-    spec, rows, keep = self.spec, sight.rows, sight.keep
+  def __call__(self, x, context, inputs, prefix, run):
+    spec, rows, outputs = self.spec, inputs.rows, inputs.outputs
 
     def project(name: str, heads: int, x: Array) -> Array:
       linear = Linear(spec, heads * spec.head_size, spec.qkv_bias, name=name)
@@ -415,22 +419,22 @@ class _Attention(nn.Module):
 
     q = project('q', spec.heads, x)
     k, v = (project(name, spec.kv_heads, context) for name in ('k', 'v'))
-    if sight.turn is not None:
-      asked = sight.turn
-      if keep is not None:
-        asked = tuple(packing.take(part, keep) for part in asked)
+    if inputs.rotary is not None:
+      asked = inputs.rotary
+      if outputs is not None:
+        asked = tuple(packing.take(part, outputs) for part in asked)
       q = rotate(q, asked, spec.rotary)
-      k = rotate(k, sight.turn, spec.rotary)
+      k = rotate(k, inputs.rotary, spec.rotary)
     # Keys and values are contracted in the dtype in which they are stored.
     store = stored(spec, self.variables['params']['k']['kernel'].dtype)
-    asking = rows if keep is None else keep.rows
+    asking = rows if outputs is None else outputs.rows
     kv = tuple(_by_group(spec, rows, y.astype(store)) for y in (k, v))
     run.seen['kv'] = kv
     mixed = attend(
         _by_group(spec, asking, q),
         kv,
         prefix,
-        mask=sight.mask,
+        mask=inputs.mask,
         scale=spec.attn_scale or spec.head_size**-0.5,
     )
     mixed = jnp.swapaxes(mixed, 1, 2)

@@ -192,13 +192,13 @@ def refuse_faulty(
     raise InputError(*problems)
 
 
-class _Writer:
+class _DecodeLoop:
   """One run over a list of prompts.
 
   Attributes:
     texts: new tokens of every prompt so far.
     waiting: prompts without a row, the shortest first.
-    seats: the prompt of every row, or None.
+    slots: the prompt of every row, or None.
   """
 
   def __init__(
@@ -207,81 +207,81 @@ class _Writer:
       params: Params,
       prompts: Sequence[Sequence[int]],
       *,
-      call: decode_state.Call,
+      inputs: decode_state.DecodeInputs,
       rule: sampling.Rule,
       rows: int,
       streams: Sequence[int],
       owner: Sequence[int],
   ):
     self._spec, self._params, self._prompts = spec, params, prompts
-    self._call, self._rule = call, rule
+    self._inputs, self._rule = inputs, rule
     self._streams, self._owner = streams, owner
-    self._most, self._rows = int(call.most), rows
+    self._most, self._rows = int(inputs.most), rows
     # Prompts are read a quarter of the batch at a time, so that few rows have
     # to be free for it and one program does.
     self._chunk = max(1, rows // 4)
-    self._pool: decode_state.Pool | None = None
+    self._state: decode_state.DecodeState | None = None
     self.texts: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     self.waiting = collections.deque(order)
-    self.seats: list[int | None] = [None] * rows
+    self.slots: list[int | None] = [None] * rows
 
   @property
   def going(self) -> bool:
     """Whether any text is unfinished."""
-    return bool(self.waiting) or any(i is not None for i in self.seats)
+    return bool(self.waiting) or any(i is not None for i in self.slots)
 
-  def segment(self) -> int:
+  def segment_ids(self) -> int:
     """Takes prompts in, writes a segment and lets ended texts go.
 
     Returns:
       How many texts have ended.
     """
-    coming = self._invite()
-    self._shape([i for chosen in coming for i in chosen])
+    coming = self._next_prompts()
+    self._resize([i for chosen in coming for i in chosen])
     for chosen in coming:
-      self._admit(chosen)
-    self._pool, out = decode_state.extend(
-        self._spec, self._params, self._call, self._pool, rule=self._rule
+      self._assign(chosen)
+    self._state, out = decode_state.generate_segment(
+        self._spec, self._params, self._inputs, self._state, rule=self._rule
     )
-    live, out = np.asarray(self._pool.rows.live), np.asarray(out)
+    live, out = np.asarray(self._state.rows.live), np.asarray(out)
     ended = 0
-    for row, i in enumerate(self.seats):
+    for row, i in enumerate(self.slots):
       if i is not None:
         self.texts[i] += [int(token) for token in out[row] if token >= 0]
       if i is not None and not live[row]:
-        self.seats[row] = None
+        self.slots[row] = None
         ended += 1
     return ended
 
-  def _invite(self) -> list[list[int]]:
+  def _next_prompts(self) -> list[list[int]]:
     """Picks the prompts that come in now, in chunks."""
-    free, coming = self.seats.count(None), []
+    free, coming = self.slots.count(None), []
     while self.waiting and free >= min(self._chunk, len(self.waiting)):
       size = min(self._chunk, len(self.waiting))
       coming.append([self.waiting.popleft() for _ in range(size)])
       free -= size
     return coming
 
-  def _shape(self, coming: Sequence[int]) -> None:
+  def _resize(self, coming: Sequence[int]) -> None:
     """Gives the batch the rows and columns for the next segment."""
-    kept = [row for row, i in enumerate(self.seats) if i is not None]
-    texts = [*(self.seats[row] for row in kept), *coming]
-    rows = len(self.seats)
+    kept = [row for row, i in enumerate(self.slots) if i is not None]
+    texts = [*(self.slots[row] for row in kept), *coming]
+    rows = len(self.slots)
     while not self.waiting and rows // 2 >= max(_FEW, len(texts)):
       rows //= 2
     width = _fit(_CACHES, max(map(self._columns, texts)))
-    if self._pool is None:
-      self._pool = decode_state.empty(
+    if self._state is None:
+      self._state = decode_state.empty(
           self._spec, self._params, rows, width, self._rule.penalised
       )
-    elif (rows, width) != self._pool.shape:
-      kept += [len(self.seats)] * (rows - len(kept))
-      self._pool = decode_state.resize(
-          self._pool, np.asarray(kept, np.int32), width
+    elif (rows, width) != self._state.shape:
+      kept += [len(self.slots)] * (rows - len(kept))
+      self._state = decode_state.resize(
+          self._state, np.asarray(kept, np.int32), width
       )
-      self.seats = [self.seats[row] for row in kept if row < len(self.seats)]
-      self.seats += [None] * (rows - len(self.seats))
+      self.slots = [self.slots[row] for row in kept if row < len(self.slots)]
+      self.slots += [None] * (rows - len(self.slots))
 
   def _columns(self, i: int) -> int:
     """TokenLayout of the cache that a text has filled after the next segment."""
@@ -289,31 +289,31 @@ class _Writer:
     ahead = min(decode_state.SEGMENT, self._most - new)
     return len(self._prompts[i]) + new - 1 + ahead
 
-  def _admit(self, chosen: Sequence[int]) -> None:
+  def _assign(self, chosen: Sequence[int]) -> None:
     """Reads prompts and gives them rows."""
     width = _fit(_LENGTHS, max(len(self._prompts[i]) for i in chosen))
     tokens = np.zeros((self._chunk, width), np.int32)
     # What a chunk has to spare holds one token and gets no row.
     length, stream, owner = np.zeros((3, self._chunk), np.int32)
     length[:] = 1
-    seats = np.full(self._chunk, len(self.seats), np.int32)
+    slots = np.full(self._chunk, len(self.slots), np.int32)
     for row, i in enumerate(chosen):
       length[row] = len(self._prompts[i])
       tokens[row, : length[row]] = self._prompts[i]
       stream[row], owner[row] = self._streams[i], self._owner[i]
-      seats[row] = self.seats.index(None)
-      self.seats[seats[row]] = i
-    fresh, first = decode_state.read(
+      slots[row] = self.slots.index(None)
+      self.slots[slots[row]] = i
+    fresh, first = decode_state.prefill(
         self._spec,
         self._params,
-        self._call,
+        self._inputs,
         tokens,
         length=length,
         stream=stream,
         owner=owner,
         rule=self._rule,
     )
-    self._pool = decode_state.seat(self._pool, fresh, seats)
+    self._state = decode_state.assign(self._state, fresh, slots)
     for i, token in zip(chosen, np.asarray(first)):
       self.texts[i] = [int(token)]
 
@@ -382,11 +382,11 @@ def generate(
   rule, numbers = sampling.split(decoding)
   stop = np.zeros(spec.vocab, bool)
   stop[list(stop_ids)] = True
-  writer = _Writer(
+  writer = _DecodeLoop(
       spec,
       params,
       prompts,
-      call=decode_state.Call(
+      inputs=decode_state.DecodeInputs(
           numbers=numbers,
           stop=jnp.asarray(stop),
           most=jnp.int32(max_new_tokens),
@@ -401,5 +401,5 @@ def generate(
   )
   with progress('generate', len(prompts), 'text') as advance:
     while writer.going:
-      advance(writer.segment())
+      advance(writer.segment_ids())
   return writer.texts

@@ -27,18 +27,18 @@ from jaxedit.types import (
     PADDING,
     SHARED,
     Array,
-    TokenLayout,
     Delta,
     LowRank,
     Params,
     Tap,
+    TokenLayout,
 )
 
 # TokenLayout of a segment: rows that have ended wait for half of it on average.
 SEGMENT = 32
 
 
-class Rows(NamedTuple):
+class TextState(NamedTuple):
   """The texts of a batch."""
 
   token: Array  # [B] int32 the last token, not in the cache yet
@@ -50,10 +50,10 @@ class Rows(NamedTuple):
   seen: Array | None  # [B, V] bool tokens of the text, where they matter
 
 
-class Pool(NamedTuple):
+class DecodeState(NamedTuple):
   """A batch: its texts, and keys and values of all layers, [L, B, G, P, H]."""
 
-  rows: Rows
+  rows: TextState
   cache: tuple[Array, Array]
 
   @property
@@ -63,7 +63,7 @@ class Pool(NamedTuple):
     return rows, width
 
 
-class Call(NamedTuple):
+class DecodeInputs(NamedTuple):
   """What every compiled call of one run is given."""
 
   numbers: sampling.Numbers
@@ -75,7 +75,7 @@ class Call(NamedTuple):
 
 def empty(
     spec: ModelSpec, params: Params, rows: int, width: int, penalised: bool
-) -> Pool:
+) -> DecodeState:
   """Makes a batch without texts.
 
   Args:
@@ -91,7 +91,7 @@ def empty(
   dtype = params['layers']['attn']['k']['kernel'].dtype
   shape = (spec.layers, rows, spec.kv_heads, width, spec.head_size)
   zeros = lambda: jnp.zeros(rows, jnp.int32)
-  texts = Rows(
+  texts = TextState(
       token=zeros(),
       place=zeros(),
       step=zeros(),
@@ -100,16 +100,16 @@ def empty(
       owner=zeros(),
       seen=jnp.zeros((rows, spec.vocab), bool) if penalised else None,
   )
-  return Pool(texts, (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
+  return DecodeState(texts, (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
 
 
 def _run(
-    spec: ModelSpec, params: Params, call: Call, owner: Array
+    spec: ModelSpec, params: Params, inputs: DecodeInputs, owner: Array
 ) -> Callable[..., tuple[Array, tuple[Any, ...]]]:
   """The whole stack of layers under each row's change, with its KV."""
   own = (
       d.replace(key=d.key[:, owner], value=d.value[:, owner])
-      for d in call.stack
+      for d in inputs.stack
   )
   return functools.partial(
       decoder.run_layers,
@@ -117,19 +117,19 @@ def _run(
       params,
       start=0,
       stop=spec.layers,
-      deltas=(*call.deltas, *own),
+      deltas=(*inputs.deltas, *own),
       taps=(Tap('kv', tuple(range(spec.layers))),),
   )
 
 
 def _append(
-    rule: sampling.Rule, call: Call, rows: Rows, logits: Array
-) -> tuple[Rows, Array]:
+    rule: sampling.Rule, inputs: DecodeInputs, rows: TextState, logits: Array
+) -> tuple[TextState, Array]:
   """Adds a token to the texts that go on.
 
   Args:
     rule: static settings of the choice.
-    call: what all calls share.
+    inputs: what all calls share.
     rows: B texts.
     logits: [B, V].
 
@@ -138,7 +138,7 @@ def _append(
   """
   token = sampling.choose(
       rule,
-      call.numbers,
+      inputs.numbers,
       logits,
       seen=rows.seen,
       stream=rows.stream,
@@ -152,30 +152,30 @@ def _append(
       token=jnp.where(rows.live, token, rows.token),
       place=rows.place + rows.live,
       step=step,
-      live=rows.live & ~call.stop[token] & (step < call.most),
+      live=rows.live & ~inputs.stop[token] & (step < inputs.most),
       seen=seen,
   )
   return longer, jnp.where(rows.live, token, -1)
 
 
 @functools.partial(jax.jit, static_argnames=('spec', 'rule'))
-def read(
+def prefill(
     spec: ModelSpec,
     params: Params,
-    call: Call,
+    inputs: DecodeInputs,
     tokens: Array,
     *,
     length: Array,
     stream: Array,
     owner: Array,
     rule: sampling.Rule,
-) -> tuple[Pool, Array]:
+) -> tuple[DecodeState, Array]:
   """Runs prompts and chooses their first tokens.
 
   Args:
     spec: the architecture.
     params: canonical parameters.
-    call: what all calls share.
+    inputs: what all calls share.
     tokens: [Q, P] right-padded prompts.
     length: [Q] tokens of each, at least one.
     stream: [Q] numbers of their random streams.
@@ -186,15 +186,15 @@ def read(
     (a batch of its own, [Q] first tokens).
   """
   valid = jnp.arange(tokens.shape[1]) < length[:, None]
-  columns = decoder.token_layout(valid)
-  h = decoder.embed(spec, params, tokens, columns)
-  h, (cache,) = _run(spec, params, call, owner)(h, columns)
+  layout = decoder.token_layout(valid)
+  h = decoder.embed(spec, params, tokens, layout)
+  h, (cache,) = _run(spec, params, inputs, owner)(h, layout)
   each = jnp.arange(len(tokens))
   seen = None
   if rule.penalised:
     seen = jnp.zeros((len(tokens), spec.vocab), bool)
     seen = seen.at[each[:, None], tokens].max(valid)
-  rows = Rows(
+  rows = TextState(
       token=jnp.zeros_like(length),
       place=length - 1,
       step=jnp.zeros_like(length),
@@ -204,37 +204,37 @@ def read(
       seen=seen,
   )
   logits = decoder.logits(spec, params, h[each, length - 1])
-  rows, first = _append(rule, call, rows, logits)
-  return Pool(rows, cache), first
+  rows, first = _append(rule, inputs, rows, logits)
+  return DecodeState(rows, cache), first
 
 
-@functools.partial(jax.jit, donate_argnames='pool')
-def seat(pool: Pool, fresh: Pool, seats: Array) -> Pool:
+@functools.partial(jax.jit, donate_argnames='state')
+def assign(state: DecodeState, fresh: DecodeState, slots: Array) -> DecodeState:
   """Puts texts into rows of a batch.
 
   Args:
-    pool: B rows.
+    carry: B rows.
     fresh: Q rows with no more columns.
-    seats: [Q] int32 rows to take; B or more drops the text.
+    slots: [Q] int32 rows to take; B or more drops the text.
 
   Returns:
     The batch.
   """
   _, width = fresh.shape
-  put = lambda old, new: old.at[seats].set(new, mode='drop')
+  put = lambda old, new: old.at[slots].set(new, mode='drop')
   cache = tuple(
-      old.at[:, seats, :, :width].set(new, mode='drop')
-      for old, new in zip(pool.cache, fresh.cache)
+      old.at[:, slots, :, :width].set(new, mode='drop')
+      for old, new in zip(state.cache, fresh.cache)
   )
-  return Pool(jax.tree.map(put, pool.rows, fresh.rows), cache)
+  return DecodeState(jax.tree.map(put, state.rows, fresh.rows), cache)
 
 
 @functools.partial(jax.jit, static_argnames='width')
-def resize(pool: Pool, kept: Array, width: int) -> Pool:
+def resize(state: DecodeState, kept: Array, width: int) -> DecodeState:
   """Goes on with other rows and columns.
 
   Args:
-    pool: B rows.
+    carry: B rows.
     kept: rows to keep, in order; B or more makes an empty row.
     width: columns of the cache, static.
 
@@ -243,49 +243,49 @@ def resize(pool: Pool, kept: Array, width: int) -> Pool:
   """
   take = functools.partial(jnp.take, indices=kept, mode='fill', fill_value=0)
 
-  def columns(x: Array) -> Array:
+  def layout(x: Array) -> Array:
     x = take(x[:, :, :, :width], axis=1)
     room = width - x.shape[3]
     return jnp.pad(x, (*((0, 0),) * 3, (0, room), (0, 0)))
 
-  rows = jax.tree.map(functools.partial(take, axis=0), pool.rows)
-  return Pool(rows, tuple(map(columns, pool.cache)))
+  rows = jax.tree.map(functools.partial(take, axis=0), state.rows)
+  return DecodeState(rows, tuple(map(layout, state.cache)))
 
 
 @functools.partial(
-    jax.jit, static_argnames=('spec', 'rule'), donate_argnames='pool'
+    jax.jit, static_argnames=('spec', 'rule'), donate_argnames='state'
 )
-def extend(
+def generate_segment(
     spec: ModelSpec,
     params: Params,
-    call: Call,
-    pool: Pool,
+    inputs: DecodeInputs,
+    state: DecodeState,
     *,
     rule: sampling.Rule,
-) -> tuple[Pool, Array]:
+) -> tuple[DecodeState, Array]:
   """Writes one segment.
 
   Args:
     spec: the architecture.
     params: canonical parameters.
-    call: what all calls share.
-    pool: B rows with columns enough.
+    inputs: what all calls share.
+    carry: B rows with columns enough.
     rule: static settings of the choice.
 
   Returns:
     (the batch, [B, segment] tokens, -1 where none).
   """
-  size, width = pool.shape
-  run = _run(spec, params, call, pool.rows.owner)
+  size, width = state.shape
+  run = _run(spec, params, inputs, state.rows.owner)
   each, column = jnp.arange(size), jnp.arange(width, dtype=jnp.int32)
   column = jnp.broadcast_to(column, (size, width))
 
-  def unfinished(state: tuple) -> Array:
-    step, pool, _ = state
-    return (step < SEGMENT) & jnp.any(pool.rows.live)
+  def unfinished(carry: tuple) -> Array:
+    step, state, _ = carry
+    return (step < SEGMENT) & jnp.any(state.rows.live)
 
-  def write(state: tuple) -> tuple:
-    step, (rows, cache), out = state
+  def write(carry: tuple) -> tuple:
+    step, (rows, cache), out = carry
     place = rows.place[:, None]
     own = TokenLayout(place, jnp.full_like(place, SHARED))
     before = TokenLayout(column, jnp.where(column < place, SHARED, PADDING))
@@ -296,11 +296,11 @@ def extend(
         for old, x in zip(cache, new)
     )
     logits = decoder.logits(spec, params, h[:, 0])
-    rows, token = _append(rule, call, rows, logits)
-    return step + 1, Pool(rows, cache), out.at[:, step].set(token)
+    rows, token = _append(rule, inputs, rows, logits)
+    return step + 1, DecodeState(rows, cache), out.at[:, step].set(token)
 
   out = jnp.full((size, SEGMENT), -1, jnp.int32)
-  _, pool, out = jax.lax.while_loop(
-      unfinished, write, (jnp.int32(0), pool, out)
+  _, state, out = jax.lax.while_loop(
+      unfinished, write, (jnp.int32(0), state, out)
   )
-  return pool, out
+  return state, out

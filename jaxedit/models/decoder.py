@@ -25,21 +25,28 @@ import numpy as np
 
 from jaxedit import ops
 from jaxedit.models import packing
-from jaxedit.models.blocks import PRODUCT, Block, Norm, AttentionInputs, product, wide
+from jaxedit.models.blocks import (
+    PRODUCT,
+    AttentionInputs,
+    Block,
+    Norm,
+    product,
+    wide,
+)
 from jaxedit.models.spec import ModelSpec, RopeScaling
 from jaxedit.types import (
     KV,
     PADDING,
     SHARED,
     Array,
-    TokenLayout,
     Delta,
-    OutputTokens,
     LowRank,
+    OutputTokens,
+    PackedSequences,
     Params,
     Patch,
-    PackedSequences,
     Tap,
+    TokenLayout,
 )
 
 # Saves the results of weight products and recomputes the rest: the weight slice
@@ -57,9 +64,9 @@ def token_layout(valid: Array) -> TokenLayout:
     TokenLayout with positions from 0 at the first valid column and one trunk.
   """
   valid = jnp.asarray(valid)
-  position = jnp.maximum(jnp.cumsum(valid, axis=-1) - 1, 0)
-  segment = jnp.where(valid, SHARED, PADDING)
-  return TokenLayout(position.astype(jnp.int32), segment.astype(jnp.int32))
+  positions = jnp.maximum(jnp.cumsum(valid, axis=-1) - 1, 0)
+  segment_ids = jnp.where(valid, SHARED, PADDING)
+  return TokenLayout(positions.astype(jnp.int32), segment_ids.astype(jnp.int32))
 
 
 def visible(query: TokenLayout, key: TokenLayout, window: int | None) -> Array:
@@ -73,12 +80,12 @@ def visible(query: TokenLayout, key: TokenLayout, window: int | None) -> Array:
   Returns:
     [B, T, S] bool.
   """
-  q = TokenLayout(query.position[:, :, None], query.segment[:, :, None])
-  k = TokenLayout(key.position[:, None, :], key.segment[:, None, :])
-  mask = (k.position <= q.position) & (k.segment != PADDING)
-  mask &= (k.segment == SHARED) | (k.segment == q.segment)
+  q = TokenLayout(query.positions[:, :, None], query.segment_ids[:, :, None])
+  k = TokenLayout(key.positions[:, None, :], key.segment_ids[:, None, :])
+  mask = (k.positions <= q.positions) & (k.segment_ids != PADDING)
+  mask &= (k.segment_ids == SHARED) | (k.segment_ids == q.segment_ids)
   if window is not None:
-    mask &= q.position - k.position < window
+    mask &= q.positions - k.positions < window
   return mask
 
 
@@ -109,54 +116,57 @@ def rope_frequencies(
   return freq * (kept + (1 - kept) / scaling.factor)
 
 
-def _turn(
-    spec: ModelSpec, position: Array, dtype: Any
+def _rotary(
+    spec: ModelSpec, positions: Array, dtype: Any
 ) -> tuple[Array, Array] | None:
   """Cosines and sines [B, T, R / 2] of rotary angles; None without them."""
   if spec.rotary == 'none':
     return None
   freq = rope_frequencies(spec.rotary_size, spec.rope_theta, spec.rope_scaling)
-  angles = position[..., None].astype(dtype) * jnp.asarray(freq, dtype)
+  angles = positions[..., None].astype(dtype) * jnp.asarray(freq, dtype)
   return jnp.cos(angles), jnp.sin(angles)
 
 
-def _row_columns(columns: TokenLayout | PackedSequences) -> TokenLayout:
+def _sequence_layout(layout: TokenLayout | PackedSequences) -> TokenLayout:
   """[R, T] columns as attention sees them."""
-  return columns.columns if isinstance(columns, PackedSequences) else columns
+  return layout.layout if isinstance(layout, PackedSequences) else layout
 
 
-def _positions(columns: TokenLayout | PackedSequences) -> Array:
+def _positions(layout: TokenLayout | PackedSequences) -> Array:
   """[B, T] positions as activations have them."""
-  if isinstance(columns, PackedSequences):
-    return packing.flatten(columns, columns.columns.position)
-  return columns.position
+  if isinstance(layout, PackedSequences):
+    return packing.flatten(layout, layout.layout.positions)
+  return layout.positions
 
 
-def _sight(
+def _attention_inputs(
     spec: ModelSpec,
-    columns: TokenLayout | PackedSequences,
+    layout: TokenLayout | PackedSequences,
     prefix: KV | None,
     *,
     dtype: Any,
-    keep: OutputTokens | None = None,
+    outputs: OutputTokens | None = None,
 ) -> AttentionInputs:
   """What blocks need to know of their columns."""
-  keys = _row_columns(columns)
-  queries = keys if keep is None else keep.rows.columns
+  keys = _sequence_layout(layout)
+  queries = keys if outputs is None else outputs.rows.layout
   mask = visible(queries, keys, spec.window)
   if prefix is not None:
-    before = visible(queries, prefix.columns, spec.window)
+    before = visible(queries, prefix.layout, spec.window)
     mask = jnp.concatenate([before, mask], axis=-1)
   return AttentionInputs(
       mask=mask,
-      turn=_turn(spec, _positions(columns), dtype),
-      rows=columns if isinstance(columns, PackedSequences) else None,
-      keep=keep,
+      rotary=_rotary(spec, _positions(layout), dtype),
+      rows=layout if isinstance(layout, PackedSequences) else None,
+      outputs=outputs,
   )
 
 
 def embed(
-    spec: ModelSpec, params: Params, tokens: Array, columns: TokenLayout | PackedSequences
+    spec: ModelSpec,
+    params: Params,
+    tokens: Array,
+    layout: TokenLayout | PackedSequences,
 ) -> Array:
   """Looks up token (and learned position) embeddings.
 
@@ -164,7 +174,7 @@ def embed(
     spec: the architecture.
     params: canonical parameters.
     tokens: [B, T] int32; [1, N] for `PackedSequences` columns.
-    columns: [B, T] columns.
+    layout: [B, T] columns.
 
   Returns:
     [B, T, D] residual, f32 or wider.
@@ -173,7 +183,7 @@ def embed(
   h = table[tokens].astype(wide(table.dtype))
   if spec.learned_positions:
     table = params['embed']['position']
-    h += table[_positions(columns)].astype(h.dtype)
+    h += table[_positions(layout)].astype(h.dtype)
   return h
 
 
@@ -258,13 +268,13 @@ def run_layer(
     spec: ModelSpec,
     params: Params,
     h: Array,
-    columns: TokenLayout | PackedSequences,
+    layout: TokenLayout | PackedSequences,
     *,
     layer: Array | int,
     prefix: tuple[Array, Array, TokenLayout] | None = None,
     deltas: Mapping[str, tuple[Array, ...]] | None = None,
     intervene: Callable[[str, Array], Array] = lambda site, x: x,
-    keep: OutputTokens | None = None,
+    outputs: OutputTokens | None = None,
 ) -> tuple[Array, dict[str, Any]]:
   """Runs one layer whose number may be traced.
 
@@ -272,13 +282,13 @@ def run_layer(
     spec: the architecture.
     params: canonical parameters.
     h: [B, T, D] residual.
-    columns: [B, T] columns.
+    layout: [B, T] columns.
     layer: layer number.
     prefix: keys and values of P earlier columns in this layer, or None.
     deltas: site -> factors of this layer, as `blocks.change` takes them.
     intervene: (site, output) -> output that takes its place, for the sites
       'attn', 'mlp' and 'block'.
-    keep: places of `PackedSequences` columns at which the output is wanted.
+    outputs: places of `PackedSequences` columns at which the output is wanted.
 
   Returns:
     ([B, T, D] residual, what the block saw, see `blocks.Block`).
@@ -290,7 +300,7 @@ def run_layer(
   return Block(spec).apply(
       {'params': layer_params(params, layer)},
       h,
-      _sight(spec, columns, before, dtype=h.dtype, keep=keep),
+      _attention_inputs(spec, layout, before, dtype=h.dtype, outputs=outputs),
       kv,
       deltas or {},
       intervene,
@@ -301,7 +311,7 @@ def attention_half(
     spec: ModelSpec,
     params: Params,
     h: Array,
-    columns: TokenLayout | PackedSequences,
+    layout: TokenLayout | PackedSequences,
     *,
     layer: Array | int,
     prefix: tuple[Array, Array, TokenLayout] | None = None,
@@ -312,7 +322,7 @@ def attention_half(
     spec: the architecture.
     params: canonical parameters.
     h: [B, T, D] residual.
-    columns: [B, T] columns.
+    layout: [B, T] columns.
     layer: layer number, may be traced.
     prefix: keys and values of P earlier columns in this layer, or None.
 
@@ -323,9 +333,9 @@ def attention_half(
   if prefix is not None:
     kv = prefix[:2]
     before = KV(kv[0][None], kv[1][None], prefix[2])
-  sight = _sight(spec, columns, before, dtype=h.dtype)
+  inputs = _attention_inputs(spec, layout, before, dtype=h.dtype)
   weights = {'params': layer_params(params, layer)}
-  return Block(spec).apply(weights, h, sight, kv, {}, method='mix')
+  return Block(spec).apply(weights, h, inputs, kv, {}, method='attention_half')
 
 
 def mlp_half(
@@ -351,7 +361,7 @@ def mlp_half(
     ([B, T, D] what it adds to the residual, what it saw).
   """
   weights = {'params': layer_params(params, layer)}
-  return Block(spec).apply(weights, x, rows, deltas or {}, method='write')
+  return Block(spec).apply(weights, x, rows, deltas or {}, method='mlp_half')
 
 
 def _factors(delta: Delta) -> tuple[Array, ...]:
@@ -382,7 +392,7 @@ def run_layers(
     spec: ModelSpec,
     params: Params,
     h: Array,
-    columns: TokenLayout | PackedSequences,
+    layout: TokenLayout | PackedSequences,
     *,
     start: int,
     stop: int,
@@ -390,7 +400,7 @@ def run_layers(
     patches: Sequence[Patch] = (),
     deltas: Sequence[Delta] = (),
     taps: Sequence[Tap] = (),
-    keep: OutputTokens | None = None,
+    outputs: OutputTokens | None = None,
     remat: Callable | None = None,
 ) -> tuple[Array, tuple[Any, ...]]:
   """Runs layers start to stop - 1.
@@ -399,7 +409,7 @@ def run_layers(
     spec: the architecture.
     params: canonical parameters.
     h: [B, T, D] residual before layer `start`.
-    columns: [B, T] columns of h. `PackedSequences` ones go with h [1, N, D]; what is
+    layout: [B, T] columns of h. `PackedSequences` ones go with h [1, N, D]; what is
       said of B below then holds for rows, and patches are not supported.
     start: first layer, static.
     stop: one past the last layer, static.
@@ -407,7 +417,7 @@ def run_layers(
     patches: interventions on activations.
     deltas: kernel changes, applied lazily; those of other layers are ignored.
     taps: what to observe.
-    keep: places of `PackedSequences` columns at which the last of these layers is
+    outputs: places of `PackedSequences` columns at which the last of these layers is
       wanted; h is [1, K, D] then.
     remat: a checkpoint policy (e.g. `SAVE_PRODUCTS`) where gradients flow.
 
@@ -415,25 +425,29 @@ def run_layers(
     ([B, T, D] residual after layer stop - 1; for every tap its readings, stacked
     over those of its layers that were run).
   """
-  if isinstance(columns, PackedSequences) and patches:
-    raise ValueError('patches name columns of rows, not places: use `TokenLayout`')
-  if keep is not None and any(
+  if isinstance(layout, PackedSequences) and patches:
+    raise ValueError(
+        'patches name columns of rows, not places: use `TokenLayout`'
+    )
+  if outputs is not None and any(
       isinstance(d, LowRank) and d.key.ndim == 4 for d in deltas
   ):
     raise ValueError('kept places and changes of their own a row do not mix')
-  everywhere = _sight(spec, columns, prefix, dtype=h.dtype)
-  if keep is not None:
-    kept = _sight(spec, columns, prefix, dtype=h.dtype, keep=keep)
+  everywhere = _attention_inputs(spec, layout, prefix, dtype=h.dtype)
+  if outputs is not None:
+    kept = _attention_inputs(
+        spec, layout, prefix, dtype=h.dtype, outputs=outputs
+    )
   readings: list[list[Any]] = [[] for _ in taps]
   marked = [d.layers for d in deltas] + [t.layers for t in taps]
-  marked += [] if keep is None else [(stop - 1,)]
+  marked += [] if outputs is None else [(stop - 1,)]
   for first, end, sets in _pieces(start, stop, marked):
     changes = [deltas[i] for i in sets if i < len(deltas)]
     watching = [i - len(deltas) for i in sets]
     watching = [i for i in watching if 0 <= i < len(taps)]
-    sight = everywhere if keep is None or end < stop else kept
+    inputs = everywhere if outputs is None or end < stop else kept
 
-    def body(h, xs, changes=changes, watching=watching, sight=sight):
+    def body(h, xs, changes=changes, watching=watching, inputs=inputs):
       layer, factors = xs
       kv = None
       if prefix is not None:
@@ -445,7 +459,7 @@ def run_layers(
       h, seen = Block(spec).apply(
           {'params': layer_params(params, layer)},
           h,
-          sight,
+          inputs,
           kv,
           {d.site: f for d, f in zip(changes, factors)},
           _intervene(patches, layer),
@@ -462,15 +476,15 @@ def run_layers(
     if remat is not None:
       body = jax.checkpoint(body, policy=remat)
     xs = (jnp.arange(first, end), factors)
-    if keep is not None and end == stop:  # changes the shape of h: no scan
+    if outputs is not None and end == stop:  # changes the shape of h: no scan
       h, seen = body(h, jax.tree.map(lambda x: x[0], xs))
       seen = jax.tree.map(lambda x: x[None], seen)
     else:
       h, seen = jax.lax.scan(body, h, xs)
     for i, reading in zip(watching, seen):
       readings[i].append(reading)
-  if keep is not None and start == stop:
-    h = packing.take(h, keep)
+  if outputs is not None and start == stop:
+    h = packing.take(h, outputs)
   join = lambda *parts: jnp.concatenate(parts, axis=0)
   return h, tuple(jax.tree.map(join, *r) if r else None for r in readings)
 
@@ -479,7 +493,7 @@ def forward(
     spec: ModelSpec,
     params: Params,
     tokens: Array,
-    columns: TokenLayout,
+    layout: TokenLayout,
     *,
     patches: Sequence[Patch] = (),
     deltas: Sequence[Delta] = (),
@@ -490,19 +504,19 @@ def forward(
     spec: the architecture.
     params: canonical parameters.
     tokens: [B, T] int32.
-    columns: [B, T] columns, e.g. `token_layout(tokens != pad)`.
+    layout: [B, T] columns, e.g. `token_layout(tokens != pad)`.
     patches: interventions on activations.
     deltas: kernel changes, applied lazily.
 
   Returns:
     [B, T, V] logits, f32 or wider.
   """
-  h = embed(spec, params, tokens, columns)
+  h = embed(spec, params, tokens, layout)
   h, _ = run_layers(
       spec,
       params,
       h,
-      columns,
+      layout,
       start=0,
       stop=spec.layers,
       patches=patches,

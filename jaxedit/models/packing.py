@@ -53,14 +53,14 @@ flatten.defvjp(
 )
 
 
-def take(x: Array, keep: OutputTokens) -> Array:
+def take(x: Array, outputs: OutputTokens) -> Array:
   """Picks the kept places.
 
   Args:
     x: [1, N, ...].
-    keep: K places.
+    outputs: K places.
 
   Returns:
     [1, K, ...], 0 where none is kept.
   """
-  return jnp.take(x, keep.index, axis=1, mode='fill', fill_value=0)
+  return jnp.take(x, outputs.index, axis=1, mode='fill', fill_value=0)

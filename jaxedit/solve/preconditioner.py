@@ -114,8 +114,8 @@ def null_space(
     return NullSpace(jnp.full_like(gram, jnp.nan))
   if threshold is None:
     # What rounding leaves below zero holds nothing.
-    held = np.cumsum(np.maximum(eigenvalues[::-1], 0))
-    dropped = np.searchsorted(np.append(0, held), share * held[-1])
+    preserved = np.cumsum(np.maximum(eigenvalues[::-1], 0))
+    dropped = np.searchsorted(np.append(0, preserved), share * preserved[-1])
     kept, rule = len(eigenvalues) - dropped, f'share {share} of the trace'
   else:
     kept, rule = (eigenvalues < threshold).sum(), f'threshold {threshold}'
@@ -140,45 +140,45 @@ def identity(gram: Array) -> Identity:
   return Identity(jnp.ones(gram.shape[0], gram.dtype))
 
 
-def rank(metric: Preconditioner) -> int:
+def rank(preconditioner: Preconditioner) -> int:
   """The number r of coordinates of a whitened key."""
-  (root,) = metric
+  (root,) = preconditioner
   return root.shape[-1]
 
 
-def whiten(metric: Preconditioner, keys: Array) -> Array:
+def whiten(preconditioner: Preconditioner, keys: Array) -> Array:
   """Takes keys to the coordinates in which a metric is the identity.
 
   Args:
-    metric: S = B B^T.
+    preconditioner: S = B B^T.
     keys: [M, F], any float dtype.
 
   Returns:
     [M, r] A = K B in the dtype of the metric, so that A A^T = K S K^T.
   """
-  (root,) = metric
+  (root,) = preconditioner
   keys = keys.astype(root.dtype)
-  if isinstance(metric, Identity):
+  if isinstance(preconditioner, Identity):
     return keys
-  if isinstance(metric, NullSpace):
+  if isinstance(preconditioner, NullSpace):
     return keys @ root
   return _solve_transposed(root, keys, transpose=False)
 
 
-def lift(metric: Preconditioner, whitened: Array) -> Array:
+def lift(preconditioner: Preconditioner, whitened: Array) -> Array:
   """Takes whitened coordinates to key space, the adjoint of `whiten`.
 
   Args:
-    metric: S = B B^T.
+    preconditioner: S = B B^T.
     whitened: [M, r] A.
 
   Returns:
     [M, F] A B^T; K S where A = K B.
   """
-  (root,) = metric
-  if isinstance(metric, Identity):
+  (root,) = preconditioner
+  if isinstance(preconditioner, Identity):
     return whitened
-  if isinstance(metric, NullSpace):
+  if isinstance(preconditioner, NullSpace):
     return whitened @ root.T
   return _solve_transposed(root, whitened, transpose=True)
 

@@ -67,14 +67,14 @@ class Factors(NamedTuple):
 
 
 def ridge_update(
-    metric: Preconditioner,
+    preconditioner: Preconditioner,
     keys: Array,
     residuals: Array,
     *,
     ridge: Array | float,
     active: Array | None = None,
     constraint: Array | None = None,
-    held: Array | None = None,
+    preserved: Array | None = None,
     preserved_active: Array | None = None,
 ) -> Factors:
   """Solves for the change that moves the output at C by R, as exact factors.
@@ -84,7 +84,7 @@ def ridge_update(
   M + P beyond the rank one system of rank x rank takes their place.
 
   Args:
-    metric: S.
+    preconditioner: S.
     keys: [M, F].
     residuals: [M, D] wanted change of the output; zero rows ask that the output
       stay where it is.
@@ -92,7 +92,7 @@ def ridge_update(
     active: [M] bool; other rows take no part, as if they were not there. A
       fixed M keeps one compiled solve for batches of any size.
     constraint: [M, F] C; `keys` unless given.
-    held: [P, F] H, keys whose output is to stay where it is; as rows of `keys`
+    preserved: [P, F] H, keys whose output is to stay where it is; as rows of `keys`
       with zero residual, only that the factors still have M rows, and that
       with ridge 0 they may repeat or depend on each other.
     preserved_active: [P] bool, as `active`.
@@ -105,28 +105,31 @@ def ridge_update(
   constraint Meng et al. 2022a (ROME, arXiv 2202.05262), equation 2.
   """
   problem = _Problem.of(
-      (metric, keys, residuals), active, constraint, (held, preserved_active)
+      (preconditioner, keys, residuals),
+      active,
+      constraint,
+      (preserved, preserved_active),
   )
   count = keys.shape[0]
-  if count + _count(problem.held) <= rank(metric):
+  if count + _count(problem.preserved) <= rank(preconditioner):
     free, value = _solve_rows(problem, ridge=ridge, block=None)
-    return Factors(lift(metric, free), value)
+    return Factors(lift(preconditioner, free), value)
   # Many held keys: the columns of (r I + A^T Q + G^T G)^-1 A^T.
   unit = problem._replace(residuals=jnp.eye(count, dtype=residuals.dtype))
   free = _solve_coordinates(unit, ridge=ridge, block=BLOCK)
   value = _masked(residuals, problem.active).astype(free.dtype)
-  return Factors(lift(metric, free.T), value)
+  return Factors(lift(preconditioner, free.T), value)
 
 
 def ridge_dense(
-    metric: Preconditioner,
+    preconditioner: Preconditioner,
     keys: Array,
     residuals: Array,
     *,
     ridge: Array | float,
     active: Array | None = None,
     constraint: Array | None = None,
-    held: Array | None = None,
+    preserved: Array | None = None,
     preserved_active: Array | None = None,
     block: int = BLOCK,
 ) -> Array:
@@ -147,7 +150,7 @@ def ridge_dense(
   them M = 3,000 takes 0.6 GB, M = 10,000 2.9 GB and M = 20,000 5.1 GB.
 
   Args:
-    metric: S.
+    preconditioner: S.
     keys: [M, F], M at least 1.
     residuals: [M, D] wanted change of the output; zero rows ask that the output
       stay where it is.
@@ -156,7 +159,7 @@ def ridge_dense(
       least-squares solution where C is K.
     active: [M] bool; other rows take no part, as if they were not there.
     constraint: [M, F] C; `keys` unless given.
-    held: [P, F] H, keys whose output is to stay where it is.
+    preserved: [P, F] H, keys whose output is to stay where it is.
     preserved_active: [P] bool, as `active`.
     block: rows whitened at one time.
 
@@ -168,25 +171,28 @@ def ridge_dense(
   Source: as `ridge_update`; the rank x rank form is the normal equations.
   """
   problem = _Problem.of(
-      (metric, keys, residuals), active, constraint, (held, preserved_active)
+      (preconditioner, keys, residuals),
+      active,
+      constraint,
+      (preserved, preserved_active),
   )
-  if keys.shape[0] + _count(problem.held) <= rank(metric):
+  if keys.shape[0] + _count(problem.preserved) <= rank(preconditioner):
     free, value = _solve_rows(problem, ridge=ridge, block=block)
     found = free.T @ value
   else:
     found = _solve_coordinates(problem, ridge=ridge, block=block)
-  return lift(metric, found.T).T
+  return lift(preconditioner, found.T).T
 
 
 class _Problem(NamedTuple):
   """What a solve was given, every mask written out."""
 
-  metric: Preconditioner
+  preconditioner: Preconditioner
   keys: Array  # [M, F]
   residuals: Array  # [M, D]
   active: Array  # [M]
   constraint: Array | None  # [M, F]
-  held: Array | None  # [P, F], P at least 1
+  preserved: Array | None  # [P, F], P at least 1
   preserved_active: Array | None  # [P]
 
   @classmethod
@@ -195,32 +201,34 @@ class _Problem(NamedTuple):
       system: tuple[Preconditioner, Array, Array],
       active: Array | None,
       constraint: Array | None,
-      held: tuple[Array | None, Array | None],
+      preserved: tuple[Array | None, Array | None],
   ) -> _Problem:
     """Fills in what was left out."""
-    metric, keys, residuals = system
-    rows, on = held if _count(held[0]) else (None, None)
+    preconditioner, keys, residuals = system
+    rows, on = preserved if _count(preserved[0]) else (None, None)
     every = lambda rows: jnp.ones(rows.shape[0], bool)
     active = every(keys) if active is None else active
     if rows is not None and on is None:
       on = every(rows)
-    return cls(metric, keys, residuals, active, constraint, rows, on)
+    return cls(preconditioner, keys, residuals, active, constraint, rows, on)
 
   def whitened(
       self, rows: Array, active: Array, block: int | None = None
   ) -> Array:
     """Whitens rows, [rows, rank], block by block where told."""
     if block is None:
-      return whiten(self.metric, _masked(rows, active))
+      return whiten(self.preconditioner, _masked(rows, active))
     block = min(block, rows.shape[0])
 
     def write(done: Array, first: Array, fresh: Array) -> Array:
       del fresh  # a row that is repeated is the same again
       on = _part(active, first, block)
-      part = whiten(self.metric, _masked(_part(rows, first, block), on))
+      part = whiten(self.preconditioner, _masked(_part(rows, first, block), on))
       return jax.lax.dynamic_update_slice_in_dim(done, part, first, 0)
 
-    empty = jnp.zeros((rows.shape[0], rank(self.metric)), self.metric[0].dtype)
+    empty = jnp.zeros(
+        (rows.shape[0], rank(self.preconditioner)), self.preconditioner[0].dtype
+    )
     return _fold(write, empty, rows.shape[0], block)
 
 
@@ -228,14 +236,14 @@ def _solve_rows(
     problem: _Problem, *, ridge: Array | float, block: int | None
 ) -> tuple[Array, Array]:
   """A' and (r I + Q' A'^T + j V W^T)^-1 R, j the ridge of held keys."""
-  _, keys, residuals, active, constraint, held, preserved_active = problem
+  _, keys, residuals, active, constraint, preserved, preserved_active = problem
   free = problem.whitened(keys, active, block)
   there = free
   if constraint is not None:
     there = problem.whitened(constraint, active, block)
   blend = 0
-  if held is not None:
-    rows = problem.whitened(held, preserved_active, block)
+  if preserved is not None:
+    rows = problem.whitened(preserved, preserved_active, block)
     gram = rows @ rows.T
     # Texts share openings, so held keys repeat: without any ridge their system
     # is singular although the answer is not.
@@ -258,8 +266,16 @@ def _solve_coordinates(
     problem: _Problem, *, ridge: Array | float, block: int
 ) -> Array:
   """(r I + A^T Q + G^T G)^-1 A^T R, [rank, D], for many keys."""
-  metric, keys, residuals, active, constraint, held, preserved_active = problem
-  size, dtype = rank(metric), metric[0].dtype
+  (
+      preconditioner,
+      keys,
+      residuals,
+      active,
+      constraint,
+      preserved,
+      preserved_active,
+  ) = problem
+  size, dtype = rank(preconditioner), preconditioner[0].dtype
 
   def cut(first: Array, fresh: Array, active: Array) -> Any:
     on = fresh & _part(active, first, fresh.shape[0])
@@ -267,23 +283,25 @@ def _solve_coordinates(
 
   def add(sums: tuple[Array, Array], first: Array, fresh: Array) -> Any:
     part = cut(first, fresh, active)
-    whitened = whiten(metric, part(keys))
+    whitened = whiten(preconditioner, part(keys))
     there = whitened
     if constraint is not None:
-      there = whiten(metric, part(constraint))
+      there = whiten(preconditioner, part(constraint))
     wanted = part(residuals).astype(dtype)
     return sums[0] + whitened.T @ there, sums[1] + whitened.T @ wanted
 
   def hold(gram: Array, first: Array, fresh: Array) -> Array:
-    whitened = whiten(metric, cut(first, fresh, preserved_active)(held))
+    whitened = whiten(
+        preconditioner, cut(first, fresh, preserved_active)(preserved)
+    )
     return gram + whitened.T @ whitened
 
   zeros = lambda width: jnp.zeros((size, width), dtype)
   start = zeros(size), zeros(residuals.shape[1])
   count = keys.shape[0]
   gram, moved = _fold(add, start, count, min(block, count))
-  if held is not None:
-    gram = _fold(hold, gram, _count(held), min(block, _count(held)))
+  if preserved is not None:
+    gram = _fold(hold, gram, _count(preserved), min(block, _count(preserved)))
     # They repeat, and may all together leave directions free.
     least = jnp.finfo(dtype).eps ** _SOFT_POWER * jnp.trace(gram)
     ridge = jnp.maximum(ridge, least)

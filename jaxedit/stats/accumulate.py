@@ -55,7 +55,7 @@ def _count(total: Total, rows: Sequence[Row], hasher: Any) -> Total:
   """Counts rows without looking at their keys."""
   for row in rows:
     hasher.update(row.tokens.tobytes())
-    hasher.update(row.segment.tobytes())
+    hasher.update(row.segment_ids.tobytes())
   return Total(
       total.gram,
       total.rows + len(rows),

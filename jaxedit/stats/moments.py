@@ -39,11 +39,11 @@ from jaxedit.stats.storage import Moments, load, save
 from jaxedit.types import (
     PADDING,
     Array,
-    TokenLayout,
     InputError,
     Params,
     Progress,
     Tap,
+    TokenLayout,
     silent,
 )
 
@@ -126,22 +126,22 @@ def add_batch(
   Returns:
     [n, F, F] sums, see `gram`.
   """
-  columns = TokenLayout(batch.position, batch.segment)
-  read = functools.partial(gram, real=batch.segment != PADDING)
-  h = decoder.embed(spec, params, batch.tokens, columns)
+  layout = TokenLayout(batch.positions, batch.segment_ids)
+  read = functools.partial(gram, real=batch.segment_ids != PADDING)
+  h = decoder.embed(spec, params, batch.tokens, layout)
   *before, last = layers
   h, (sums,) = decoder.run_layers(
       spec,
       params,
       h,
-      columns,
+      layout,
       start=0,
       stop=last,
       taps=(Tap(site, tuple(before), read),),
   )
   # Outside the loop over layers nothing needs what follows the last key, so the
   # compiler drops it.
-  _, seen = decoder.run_layer(spec, params, h, columns, layer=last)
+  _, seen = decoder.run_layer(spec, params, h, layout, layer=last)
   final = read(seen[site])[None]
   return total + (final if sums is None else jnp.concatenate([sums, final]))
 

@@ -34,23 +34,23 @@ class Row(NamedTuple):
 
   Attributes:
     tokens: [T] int32, 0 at padding.
-    position: [T] int32, from 0 in every text.
-    segment: [T] int32, `PADDING` or 2, 3, ... one a text.
+    positions: [T] int32, from 0 in every text.
+    segment_ids: [T] int32, `PADDING` or 2, 3, ... one a text.
   """
 
   tokens: np.ndarray
-  position: np.ndarray
-  segment: np.ndarray
+  positions: np.ndarray
+  segment_ids: np.ndarray
 
   @property
   def count(self) -> int:
     """Tokens, without padding."""
-    return int(np.count_nonzero(self.segment != PADDING))
+    return int(np.count_nonzero(self.segment_ids != PADDING))
 
   @property
   def texts(self) -> int:
     """Texts in the row."""
-    return max(int(self.segment.max(initial=PADDING)) - SHARED, 0)
+    return max(int(self.segment_ids.max(initial=PADDING)) - SHARED, 0)
 
 
 def _close(texts: Sequence[Sequence[int]], width: int) -> Row:
@@ -60,8 +60,8 @@ def _close(texts: Sequence[Sequence[int]], width: int) -> Row:
   for i, text in enumerate(texts):
     last = first + len(text)
     row.tokens[first:last] = text
-    row.position[first:last] = np.arange(len(text))
-    row.segment[first:last] = SHARED + 1 + i
+    row.positions[first:last] = np.arange(len(text))
+    row.segment_ids[first:last] = SHARED + 1 + i
     first = last
   return row
 

@@ -21,9 +21,9 @@ Source: Meng et al. 2022a (ROME, arXiv 2202.05262), equation 4; Meng et al.
 from jaxedit.batching.budget import plan_batches
 from jaxedit.targets.objective import norm
 from jaxedit.targets.partial_forward import (
+    broadcast_prefix,
     lower,
     prefix_kv,
-    broadcast_prefix,
     shared_prefix_kv,
     upper,
 )

@@ -26,17 +26,17 @@ from jaxedit.targets.objective import (
     norm,
 )
 from jaxedit.targets.partial_forward import (
+    broadcast_prefix,
     lower,
     lower_parts,
     prefix_kv,
-    broadcast_prefix,
 )
 from jaxedit.targets.state import (
     HalfOutputs,
-    PrefixCache,
-    Prefill,
-    TargetConfig,
     OptState,
+    Prefill,
+    PrefixCache,
+    TargetConfig,
 )
 from jaxedit.types import KV, Array, Params
 
@@ -72,11 +72,16 @@ def prefill(
     h = lower(spec, params, packed.tokens, packed.rows, layer, shared_prefix)
   else:
     h, (attn, mlp) = lower_parts(
-        spec, params, packed.tokens, packed.rows, layer=layer, shared_prefix=shared_prefix
+        spec,
+        params,
+        packed.tokens,
+        packed.rows,
+        layer=layer,
+        shared_prefix=shared_prefix,
     )
     parts = HalfOutputs(attn if output == 'attn+mlp' else None, mlp)
-  before = packing.take(h, packed.left)
-  kv = prefix_kv(spec, params, before, packed.left.rows, layer, shared_prefix)
+  before = packing.take(h, packed.prefix)
+  kv = prefix_kv(spec, params, before, packed.prefix.rows, layer, shared_prefix)
   if kv is None:
     shape = (0, slots, rows, spec.kv_heads, 1, spec.head_size)
     empty = jnp.zeros(shape, stored(spec, params['embed']['embedding'].dtype))
@@ -87,7 +92,11 @@ def prefill(
 
 @functools.partial(jax.jit, donate_argnums=0)
 def assign(
-    cache: PrefixCache, prefilled: Prefill, slot: Array, source: Array, move: Array
+    cache: PrefixCache,
+    prefilled: Prefill,
+    slot: Array,
+    source: Array,
+    move: Array,
 ) -> PrefixCache:
   """Copies an edit from a tile to its slot.
 
@@ -117,12 +126,16 @@ def assign(
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def assign_chunk(cache: PrefixCache, prefilled: Prefill, slot: Array, move: Array) -> PrefixCache:
+def assign_chunk(
+    cache: PrefixCache, prefilled: Prefill, slot: Array, move: Array
+) -> PrefixCache:
   """Copies the states of an edit's next chunk; its rows stay in their slot."""
   return _move(cache, prefilled, slot, move)
 
 
-def _move(cache: PrefixCache, prefilled: Prefill, slot: Array, move: Array) -> PrefixCache:
+def _move(
+    cache: PrefixCache, prefilled: Prefill, slot: Array, move: Array
+) -> PrefixCache:
   """Copies states from places `move[0]` of a tile to `move[1]` of the pool."""
 
   def taken(x: Array, places: Array) -> Array:
@@ -147,14 +160,18 @@ def append_kv(
     part = jax.lax.dynamic_slice_in_dim(new, slot, 1, axis=1)
     return jax.lax.dynamic_update_slice(old, part, (0, slot, 0, 0, column, 0))
 
-  return cache._replace(key=put(cache.key, kv[0]), value=put(cache.value, kv[1]))
+  return cache._replace(
+      key=put(cache.key, kv[0]), value=put(cache.value, kv[1])
+  )
 
 
 _ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
 
 
 @functools.partial(jax.jit, static_argnames=('spec', 'return_kv'))
-def start(spec: ModelSpec, cache: PrefixCache, assigned: SlotLayout, return_kv: bool) -> OptState:
+def start(
+    spec: ModelSpec, cache: PrefixCache, assigned: SlotLayout, return_kv: bool
+) -> OptState:
   """The state in which every slot is new."""
   slots, dtype = len(assigned.live), cache.base.dtype
   delta = jnp.zeros(objective.unedited(cache, assigned).shape, dtype)
@@ -162,9 +179,9 @@ def start(spec: ModelSpec, cache: PrefixCache, assigned: SlotLayout, return_kv: 
   kl = assigned.outputs.index.shape[0] > assigned.label.shape[0]
   kv = None
   if return_kv and len(cache.key):
-    rows, columns = assigned.rows.index.shape
+    rows, layout = assigned.rows.index.shape
     groups, size = cache.key.shape[3], cache.key.shape[5]
-    shape = (len(cache.key), rows, groups, columns, size)
+    shape = (len(cache.key), rows, groups, layout, size)
     kv = (jnp.zeros(shape, cache.key.dtype),) * 2
   return OptState(
       delta=delta,
@@ -242,7 +259,13 @@ def optimize_until_done(
   new = start(spec, cache, assigned, return_kv)
   state = _unless(~fresh, state, new.replace(kv=state.kv, ran=state.ran))
   loss = objective.build(
-      spec, params, cache, assigned, layer=layer, return_kv=return_kv, use_argmax_stop=use_argmax_stop
+      spec,
+      params,
+      cache,
+      assigned,
+      layer=layer,
+      return_kv=return_kv,
+      use_argmax_stop=use_argmax_stop,
   )
   z0 = objective.unedited(cache, assigned)
   radius = config.clamp * norm(z0)

@@ -25,9 +25,9 @@ from jaxedit.models.blocks import Norm
 from jaxedit.models.spec import ModelSpec
 from jaxedit.targets.partial_forward import upper
 from jaxedit.targets.state import (
+    OptState,
     PrefixCache,
     TargetConfig,
-    OptState,
 )
 from jaxedit.types import KV, Array, Params
 
@@ -154,7 +154,9 @@ def build(
 
   def loss(delta: Array, state: OptState, config: TargetConfig) -> Aux:
     h = changed(delta)
-    h, seen = upper(spec, params, h, assigned, kv=kv, layer=layer, return_kv=return_kv)
+    h, seen = upper(
+        spec, params, h, assigned, kv=kv, layer=layer, return_kv=return_kv
+    )
     # Labels and KL rows share the head: its weights are read once.
     logits = decoder.logits(spec, params, h[0])
     total = jax.nn.logsumexp(logits, axis=-1)

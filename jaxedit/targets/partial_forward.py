@@ -20,11 +20,11 @@ import jax.numpy as jnp
 from jaxedit.batching.slots import SlotLayout
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
-from jaxedit.types import KV, Array, TokenLayout, Params, PackedSequences, Tap
+from jaxedit.types import KV, Array, PackedSequences, Params, Tap, TokenLayout
 
 
 def shared_prefix_kv(
-    spec: ModelSpec, params: Params, tokens: Array, columns: TokenLayout
+    spec: ModelSpec, params: Params, tokens: Array, layout: TokenLayout
 ) -> KV | None:
   """Runs what all edits share at the head of their rows.
 
@@ -32,7 +32,7 @@ def shared_prefix_kv(
     spec: the architecture.
     params: canonical parameters.
     tokens: [B, s] int32.
-    columns: [B, s] columns.
+    layout: [B, s] columns.
 
   Returns:
     Its keys and values in all layers; None where s is 0.
@@ -43,13 +43,13 @@ def shared_prefix_kv(
   _, ((key, value),) = decoder.run_layers(
       spec,
       params,
-      decoder.embed(spec, params, tokens, columns),
-      columns,
+      decoder.embed(spec, params, tokens, layout),
+      layout,
       start=0,
       stop=spec.layers,
       taps=(Tap('kv', every),),
   )
-  return KV(key, value, columns)
+  return KV(key, value, layout)
 
 
 def broadcast_prefix(kv: KV, context: Array) -> KV:
@@ -62,15 +62,15 @@ def broadcast_prefix(kv: KV, context: Array) -> KV:
   Returns:
     Keys and values of R rows.
   """
-  columns = jax.tree.map(lambda x: x[context], kv.columns)
-  return KV(kv.key[:, context], kv.value[:, context], columns)
+  layout = jax.tree.map(lambda x: x[context], kv.layout)
+  return KV(kv.key[:, context], kv.value[:, context], layout)
 
 
 def lower(
     spec: ModelSpec,
     params: Params,
     tokens: Array,
-    columns: TokenLayout | PackedSequences,
+    layout: TokenLayout | PackedSequences,
     layer: int,
     shared_prefix: KV | None = None,
 ) -> Array:
@@ -80,21 +80,23 @@ def lower(
     spec: the architecture.
     params: canonical parameters.
     tokens: [B, T] int32.
-    columns: [B, T] columns.
+    layout: [B, T] columns.
     layer: last layer to run.
     shared_prefix: keys and values of earlier columns, in all layers.
 
   Returns:
     [B, T, D] residual leaving `layer`.
   """
-  return _lower(spec, params, tokens, columns, layer=layer, shared_prefix=shared_prefix)[0]
+  return _lower(
+      spec, params, tokens, layout, layer=layer, shared_prefix=shared_prefix
+  )[0]
 
 
 def lower_parts(
     spec: ModelSpec,
     params: Params,
     tokens: Array,
-    columns: TokenLayout | PackedSequences,
+    layout: TokenLayout | PackedSequences,
     *,
     layer: int,
     shared_prefix: KV | None = None,
@@ -105,7 +107,7 @@ def lower_parts(
     spec: the architecture.
     params: canonical parameters.
     tokens: [B, T] int32.
-    columns: [B, T] columns.
+    layout: [B, T] columns.
     layer: last layer to run.
     shared_prefix: keys and values of earlier columns, in all layers.
 
@@ -114,7 +116,13 @@ def lower_parts(
   """
   taps = tuple(Tap(site, (layer,)) for site in ('attn', 'mlp'))
   h, (attn, mlp) = _lower(
-      spec, params, tokens, columns, layer=layer, shared_prefix=shared_prefix, taps=taps
+      spec,
+      params,
+      tokens,
+      layout,
+      layer=layer,
+      shared_prefix=shared_prefix,
+      taps=taps,
   )
   return h, (attn[0], mlp[0])
 
@@ -123,7 +131,7 @@ def _lower(
     spec: ModelSpec,
     params: Params,
     tokens: Array,
-    columns: TokenLayout | PackedSequences,
+    layout: TokenLayout | PackedSequences,
     *,
     layer: int,
     shared_prefix: KV | None,
@@ -131,12 +139,16 @@ def _lower(
 ) -> tuple[Array, tuple[Any, ...]]:
   """Runs layers 0 to `layer`; gives what the taps read as well."""
   if shared_prefix is not None:
-    shared_prefix = KV(shared_prefix.key[: layer + 1], shared_prefix.value[: layer + 1], shared_prefix.columns)
+    shared_prefix = KV(
+        shared_prefix.key[: layer + 1],
+        shared_prefix.value[: layer + 1],
+        shared_prefix.layout,
+    )
   return decoder.run_layers(
       spec,
       params,
-      decoder.embed(spec, params, tokens, columns),
-      columns,
+      decoder.embed(spec, params, tokens, layout),
+      layout,
       start=0,
       stop=layer + 1,
       prefix=shared_prefix,
@@ -148,7 +160,7 @@ def prefix_kv(
     spec: ModelSpec,
     params: Params,
     h: Array,
-    columns: TokenLayout | PackedSequences,
+    layout: TokenLayout | PackedSequences,
     layer: int,
     shared_prefix: KV | None = None,
 ) -> KV | None:
@@ -158,7 +170,7 @@ def prefix_kv(
     spec: the architecture.
     params: canonical parameters.
     h: [B, P, D] residual leaving `layer`, columns before the anchor only.
-    columns: [B, P] columns.
+    layout: [B, P] columns.
     layer: the edited layer.
     shared_prefix: keys and values of earlier columns, in all layers.
 
@@ -170,25 +182,29 @@ def prefix_kv(
   if not above:
     return None
   if shared_prefix is not None:
-    shared_prefix = KV(shared_prefix.key[layer + 1 :], shared_prefix.value[layer + 1 :], shared_prefix.columns)
+    shared_prefix = KV(
+        shared_prefix.key[layer + 1 :],
+        shared_prefix.value[layer + 1 :],
+        shared_prefix.layout,
+    )
   _, ((key, value),) = decoder.run_layers(
       spec,
       params,
       h,
-      columns,
+      layout,
       start=layer + 1,
       stop=spec.layers,
       prefix=shared_prefix,
       taps=(Tap('kv', above),),
   )
-  rows = columns.columns if isinstance(columns, PackedSequences) else columns
+  rows = layout.layout if isinstance(layout, PackedSequences) else layout
   if shared_prefix is None:
     return KV(key, value, rows)
   join = lambda x, y, axis: jnp.concatenate([x, y], axis=axis)
   return KV(
       join(shared_prefix.key, key, 3),
       join(shared_prefix.value, value, 3),
-      jax.tree.map(lambda x, y: join(x, y, 1), shared_prefix.columns, rows),
+      jax.tree.map(lambda x, y: join(x, y, 1), shared_prefix.layout, rows),
   )
 
 

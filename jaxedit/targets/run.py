@@ -49,7 +49,7 @@ class TargetCache(Protocol):
   def get(self, edit: EncodedEdit) -> Targets | None:
     """The states of an edit, if it was remembered."""
 
-  def remember(self, edit: EncodedEdit, targets: Targets) -> None:
+  def put(self, edit: EncodedEdit, targets: Targets) -> None:
     """Is told of the states of an edit as soon as they are found."""
 
 
@@ -145,13 +145,14 @@ def autoregressive(
     return targets, Work()
   plan = plan or plan_batches(spec, params, edits)
   begin = time.monotonic()
-  tokens, columns = packer.pack_shared_prefix(plan)
-  shared_prefix = _shared_prefix_kv(spec, params, tokens, columns)
+  tokens, layout = packer.pack_shared_prefix(plan)
+  shared_prefix = _shared_prefix_kv(spec, params, tokens, layout)
   jax.block_until_ready(shared_prefix)
   seconds = {'prefill': time.monotonic() - begin}
   total = Work(seconds=seconds, prepared=tokens.size)
   home = [
-      None if known else plan.batch_shape(edit) for edit, known in zip(edits, targets)
+      None if known else plan.shape_of(edit)
+      for edit, known in zip(edits, targets)
   ]
   objective = Objective(layer, config, output)
   stages = sum(e.stages for e, known in zip(edits, targets) if known is None)
@@ -161,7 +162,15 @@ def autoregressive(
       order = [i for i, where in enumerate(home) if where == number]
       run = None  # gives the last room's memory back
       if order:
-        run = Scheduler(spec, params, edits, plan, batch_shape=batch_shape, shared_prefix=shared_prefix, objective=objective)
+        run = Scheduler(
+            spec,
+            params,
+            edits,
+            plan,
+            batch_shape=batch_shape,
+            shared_prefix=shared_prefix,
+            objective=objective,
+        )
         found: dict[int, list[Result]] = {i: [] for i in order}
         for (i, _), result in run.results(order):
           found[i].append(result)
@@ -169,7 +178,7 @@ def autoregressive(
           if len(found[i]) == edits[i].stages:
             targets[i] = _targets(found.pop(i))
             if memory:
-              memory.remember(edits[i], targets[i])
+              memory.put(edits[i], targets[i])
         total += run.work()
   spent = time.monotonic() - begin
   seconds = {**total.seconds, 'optimize': spent - total.seconds['prefill']}

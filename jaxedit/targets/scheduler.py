@@ -32,10 +32,10 @@ from jaxedit.models.spec import ModelSpec
 from jaxedit.targets import engine
 from jaxedit.targets.state import (
     HalfOutputs,
-    PrefixCache,
-    Prefill,
-    TargetConfig,
     OptState,
+    Prefill,
+    PrefixCache,
+    TargetConfig,
 )
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import KV, Params
@@ -123,7 +123,11 @@ class Scheduler:
       objective: Objective,
   ):
     self._model, self._edits = (spec, params), edits
-    self._plan, self._batch_shape, self._shared_prefix = plan, batch_shape, shared_prefix
+    self._plan, self._batch_shape, self._shared_prefix = (
+        plan,
+        batch_shape,
+        shared_prefix,
+    )
     self._objective = objective
     self._chained = batch_shape.grow > 0
     self._exhausted = False
@@ -138,11 +142,19 @@ class Scheduler:
     self._prepare_seconds = 0.0
 
   def _empty(self) -> PrefixCache:
-    (spec, params), batch_shape, plan = self._model, self._batch_shape, self._plan
+    (spec, params), batch_shape, plan = (
+        self._model,
+        self._batch_shape,
+        self._plan,
+    )
     kept = blocks.stored(spec, params['embed']['embedding'].dtype)
     above = spec.layers - 1 - self._objective.layer
-    columns = plan.shared + batch_shape.prefix_shape[1] + batch_shape.grow if above else 1
-    shape = (above, batch_shape.slots, plan.rows, spec.kv_heads, columns)
+    layout = (
+        plan.shared + batch_shape.prefix_shape[1] + batch_shape.grow
+        if above
+        else 1
+    )
+    shape = (above, batch_shape.slots, plan.rows, spec.kv_heads, layout)
     make = lambda: jnp.zeros((*shape, spec.head_size), kept)
     wide = lambda *shape: jnp.zeros([*shape, spec.width], blocks.wide(kept))
     base, parts = wide(1, batch_shape.token_budget), None
@@ -156,7 +168,9 @@ class Scheduler:
       self, order: Sequence[int]
   ) -> Iterator[tuple[tuple[int, int], Result]]:
     """Optimises the edits named; yields ((edit, stage), result)."""
-    source = packer.pack_edits(self._edits, order, self._plan, self._batch_shape)
+    source = packer.pack_edits(
+        self._edits, order, self._plan, self._batch_shape
+    )
     while True:
       self._fill(source)
       if not self._assigned:
@@ -169,18 +183,24 @@ class Scheduler:
     """Goes on in the smallest room where the last edits fit."""
     if self._state is None:
       return
-    found, batch_shape, compacted = None, self._batch_shape, self._batch_shape.compacted
-    while compacted is not None and (fits := self._allocator.compact(compacted)):
+    found, batch_shape, compacted = (
+        None,
+        self._batch_shape,
+        self._batch_shape.compacted,
+    )
+    while compacted is not None and (
+        fits := self._allocator.compact(compacted)
+    ):
       found, batch_shape, compacted = fits, compacted, compacted.compacted
     if found is None:
       return
     self._bank()
     self._cache, self._state = engine.move(
-        self._cache, self._state, found.slots, found.token_budget
+        self._cache, self._state, found.slots, found.tokens
     )
     now = {int(old): new for new, old in enumerate(found.slots)}
     self._assigned = {now[slot]: who for slot, who in self._assigned.items()}
-    self._allocator, self._batch_shape = found.slots, batch_shape
+    self._allocator, self._batch_shape = found.allocator, batch_shape
     self._fresh = np.append(self._fresh, False)[found.slots]
 
   def _bank(self) -> None:
@@ -206,7 +226,9 @@ class Scheduler:
         self._take(slot, who, 0)
       # One tile more gives a choice of edits that may fit; a second would only
       # take memory.
-      elif len(self._waiting) >= self._batch_shape.prefill_shape[0] or not self._more(source):
+      elif len(self._waiting) >= self._batch_shape.prefill_shape[
+          0
+      ] or not self._more(source):
         return
 
   def _more(self, source: Iterator[PackedBatch]) -> bool:
@@ -243,7 +265,9 @@ class Scheduler:
       origin[c, :count] = packed[c, first : first + count]
     move = np.stack([origin.reshape(-1), places.reshape(-1)])
     if k == 0:
-      self._cache = engine.assign(self._cache, who.prefilled, slot, who.source, move)
+      self._cache = engine.assign(
+          self._cache, who.prefilled, slot, who.source, move
+      )
     else:
       self._cache = engine.assign_chunk(self._cache, who.prefilled, slot, move)
     # A tile's arrays are let go of as soon as nobody needs them.

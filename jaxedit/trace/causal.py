@@ -98,9 +98,9 @@ def _next(
     spec: ModelSpec, params: Params, ids: Any, valid: Any
 ) -> tuple[Any, Any]:
   """([G] most probable next token, [G] its log-probability)."""
-  columns = decoder.token_layout(valid)
-  h = decoder.embed(spec, params, ids, columns)
-  h, _ = decoder.run_layers(spec, params, h, columns, start=0, stop=spec.layers)
+  layout = decoder.token_layout(valid)
+  h = decoder.embed(spec, params, ids, layout)
+  h, _ = decoder.run_layers(spec, params, h, layout, start=0, stop=spec.layers)
   last = jnp.sum(valid, axis=1) - 1
   h = jnp.take_along_axis(h, last[:, None, None], axis=1)[:, 0]
   _, best = decoder.label_logprob(spec, params, h, jnp.zeros_like(last))
@@ -180,12 +180,12 @@ def _wanted(
     return [list(range(len(case.ids) - len(case.labels) + 1)) for case in cases]
   if len(tokens) != len(cases):
     raise ValueError(f'columns for {len(tokens)} of {len(cases)} cases')
-  wanted = [sorted(set(columns)) for columns in tokens]
-  for number, (case, columns) in enumerate(zip(cases, wanted)):
+  wanted = [sorted(set(layout)) for layout in tokens]
+  for number, (case, layout) in enumerate(zip(cases, wanted)):
     last = len(case.ids) - len(case.labels)
-    if columns and not 0 <= columns[0] <= columns[-1] <= last:
+    if layout and not 0 <= layout[0] <= layout[-1] <= last:
       raise ValueError(
-          f'case {number}: columns {columns}; those from 0 to {last} can be'
+          f'case {number}: columns {layout}; those from 0 to {last} can be'
           ' restored, the first scored one'
       )
   return wanted

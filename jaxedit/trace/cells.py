@@ -20,7 +20,14 @@ import flax
 import numpy as np
 
 from jaxedit.trace.kinds import Kind
-from jaxedit.types import PADDING, SHARED, Array, TokenLayout, OutputTokens, PackedSequences
+from jaxedit.types import (
+    PADDING,
+    SHARED,
+    Array,
+    OutputTokens,
+    PackedSequences,
+    TokenLayout,
+)
 
 
 class Cells(NamedTuple):
@@ -73,7 +80,7 @@ class PackedBatch:
     token: [R] int32 its first column t.
     stop: [R] int32 one past the last layer restored at t.
     rows: the columns from t on.
-    keep: the scored places.
+    outputs: the scored places.
     label: [K] int32 token scored there.
   """
 
@@ -82,7 +89,7 @@ class PackedBatch:
   token: Array
   stop: Array
   rows: PackedSequences
-  keep: OutputTokens
+  outputs: OutputTokens
   label: Array
 
 
@@ -105,8 +112,8 @@ def cells(
       [
           (windows[layer, 0], case, token, draw, layer, windows[layer, 1])
           for layer in range(layers)
-          for case, columns in enumerate(tokens)
-          for token in columns
+          for case, layout in enumerate(tokens)
+          for token in layout
           for draw in range(draws)
       ],
       np.int32,
@@ -211,11 +218,11 @@ def _tile(
   inside = column < length[:, None]
   start = np.cumsum(length) - length
   index = np.where(inside, start[:, None] + column, n).astype(np.int32)
-  columns = TokenLayout(
-      position=token[:, None] + column,
-      segment=np.where(inside, SHARED, PADDING).astype(np.int32),
+  layout = TokenLayout(
+      positions=token[:, None] + column,
+      segment_ids=np.where(inside, SHARED, PADDING).astype(np.int32),
   )
-  rows = PackedSequences(columns, index, *_places(index, n))
+  rows = PackedSequences(layout, index, *_places(index, n))
   wanted = [labels[case] for case in mine.case]
   count = pad([len(x) for x in wanted])
   label = np.zeros(size * shape.scored, np.int32)
@@ -226,7 +233,7 @@ def _tile(
       token=token,
       stop=pad(mine.stop),
       rows=rows,
-      keep=_kept(rows, length - count, count, shape),
+      outputs=_kept(rows, length - count, count, shape),
       label=label,
   )
 
@@ -262,8 +269,10 @@ def _kept(
   kept = np.full(inside.size, shape.places, np.int32)
   place = np.take_along_axis(rows.index, column, axis=1)
   kept[index[inside]] = place[inside]
-  columns = TokenLayout(
-      position=np.take_along_axis(rows.columns.position, column, axis=1),
-      segment=np.where(inside, SHARED, PADDING).astype(np.int32),
+  layout = TokenLayout(
+      positions=np.take_along_axis(rows.layout.positions, column, axis=1),
+      segment_ids=np.where(inside, SHARED, PADDING).astype(np.int32),
   )
-  return OutputTokens(kept, PackedSequences(columns, index, *_places(index, inside.size)))
+  return OutputTokens(
+      kept, PackedSequences(layout, index, *_places(index, inside.size))
+  )

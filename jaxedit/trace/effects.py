@@ -97,10 +97,10 @@ def average(
     layers = effect.shape[1]
     asked = ~np.isnan(effect).all(axis=1)
     length = len(effect) + 1 - len(result.labels)
-    for role, columns in zip(means, token_classes(length, *span)):
-      columns = [t for t in columns if asked[t]]
-      if columns:
-        role.append(effect[columns].mean(axis=0))
+    for role, layout in zip(means, token_classes(length, *span)):
+      layout = [t for t in layout if asked[t]]
+      if layout:
+        role.append(effect[layout].mean(axis=0))
   rows = [interval(np.reshape(role, (-1, layers))) for role in means]
   return Average(
       mean=np.stack([mean for mean, _ in rows]),

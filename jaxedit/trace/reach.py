@@ -175,7 +175,11 @@ def _reach(
 
 @functools.partial(jax.jit, static_argnames=('spec',))
 def _pushed(
-    spec: ModelSpec, params: Params, found: tail.Tables, tile: PackedBatch, push: Array
+    spec: ModelSpec,
+    params: Params,
+    found: tail.Tables,
+    tile: PackedBatch,
+    push: Array,
 ) -> Array:
   """[K] log-probability of the labels where first columns are pushed."""
   h = found.base['block'][tile.entry, tile.owner, tile.token]

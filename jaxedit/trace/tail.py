@@ -33,7 +33,7 @@ from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
 from jaxedit.trace.cells import PackedBatch
 from jaxedit.trace.kinds import Kind
-from jaxedit.types import PADDING, SHARED, Array, TokenLayout, Params, Tap
+from jaxedit.types import PADDING, SHARED, Array, Params, Tap, TokenLayout
 
 
 class How(NamedTuple):
@@ -122,27 +122,27 @@ def tables(
   """
   draws = noise.shape[1]
   layers = tuple(range(spec.layers))
-  columns = decoder.token_layout(valid)
+  layout = decoder.token_layout(valid)
   spread = lambda x: jnp.repeat(x, draws, axis=0)
   run = functools.partial(
       decoder.run_layers, spec, params, start=0, stop=spec.layers
   )
-  h = decoder.embed(spec, params, tokens, columns)
+  h = decoder.embed(spec, params, tokens, layout)
   score = functools.partial(_score, spec, params)
-  out, seen = run(h, columns, taps=[Tap(p, layers) for p in parts])
+  out, seen = run(h, layout, taps=[Tap(p, layers) for p in parts])
   clean, high = dict(zip(parts, seen)), score(out, scored, labels)
   noise = noise.reshape(-1, *noise.shape[2:]).astype(h.dtype)
   h = spread(h)
   if mode == 'set':  # of the residual, the token's own part
     noise = noise - spread(params['embed']['embedding'][tokens]).astype(h.dtype)
   h = jnp.where(spread(corrupted)[..., None], h + noise, h)
-  columns = jax.tree.map(spread, columns)
+  layout = jax.tree.map(spread, layout)
   taps = [Tap(p, layers) for p in (*parts, 'kv')]
-  out, (*seen, (key, value)) = run(h, columns, taps=taps)
+  out, (*seen, (key, value)) = run(h, layout, taps=taps)
   base, low = dict(zip(parts, seen)), score(out, spread(scored), spread(labels))
   entry = {}
   if entries:
-    entry['attn'] = _attend_clean(spec, params, h, columns, base, clean)
+    entry['attn'] = _attend_clean(spec, params, h, layout, base, clean)
   return Tables(clean, base, entry, key, value, high, low)
 
 
@@ -158,7 +158,7 @@ def _attend_clean(
     spec: ModelSpec,
     params: Params,
     h: Array,
-    columns: TokenLayout,
+    layout: TokenLayout,
     base: dict[str, Array],
     clean: dict[str, Array],
 ) -> Array:
@@ -175,7 +175,7 @@ def _attend_clean(
         spec,
         params,
         h,
-        columns,
+        layout,
         layer=layer,
         intervene=lambda site, x: wanted if site == 'attn' else x,
     )
@@ -212,7 +212,12 @@ def restored(
 
 @functools.partial(jax.jit, static_argnames=('spec', 'how'))
 def tails(
-    spec: ModelSpec, params: Params, found: Tables, tile: PackedBatch, *, how: How
+    spec: ModelSpec,
+    params: Params,
+    found: Tables,
+    tile: PackedBatch,
+    *,
+    how: How,
 ) -> Array:
   """Runs a tile of cells.
 
@@ -282,11 +287,11 @@ def run(
   h = jnp.where(head(rows.row, rows.column), pick(first, rows.row), h)[None]
   before = _before(tile, base.shape[2])
 
-  def layer(h: Array, number: Array, keep=None) -> Array:
+  def layer(h: Array, number: Array, outputs=None) -> Array:
     row, at = rows.row, rows.column
-    if keep is not None:
-      row = keep.rows.row
-      at = jnp.take(at, keep.index, mode='clip')
+    if outputs is not None:
+      row = outputs.rows.row
+      at = jnp.take(at, outputs.index, mode='clip')
 
     def intervene(site: str, x: Array) -> Array:
       if hold is None or site != hold[0]:
@@ -304,19 +309,19 @@ def run(
         layer=number,
         prefix=(*kv, before),
         intervene=intervene,
-        keep=keep,
+        outputs=outputs,
     )[0]
 
   h = jax.lax.fori_loop(tile.entry + 1, last, lambda i, h: layer(h, i), h)
-  h = layer(h, jnp.int32(last), tile.keep)
+  h = layer(h, jnp.int32(last), tile.outputs)
   return decoder.label_logprob(spec, params, h[0], tile.label)[0]
 
 
 def _before(tile: PackedBatch, width: int) -> TokenLayout:
   """The columns left of the first one, of the corrupted run."""
-  position = jnp.broadcast_to(jnp.arange(width), (len(tile.token), width))
-  seen = position < tile.token[:, None]
-  return TokenLayout(position, jnp.where(seen, SHARED, PADDING))
+  positions = jnp.broadcast_to(jnp.arange(width), (len(tile.token), width))
+  seen = positions < tile.token[:, None]
+  return TokenLayout(positions, jnp.where(seen, SHARED, PADDING))
 
 
 @functools.partial(jax.jit, static_argnames=('spec', 'part'))

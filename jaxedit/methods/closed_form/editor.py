@@ -30,8 +30,8 @@ from jaxedit.methods.base import (
 )
 from jaxedit.methods.closed_form.insertion import (
     Written,
+    all_states,
     insert,
-    whole,
 )
 from jaxedit.methods.closed_form.recipe import (
     Recipe,
@@ -68,7 +68,7 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
     The editor. Its `init(params, moments)` factors the metrics in f64, once; its
     `edit(params, state, edits, frame=None, memory=None, progress=silent)` takes
     what `text.encoding.encode_edits` or `text.passages.encode_passages` gives,
-    and the frame of the run it is part of; `edit_independent` also takes `owner`, [E]
+    and the frame of the run it is part of; `edit_independent` also takes `group`, [E]
     which independent group an edit belongs to (every edit alone unless given).
 
   Raises:
@@ -81,18 +81,22 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
 
   def init(params: Params, moments: Moments) -> State:
     del params
-    metrics = []
+    preconditioners = []
     with jax.enable_x64(True):
       for layer in recipe.layers:
         gram = jnp.asarray(moments.layer(layer), jnp.float64)
-        metric = jax.block_until_ready(_metric(recipe, gram, layer))
+        preconditioner = jax.block_until_ready(
+            _preconditioner(recipe, gram, layer)
+        )
         # Held by the host: at width 16,384 a layer's takes 2 GB of the device.
-        metrics.append(jax.tree.map(np.asarray, metric))
-    prior = None
-    if recipe.remember:
+        preconditioners.append(jax.tree.map(np.asarray, preconditioner))
+    preserved_before = None
+    if recipe.preserve_previous:
       width = moments.gram.shape[-1]
-      prior = (np.zeros((0, width), np.float32),) * len(recipe.layers)
-    return State(tuple(metrics), prior)
+      preserved_before = (np.zeros((0, width), np.float32),) * len(
+          recipe.layers
+      )
+    return State(tuple(preconditioners), preserved_before)
 
   def edit(params, state, edits, *, plan=None, memory=None, progress=silent):
     if not edits:
@@ -101,10 +105,10 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
     written = call.run(state, None)
     # What stopped being finite while it was written has zero rows.
     delta = _delta(recipe, written.changes, call.finite)
-    if state.prior is not None:
+    if state.preserved_before is not None:
       kept = (keys[written.active] for keys in written.keys)
-      joined = map(np.concatenate, zip(state.prior, kept))
-      state = state._replace(prior=tuple(joined))
+      joined = map(np.concatenate, zip(state.preserved_before, kept))
+      state = state._replace(preserved_before=tuple(joined))
     return Edited(deltas=(delta,)), state, call.info(written)
 
   def edit_independent(
@@ -112,12 +116,12 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
       state,
       edits,
       *,
-      owner=None,
+      group=None,
       plan=None,
       memory=None,
       progress=silent,
   ):
-    if recipe.keep < 1:
+    if recipe.rect_density < 1:
       raise InputError(
           f'{recipe.name}: a change of single entries has no factors, so edits'
           ' cannot be held side by side; edit them in one sequence'
@@ -125,9 +129,9 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
     if not edits:
       return Edited(), state, _nothing(spec, recipe)
     call = _Call(spec, params, recipe, edits, (plan, memory), progress)
-    owner = np.arange(len(edits)) if owner is None else np.asarray(owner)
-    written = call.run(state, owner)
-    groups = slice(0, int(owner.max()) + 1)
+    group = np.arange(len(edits)) if group is None else np.asarray(group)
+    written = call.run(state, group)
+    groups = slice(0, int(group.max()) + 1)
     key, value = (
         jnp.asarray(np.stack(x)[:, groups]) for x in zip(*written.changes)
     )
@@ -137,18 +141,18 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
   return Editor(init, edit, edit_independent)
 
 
-def _metric(recipe: Recipe, gram: jax.Array, layer: int) -> Any:
+def _preconditioner(recipe: Recipe, gram: jax.Array, layer: int) -> Any:
   """Factors the metric of a layer and checks it."""
   try:
-    metric = recipe.metric(gram)
+    preconditioner = recipe.preconditioner(gram)
   except ValueError as e:
     raise InputError(f'layer {layer}: {e}') from None
-  if not all(bool(jnp.all(jnp.isfinite(x))) for x in metric):
+  if not all(bool(jnp.all(jnp.isfinite(x))) for x in preconditioner):
     raise InputError(
         f'the second moments of layer {layer} are not positive definite;'
         ' collect more tokens (at least one a key dimension, better 20)'
     )
-  return metric
+  return preconditioner
 
 
 class _Call:
@@ -160,7 +164,7 @@ class _Call:
       params: Params,
       recipe: Recipe,
       edits: Sequence[EncodedEdit],
-      prepared: tuple[BatchPlan | None, targets_lib.Memory | None],
+      prepared: tuple[BatchPlan | None, targets_lib.TargetCache | None],
       progress: Progress,
   ):
     begin = time.monotonic()
@@ -170,7 +174,7 @@ class _Call:
     self._plan = plan or targets_lib.plan_batches(spec, params, edits)
     self._targets, self._work = self._optimize()
     self._edit = np.repeat(np.arange(len(edits)), [e.stages for e in edits])
-    self.finite = whole(self._edit, self._targets.finite)
+    self.finite = all_states(self._edit, self._targets.finite)
     self._seconds = {'optimize': time.monotonic() - begin}
 
   def _optimize(self) -> tuple[Targets, targets_lib.Work]:
@@ -190,7 +194,7 @@ class _Call:
     )
     return jax.tree.map(lambda *x: np.concatenate(x), *found), work
 
-  def run(self, state: State, owner: np.ndarray | None) -> Written:
+  def run(self, state: State, group: np.ndarray | None) -> Written:
     """Writes the states."""
     begin = time.monotonic()
     written = insert(
@@ -199,7 +203,7 @@ class _Call:
         self._edits,
         targets=self._targets,
         active=self.finite,
-        owner=owner,
+        group=group,
         plan=self._plan,
         progress=self._progress,
     )

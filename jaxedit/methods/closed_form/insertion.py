@@ -33,14 +33,14 @@ from jaxedit.methods.closed_form.recipe import (
     State,
 )
 from jaxedit.methods.closed_form.sweep import (
+    Keys,
     LayerDelta,
     LayerSweep,
-    Keys,
 )
 from jaxedit.methods.closed_form.systems import (
     Independent,
-    Rows,
     Joint,
+    Rows,
 )
 from jaxedit.models.spec import ModelSpec
 from jaxedit.solve.ridge import Factors
@@ -76,7 +76,7 @@ def insert(
     *,
     targets: Targets,
     active: np.ndarray,
-    owner: Sequence[int] | None = None,
+    group: Sequence[int] | None = None,
     plan: BatchPlan | None = None,
     progress: Progress = silent,
 ) -> Written:
@@ -90,7 +90,7 @@ def insert(
     edits: E edits.
     targets: their wanted states, all M.
     active: [M] bool, states to write; an edit is written whole or not at all.
-    owner: [E] independent group of an edit, for changes of their own a group;
+    group: [E] independent group of an edit, for changes of their own a group;
       None solves for all together.
     plan: static shapes, of these edits and others; chosen unless given.
     progress: progress display.
@@ -100,21 +100,21 @@ def insert(
   """
   plan = plan or plan_lib.plan_shapes(edits)
   states = sum(edit.stages for edit in edits)
-  if owner is None:
+  if group is None:
     systems: Any = Joint(plan, states)
   else:
-    systems = Independent(plan, edits, owner)
-  if owner is not None or recipe.texts:
+    systems = Independent(plan, edits, group)
+  if group is not None or recipe.texts:
     # Every group changes what contexts share in its own way, and every text
     # holds all of its own tokens.
-    plan = plan.apart()
+    plan = plan.independent()
   sweep = _Insertion(
-      LayerSweep(spec, params, recipe, edits, plan, owner=owner),
+      LayerSweep(spec, params, recipe, edits, plan, group=group),
       (params, recipe, state),
       edits,
       targets,
       active,
-      together=owner is None,
+      together=group is None,
   )
   with progress('insert', len(recipe.layers), 'layer') as advance:
     for layer in range(recipe.layers[0], recipe.layers[-1] + 1):
@@ -182,22 +182,28 @@ class _Insertion:
     recipe, dtype = self._recipe, self._targets.z.dtype
     i = recipe.layers.index(layer)
     found = self.rows.keys(layer)
-    share = recipe.spread(len(recipe.layers) - i)
+    share = recipe.layer_share(len(recipe.layers) - i)
     away = self.gap(self.rows.predicted(layer)) * share
     fine = np.isfinite(found.mean).all(1) & np.isfinite(away).all(1)
     self.active = all_states(self._edit, self.active & fine)
     self.keys.append(found.mean)
-    metric = i if recipe.shared_preconditioner is None else recipe.shared_preconditioner
-    rows, owner = self._rows(found, away, i)
+    preconditioner = (
+        i
+        if recipe.shared_preconditioner is None
+        else recipe.shared_preconditioner
+    )
+    rows, group = self._rows(found, away, i)
     with jax.enable_x64(True):
-      exact = systems.solve(self._state.metrics[metric], rows, owner, recipe)
-      if recipe.keep < 1:
+      exact = systems.solve(
+          self._state.preconditioners[preconditioner], rows, group, recipe
+      )
+      if recipe.rect_density < 1:
         kernel = self._params['layers']
         for name in (*recipe.site.split('/'), 'kernel'):
           kernel = kernel[name]
         if isinstance(exact, Factors):
           exact = exact.key.T @ exact.value
-        exact = rect(exact, kernel[layer], recipe.keep)
+        exact = rect(exact, kernel[layer], recipe.rect_density)
       delta = jax.tree.map(lambda x: np.asarray(x, dtype), exact)
     # Nothing of a singular system may reach the model.
     delta, sound = systems.sound(delta)
@@ -209,29 +215,31 @@ class _Insertion:
       self, found: Keys, away: np.ndarray, i: int
   ) -> tuple[Rows, np.ndarray]:
     """The system of a layer, and the edits that held keys belong to."""
-    held, live = found.held, np.zeros(0, bool)
-    if len(held):
-      live = np.isfinite(held).all(1)
+    preserved, live = found.preserved, np.zeros(0, bool)
+    if len(preserved):
+      live = np.isfinite(preserved).all(1)
       fine = np.zeros(int(self._edit.max()) + 1, bool)
       fine[self._edit[self.active]] = True
-      live &= fine[found.owner]
-    owner = found.owner
+      live &= fine[found.group]
+    group = found.group
     # Independent edits know nothing of earlier ones.
-    joint = self._state.prior is not None and self._together
-    if joint and len(self._state.prior[i]):
-      prior = self._state.prior[i]
-      held = np.concatenate([held, prior.astype(found.mean.dtype)])
-      live = np.append(live, np.ones(len(prior), bool))
+    joint = self._state.preserved_before is not None and self._together
+    if joint and len(self._state.preserved_before[i]):
+      preserved_before = self._state.preserved_before[i]
+      preserved = np.concatenate(
+          [preserved, preserved_before.astype(found.mean.dtype)]
+      )
+      live = np.append(live, np.ones(len(preserved_before), bool))
     constraint = None
-    if self._recipe.constraint == 'bare':
-      constraint = found.bare
-    some = len(held) > 0
+    if self._recipe.constraint == 'plain':
+      constraint = found.plain
+    some = len(preserved) > 0
     rows = Rows(
         found.mean,
         away,
         self.active,
         constraint,
-        held if some else None,
+        preserved if some else None,
         live if some else None,
     )
-    return rows, owner
+    return rows, group

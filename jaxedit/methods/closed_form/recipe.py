@@ -36,11 +36,11 @@ class Recipe:
   Attributes:
     name: the method's name, for reports.
     layers: layers to edit, ascending; z belongs to the last.
-    metric: (gram [F, F] average second moment) -> metric S.
+    preconditioner: (gram [F, F] average second moment) -> metric S.
     value: settings of the value optimisation.
     ridge: r in the closed form.
     single_edit_ridge: r of a system of one row and none held; None for `ridge`.
-    bare: weight of the bare prompt in the average of the keys; the other
+    plain: weight of the bare prompt in the average of the keys; the other
       contexts share the rest evenly. None for the same as any other.
     constraint: keys at which the change is held to R, 'same' as those it is
       written along or 'bare' for those of the bare prompt.
@@ -50,13 +50,13 @@ class Recipe:
       MLP's output) or 'attn+mlp' (the MLP's, optimised with the attention's).
     measured: where the present state is read, on the 'bare' prompt or as the
       'mean' over contexts.
-    spread: layers still to write, this one included -> share of the residual.
+    layer_share: layers still to write, this one included -> share of the residual.
     shared_preconditioner: index of the layer whose metric serves all; None for its own.
-    keep: share of a matrix's entries that are written, those of largest
+    rect_density: share of a matrix's entries that are written, those of largest
       relative change (RECT); 1 for all.
-    remember: keys of earlier batches are held as well, explicitly in the state.
+    preserve_previous: keys of earlier batches are held as well, explicitly in the state.
     chunks: how long targets are cut; None for one state a target.
-    held: with chunks, the other tokens of prompt and target are keys whose
+    preserved: with chunks, the other tokens of prompt and target are keys whose
       output stays as it is.
     site: the edited linear map.
     anchor: the edited token, 'subject_last' or 'prompt_last'.
@@ -64,38 +64,38 @@ class Recipe:
 
   name: str
   layers: tuple[int, ...]
-  metric: Callable[[Array], Preconditioner]
+  preconditioner: Callable[[Array], Preconditioner]
   value: targets_lib.TargetConfig
   ridge: float = 1.0
   single_edit_ridge: float | None = None
-  bare: float | None = 0.5
+  plain: float | None = 0.5
   constraint: str = 'same'
   activations: str = 'float32'
   output: str = 'block'
-  measured: str = 'bare'
-  spread: Callable[[int], float] = even
+  measured: str = 'plain'
+  layer_share: Callable[[int], float] = even
   shared_preconditioner: int | None = None
-  keep: float = 1.0
-  remember: bool = False
+  rect_density: float = 1.0
+  preserve_previous: bool = False
   chunks: Chunking | None = None
-  held: bool = True
+  preserved: bool = True
   site: str = 'mlp/down'
   anchor: str = 'subject_last'
 
   @property
   def texts(self) -> bool:
     """Whether whole texts are run, for the keys that are held."""
-    return self.chunks is not None and self.held
+    return self.chunks is not None and self.preserved
 
   def weight(self, contexts: int) -> float:
     """Weight of the bare prompt among that many contexts."""
     if contexts == 1:
       return 1.0
-    return 1 / contexts if self.bare is None else self.bare
+    return 1 / contexts if self.plain is None else self.plain
 
-  def ridge_of(self, rows: int, held: int = 0) -> float:
+  def ridge_of(self, rows: int, preserved: int = 0) -> float:
     """r of a system with that many rows and held rows."""
-    lone = rows == 1 and not held and self.single_edit_ridge is not None
+    lone = rows == 1 and not preserved and self.single_edit_ridge is not None
     return self.single_edit_ridge if lone else self.ridge
 
 
@@ -103,13 +103,13 @@ class State(NamedTuple):
   """What a closed-form editor keeps, by edited layer.
 
   Attributes:
-    metrics: factored metrics, f64.
-    prior: keys of earlier batches [P, F] that are held; None where the method
+    preconditioners: factored metrics, f64.
+    preserved_before: keys of earlier batches [P, F] that are held; None where the method
       does not remember.
   """
 
-  metrics: tuple[Preconditioner, ...]
-  prior: tuple[np.ndarray, ...] | None = None
+  preconditioners: tuple[Preconditioner, ...]
+  preserved_before: tuple[np.ndarray, ...] | None = None
 
 
 def check_layers(spec: ModelSpec, layers: Sequence[int]) -> None:

@@ -30,7 +30,7 @@ class Segments(NamedTuple):
 
 
 @jax.jit
-def fold(part: Array, index: Array) -> Array:
+def segment_sum(part: Array, index: Array) -> Array:
   """Sums anchors [R, K, .] by state, always in the same order; gives [L, .].
 
   Rows are picked, not weighed: what is not finite stays where it is.
@@ -39,7 +39,7 @@ def fold(part: Array, index: Array) -> Array:
   return rows.at[index].get(mode='fill', fill_value=0).sum(1)
 
 
-def find(number: np.ndarray, contexts: int) -> Segments:
+def find_segments(number: np.ndarray, contexts: int) -> Segments:
   """Finds the anchors of every state of a tile.
 
   Args:
@@ -63,7 +63,7 @@ def find(number: np.ndarray, contexts: int) -> Segments:
   return Segments(states, index)
 
 
-def ahead(parts: Iterator[Array]) -> Iterator[Array]:
+def one_ahead(parts: Iterator[Array]) -> Iterator[Array]:
   """Yields each while the device is at work on the next."""
   last = next(parts, None)
   for part in parts:

@@ -31,7 +31,7 @@ from jaxedit.models.blocks import stored, wide
 from jaxedit.models.spec import ModelSpec
 from jaxedit.solve.ridge import Factors
 from jaxedit.text.encoding import EncodedEdit
-from jaxedit.types import KV, Array, TokenLayout, Params, PackedSequences, Tap
+from jaxedit.types import KV, Array, PackedSequences, Params, Tap, TokenLayout
 
 # A layer's change: factors, or one matrix [F, D].
 LayerDelta = Factors | Array
@@ -44,16 +44,16 @@ class Keys(NamedTuple):
   """Inputs of the edited map in one layer.
 
   Attributes:
-    bare: [M, F] at the anchors of the bare prompts.
+    plain: [M, F] at the anchors of the bare prompts.
     mean: [M, F] average over contexts.
-    held: [P, F] at the other tokens of the texts.
-    owner: [P] edit that a held key belongs to.
+    preserved: [P, F] at the other tokens of the texts.
+    group: [P] edit that a held key belongs to.
   """
 
-  bare: np.ndarray
+  plain: np.ndarray
   mean: np.ndarray
-  held: np.ndarray
-  owner: np.ndarray
+  preserved: np.ndarray
+  group: np.ndarray
 
 
 class _AtMlp(NamedTuple):
@@ -67,7 +67,7 @@ class _SharedPrefix(NamedTuple):
   """What the contexts share, on its way up."""
 
   at: Array | _AtMlp  # [B, s, D]
-  columns: TokenLayout  # [B, s]
+  layout: TokenLayout  # [B, s]
   kv: tuple[Array, Array] | None = None  # of the layer at hand, [B, G, s, H]
 
 
@@ -76,15 +76,19 @@ def _prefix(
 ) -> tuple[Array, Array, TokenLayout]:
   """Keys and values that a tile's rows have before them in one layer."""
   pick = lambda x: x[batch.context]
-  return pick(kv[0]), pick(kv[1]), jax.tree.map(pick, shared_prefix.columns)
+  return pick(kv[0]), pick(kv[1]), jax.tree.map(pick, shared_prefix.layout)
 
 
 @functools.partial(jax.jit, static_argnames=('spec', 'layer'))
 def _enter_shared_prefix(
-    spec: ModelSpec, params: Params, tokens: Array, columns: TokenLayout, layer: int
+    spec: ModelSpec,
+    params: Params,
+    tokens: Array,
+    layout: TokenLayout,
+    layer: int,
 ) -> tuple[Array, KV | None]:
   """Runs the trunk as far as the first edited layer."""
-  h = decoder.embed(spec, params, tokens, columns)
+  h = decoder.embed(spec, params, tokens, layout)
   below = tuple(range(layer))
   if not below:
     return h, None
@@ -92,22 +96,26 @@ def _enter_shared_prefix(
       spec,
       params,
       h,
-      columns,
+      layout,
       start=0,
       stop=layer,
       taps=(Tap('kv', below),),
   )
-  return h, KV(key, value, columns)
+  return h, KV(key, value, layout)
 
 
 @functools.partial(jax.jit, static_argnames=('spec', 'layer'))
 def _enter(
-    spec: ModelSpec, params: Params, kv: KV | None, batch: PackedBatch, layer: int
+    spec: ModelSpec,
+    params: Params,
+    kv: KV | None,
+    batch: PackedBatch,
+    layer: int,
 ) -> Array:
   """Runs a tile as far as the first edited layer; `kv` is its trunk's."""
   h = decoder.embed(spec, params, batch.tokens, batch.rows)
   if kv is not None:
-    kv = targets_lib.spread(kv, batch.context)
+    kv = targets_lib.broadcast_prefix(kv, batch.context)
   return decoder.run_layers(
       spec, params, h, batch.rows, start=0, stop=layer, prefix=kv
   )[0]
@@ -115,11 +123,15 @@ def _enter(
 
 @functools.partial(jax.jit, static_argnames='spec')
 def _shared_prefix_to_mlp(
-    spec: ModelSpec, params: Params, shared_prefix: _SharedPrefix, *, layer: Array
+    spec: ModelSpec,
+    params: Params,
+    shared_prefix: _SharedPrefix,
+    *,
+    layer: Array,
 ) -> _SharedPrefix:
   """Takes the trunk to the MLP of a layer."""
   h, x, kv = decoder.attention_half(
-      spec, params, shared_prefix.at, shared_prefix.columns, layer=layer
+      spec, params, shared_prefix.at, shared_prefix.layout, layer=layer
   )
   return shared_prefix._replace(at=_AtMlp(h, x), kv=kv)
 
@@ -167,7 +179,9 @@ def _read_keys(
   return key.astype(wide(key.dtype))
 
 
-def _deltas(site: str, delta: LayerDelta | None) -> dict[str, tuple[Array, ...]]:
+def _deltas(
+    site: str, delta: LayerDelta | None
+) -> dict[str, tuple[Array, ...]]:
   """A change as blocks take it."""
   if delta is None:
     return {}
@@ -223,7 +237,11 @@ def _predict_final(
     prefix = None
     if base is not None:
       h, x, kv = decoder.attention_half(
-          spec, params, through_mlp(base, layer), shared_prefix.columns, layer=layer + 1
+          spec,
+          params,
+          through_mlp(base, layer),
+          shared_prefix.layout,
+          layer=layer + 1,
       )
       base = _AtMlp(h, x.astype(base.x.dtype))
       prefix = _prefix(shared_prefix, kv, batch)
@@ -278,7 +296,7 @@ class LayerSweep:
       edits: Sequence[EncodedEdit],
       plan: BatchPlan,
       *,
-      owner: Sequence[int] | None = None,
+      group: Sequence[int] | None = None,
   ):
     """Takes all rows to the first edited layer.
 
@@ -288,27 +306,30 @@ class LayerSweep:
       recipe: the method.
       edits: E edits.
       plan: of the run.
-      owner: [E] which change an edit is under, where changes have a row axis.
+      group: [E] which change an edit is under, where changes have a row axis.
     """
     self._model, self._recipe = (spec, params), recipe
     self._contexts, self._text = plan.contexts, recipe.texts
-    self._owner = None if owner is None else np.asarray(owner)
+    self._owner = None if group is None else np.asarray(group)
     self._stages = np.array([edit.stages for edit in edits])
     self._first = np.cumsum(self._stages) - self._stages
     self._sides = tuple(
-        list(packer.pack_prompts(edits, plan, bare=bare, text=self._text))
-        for bare in (True, False)
+        list(packer.pack_prompts(edits, plan, plain=plain, text=self._text))
+        for plain in (True, False)
     )
     self._segments = tuple(
-        [segment_sum.find(self._numbers(batch), each) for batch in side]
+        [
+            segment_sum.find_segments(self._numbers(batch), each)
+            for batch in side
+        ]
         for side, each in zip(self._sides, (1, plan.contexts - 1))
     )
     first = recipe.layers[0]
-    tokens, columns = packer.pack_shared_prefix(plan)
+    tokens, layout = packer.pack_shared_prefix(plan)
     self._shared_prefix, kv = None, None
     if tokens.shape[1]:
-      h, kv = _enter_shared_prefix(spec, params, tokens, columns, layer=first)
-      self._shared_prefix = _SharedPrefix(h, columns)
+      h, kv = _enter_shared_prefix(spec, params, tokens, layout, layer=first)
+      self._shared_prefix = _SharedPrefix(h, layout)
     batch_shape = _resident_bytes()
     self._at: list[list[Any]] = [[], []]
     self._offloaded: list[list[bool]] = [[], []]  # who waits on the host
@@ -345,7 +366,8 @@ class LayerSweep:
     """Averages what anchors hold [R, K, .] over the contexts of a side."""
     total, mine = None, self._segments[side]
     found = (
-        segment_sum.segment_sum(part, one.index) for part, one in zip(parts, mine)
+        segment_sum.segment_sum(part, one.index)
+        for part, one in zip(parts, mine)
     )
     for part, one in zip(segment_sum.one_ahead(found), mine):
       part = np.asarray(part)
@@ -354,16 +376,22 @@ class LayerSweep:
       total[one.states] += part[: len(one.states)]
     return total / (1 if side == 0 else self._contexts - 1)
 
-  def _mean(self, bare: np.ndarray, others: np.ndarray | None, weight: float):
-    return bare if others is None else weight * bare + (1 - weight) * others
+  def _mean(self, plain: np.ndarray, others: np.ndarray | None, weight: float):
+    return plain if others is None else weight * plain + (1 - weight) * others
 
   def to_mlp(self, layer: int) -> None:
     """Takes all rows to the MLP of a layer."""
     if self._shared_prefix is not None:
-      self._shared_prefix = _shared_prefix_to_mlp(*self._model, self._shared_prefix, layer=layer)
+      self._shared_prefix = _shared_prefix_to_mlp(
+          *self._model, self._shared_prefix, layer=layer
+      )
     for side, t, batch in self._each():
       at_mlp = _to_mlp(
-          *self._model, self._at[side][t], batch, self._shared_prefix, layer=layer
+          *self._model,
+          self._at[side][t],
+          batch,
+          self._shared_prefix,
+          layer=layer,
       )
       self._keep(side, t, at_mlp)
 
@@ -372,7 +400,7 @@ class LayerSweep:
     read = functools.partial(
         _read_keys, *self._model, layer=layer, site=self._recipe.site
     )
-    held: list[tuple[np.ndarray, np.ndarray]] = []
+    preserved: list[tuple[np.ndarray, np.ndarray]] = []
 
     def at_anchors(side: int) -> Iterator[Array]:
       # A tile at a time: the keys of all contexts would fill the memory.
@@ -384,16 +412,18 @@ class LayerSweep:
         every = read(at, None)
         rest = batch.rows.row < len(batch.edit)
         rest[batch.anchor[self._numbers(batch) >= 0]] = False
-        held.append((np.asarray(every)[rest], batch.edit[batch.rows.row[rest]]))
+        preserved.append(
+            (np.asarray(every)[rest], batch.edit[batch.rows.row[rest]])
+        )
         yield _at(every[None], batch.anchor)
 
-    bare = self._gather(0, at_anchors(0))
+    plain = self._gather(0, at_anchors(0))
     others = self._gather(1, at_anchors(1)) if self._sides[1] else None
     weight = self._recipe.weight(self._contexts)
-    mean = self._mean(bare, others, weight)
-    if not held:
-      return Keys(bare, mean, bare[:0], np.zeros(0, np.int32))
-    return Keys(bare, mean, *(np.concatenate(x) for x in zip(*held)))
+    mean = self._mean(plain, others, weight)
+    if not preserved:
+      return Keys(plain, mean, plain[:0], np.zeros(0, np.int32))
+    return Keys(plain, mean, *(np.concatenate(x) for x in zip(*preserved)))
 
   def predicted(self, layer: int) -> np.ndarray:
     """States of the last edited layer as things stand, [M, D]."""
@@ -430,13 +460,15 @@ class LayerSweep:
             output=recipe.output,
         )
 
-    bare = self._gather(0, measured(0))
-    if recipe.measured == 'bare' or not self._sides[1]:
-      return bare
+    plain = self._gather(0, measured(0))
+    if recipe.measured == 'plain' or not self._sides[1]:
+      return plain
     others = self._gather(1, measured(1))
-    return self._mean(bare, others, 1 / self._contexts)
+    return self._mean(plain, others, 1 / self._contexts)
 
-  def _own(self, delta: LayerDelta | None, batch: PackedBatch) -> LayerDelta | None:
+  def _own(
+      self, delta: LayerDelta | None, batch: PackedBatch
+  ) -> LayerDelta | None:
     """The change that each row of a tile is under."""
     if self._owner is None or delta is None:
       return delta
@@ -450,7 +482,7 @@ class LayerSweep:
     )
     if self._shared_prefix is not None:
       h = put(*self._shared_prefix.at, None, delta=delta)
-      self._shared_prefix = _SharedPrefix(h, self._shared_prefix.columns)
+      self._shared_prefix = _SharedPrefix(h, self._shared_prefix.layout)
     for side, t, batch in self._each():
       own = self._own(delta, batch)
       self._keep(side, t, put(*self._at[side][t], batch.rows, delta=own))

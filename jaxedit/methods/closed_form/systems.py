@@ -21,7 +21,7 @@ import numpy as np
 from jaxedit.batching.buckets import round_up
 from jaxedit.batching.plan import BatchPlan
 from jaxedit.methods.closed_form.recipe import Recipe
-from jaxedit.methods.closed_form.sweep import Change
+from jaxedit.methods.closed_form.sweep import LayerDelta
 from jaxedit.solve.preconditioner import Preconditioner
 from jaxedit.solve.ridge import Factors, ridge_dense, ridge_update
 from jaxedit.text.encoding import (
@@ -40,7 +40,7 @@ class Rows(NamedTuple):
   residuals: np.ndarray  # [M, D]
   active: np.ndarray  # [M] bool
   constraint: np.ndarray | None  # [M, F]
-  held: np.ndarray | None  # [P, F]
+  preserved: np.ndarray | None  # [P, F]
   preserved_active: np.ndarray | None  # [P] bool
 
 
@@ -50,19 +50,27 @@ def pays(rows: int, keys: int, width: int) -> bool:
 
 
 @jax.jit
-def _solve_factors(metric: Preconditioner, rows: Rows, ridge: Array) -> Factors:
-  return ridge_update(metric, **_named(rows), ridge=ridge)
+def _solve_factors(
+    preconditioner: Preconditioner, rows: Rows, ridge: Array
+) -> Factors:
+  return ridge_update(preconditioner, **_named(rows), ridge=ridge)
 
 
 @jax.jit
-def _solve_dense(metric: Preconditioner, rows: Rows, ridge: Array) -> Array:
-  return ridge_dense(metric, **_named(rows), ridge=ridge)
+def _solve_dense(
+    preconditioner: Preconditioner, rows: Rows, ridge: Array
+) -> Array:
+  return ridge_dense(preconditioner, **_named(rows), ridge=ridge)
 
 
 @jax.jit
-def _solve_groups(metric: Preconditioner, rows: Rows, ridge: Array) -> Factors:
+def _solve_groups(
+    preconditioner: Preconditioner, rows: Rows, ridge: Array
+) -> Factors:
   """Solves systems that know nothing of each other, [G, m, .]."""
-  one = lambda rows, ridge: ridge_update(metric, **_named(rows), ridge=ridge)
+  one = lambda rows, ridge: ridge_update(
+      preconditioner, **_named(rows), ridge=ridge
+  )
   return jax.vmap(one)(rows, ridge)
 
 
@@ -79,29 +87,31 @@ class Joint:
 
   def solve(
       self,
-      metric: Preconditioner,
+      preconditioner: Preconditioner,
       rows: Rows,
-      owner: np.ndarray,
+      group: np.ndarray,
       recipe: Recipe,
-  ) -> Change:
-    """Solves for one change of a layer; `owner` is not asked."""
-    del owner
+  ) -> LayerDelta:
+    """Solves for one change of a layer; `group` is not asked."""
+    del group
     full = self._rows
-    held = 0 if rows.held is None else len(rows.held)
+    preserved = 0 if rows.preserved is None else len(rows.preserved)
     # Rows that take no part have no say in the ridge.
     sizes = [
-        int(x.sum()) for x in (rows.active, rows.preserved_active) if x is not None
+        int(x.sum())
+        for x in (rows.active, rows.preserved_active)
+        if x is not None
     ]
     dense = not pays(full, rows.keys.shape[1], rows.residuals.shape[1])
     put = lambda x: None if x is None else _pad(x, full)
-    batch_shape = _batch_shape(held)
+    batch_shape = _batch_shape(preserved)
     hold = lambda x: None if x is None else _pad(x, batch_shape)
     rows = Rows(*map(put, rows[:4]), *map(hold, rows[4:]))
     solve = _solve_dense if dense else _solve_factors
     ridge = recipe.ridge_of(*sizes)
-    return solve(metric, jax.tree.map(jnp.asarray, rows), ridge)
+    return solve(preconditioner, jax.tree.map(jnp.asarray, rows), ridge)
 
-  def sound(self, change: Change) -> tuple[Change, np.ndarray]:
+  def sound(self, change: LayerDelta) -> tuple[LayerDelta, np.ndarray]:
     """The change, or none if it is not finite, and the states it serves."""
     fine = all(np.isfinite(x).all() for x in jax.tree.leaves(change))
     if not fine:
@@ -121,34 +131,38 @@ class Independent:
 
   def solve(
       self,
-      metric: Preconditioner,
+      preconditioner: Preconditioner,
       rows: Rows,
-      owner: np.ndarray,
+      group: np.ndarray,
       recipe: Recipe,
   ) -> Factors:
-    """Solves for the changes of all groups; `owner` [P] is a held key's edit."""
-    index, held = self._index, None
+    """Solves for the changes of all groups; `group` [P] is a held key's edit."""
+    index, preserved = self._index, None
     sizes = [np.bincount(self._number, rows.active, self._groups)]
-    if rows.held is not None:
-      mine = self._group[owner]
+    if rows.preserved is not None:
+      mine = self._group[group]
       sizes.append(np.bincount(mine, rows.preserved_active, self._groups))
-      held = _members(mine, self._groups, 1)
-      idle = _batch_shape(held.shape[1]) - held.shape[1]
-      held = np.pad(held, [(0, 0), (0, idle)], constant_values=-1)
+      preserved = _members(mine, self._groups, 1)
+      idle = _batch_shape(preserved.shape[1]) - preserved.shape[1]
+      preserved = np.pad(preserved, [(0, 0), (0, idle)], constant_values=-1)
     ridge = [recipe.ridge_of(*map(int, some)) for some in zip(*sizes)]
     ridge = np.array(ridge, np.float64)
-    size = index.shape[1] + (0 if held is None else held.shape[1])
+    size = index.shape[1] + (0 if preserved is None else preserved.shape[1])
     step = max(1, _GROUP_BYTES // (32 * size * rows.keys.shape[1]))
     step = min(step, self._most)
-    metric = jax.tree.map(jnp.asarray, metric)  # to the device once
+    preconditioner = jax.tree.map(
+        jnp.asarray, preconditioner
+    )  # to the device once
     found = []
     for at in range(0, self._groups, step):
       # The last systems stand idle where there are no more groups.
       cut = lambda x: _fill(x[at : at + step], step)  # pylint: disable=cell-var-from-loop
-      part = _take(rows, cut(index), None if held is None else cut(held))
+      part = _take(
+          rows, cut(index), None if preserved is None else cut(preserved)
+      )
       part = jax.tree.map(jnp.asarray, part)
       shares = np.resize(ridge[at : at + step], step)
-      solved = _solve_groups(metric, part, jnp.asarray(shares))
+      solved = _solve_groups(preconditioner, part, jnp.asarray(shares))
       found.append(jax.tree.map(np.asarray, solved))
     return Factors(*(np.concatenate(x)[: self._groups] for x in zip(*found)))
 
@@ -175,7 +189,7 @@ def _members(group: np.ndarray, groups: int, least: int) -> np.ndarray:
   return index
 
 
-def _take(rows: Rows, index: np.ndarray, held: np.ndarray | None) -> Rows:
+def _take(rows: Rows, index: np.ndarray, preserved: np.ndarray | None) -> Rows:
   """The rows of groups, [G, m, .]; idle where there is none."""
 
   def pick(x: np.ndarray | None, index: np.ndarray) -> np.ndarray | None:
@@ -186,15 +200,15 @@ def _take(rows: Rows, index: np.ndarray, held: np.ndarray | None) -> Rows:
     return np.where(none, np.zeros((), x.dtype), some)
 
   first = (pick(x, index) for x in rows[:4])
-  if held is None:
+  if preserved is None:
     return Rows(*first, None, None)
-  return Rows(*first, *(pick(x, held) for x in rows[4:]))
+  return Rows(*first, *(pick(x, preserved) for x in rows[4:]))
 
 
 def _pad(x: np.ndarray, rows: int) -> np.ndarray:
   return np.pad(x, [(0, rows - len(x)), *[(0, 0)] * (x.ndim - 1)])
 
 
-def _batch_shape(held: int) -> int:
+def _batch_shape(preserved: int) -> int:
   """Held rows to compile for, so that a few more do not compile anew."""
-  return round_up(held) if held else 0
+  return round_up(preserved) if preserved else 0
