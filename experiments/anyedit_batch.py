@@ -458,11 +458,15 @@ def _judge(bench: workbench.Workbench) -> job.Judge:
       encoder=_encoder(),
       decoding=_decoding(),
       max_new_tokens=FLAGS.max_new_tokens,
-      batch_size=FLAGS.eval_batch_size,
       progress=common.progress_bar,
       **words,
   )
-  return functools.partial(judging.judge, evaluate=evaluate, seed=FLAGS.seed)
+  return functools.partial(
+      judging.judge,
+      evaluate=evaluate,
+      seed=FLAGS.seed,
+      batch_size=FLAGS.eval_batch_size,
+  )
 
 
 def _protocol(bench: workbench.Workbench) -> dict[str, Any]:

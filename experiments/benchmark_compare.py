@@ -33,7 +33,7 @@ from experiments.benchmark_setup import Setup
 from experiments.benchmark_stages import Stage, dtype_of
 from jaxedit import targets as targets_lib
 from jaxedit.methods import closed_form
-from jaxedit.solve.ridge import Factors
+from jaxedit.solve.ridge import LowRankUpdate
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import Progress, Targets
 
@@ -275,14 +275,14 @@ def _insert(
   seconds = time.perf_counter() - begin
   if not setup.apart:
     return list(map(_matrix, solved)), seconds
-  one = lambda change, group: Factors(*(x[group] for x in change))
+  one = lambda change, group: LowRankUpdate(*(x[group] for x in change))
   changes = [_matrix(one(x, group)) for group in range(count) for x in solved]
   return changes, seconds
 
 
 def _matrix(change: Any) -> np.ndarray:
   """A change as [F, D] float64, whether it is factors or a matrix."""
-  if isinstance(change, Factors):
+  if isinstance(change, LowRankUpdate):
     key, value = (np.asarray(x, np.float64) for x in change)
     return key.T @ value
   return np.asarray(change, np.float64)

@@ -12,15 +12,21 @@ from collections.abc import Sequence
 from experiments import benchmark_passages, costs
 from experiments.benchmark_setup import Setup
 from experiments.benchmark_stages import (
-    Stage,
-    dtype_of,
-    itemsize,
-    peak_bytes,
-    timed,
+  Stage,
+  dtype_of,
+  itemsize,
+  peak_bytes,
+  timed,
 )
 from jaxedit import edited as edited_lib
+from jaxedit.deltas import (
+  Edited,
+)
 from jaxedit.eval import answers, scoring
-from jaxedit.types import Edited, Progress, Record
+from jaxedit.types import (
+  Progress,
+  Record,
+)
 
 
 def items(records: Sequence[Record]) -> list[tuple[str, tuple[str, ...]]]:
@@ -48,8 +54,8 @@ class Evaluation:
   def __init__(self, setup: Setup, batch_size: int):
     self._setup, self._batch = setup, batch_size
     spec = setup.model.spec
-    self._rows = scoring.encode_rows(setup.tokenizer, items(setup.records))
-    tokens = sum(row.columns for row in self._rows)
+    self._rows = scoring.encode_queries(setup.tokenizer, items(setup.records))
+    tokens = sum(row.tokens for row in self._rows)
     scored = sum(row.scored for row in self._rows)
     self.stage = Stage('evaluate', 'edit', len(setup.edits))
     self.stage.flops = {
@@ -62,18 +68,11 @@ class Evaluation:
 
   def __call__(self, edited: Edited, progress: Progress) -> None:
     """Scores all rows under a change, and times it."""
-    spec, params = self._setup.model.spec, self._setup.model.params
     whole = Edited(deltas=tuple(map(edited_lib.compact, edited.deltas)))
-    _, seconds = timed(
-        lambda: scoring.score(
-            spec,
-            params,
-            whole,
-            self._rows,
-            batch_size=self._batch,
-            progress=progress,
-        )
+    lm = edited_lib.open_model(
+        self._setup.model, whole, batch_size=self._batch
     )
+    _, seconds = timed(lambda: lm.score(self._rows, progress=progress))
     self.stage.seconds.append(seconds)
     self.stage.peak = peak_bytes()
 
@@ -97,18 +96,16 @@ class Answers:
 
   def __call__(self, edited: Edited, progress: Progress) -> None:
     """Lets every changed model answer its own question, and times it."""
-    edits, model = self._setup.edits, self._setup.model
+    edits = self._setup.edits
+    lm = edited_lib.open_model(
+        self._setup.model, edited, batch_size=self._batch
+    )
     texts, seconds = timed(
-        lambda: answers.continuations(
-            model.spec,
-            model.params,
-            Edited(),
+        lambda: lm.generate(
             [edit.rows[0].tolist() for edit in edits],
-            stop=self._stop,
             max_new_tokens=self._most,
-            stack=edited,
-            owner=range(len(edits)),
-            batch_size=self._batch,
+            stop_ids=self._stop,
+            edit_ids=range(len(edits)),
             progress=progress,
         )
     )

@@ -27,13 +27,20 @@ from experiments import benchmark_lengths, costs
 from experiments.benchmark_setup import Setup
 from jaxedit import edited as edited_lib
 from jaxedit.batching.plan import BatchPlan
+from jaxedit.deltas import (
+  Edited,
+  LowRank,
+)
 from jaxedit.methods.base import (
-    Editor,
-    Info,
+  Editor,
+  Info,
 )
 from jaxedit.stats import moments as moments_lib
 from jaxedit.stats import packing
-from jaxedit.types import SHARED, Edited, LowRank, Progress
+from jaxedit.types import (
+  SHARED,
+  Progress,
+)
 
 # TokenLayout of the products that give the ceiling.
 _SIZES = {'cpu': 2048, 'gpu': 8192, 'tpu': 8192}

@@ -19,13 +19,20 @@ import numpy as np
 
 from experiments.workbench import Workbench
 from jaxedit import edited as edited_lib
+from jaxedit.deltas import (
+  Dense,
+  Edited,
+)
 from jaxedit.methods.base import (
-    Editor,
-    Info,
+  Editor,
+  Info,
 )
 from jaxedit.models import saving
 from jaxedit.solve import shaping
-from jaxedit.types import Dense, Edited, InputError, LowRank, Progress
+from jaxedit.types import (
+  InputError,
+  Progress,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,19 +120,7 @@ def edit_apart(
     edits.append(edited)
     infos.append(info)
   owner = tuple(b for b, some in enumerate(bench.batches()) for _ in some)
-  return Outcome(edited_lib.stack(_even(edits)), owner, _join(infos))
-
-
-def _even(edits: Sequence[Edited]) -> list[Edited]:
-  """Fills factors with zero rows, so that batches of any size stack."""
-  ranks = [d.key.shape[1] for e in edits for d in e.deltas if _low_rank(d)]
-  grow = lambda x: jnp.pad(x, ((0, 0), (0, max(ranks) - x.shape[1]), (0, 0)))
-  pad = lambda d: jax.tree.map(grow, d) if _low_rank(d) else d
-  return [Edited(deltas=tuple(map(pad, edited.deltas))) for edited in edits]
-
-
-def _low_rank(delta: Any) -> bool:
-  return isinstance(delta, LowRank)
+  return Outcome(edited_lib.stack(edits), owner, _join(infos))
 
 
 def _join(infos: Sequence[Info]) -> Info:
@@ -167,7 +162,7 @@ def prune(bench: Workbench, outcome: Outcome) -> Outcome:
       kernel = kernel[name]
     changes = [
         shaping.prune(change, kernel[layer])
-        for change, layer in zip(edited_lib.kernel(delta), delta.layers)
+        for change, layer in zip(edited_lib.full(delta), delta.layers)
     ]
     pruned.append(Dense(delta.layers, delta.site, jnp.stack(changes)))
   return dataclasses.replace(outcome, edited=Edited(deltas=tuple(pruned)))

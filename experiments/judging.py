@@ -15,12 +15,18 @@ from experiments.editing import Outcome
 from experiments.workbench import Workbench
 from jaxedit import edited as edited_lib
 from jaxedit import targets as targets_lib
+from jaxedit.deltas import (
+  Edited,
+)
 from jaxedit.eval import harness, perplexity
 from jaxedit.methods.base import Info
-from jaxedit.models.blocks import wide
-from jaxedit.types import Edited, InputError, Params, Progress
+from jaxedit.types import (
+  InputError,
+  Progress,
+)
 
 _PERPLEXITY_ROW = 512  # tokens a window
+_PERPLEXITY_BATCH = 32  # windows of 512 tokens run eight together
 
 
 def judge(
@@ -30,6 +36,7 @@ def judge(
     *,
     evaluate: Callable[..., harness.Evaluation],
     seed: int,
+    batch_size: int = 64,
 ) -> harness.Evaluation:
   """Evaluates the edited model, or the unedited one.
 
@@ -37,20 +44,18 @@ def judge(
     bench: what to work on.
     outcome: what editing gave; None for the unedited model.
     base: the unedited model's evaluation.
-    evaluate: (spec, params, edited, records, tokenizer, base=, seed=, stack=,
-      owner=) -> evaluation, such as `harness.evaluate` with its settings.
+    evaluate: (lm, records, tokenizer, base=, seed=, edit_ids=) -> evaluation,
+      such as `harness.evaluate` with its settings.
     seed: of the intervals.
+    batch_size: sequences an evaluation batch.
 
   Returns:
     The evaluation of all records, each under the change it belongs to.
   """
 
   def call(edited: Edited, records: Sequence[Any], base: Any, **more: Any):
-    params, edited = _settled(bench, edited)
     return evaluate(
-        bench.model.spec,
-        params,
-        edited,
+        edited_lib.open_model(bench.model, edited, batch_size=batch_size),
         records,
         bench.tokenizer,
         base=base,
@@ -63,32 +68,17 @@ def judge(
   if outcome.owner is None:
     return call(outcome.edited, bench.records, base)
   if bench.each:
-    stack = dict(stack=outcome.edited, owner=outcome.owner)
-    return call(Edited(), bench.records, base, **stack)
+    return call(outcome.edited, bench.records, base, edit_ids=outcome.owner)
   # A change of many facts a row would not fit; one a batch is shared by its rows.
   parts = [
       call(
-          edited_lib.one(outcome.edited, batch),
+          edited_lib.select(outcome.edited, batch),
           [bench.records[i] for i in indices],
           harness.select(base, indices) if base else None,
       )
       for batch, indices in enumerate(bench.batches())
   ]
   return harness.join(parts, seed=seed)
-
-
-def _settled(bench: Workbench, edited: Edited) -> tuple[Params, Edited]:
-  """The weights and the change under which an edited model is judged.
-
-  Weights of f32 or wider take the change, and the edited model runs through the
-  programs of the unedited one. Narrower ones would round it, so there it is
-  added as the layers run.
-  """
-  params = bench.model.params
-  dtype = params['embed']['embedding'].dtype
-  if dtype != wide(dtype):
-    return params, edited
-  return edited_lib.apply(params, edited), edited.replace(deltas=())
 
 
 def knowledge(
@@ -140,11 +130,9 @@ def read_perplexity(
     raise InputError(
         f'{path}: cannot be read as UTF-8 text ({e}); name a plain text'
     ) from None
-  params, edited = _settled(bench, outcome.edited if outcome else Edited())
+  edited = outcome.edited if outcome else Edited()
   found = perplexity.perplexity(
-      bench.model.spec,
-      params,
-      edited,
+      edited_lib.open_model(bench.model, edited, batch_size=_PERPLEXITY_BATCH),
       [text],
       bench.tokenizer,
       row_tokens=min(_PERPLEXITY_ROW, bench.model.spec.max_positions),

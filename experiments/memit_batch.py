@@ -165,10 +165,14 @@ def judge_of_flags(bench: workbench.Workbench) -> job.Judge:
       harness.evaluate,
       max_new_tokens=FLAGS.max_new_tokens,
       stop=workbench.stop_tokens(bench),
-      batch_size=FLAGS.eval_batch_size,
       progress=common.progress_bar,
   )
-  return functools.partial(judging.judge, evaluate=evaluate, seed=FLAGS.seed)
+  return functools.partial(
+      judging.judge,
+      evaluate=evaluate,
+      seed=FLAGS.seed,
+      batch_size=FLAGS.eval_batch_size,
+  )
 
 
 def _protocol(bench: workbench.Workbench) -> dict[str, Any]:

@@ -133,49 +133,6 @@ class KV:
 
 
 @flax.struct.dataclass
-class LowRank:
-  """Kernel changes of one site in some layers, as exact factors.
-
-  The change of layer `layers[i]` is `key[i].T @ value[i]`, [in, out] like the
-  kernel itself. With the extra axis B every row of a batch has a change of its
-  own.
-
-  Attributes:
-    layers: ascending layer numbers, static.
-    site: path of the linear map inside a layer, e.g. 'mlp/down', static.
-    key: [n, M, in] or [n, B, M, in].
-    value: [n, M, out] or [n, B, M, out].
-  """
-
-  layers: tuple[int, ...] = flax.struct.field(pytree_node=False)
-  site: str = flax.struct.field(pytree_node=False)
-  key: Array
-  value: Array
-
-
-@flax.struct.dataclass
-class Dense:
-  """Changes of one parameter of one site in some layers, in full.
-
-  Attributes:
-    layers: ascending layer numbers, static.
-    site: path of the module inside a layer, e.g. 'mlp/down' or 'norm_mlp',
-      static.
-    kernel: [n, in, out], or [n, size] for a bias or a scale. With the extra axis
-      E after n, edits that know nothing of each other lie side by side.
-    leaf: which parameter, 'kernel', 'bias' or 'scale', static.
-  """
-
-  layers: tuple[int, ...] = flax.struct.field(pytree_node=False)
-  site: str = flax.struct.field(pytree_node=False)
-  kernel: Array
-  leaf: str = flax.struct.field(pytree_node=False, default='kernel')
-
-
-Delta = LowRank | Dense
-
-
-@flax.struct.dataclass
 class Patch:
   """One intervention on activations: one column a row, in one layer.
 
@@ -210,21 +167,6 @@ class Tap:
   site: str
   layers: tuple[int, ...]
   read: Callable[[Any], Any] = lambda activation: activation
-
-
-@flax.struct.dataclass
-class Edited:
-  """A change to a model: the product of every editor.
-
-  Attributes:
-    deltas: kernel changes; at most one a (site, layer).
-    adaptor: for methods that act on activations.
-    prompt: for methods that act on the input text, static.
-  """
-
-  deltas: tuple[Delta, ...] = ()
-  adaptor: Any = None
-  prompt: Any = flax.struct.field(pytree_node=False, default=None)
 
 
 @flax.struct.dataclass

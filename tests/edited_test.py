@@ -14,10 +14,17 @@ import safetensors.numpy
 from absl.testing import absltest, parameterized
 
 from jaxedit import edited as edited_lib
+from jaxedit.deltas import (
+  Dense,
+  Edited,
+  LowRank,
+)
 from jaxedit.edited import algebra, lm
 from jaxedit.models import decoder, loading
 from jaxedit.testing import models
-from jaxedit.types import Dense, Edited, InputError, LowRank
+from jaxedit.types import (
+  InputError,
+)
 
 SPEC = models.tiny_spec('llama')
 F, D = SPEC.mlp_width, SPEC.width
@@ -62,7 +69,7 @@ def whole_block(seed: int, edits: int | None = None) -> Edited:
 
 
 def kernels(edited: Edited) -> list[np.ndarray]:
-  return [np.asarray(edited_lib.kernel(d)) for d in edited.deltas]
+  return [np.asarray(edited_lib.full(d)) for d in edited.deltas]
 
 
 class Base(parameterized.TestCase):
@@ -120,7 +127,7 @@ class ApplyTest(Base):
   def test_lazy_equals_merged_for_several_kinds(self):
     (thin,) = low_rank(1).deltas
     (wide,) = low_rank(2, layers=(1,), site='attn/out').deltas
-    wide = Dense(wide.layers, wide.site, edited_lib.kernel(wide))
+    wide = Dense(wide.layers, wide.site, edited_lib.full(wide))
     both = Edited(deltas=(thin, wide))
     np.testing.assert_allclose(
         self.logits(self.params, both),
@@ -209,7 +216,7 @@ class StackTest(Base):
 
   def test_one(self):
     edits = [low_rank(seed) for seed in range(4)]
-    got = edited_lib.one(edited_lib.stack(edits), 2)
+    got = edited_lib.select(edited_lib.stack(edits), 2)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(edits[2])):
       np.testing.assert_array_equal(a, b)
     self.assertEqual(got.deltas[0].layers, LAYERS)
@@ -250,7 +257,7 @@ class LeafTest(parameterized.TestCase):
           for p in (before, merged)
       )
       np.testing.assert_array_equal(new[1], old[1])
-      np.testing.assert_array_equal(new[[0, 2]], old[[0, 2]] + delta.kernel)
+      np.testing.assert_array_equal(new[[0, 2]], old[[0, 2]] + delta.value)
 
   def test_lazy_equals_merged(self):
     edited = whole_block(1)
@@ -298,12 +305,12 @@ class LeafTest(parameterized.TestCase):
     edits = [whole_block(seed) for seed in range(3)]
     stacked = edited_lib.stack(edits)
     for a, b in zip(
-        jax.tree.leaves(edited_lib.one(stacked, 1)), jax.tree.leaves(edits[1])
+        jax.tree.leaves(edited_lib.select(stacked, 1)), jax.tree.leaves(edits[1])
     ):
       np.testing.assert_array_equal(a, b)
     self.assertEqual(
         [
-            d.kernel.shape[1]
+            d.value.shape[1]
             for d in edited_lib.rows(stacked, np.array([2, 0])).deltas
         ],
         [2, 2, 2],
@@ -318,7 +325,7 @@ class LeafTest(parameterized.TestCase):
   def test_compact(self):
     for delta in whole_block(1).deltas:
       self.assertIs(edited_lib.compact(delta), delta)
-      self.assertIs(edited_lib.kernel(delta), delta.kernel)
+      self.assertIs(edited_lib.full(delta), delta.value)
 
 
 class FileTest(Base):

@@ -13,6 +13,11 @@ import text_tokenizers
 from absl.testing import absltest, parameterized
 
 from jaxedit import edited as edited_lib
+from jaxedit.deltas import (
+  Dense,
+  Edited,
+  LowRank,
+)
 from jaxedit.edited.lm import UNEDITED
 from jaxedit.eval import answers, longform
 from jaxedit.models import decode
@@ -20,12 +25,9 @@ from jaxedit.models.decode import Decoding
 from jaxedit.testing import models
 from jaxedit.text import chat
 from jaxedit.types import (
-    Dense,
-    Edited,
-    InputError,
-    LowRank,
-    Passage,
-    Probe,
+  InputError,
+  Passage,
+  Probe,
 )
 
 PROMPTS = ((0, 9, 8, 7, 6), (0, 5), (0, 9, 8), (0, 5), (0, 1, 2, 3), (0, 5))
@@ -121,7 +123,7 @@ class AnswersTest(parameterized.TestCase):
     )
     self.assertEqual(lazy, merged)
     for edit in range(3):
-      alone = self.write(edited_lib.one(stacks[0], edit), decoding=decoding)
+      alone = self.write(edited_lib.select(stacks[0], edit), decoding=decoding)
       for i, own in enumerate(OWNER):
         if own == edit:
           self.assertEqual(alone[i], lazy[i])
@@ -143,7 +145,7 @@ class AnswersTest(parameterized.TestCase):
     base = self.params
     for edit in range(3):
       self.params = edited_lib.apply(base, shared)
-      self.params = edited_lib.apply(self.params, edited_lib.one(stack, edit))
+      self.params = edited_lib.apply(self.params, edited_lib.select(stack, edit))
       alone = self.write()
       for i, own in enumerate(OWNER):
         if own == edit:
@@ -170,9 +172,9 @@ class AnswersTest(parameterized.TestCase):
     for call in spied.call_args_list:
       self.assertIs(call.args[1], self.params)
       for change in call.args[2].deltas:
-        self.assertEqual(change.kernel.dtype, jnp.float32)
+        self.assertEqual(change.value.dtype, jnp.float32)
     for edit in range(3):
-      alone = self.write(edited_lib.one(stack, edit), decoding=SAMPLED)
+      alone = self.write(edited_lib.select(stack, edit), decoding=SAMPLED)
       for i, own in enumerate(OWNER):
         if own == edit:
           self.assertEqual(alone[i], texts[i])
@@ -194,9 +196,9 @@ class AnswersTest(parameterized.TestCase):
     self.assertEqual(self.write(prompts=[], stack=stack, owner=[]), [])
 
   def test_faults_come_together(self):
-    (flat,) = edited_lib.one(Edited((gate(self.spec),)), 0).deltas
+    (flat,) = edited_lib.select(Edited((gate(self.spec),)), 0).deltas
     stack = Edited((low_rank(self.spec), flat))
-    shared = edited_lib.one(Edited((low_rank(self.spec),)), 0)
+    shared = edited_lib.select(Edited((low_rank(self.spec),)), 0)
     with self.assertRaises(InputError) as caught:
       self.write(
           shared, stack=stack, owner=[3, 0], decoding=Decoding(top_p=2.0)
@@ -217,7 +219,7 @@ class AnswersTest(parameterized.TestCase):
   def test_full_changes_do_not_overlap(self, change):
     stack = Edited((change(self.spec),))
     with self.assertRaisesRegex(InputError, 'by the stack and by the shared'):
-      self.write(edited_lib.one(stack, 0), stack=stack, owner=OWNER)
+      self.write(edited_lib.select(stack, 0), stack=stack, owner=OWNER)
 
 
 class LongformTest(parameterized.TestCase):

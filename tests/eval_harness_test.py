@@ -9,10 +9,18 @@ import numpy as np
 import text_tokenizers
 from absl.testing import absltest
 
+from jaxedit.deltas import (
+  Edited,
+  LowRank,
+)
 from jaxedit.edited.lm import UNEDITED
 from jaxedit.eval import generation, harness, report, scoring
 from jaxedit.testing import models
-from jaxedit.types import Edited, InputError, LowRank, Probe, Record
+from jaxedit.types import (
+  InputError,
+  Probe,
+  Record,
+)
 
 RECORDS = (
     Record(

@@ -14,12 +14,19 @@ import text_tokenizers
 import torch
 from absl.testing import absltest, parameterized
 
+from jaxedit.deltas import (
+  Dense,
+  Edited,
+  LowRank,
+)
 from jaxedit.edited import algebra
 from jaxedit.edited.lm import UNEDITED
 from jaxedit.eval import perplexity as lib
 from jaxedit.eval.perplexity import perplexity
 from jaxedit.models import loading
-from jaxedit.types import Dense, Edited, InputError, LowRank
+from jaxedit.types import (
+  InputError,
+)
 
 TEXTS = (
     'The Eiffel Tower is in Paris. The capital of France is Paris.',
@@ -142,7 +149,7 @@ class PerplexityTest(parameterized.TestCase):
     _, spec, params = pair('llama')
     delta = random_delta(spec)
     if form == 'dense':
-      delta = Dense(delta.layers, delta.site, algebra.kernel(delta))
+      delta = Dense(delta.layers, delta.site, algebra.full(delta))
     edited = Edited((delta,))
     got = self.run_ours(edited=edited)
     merged = algebra.apply(params, edited)

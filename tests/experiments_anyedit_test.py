@@ -13,14 +13,19 @@ import tiny_model
 from absl.testing import absltest, parameterized
 
 from experiments import (
-    anyedit_batch,
-    collect_moments,
-    editing,
-    job,
-    judging,
-    resources,
+  anyedit_batch,
+  collect_moments,
+  editing,
+  job,
+  judging,
+  resources,
 )
 from jaxedit import edited as edited_lib
+from jaxedit.deltas import (
+  Dense,
+  Edited,
+  LowRank,
+)
 from jaxedit.eval import answers
 from jaxedit.methods import unke
 from jaxedit.models import loading, tokenizer
@@ -28,7 +33,9 @@ from jaxedit.stats import corpora
 from jaxedit.targets import run as run_lib
 from jaxedit.text import chat as chat_lib
 from jaxedit.text import passages as text_passages
-from jaxedit.types import Dense, Edited, LowRank, Passage
+from jaxedit.types import (
+  Passage,
+)
 
 FLAGFILES = sorted(
     (programs.ROOT / 'experiments/flagfiles').glob('anyedit_*.flags')
@@ -306,7 +313,7 @@ class WholeRunTest(Case):
     self.assertEqual(change.key.shape[:2], (2, 4))
     for e, row in enumerate(SETUP.whole.records):
       self.assertNotEqual(row['before']['text'], row['after']['text'])
-      self.assert_judged_under(edited_lib.one(edited, e), row)
+      self.assert_judged_under(edited_lib.select(edited, e), row)
 
   def test_runs_repeat(self):
     again = self.succeed()
@@ -409,7 +416,7 @@ class SequenceTest(Case):
         [row['case'] for row in done.records], ['', 'both', 'both', '']
     )
     for entry, row in zip((0, 1, 1, 2), done.records):
-      self.assert_judged_under(edited_lib.one(edited, entry), row)
+      self.assert_judged_under(edited_lib.select(edited, entry), row)
     for i in (0, 3):
       self.assert_same_rows(done.records[i], SETUP.whole.records[i])
     # Both passages of the case are in force at once.
@@ -424,7 +431,7 @@ class SequenceTest(Case):
     self.assertTrue(metadata['independent'])
     self.assertEqual(edited.deltas[0].key.shape[1], 2)
     for entry, row in zip((0, 0, 0, 1), done.records):
-      self.assert_judged_under(edited_lib.one(edited, entry), row)
+      self.assert_judged_under(edited_lib.select(edited, entry), row)
 
   @parameterized.parameters('rect', 'prune')
   def test_post(self, post):
@@ -432,13 +439,13 @@ class SequenceTest(Case):
     self.assertEqual(done.results['protocol']['settings']['post'], post)
     (change,) = done.delta()[0].deltas
     self.assertIsInstance(change, Dense)
-    kernel = np.asarray(change.kernel)
+    kernel = np.asarray(change.value)
     self.assertTrue(np.isfinite(kernel).all())
     own = np.asarray(SETUP.base.params['layers']['mlp']['down']['kernel'])
     if post == 'rect':  # two batches choose 0.4 of the entries each
       self.assertBetween(np.mean(kernel != 0), 0.4, 0.8)
     else:
-      plain = edited_lib.kernel(SETUP.sequence.delta()[0].deltas[0])
+      plain = edited_lib.full(SETUP.sequence.delta()[0].deltas[0])
       for layer in (0, 1):
         largest = [np.linalg.norm(x, 2) for x in (plain[layer], kernel[layer])]
         self.assertLessEqual(largest[1], largest[0] * (1 + 1e-5))
@@ -520,7 +527,7 @@ class OtherRowsTest(Case):
     self.assertEqual(edited.deltas[0].layers, (1,))
     for e, row in enumerate(done.records):
       self.assertTrue(row['written'])
-      self.assert_judged_under(edited_lib.one(edited, e), row)
+      self.assert_judged_under(edited_lib.select(edited, e), row)
 
   def test_sampled_answers(self):
     settings = dict(
@@ -554,11 +561,11 @@ class UnkeTest(Case):
     self.assertIn(('attn/q', 'kernel'), leaves)
     for change in edited.deltas:
       self.assertIsInstance(change, Dense)
-      self.assertEqual((change.layers, change.kernel.shape[1]), ((1,), 4))
+      self.assertEqual((change.layers, change.value.shape[1]), ((1,), 4))
     for e, row in enumerate(done.records):
       self.assertNotEqual(row['before']['text'], row['after']['text'])
       self.assertLess(row['distance'][-1], 0.9)
-      self.assert_judged_under(edited_lib.one(edited, e), row)
+      self.assert_judged_under(edited_lib.select(edited, e), row)
 
   def test_states_are_kept(self):
     store = SETUP.path('states')
@@ -586,7 +593,7 @@ class UnkeTest(Case):
       self.assertEqual(metadata['records'], [begin + 1, begin + 2])
       for e in range(2):
         row = done.records[begin + e]
-        self.assert_judged_under(edited_lib.one(edited, e), row)
+        self.assert_judged_under(edited_lib.select(edited, e), row)
 
   def test_parts_are_replaced(self):
     """A run in one part leaves no parts of an earlier one, and back."""
@@ -601,9 +608,9 @@ class UnkeTest(Case):
     row = self.succeed(SETUP.unke, reset=False, save_model=True, **settings)
     edited, _ = apart.delta()
     for change in edited.deltas:
-      self.assertEqual(change.kernel.shape[1], 2)
+      self.assertEqual(change.value.shape[1], 2)
     for entry, record in zip((0, 0, 1, 1), apart.records):
-      self.assert_judged_under(edited_lib.one(edited, entry), record)
+      self.assert_judged_under(edited_lib.select(edited, entry), record)
     for record in row.records:
       self.assert_judged_under(row.delta()[0], record)
     metrics = row.results['metrics']
@@ -619,7 +626,7 @@ class UnkeTest(Case):
         [metadata['records'] for _, metadata in found], [[1, 2, 3, 4], [5, 6]]
     )
     for i, row in enumerate(done.records[:4]):
-      self.assert_judged_under(edited_lib.one(found[0][0], i // 2), row)
+      self.assert_judged_under(edited_lib.select(found[0][0], i // 2), row)
 
   def test_settings_without_chunks(self):
     names = dict(method='unke', moment_weight=None)

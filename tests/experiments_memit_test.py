@@ -327,7 +327,7 @@ class DeltaTest(Case):
     edited, metadata = apart.delta()
     self.assertTrue(metadata['independent'])
     self.assertEqual(apart.results['protocol']['mode'], 'independent')
-    (first,) = edited_lib.one(edited, 0).deltas
+    (first,) = edited_lib.select(edited, 0).deltas
     (alone,) = SETUP.pair.delta()[0].deltas
     np.testing.assert_allclose(first.key, alone.key, atol=1e-5)
     np.testing.assert_allclose(first.value, alone.value, atol=1e-5)
@@ -477,9 +477,9 @@ class OtherRowsTest(Case):
     done = self.succeed(post=post, max_new_tokens=0)
     self.assertEqual(done.results['protocol']['settings']['post'], post)
     (change,) = done.delta()[0].deltas
-    kernel = np.asarray(edited_lib.kernel(change))
+    kernel = np.asarray(edited_lib.full(change))
     self.assertTrue(np.isfinite(kernel).all())
-    plain = np.asarray(edited_lib.kernel(SETUP.whole.delta()[0].deltas[0]))
+    plain = np.asarray(edited_lib.full(SETUP.whole.delta()[0].deltas[0]))
     if post == 'rect':  # two batches choose 0.4 of the entries each
       self.assertBetween(np.mean(kernel != 0), 0.4, 0.8)
     else:

@@ -96,7 +96,7 @@ class Bench(NamedTuple):
     return Bench(self.pair, self.editor, state, edited, info)
 
   def kernels(self, edited=None) -> np.ndarray:
-    return np.asarray(edited_lib.kernel((edited or self.edited).deltas[0]))
+    return np.asarray(edited_lib.full((edited or self.edited).deltas[0]))
 
 
 @functools.cache
@@ -244,14 +244,14 @@ class BatteryTest(parameterized.TestCase):
     self.assertEqual(apart.edited.deltas[0].key.shape[:3], (2, EDITS, 1))
     for i, edit in enumerate(edits()):
       alone = b.edit([edit])
-      got = apart.kernels(edited_lib.one(apart.edited, i))
+      got = apart.kernels(edited_lib.select(apart.edited, i))
       self.assertLess(error(got, alone.kernels()), 1e-4)
       np.testing.assert_allclose(
           apart.info.distance[:, i], alone.info.distance[:, 0], atol=1e-4
       )
     # Edits of one batch see each other, so together they differ.
     total = sum(
-        apart.kernels(edited_lib.one(apart.edited, i)) for i in range(EDITS)
+        apart.kernels(edited_lib.select(apart.edited, i)) for i in range(EDITS)
     )
     self.assertGreater(error(total, b.kernels()), 1e-2)
 
@@ -301,7 +301,7 @@ class BatteryTest(parameterized.TestCase):
     self.assertEqual(apart.info.written.tolist(), written)
     clean = b.edit(edits(), each=True).edited
     for i in range(EDITS):
-      one = apart.kernels(edited_lib.one(apart.edited, i))
+      one = apart.kernels(edited_lib.select(apart.edited, i))
       want = clean.deltas[0].key[:, i].mT @ clean.deltas[0].value[:, i]
       np.testing.assert_allclose(one, want if i in good else 0, atol=1e-6)
 
@@ -394,7 +394,7 @@ class MemitTest(parameterized.TestCase):
         grams=moments.gram,
         weight=WEIGHT,
     )
-    got = np.asarray(edited_lib.kernel(edited.deltas[0]))
+    got = np.asarray(edited_lib.full(edited.deltas[0]))
     for a, b in zip(got, want):
       self.assertLess(error(a, b), 1e-3)
     np.testing.assert_allclose(info.distance, distance, atol=1e-3)

@@ -23,29 +23,36 @@ from absl.testing import absltest, parameterized
 from jaxedit import edited as edited_lib
 from jaxedit import targets as targets_lib
 from jaxedit.batching import (
-    packer,
+  packer,
 )
 from jaxedit.batching import (
-    plan as plan_lib,
+  plan as plan_lib,
+)
+from jaxedit.deltas import (
+  Dense,
+  LowRank,
 )
 from jaxedit.methods import (
-    alphaedit,
-    anyedit,
-    closed_form,
-    emmet,
-    memit,
-    parity,
-    pmet,
-    rome,
+  alphaedit,
+  anyedit,
+  closed_form,
+  emmet,
+  memit,
+  parity,
+  pmet,
+  rome,
 )
 from jaxedit.methods.closed_form import (
-    sweep,
-    systems,
+  sweep,
+  systems,
 )
-from jaxedit.solve.ridge import Factors
+from jaxedit.solve.ridge import LowRankUpdate
 from jaxedit.testing import facts
 from jaxedit.text import chunking
-from jaxedit.types import Dense, InputError, LowRank, Targets
+from jaxedit.types import (
+  InputError,
+  Targets,
+)
 
 WEIGHT, RIDGE, SHARE = 0.3, 0.2, 0.6
 # name -> (row, its slow twin, layers)
@@ -185,7 +192,7 @@ class Case:
   def check(self, test, some, **options):
     edited, _, info = self.edit(some, **options)
     want, distance, _ = self.naive(some, info.targets.z)
-    got = np.asarray(edited_lib.kernel(edited.deltas[0]))
+    got = np.asarray(edited_lib.full(edited.deltas[0]))
     for a, b in zip(got, want):
       test.assertLess(error(a, b), 2e-3)
     np.testing.assert_allclose(info.distance, distance, atol=2e-3)
@@ -228,7 +235,7 @@ class OracleTest(parameterized.TestCase):
       want, distance, _ = case.naive(
           [some[i] for i in mine], info.targets.z[rows]
       )
-      got = edited_lib.kernel(edited_lib.one(edited, number).deltas[0])
+      got = edited_lib.full(edited_lib.select(edited, number).deltas[0])
       for a, b in zip(np.asarray(got), want):
         self.assertLess(error(a, b), 2e-3)
       np.testing.assert_allclose(info.distance[:, rows], distance, atol=2e-3)
@@ -244,7 +251,7 @@ class OracleTest(parameterized.TestCase):
     with mock.patch.object(sweep, '_resident_bytes', lambda: 1000):
       parts, _, info = case.edit(some, plan=small)
     got, wanted_ = (
-        np.asarray(edited_lib.kernel(x.deltas[0])) for x in (parts, whole)
+        np.asarray(edited_lib.full(x.deltas[0])) for x in (parts, whole)
     )
     self.assertLess(error(got, wanted_), 1e-4)
     np.testing.assert_allclose(info.distance, want.distance, atol=1e-5)
@@ -272,7 +279,7 @@ class OracleTest(parameterized.TestCase):
     self.assertIsInstance(factors.deltas[0], LowRank)
     self.assertIsInstance(matrix.deltas[0], Dense)
     got, want = (
-        np.asarray(edited_lib.kernel(x.deltas[0])) for x in (matrix, factors)
+        np.asarray(edited_lib.full(x.deltas[0])) for x in (matrix, factors)
     )
     self.assertLess(error(got, want), 1e-5)
 
@@ -285,7 +292,7 @@ class OracleTest(parameterized.TestCase):
     case.slow = case.slow._replace(shape=shape)
     edited, _, info = case.edit(edits())
     want, _, _ = case.naive(edits(), info.targets.z)
-    got = np.asarray(edited.deltas[0].kernel)
+    got = np.asarray(edited.deltas[0].value)
     # A score at the very border falls on either side.
     self.assertLess(np.mean((got[0] != 0) != (want[0] != 0)), 1e-3)
     self.assertLess(error(got[0], want[0]), 2e-2)
@@ -302,7 +309,7 @@ class OracleTest(parameterized.TestCase):
     with mock.patch.object(systems.Joint, 'solve', singular):
       edited, _, info = Case('memit', rect_density=0.4).edit(edits())
     self.assertFalse(info.written.any())
-    self.assertFalse(np.asarray(edited.deltas[0].kernel).any())
+    self.assertFalse(np.asarray(edited.deltas[0].value).any())
 
 
 class PromiseTest(parameterized.TestCase):
@@ -316,7 +323,7 @@ class PromiseTest(parameterized.TestCase):
     np.testing.assert_allclose(info.distance[-1], 0, atol=1e-4)
     for i, edit in enumerate(some):
       # What we found, in the model of another library.
-      change = edited_lib.kernel(edited_lib.one(edited, i).deltas[0])[0]
+      change = edited_lib.full(edited_lib.select(edited, i).deltas[0])[0]
       model = copy.deepcopy(case.pair.torch)
       kernel = naive_oracle.down(model, 1)
       with torch.no_grad():
@@ -333,13 +340,13 @@ class PromiseTest(parameterized.TestCase):
     )
     case.slow = twin
     (want,), _, _ = case.naive(some, info.targets.z)
-    got = np.asarray(edited_lib.kernel(edited.deltas[0]))[0]
+    got = np.asarray(edited_lib.full(edited.deltas[0]))[0]
     self.assertLess(error(got, want), 1e-3)
 
   def test_alphaedit_leaves_common_keys_alone(self):
     case = Case('alphaedit')
     edited, _, _ = case.edit(edits())
-    for i, change in enumerate(edited_lib.kernel(edited.deltas[0])):
+    for i, change in enumerate(edited_lib.full(edited.deltas[0])):
       size, vectors = np.linalg.eigh(case.moments.gram[i])
       preserved = np.cumsum(size[::-1]) >= SHARE * size.sum()
       kept = vectors[:, len(size) - 1 - int(preserved.argmax()) :]
@@ -366,11 +373,11 @@ class PromiseTest(parameterized.TestCase):
     )
     self.assertEqual([len(keys) for keys in state.preserved_before], [6, 6])
     want, _, _ = case.naive(second, info.targets.z, model, prior=prior)
-    got = np.asarray(edited_lib.kernel(two.deltas[0]))
+    got = np.asarray(edited_lib.full(two.deltas[0]))
     for a, b in zip(got, want):
       self.assertLess(error(a, b), 2e-3)
     forgetful, _, _ = case.edit(second, params=params, model=model)
-    other = np.asarray(edited_lib.kernel(forgetful.deltas[0]))
+    other = np.asarray(edited_lib.full(forgetful.deltas[0]))
     self.assertGreater(error(other, got), 1e-2)
 
   def test_independent_edits_remember_nothing(self):
@@ -384,13 +391,13 @@ class PromiseTest(parameterized.TestCase):
       with self.subTest(group=group):
         each, after, _ = case.edit(some, each=True, state=state, group=group)
         self.assertIs(after, state)
-        for group in set(group or (0, 1, 2)):
+        for number in set(group or (0, 1, 2)):
           mine = [
-              edit for edit, g in zip(some, group or (0, 1, 2)) if g == group
+              edit for edit, g in zip(some, group or (0, 1, 2)) if g == number
           ]
           alone, _, _ = case.edit(mine)
-          got = edited_lib.kernel(edited_lib.one(each, group).deltas[0])
-          want = edited_lib.kernel(alone.deltas[0])
+          got = edited_lib.full(edited_lib.select(each, number).deltas[0])
+          want = edited_lib.full(alone.deltas[0])
           self.assertLess(error(np.asarray(got), np.asarray(want)), 1e-4)
 
   @parameterized.parameters(*WITH_ANYEDIT)
@@ -401,7 +408,7 @@ class PromiseTest(parameterized.TestCase):
       recipe = dataclasses.replace(case.recipe, preserved=preserved)
       case.editor = closed_form.closed_form(case.pair.spec, recipe)
       edited, _, _ = case.edit(some)
-      change = np.asarray(edited_lib.kernel(edited.deltas[0]))[0]
+      change = np.asarray(edited_lib.full(edited.deltas[0]))[0]
       found = naive_rows.keys(
           case.pair.torch, some, case.layers[0], case.slow, True
       )
@@ -419,9 +426,9 @@ class SoundTest(parameterized.TestCase):
     edited, _, _ = case.edit(some, each=True, group=(0, 0, 1))
     alone, _, _ = case.edit(some[2:], each=True)
     for found, group in ((edited, 1), (alone, 0)):
-      change = edited_lib.kernel(edited_lib.one(found, group).deltas[0])
+      change = edited_lib.full(edited_lib.select(found, group).deltas[0])
       self.assertGreater(np.linalg.norm(change), 1e-2)
-    paired = edited_lib.kernel(edited_lib.one(edited, 0).deltas[0])
+    paired = edited_lib.full(edited_lib.select(edited, 0).deltas[0])
     self.assertLess(np.linalg.norm(paired), 1e-3)
 
   def test_texts_that_open_alike_can_be_held_exactly(self):
@@ -438,7 +445,7 @@ class SoundTest(parameterized.TestCase):
     case = Case('rome', chunks=True)
     edited, _, info = case.edit(some)
     self.assertTrue(info.written.all())
-    change = np.asarray(edited_lib.kernel(edited.deltas[0]))
+    change = np.asarray(edited_lib.full(edited.deltas[0]))
     self.assertTrue(np.isfinite(change).all())
     np.testing.assert_allclose(info.distance[-1], 0, atol=1e-2)
 
@@ -475,13 +482,13 @@ class SoundTest(parameterized.TestCase):
 
 
 def bad(shape, ridge=(0.0,)):
-  """Factors of which the first system is not finite."""
+  """LowRankUpdate of which the first system is not finite."""
   wide = np.ones((len(ridge), *shape[1:], 48)) if len(shape) > 1 else None
   if wide is None:
-    return Factors(np.full((*shape, 48), np.nan), np.ones((*shape, 32)))
+    return LowRankUpdate(np.full((*shape, 48), np.nan), np.ones((*shape, 32)))
   key, value = wide, np.ones((len(ridge), *shape[1:], 32))
   key[0] = np.nan
-  return Factors(key, value)
+  return LowRankUpdate(key, value)
 
 
 class ParityTest(parameterized.TestCase):
@@ -496,7 +503,7 @@ class ParityTest(parameterized.TestCase):
     some = edits(count=count)
     edited, _, info = case.edit(some)
     want, _, _ = case.naive(some, info.targets.z)
-    for a, b in zip(edited_lib.kernel(edited.deltas[0]), want):
+    for a, b in zip(edited_lib.full(edited.deltas[0]), want):
       self.assertLess(error(np.asarray(a), b), 2e-3)
 
   def test_alphaedit_takes_one_null_space_for_all_layers(self):
@@ -511,7 +518,7 @@ class ParityTest(parameterized.TestCase):
         case.pair.torch, edits(count=2), case.layers, case.slow,
         z=info.targets.z, grams=grams,
     )  # fmt: skip
-    for a, b in zip(edited_lib.kernel(edited.deltas[0]), want):
+    for a, b in zip(edited_lib.full(edited.deltas[0]), want):
       self.assertLess(error(np.asarray(a), b), 2e-3)
 
   def test_too_many_edits_are_refused(self):

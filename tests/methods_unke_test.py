@@ -140,8 +140,8 @@ def made(
 def changes(edited, index: int | None = None) -> dict[str, np.ndarray]:
   """path -> change of the only layer."""
   if index is not None:
-    edited = edited_lib.one(edited, index)
-  return {f'{d.site}/{d.leaf}': np.asarray(d.kernel)[0] for d in edited.deltas}
+    edited = edited_lib.select(edited, index)
+  return {f'{d.site}/{d.leaf}': np.asarray(d.value)[0] for d in edited.deltas}
 
 
 def gap(got: dict, want: dict) -> float:
@@ -398,7 +398,7 @@ class EditorTest(parameterized.TestCase):
     # Edits side by side, in whatever order, are edits alone.
     some = edits(chunked=True)
     apart, info = made(CHUNKED, some, each=True, double=True)
-    self.assertEqual(apart.deltas[0].kernel.shape[:2], (1, EDITS))
+    self.assertEqual(apart.deltas[0].value.shape[:2], (1, EDITS))
     for i, edit in enumerate(some):
       alone, one = made(CHUNKED, [edit], double=True)
       self.assertLess(gap(changes(apart, i), changes(alone)), CLOSE)
@@ -418,7 +418,7 @@ class EditorTest(parameterized.TestCase):
   def test_owners(self):
     some, group = edits(chunked=True), [2, 0, 2, 2]
     groups, info = made(CHUNKED, some, each=True, group=group, double=True)
-    self.assertEqual(groups.deltas[0].kernel.shape[:2], (1, 3))
+    self.assertEqual(groups.deltas[0].value.shape[:2], (1, 3))
     for group in (0, 2):
       mine = [e for e, g in zip(some, group) if g == group]
       want, one = made(CHUNKED, mine, double=True)
@@ -481,7 +481,7 @@ class EditorTest(parameterized.TestCase):
           [(d.layers, d.site, d.leaf) for d in loaded.deltas],
           [(d.layers, d.site, d.leaf) for d in edited.deltas],
       )
-      one = lambda x: edited_lib.one(x, 2) if each else x
+      one = lambda x: edited_lib.select(x, 2) if each else x
       for a, b in zip(
           jax.tree.leaves(edited_lib.apply(pair.params, one(loaded))),
           jax.tree.leaves(edited_lib.apply(pair.params, one(edited))),
@@ -509,8 +509,8 @@ class EditorTest(parameterized.TestCase):
       edited, _, info = editor.edit(half, state, edits())
     self.assertTrue(info.written.all())
     for delta in edited.deltas:
-      self.assertEqual(delta.kernel.dtype, jnp.float32)
-      self.assertGreater(np.abs(delta.kernel).max(), 1e-3)
+      self.assertEqual(delta.value.dtype, jnp.float32)
+      self.assertGreater(np.abs(delta.value).max(), 1e-3)
     self.assertLess(info.distance[1].mean(), info.distance[0].mean())
 
   @parameterized.named_parameters(

@@ -15,15 +15,21 @@ import torch
 import transformers
 from absl.testing import absltest, parameterized
 
+from jaxedit.deltas import (
+  Dense,
+  LowRank,
+)
 from jaxedit.models import (
-    decode,
-    decode_state,
-    decoder,
-    loading,
-    sampling,
+  decode,
+  decode_state,
+  decoder,
+  loading,
+  sampling,
 )
 from jaxedit.testing import models as tiny
-from jaxedit.types import Dense, InputError, LowRank
+from jaxedit.types import (
+  InputError,
+)
 
 NEW = 10
 SIZES = (4, 8, 1, 6, 2)

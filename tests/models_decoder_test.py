@@ -17,10 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from jaxedit.deltas import (
+  Dense,
+  LowRank,
+)
 from jaxedit.models import decoder, loading
 from jaxedit.models.spec import param_shapes
 from jaxedit.testing import models as tiny
-from jaxedit.types import KV, Dense, LowRank, Patch, Tap, TokenLayout
+from jaxedit.types import (
+  KV,
+  Patch,
+  Tap,
+  TokenLayout,
+)
 
 _ACTIVATIONS = {
     'silu': lambda x: x / (1 + np.exp(-x)),
@@ -192,7 +201,7 @@ def merge(params, deltas):
   for delta in deltas:
     for i, layer in enumerate(delta.layers):
       if isinstance(delta, Dense):
-        kernel = np.asarray(delta.kernel[i])
+        kernel = np.asarray(delta.value[i])
       else:
         kernel = np.asarray(delta.key[i]).T @ np.asarray(delta.value[i])
       leaves[f'layers/{delta.site}/kernel'][layer] += kernel

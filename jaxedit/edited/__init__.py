@@ -1,29 +1,34 @@
-"""The delta is the product: apply, add, stack, save and load it."""
+"""The product: edits as values, on disk, and the edited model as one interface."""
 
 from jaxedit.edited.algebra import (
     add,
     apply,
     compact,
-    kernel,
-    one,
+    full,
     rank_limit,
-    rows,
+    revert,
+    select,
     stack,
 )
-from jaxedit.edited.files import (
-    load,
-    save,
-)
+from jaxedit.edited.files import load, save
+from jaxedit.edited.lm import LanguageModel, apply_model, open_model
+from jaxedit.edited.scoring import Query, Scored, encode_queries
 
 __all__ = [
+    'LanguageModel',
+    'Query',
+    'Scored',
     'add',
     'apply',
+    'apply_model',
     'compact',
-    'kernel',
+    'encode_queries',
+    'full',
     'load',
-    'one',
+    'open_model',
     'rank_limit',
-    'rows',
+    'revert',
     'save',
+    'select',
     'stack',
 ]

@@ -1,12 +1,17 @@
-"""Applying, adding, stacking and compacting deltas.
+"""Applying, adding, stacking, selecting, reverting and compacting edits.
 
   apply      W_l + X_l in a copy of the edited leaves; nothing else is copied
-  add        the running sum of sequential edits
+  add        the running sum of edits made one after the other
   stack      independent edits side by side, on an axis of their own
+  select     one of the edits side by side
+  revert     weights of an edited model without the edit
   compact    factors while they are smaller than the matrix, else dense
 
 X_l = key_l^T value_l costs M (F + D) numbers against F D: factors are smaller
 while M < F D / (F + D).
+
+Axis letters: n edited layers, E edits side by side, M pairs, F key width, D
+width.
 """
 
 from __future__ import annotations
@@ -17,71 +22,75 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxedit.models.blocks import wide
-from jaxedit.types import Array, Delta, Dense, Edited, LowRank, Params
+from jaxedit.deltas import Dense, Edited, LowRank, SiteDelta
+from jaxedit.numerics import wide
+from jaxedit.types import Array, InputError, Params
 
 
-def leaf(delta: Delta) -> str:
-  """The parameter that a change is of, 'kernel', 'bias' or 'scale'."""
+def leaf(delta: SiteDelta) -> str:
+  """Returns the parameter a delta changes: 'kernel', 'bias' or 'scale'."""
   return delta.leaf if isinstance(delta, Dense) else 'kernel'
 
 
-def path(delta: Delta) -> str:
-  """The canonical path of the changed parameter, see `models.spec`."""
+def path(delta: SiteDelta) -> str:
+  """Returns the canonical path of the changed parameter, see `models.spec`."""
   return f'layers/{delta.site}/{leaf(delta)}'
 
 
-def kernel(delta: Delta) -> Array:
-  """The change in full.
+def full(delta: LowRank | Dense) -> Array:
+  """Computes a change of a parameter in full.
 
   Args:
-    delta: a change without an edit axis.
+    delta: of one edit.
 
   Returns:
     [n, in, out], or [n, size] of a bias or a scale.
   """
   if isinstance(delta, Dense):
-    return delta.kernel
+    return delta.value
   return jnp.einsum('lmf,lmd->lfd', delta.key, delta.value, precision='highest')
 
 
 def rank_limit(fan_in: int, fan_out: int) -> int:
-  """The largest M at which factors are smaller than the matrix."""
+  """Returns the largest M at which factors are smaller than the matrix."""
   return (fan_in * fan_out - 1) // (fan_in + fan_out)
 
 
-def compact(delta: Delta) -> Delta:
+def compact(delta: SiteDelta) -> SiteDelta:
   """Turns factors into matrices where that is smaller.
 
   Args:
-    delta: a change without a row axis.
+    delta: of one edit.
 
   Returns:
-    The same change in the smaller form.
+    The same delta in the smaller form.
   """
-  if isinstance(delta, Dense):
+  if not isinstance(delta, LowRank):
     return delta
   rank, fan_in = delta.key.shape[-2:]
   if rank <= rank_limit(fan_in, delta.value.shape[-1]):
     return delta
-  return Dense(delta.layers, delta.site, kernel(delta))
+  return Dense(delta.layers, delta.site, full(delta))
 
 
-def _place(delta: Delta) -> tuple[tuple[int, ...], str]:
+def _place(delta: SiteDelta) -> tuple[tuple[int, ...], str]:
   return delta.layers, path(delta)
 
 
-def _add(a: Delta, b: Delta) -> Delta:
-  """Adds two changes of one place."""
+def _add(a: SiteDelta, b: SiteDelta) -> SiteDelta:
+  """Adds two changes of the same parameters."""
   if isinstance(a, LowRank) and isinstance(b, LowRank):
     join = lambda x, y: jnp.concatenate([x, y], axis=1)
     both = LowRank(a.layers, a.site, join(a.key, b.key), join(a.value, b.value))
     return compact(both)
-  return Dense(a.layers, a.site, kernel(a) + kernel(b), leaf(a))
+  return Dense(a.layers, a.site, full(a) + full(b), leaf(a))
 
 
 def add(first: Edited, second: Edited) -> Edited:
-  """Adds the deltas of two edits made one after the other.
+  """Adds two edits made one after the other.
+
+  Changes of weights are summed. Deltas of other kinds stand one after the
+  other: the later one sees what the earlier one returns.
 
   Args:
     first: the earlier edit.
@@ -91,27 +100,39 @@ def add(first: Edited, second: Edited) -> Edited:
     One edit with the effect of both.
 
   Raises:
-    ValueError: the edits change different parameters or sets of layers.
+    ValueError: the edits lie side by side, change different parameters or
+      layers, or both have a prompting or a routing rule.
   """
-  if not first.deltas:
-    return second
-  if not second.deltas:
-    return first
-  later = {_place(delta): delta for delta in second.deltas}
-  if {_place(delta) for delta in first.deltas} != set(later):
-    raise ValueError(
-        'only deltas of the same layers and sites can be added, kernels to'
-        ' kernels, biases to biases and scales to scales'
-    )
-  return Edited(deltas=tuple(_add(a, later[_place(a)]) for a in first.deltas))
+  if first.size is not None or second.size is not None:
+    raise ValueError('edits side by side are not added; select one of them')
+  for rule in ('prompting', 'routing'):
+    if getattr(first, rule) is not None and getattr(second, rule) is not None:
+      raise ValueError(
+          f'both edits have a {rule} rule; edit the memory of the first instead'
+      )
+  rules = {
+      rule: getattr(first, rule) or getattr(second, rule)
+      for rule in ('prompting', 'routing')
+  }
+  ours, theirs = ([d for d in e.deltas if d.mergeable] for e in (first, second))
+  rest = [d for e in (first, second) for d in e.deltas if not d.mergeable]
+  if ours and theirs:
+    later = {_place(delta): delta for delta in theirs}
+    if {_place(delta) for delta in ours} != set(later):
+      raise ValueError(
+          'only deltas of the same layers and sites can be added, kernels to'
+          ' kernels, biases to biases and scales to scales'
+      )
+    ours, theirs = [_add(a, later[_place(a)]) for a in ours], []
+  return Edited((*ours, *theirs, *rest), **rules)
 
 
 def apply(params: Params, edited: Edited, dtype: Any = None) -> Params:
-  """Merges a change into a copy of the edited leaves.
+  """Merges an edit into a copy of the edited leaves.
 
   Args:
     params: canonical parameters; untouched, and shared wherever not edited.
-    edited: changes without an edit axis.
+    edited: an edit that is a change of weights.
     dtype: dtype of the edited leaves; theirs unless given. float32 keeps a
       change to bf16 weights free of rounding.
 
@@ -119,32 +140,42 @@ def apply(params: Params, edited: Edited, dtype: Any = None) -> Params:
     Parameters of the edited model.
 
   Raises:
-    ValueError: several edits lie side by side; pick `one`.
+    InputError: the edit cannot be merged.
   """
+  if edited.unmergeable:
+    raise InputError(f'the edit cannot be merged: {edited.unmergeable}')
   merged = params
   for delta in edited.deltas:
-    if _side_by_side(delta):
-      raise ValueError(
-          f'the change of {path(delta)} is several edits side by side; pick'
-          ' `one` of them'
-      )
     names = path(delta).split('/')
     old = merged
     for name in names:
       old = old[name]
-    rows = jnp.asarray(delta.layers)
-    exact = old[rows].astype(wide(old.dtype)) + kernel(delta)
+    layers = jnp.asarray(delta.layers)
+    exact = old[layers].astype(wide(old.dtype)) + full(delta)
     new = old.astype(dtype or old.dtype)
-    new = new.at[rows].set(exact.astype(new.dtype))
+    new = new.at[layers].set(exact.astype(new.dtype))
     merged = _replace(merged, names, new)
   return merged
 
 
-def _side_by_side(delta: Delta) -> bool:
-  """Whether a change has an edit (or row) axis."""
-  if isinstance(delta, LowRank):
-    return delta.key.ndim == 4
-  return delta.kernel.ndim != (3 if delta.leaf == 'kernel' else 2)
+def revert(params: Params, base: Params, edited: Edited) -> Params:
+  """Puts the original leaves back where an edit was merged.
+
+  Args:
+    params: parameters that `apply` returned.
+    base: parameters before.
+    edited: the edit.
+
+  Returns:
+    `params` with the edited leaves of `base`, bit for bit.
+  """
+  for delta in edited.deltas:
+    names = path(delta).split('/')
+    old = base
+    for name in names:
+      old = old[name]
+    params = _replace(params, names, old)
+  return params
 
 
 def _replace(tree: Params, path: Sequence[str], leaf: Array) -> dict[str, Any]:
@@ -158,29 +189,29 @@ def stack(edits: Sequence[Edited]) -> Edited:
   """Puts independent edits side by side.
 
   Args:
-    edits: edits of the same parameters, layers and rank.
+    edits: edits of the same sites and layers, without prompting and routing;
+      low-rank ones are padded with zero rows to one rank.
 
   Returns:
-    One `Edited` whose factors are [n, E, M, .], see `rows`, and whose full
-    changes are [n, E, ...], see `one`.
+    One `Edited` of size E.
+
+  Raises:
+    ValueError: an edit lies side by side already, or has a rule.
   """
-  return jax.tree.map(lambda *x: jnp.stack(x, axis=1), *edits)
+  for edited in edits:
+    if edited.size is not None or edited.prompting or edited.routing:
+      raise ValueError('only single edits without rules can be stacked')
+  ranks = [
+      d.key.shape[1] for e in edits for d in e.deltas if isinstance(d, LowRank)
+  ]
+  grow = lambda x: jnp.pad(x, ((0, 0), (0, max(ranks) - x.shape[1]), (0, 0)))
+  pad = lambda d: jax.tree.map(grow, d) if isinstance(d, LowRank) else d
+  padded = [tuple(map(pad, edited.deltas)) for edited in edits]
+  deltas = jax.tree.map(lambda *x: jnp.stack(x, axis=1), *padded)
+  return Edited(deltas, size=len(edits))
 
 
-def rows(edited: Edited, owner: Array) -> Edited:
-  """Gives every row of a batch the change of its owner.
-
-  Args:
-    edited: stacked factors [n, E, M, .]. No model runs rows under full changes
-      of their own: give it the rows of `one` edit at a time.
-    owner: [B] int32 edit of every row.
-
-  Returns:
-    Factors [n, B, M, .].
-  """
-  return jax.tree.map(lambda x: jnp.take(x, owner, axis=1), edited)
-
-
-def one(edited: Edited, index: int) -> Edited:
-  """Picks one of the stacked edits, as a change for any number of rows."""
-  return jax.tree.map(lambda x: x[:, index], edited)
+def select(edited: Edited, index: int) -> Edited:
+  """Returns one of the edits side by side, as an edit of its own."""
+  deltas = jax.tree.map(lambda x: x[:, index], edited.deltas)
+  return edited.replace(deltas=deltas, size=None)

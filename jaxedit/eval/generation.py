@@ -28,9 +28,8 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
+from jaxedit.edited.lm import LanguageModel
 from jaxedit.eval import answers
-from jaxedit.models.spec import ModelSpec
-from jaxedit.types import Edited, Params, Progress, silent
 
 # As long as an object and the end of its clause; the text usually ends earlier.
 MAX_NEW_TOKENS = 16
@@ -61,53 +60,33 @@ def stop_ids(tokenizer: Any, vocab: int) -> tuple[int, ...]:
 
 
 def free_generation(
-    spec: ModelSpec,
-    params: Params,
-    edited: Edited,
+    lm: LanguageModel,
     prompts: Sequence[Sequence[int]],
     *,
     tokenizer: Any,
     stop: Sequence[int],
-    stack: Edited | None = None,
-    owner: Sequence[int] | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
-    batch_size: int = 64,
-    progress: Progress = silent,
+    **settings: Any,
 ) -> list[str]:
-  """Lets the model continue prompts until it stops by itself.
+  """Lets a model continue prompts until it stops by itself.
 
   Args:
-    spec: the architecture.
-    params: canonical parameters of the unedited model.
-    edited: a change that all prompts share.
+    lm: the model.
     prompts: token ids, BOS included where the model wants one.
     tokenizer: turns the new tokens into text.
     stop: tokens that end a text, see `stop_ids`.
-    stack: E changes side by side, see `answers.continuations`.
-    owner: an index into the stack a prompt.
     max_new_tokens: tokens at most.
-    batch_size: prompts a batch.
-    progress: progress display.
+    **settings: of `LanguageModel.generate`.
 
   Returns:
     The new text of every prompt with the token that ended it, without special
     tokens and surrounding white space.
 
   Raises:
-    InputError: a prompt is empty or too long for the model, or the stack does
-      not fit.
+    InputError: see `LanguageModel.generate`.
   """
-  tokens = answers.continuations(
-      spec,
-      params,
-      edited,
-      prompts,
-      stop=stop,
-      max_new_tokens=max_new_tokens,
-      stack=stack,
-      owner=owner,
-      batch_size=batch_size,
-      progress=progress,
+  tokens = lm.generate(
+      prompts, stop_ids=stop, max_new_tokens=max_new_tokens, **settings
   )
   return answers.texts(tokenizer, tokens)
 

@@ -13,7 +13,7 @@ scored once. `metrics` says what each number means.
 A record without `target_true` has no probability metrics at its edit prompt and
 paraphrases, as these compare two objects; its accuracies stay.
 
-With a stack of changes every record is judged under the edit that `owner`
+With edits side by side every record is judged under the edit that `edit_ids`
 names, so that many models, each with one edit, are evaluated side by side.
 
 It reads no files, writes none and takes no times.
@@ -27,12 +27,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxedit.eval import generation, metrics, scoring
+from jaxedit.edited import scoring
+from jaxedit.edited.lm import LanguageModel
+from jaxedit.eval import generation, metrics
 from jaxedit.models.spec import ModelSpec
 from jaxedit.types import (
-    Edited,
     InputError,
-    Params,
     Progress,
     Record,
     silent,
@@ -53,7 +53,7 @@ _Groups = Mapping[str, Sequence[Sequence[scoring.Scored]]]
 class _Key(NamedTuple):
   """What makes two rows equal."""
 
-  owner: int
+  edit: int
   prompt: str
   answers: tuple[str, ...]
 
@@ -88,37 +88,29 @@ class Evaluation:
 
 
 def evaluate(
-    spec: ModelSpec,
-    params: Params,
-    edited: Edited,
+    lm: LanguageModel,
     records: Sequence[Record],
     tokenizer: Any,
     *,
     base: Evaluation | None = None,
-    stack: Edited | None = None,
-    owner: Sequence[int] | None = None,
+    edit_ids: Sequence[int] | None = None,
     max_new_tokens: int = generation.MAX_NEW_TOKENS,
     stop: Sequence[int] | None = None,
-    batch_size: int = 64,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Evaluation:
   """Evaluates a model on records.
 
   Args:
-    spec: the architecture.
-    params: canonical parameters of the unedited model.
-    edited: a change that all records share.
+    lm: the model.
     records: the facts, with what they are judged by.
     tokenizer: a fast transformers tokenizer.
     base: the unedited model's evaluation of the same records, for
       `locality_agreement`; without it that metric is absent.
-    stack: E changes side by side, see `scoring.score`.
-    owner: an index into the stack a record; 0, 1, 2, ... if not given.
+    edit_ids: with edits side by side, which one each record is judged under.
     max_new_tokens: length of generated texts, tokens; 0 generates none.
     stop: tokens that end a text; found in the tokenizer if not given, which
       takes a moment for every call.
-    batch_size: rows a batch.
     seed: of the intervals.
     progress: progress display.
 
@@ -127,44 +119,36 @@ def evaluate(
 
   Raises:
     InputError: records that the model cannot take, all at once; a base of other
-      records; a stack that does not fit.
+      records.
   """
-  if stack is not None and owner is None:
-    owner = range(len(records))
-  scoring.check_stack(edited, stack, owner, len(records))
   _check_base(base, records)
-  keys = _keys(records, owner)
+  keys = _keys(records, edit_ids)
   unique = list(dict.fromkeys(itertools.chain.from_iterable(keys)))
-  encoded = scoring.encode_rows(tokenizer, [key[1:] for key in unique])
+  encoded = scoring.encode_queries(tokenizer, [key[1:] for key in unique])
   rows = dict(zip(unique, encoded))
   spoken = [
       _spoken(own, record) if max_new_tokens else {}
       for own, record in zip(keys, records)
   ]
-  _check_rows(records, keys, _faults(spec, rows, spoken, max_new_tokens))
-  settings = dict(batch_size=batch_size, progress=progress, stack=stack)
+  _check_rows(records, keys, _faults(lm.spec, rows, spoken, max_new_tokens))
 
-  def owners(chosen: Sequence[_Key]) -> list[int] | None:
-    return None if stack is None else [key.owner for key in chosen]
+  def ids_of(chosen: Sequence[_Key]) -> list[int] | None:
+    return None if edit_ids is None else [key.edit for key in chosen]
 
-  scored = scoring.score(
-      spec, params, edited, encoded, owner=owners(unique), **settings
-  )
+  scored = lm.score(encoded, edit_ids=ids_of(unique), progress=progress)
   said: list[str] = []
   chosen = list(dict.fromkeys(k for own in spoken for k in own.values() if k))
   if chosen:
     if stop is None:
-      stop = generation.stop_ids(tokenizer, spec.vocab)
+      stop = generation.stop_ids(tokenizer, lm.spec.vocab)
     said = generation.free_generation(
-        spec,
-        params,
-        edited,
+        lm,
         [rows[key].prompt for key in chosen],
         tokenizer=tokenizer,
         stop=stop,
-        owner=owners(chosen),
+        edit_ids=ids_of(chosen),
         max_new_tokens=max_new_tokens,
-        **settings,
+        progress=progress,
     )
   texts = dict(zip(chosen, said))
   results = _Results(keys, spoken, dict(zip(unique, scored)), texts)
@@ -218,7 +202,7 @@ def record_check(
 
   def check(record: Record) -> list[str]:
     (keys,) = _keys([record], None)
-    encoded = scoring.encode_rows(tokenizer, [key[1:] for key in keys])
+    encoded = scoring.encode_queries(tokenizer, [key[1:] for key in keys])
     spoken = _spoken(keys, record) if max_new_tokens else {}
     rows = dict(zip(keys, encoded))
     faults = _faults(spec, rows, [spoken], max_new_tokens)
@@ -228,13 +212,13 @@ def record_check(
 
 
 def _keys(
-    records: Sequence[Record], owner: Sequence[int] | None
+    records: Sequence[Record], edit_ids: Sequence[int] | None
 ) -> list[list[_Key]]:
   """Lists what every record is scored on, see `_questions`."""
-  owner = [0] * len(records) if owner is None else owner
+  edit_ids = [0] * len(records) if edit_ids is None else edit_ids
   return [
       [_Key(own, prompt, answers) for _, prompt, answers in _questions(record)]
-      for record, own in zip(records, owner)
+      for record, own in zip(records, edit_ids)
   ]
 
 
@@ -274,7 +258,7 @@ def _check_base(base: Evaluation | None, records: Sequence[Record]) -> None:
 
 def _faults(
     spec: ModelSpec,
-    rows: Mapping[_Key, scoring.Row],
+    rows: Mapping[_Key, scoring.Query],
     spoken: Sequence[Mapping[str, _Key | None]],
     new: int,
 ) -> dict[_Key, str]:
@@ -288,7 +272,7 @@ def _faults(
           ' it or generate fewer'
       )
   for key, row in rows.items():
-    fault = scoring.fault(spec, row)
+    fault = scoring.error(spec, row)
     if fault:
       faults[key] = fault
   return faults

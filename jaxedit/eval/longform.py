@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxedit.edited.lm import LanguageModel
 from jaxedit.eval import answers, generation, metrics, similarity
 from jaxedit.eval.harness import Evaluation
 from jaxedit.eval.minilm import Encoder
@@ -38,7 +39,11 @@ from jaxedit.models.decode import GREEDY, Decoding
 from jaxedit.models.spec import ModelSpec
 from jaxedit.text import passages as passages_lib
 from jaxedit.text.chat import Chat
-from jaxedit.types import Edited, Params, Passage, Progress, silent
+from jaxedit.types import (
+    Passage,
+    Progress,
+    silent,
+)
 
 QUESTION, PARAPHRASE, SUB = 'question', 'paraphrase', 'sub'
 _RECALLS = ('rouge_1_recall', 'rouge_2_recall', 'rouge_l_recall')
@@ -46,45 +51,37 @@ _LINE = 96
 
 
 def evaluate(
-    spec: ModelSpec,
-    params: Params,
-    edited: Edited,
+    lm: LanguageModel,
     records: Sequence[Passage],
     tokenizer: Any,
     *,
     chat: Chat,
     stop: Sequence[int],
     base: Evaluation | None = None,
-    stack: Edited | None = None,
-    owner: Sequence[int] | None = None,
+    edit_ids: Sequence[int] | None = None,
     double_bos: bool = False,
     sub_questions: bool = True,
     encoder: Encoder | None = None,
     decoding: Decoding = GREEDY,
     max_new_tokens: int = 512,
-    batch_size: int = 64,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Evaluation:
   """Evaluates a model on passages.
 
   Args:
-    spec: the architecture.
-    params: canonical parameters of the unedited model.
-    edited: a change that all passages share.
+    lm: the model.
     records: the passages.
     tokenizer: a fast transformers tokenizer.
     chat: words around a question.
     stop: tokens that end an answer, see `answers.end_ids`.
     base: not needed; evaluations of facts have it.
-    stack: E changes side by side, see `answers.answers`.
-    owner: an index into the stack a passage.
+    edit_ids: with edits side by side, which one each passage is judged under.
     double_bos: ask with two BOS tokens, see `text.passages`.
     sub_questions: whether to ask them.
     encoder: for `minilm_cosine`.
     decoding: how tokens are chosen.
     max_new_tokens: length of an answer, tokens.
-    batch_size: rows a batch.
     seed: of the intervals.
     progress: progress display.
 
@@ -99,27 +96,21 @@ def evaluate(
   del base
   asked = [_asked(record, sub_questions) for record in records]
   flat = [(i, *question) for i, some in enumerate(asked) for question in some]
-  if stack is not None and owner is None:
-    owner = range(len(records))
   said = answers.answers(
-      spec,
-      params,
-      edited,
+      lm,
       passages_lib.encode_questions(
           tokenizer, [text for _, _, text, _ in flat], chat, double_bos
       ),
       tokenizer=tokenizer,
       stop=stop,
       max_new_tokens=max_new_tokens,
-      stack=stack,
-      owner=None if owner is None else [owner[i] for i, *_ in flat],
+      edit_ids=None if edit_ids is None else [edit_ids[i] for i, *_ in flat],
       decoding=decoding,
       streams=[
           _stream(record, place)
           for record, some in zip(records, asked)
           for place in range(len(some))
       ],
-      batch_size=batch_size,
       progress=progress,
   )
   scored = similarity.scores(

@@ -3,7 +3,7 @@
   state                  = editor.init(params, moments)
   edited, state, info    = editor.edit(params, state, batch)
 
-`edit` never changes `params`: it returns a delta (`types.Edited`). What lasts
+`edit` never changes `params`: it returns a delta (`deltas.Edited`). What lasts
 from one batch to the next is explicit in `state`.
 """
 

@@ -27,8 +27,8 @@ import optax
 
 from jaxedit.batching.buckets import round_up
 from jaxedit.models import decoder
-from jaxedit.models.blocks import wide
 from jaxedit.models.spec import ModelSpec
+from jaxedit.numerics import wide
 from jaxedit.types import (
     PADDING,
     SHARED,

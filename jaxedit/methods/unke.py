@@ -31,6 +31,10 @@ import numpy as np
 
 from jaxedit import targets as targets_lib
 from jaxedit.batching.plan import BatchPlan
+from jaxedit.deltas import (
+    Dense,
+    Edited,
+)
 from jaxedit.methods import (
     base,
     regression,
@@ -47,8 +51,6 @@ from jaxedit.text.chunking import Chunking
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import (
     Array,
-    Dense,
-    Edited,
     InputError,
     Params,
     Progress,
@@ -244,7 +246,7 @@ def unke_editor(spec: ModelSpec, recipe: Unke) -> base.Editor:
         memory=memory,
         progress=progress,
     )
-    return Edited(deltas=deltas), state, info
+    return Edited(deltas=deltas, size=max(group) + 1), state, info
 
   return base.Editor(init, edit, edit_independent)
 

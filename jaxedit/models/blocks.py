@@ -26,8 +26,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxedit.deltas import LayerDeltas
 from jaxedit.models import packing
 from jaxedit.models.spec import ModelSpec
+from jaxedit.numerics import einsum, wide
 from jaxedit.types import Array, OutputTokens, PackedSequences
 
 # The name under which results of weight products are saved for a backward pass.
@@ -44,23 +46,6 @@ _ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     'gelu': lambda x: jax.nn.gelu(x, approximate=False),
     'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
 }
-
-
-def wide(dtype: Any) -> Any:
-  """The dtype of residuals, sums and losses for weights of `dtype`."""
-  return jnp.promote_types(dtype, jnp.float32)
-
-
-def einsum(equation: str, x: Array, y: Array) -> Array:
-  """Contracts in the dtype of `y`, summing in f32 or wider."""
-  out = wide(y.dtype)
-  return jnp.einsum(
-      equation,
-      x.astype(y.dtype),
-      y,
-      precision='highest' if y.dtype == out else 'default',
-      preferred_element_type=out,
-  )
 
 
 def stored(spec: ModelSpec, weights: Any) -> Any:
@@ -140,31 +125,6 @@ def _narrow_backward(pieces, saved, grad):
 narrow_product.defvjp(_narrow_forward, _narrow_backward)
 
 
-def apply_delta(
-    x: Array, delta: tuple[Array, ...], rows: PackedSequences | None = None
-) -> Array:
-  """Applies one kernel change, in f32 or wider.
-
-  Args:
-    x: [B, T, in] input of the linear map.
-    delta: (kernel [in, out],), or factors (key [M, in], value [M, out]), or
-      (key [R, M, in], value [R, M, out]) for a change of its own a row.
-    rows: how x [1, N, in] forms rows; None if its B are the rows.
-
-  Returns:
-    [B, T, out] what the change adds to the map's output.
-  """
-  x = x.astype(wide(x.dtype))
-  if len(delta) == 1:
-    return einsum('btf,fd->btd', x, delta[0])
-  key, value = delta
-  if key.ndim == 2:
-    return einsum('btm,md->btd', einsum('btf,mf->btm', x, key), value)
-  if rows is not None:
-    return packing.flatten(rows, apply_delta(packing.unflatten(rows, x), delta))
-  return einsum('btm,bmd->btd', einsum('btf,bmf->btm', x, key), value)
-
-
 class Norm(nn.Module):
   """RMS or layer normalisation, in f32 or wider."""
 
@@ -187,19 +147,14 @@ class Norm(nn.Module):
 
 
 class Linear(nn.Module):
-  """A linear map [in, out] with an optional change of its kernel."""
+  """A linear map [in, out]."""
 
   spec: ModelSpec
   features: int
   use_bias: bool
 
   @nn.compact
-  def __call__(
-      self,
-      x: Array,
-      delta: tuple[Array, ...] | None,
-      rows: PackedSequences | None = None,
-  ) -> Array:
+  def __call__(self, x: Array) -> Array:
     kernel = self.param(
         'kernel',
         nn.initializers.lecun_normal(),
@@ -208,7 +163,7 @@ class Linear(nn.Module):
     y = product(self.spec, x, kernel)
     if self.use_bias:
       y = y + self.param('bias', nn.initializers.zeros, (self.features,))
-    return y if delta is None else y + apply_delta(x, delta, rows)
+    return y
 
 
 def rotate(x: Array, rotary: tuple[Array, Array], style: str) -> Array:
@@ -311,8 +266,8 @@ class AttentionInputs(NamedTuple):
 class Block(nn.Module):
   """One block; see the module head for its three shapes.
 
-  `__call__` is `attention_half` and then `mlp_half`. Called apart, the MLP can run again under
-  another kernel without its attention. Activations are [B, T, D], or [1, N, D]
+  `__call__` is `attention_half` and then `mlp_half`. Called separately, the MLP
+  can run again under another delta without its attention. Activations are [B, T, D], or [1, N, D]
   where `inputs.rows` says which rows they form.
   """
 
@@ -329,21 +284,24 @@ class Block(nn.Module):
 
     Args:
       h: [B, T, D] residual.
-      inputs: the columns.
-      prefix: keys and values of P earlier columns, or None.
-      deltas: site -> kernel change, as `apply_delta` takes it.
-      intervene: (site, activation) -> activation, applied to the outputs 'attn',
-        'mlp' and 'block'.
+      inputs: what attention needs to know of the tokens.
+      prefix: keys and values of P earlier tokens, or None.
+      deltas: those of this layer.
+      intervene: (site, activation) -> activation, applied to the edited outputs
+        'attn', 'mlp' and 'block'.
 
     Returns:
-      ([B, T, D] residual, what was seen: 'attn', 'mlp', 'block', 'kv' and the
-      input of every linear map by its site).
+      ([B, T, D] residual, what was seen: 'attn', 'mlp', 'block', 'kv', the
+      input of every linear map by its site, and 'choice/<number>' of each delta
+      that chooses).
     """
-    run = _Recorder(deltas, inputs.rows)
+    run = _Sites(deltas, inputs.rows)
+    before = h
     h, x = self._attention_half(h, inputs, prefix, run, intervene)
-    m = self.mlp(x, run)
+    m = run.edited('mlp', x, self.mlp(x, run))
     run.seen['mlp'] = m = intervene('mlp', m)
-    run.seen['block'] = h = intervene('block', h + m)
+    h = run.edited('block', before, h + m)
+    run.seen['block'] = h = intervene('block', h)
     return h, run.seen
 
   def attention_half(self, h, inputs, prefix, deltas):
@@ -352,7 +310,7 @@ class Block(nn.Module):
     Returns:
       (residual without the MLP, input of the MLP, (keys, values) as rows).
     """
-    run = _Recorder(deltas, inputs.rows)
+    run = _Sites(deltas, inputs.rows)
     h, x = self._attention_half(h, inputs, prefix, run, lambda site, x: x)
     return h, x, run.seen['kv']
 
@@ -362,17 +320,14 @@ class Block(nn.Module):
     Returns:
       (what it adds to the residual, what was seen).
     """
-    run = _Recorder(deltas, rows)
-    return self.mlp(x, run), run.seen
+    run = _Sites(deltas, rows)
+    return run.edited('mlp', x, self.mlp(x, run)), run.seen
 
   def _attention_half(self, h, inputs, prefix, run, intervene):
-    kept = (
-        lambda x: x
-        if inputs.outputs is None
-        else packing.take(x, inputs.outputs)
-    )
+    outputs = inputs.outputs
+    kept = lambda x: x if outputs is None else packing.take(x, outputs)
     x = self.attn_norm(h)
-    a = self.attn(kept(x), x, inputs, prefix, run)
+    a = run.edited('attn', x, self.attn(kept(x), x, inputs, prefix, run))
     run.seen['attn'] = a = intervene('attn', a)
     h = kept(h)
     if self.spec.residual == 'parallel_shared':
@@ -383,16 +338,44 @@ class Block(nn.Module):
     return h, self.mlp_norm(h)
 
 
-class _Recorder:
-  """Hands linear maps their change and keeps what they were given."""
+class _Sites:
+  """Applies deltas at the sites of a block and keeps what was seen there."""
 
-  def __init__(self, deltas: Mapping[str, Any], rows: PackedSequences | None):
-    self.deltas, self.rows = deltas, rows
+  def __init__(self, deltas: LayerDeltas, rows: PackedSequences | None):
+    self._given, self._rows = deltas, rows
     self.seen: dict[str, Any] = {}
 
   def __call__(self, site: str, linear: Linear, x: Array) -> Array:
     self.seen[site] = x
-    return linear(x, self.deltas.get(site), self.rows)
+    return self.edited(site, x, linear(x))
+
+  def edited(self, site: str, x: Array, y: Array) -> Array:
+    """The output of a site under the deltas there."""
+    for number, delta in self._given.deltas.items():
+      if delta.site == site:
+        y = self._apply(number, delta, x, y)
+    return y
+
+  def _apply(self, number: int, delta: Any, x: Array, y: Array) -> Array:
+    given, rows = self._given, self._rows
+    if not given.per_edit and not delta.chooses:
+      return delta(x, y)
+    if rows is not None:
+      x, y = packing.unflatten(rows, x), packing.unflatten(rows, y)
+    axis = 0 if given.per_edit else None
+    choice, prompt = (), given.prompt
+    if delta.chooses:
+      choice = given.choices.get(number)
+      if choice is None:
+        choose = jax.vmap(lambda d, *a: d.choose(*a), (axis, 0, 0, 0))
+        choice = choose(delta, x, y, prompt)
+      self.seen[f'choice/{number}'] = choice
+      y = jax.vmap(lambda d, *a: d(*a), (axis, 0, 0, 0, 0))(
+          delta, x, y, choice, prompt
+      )
+    else:
+      y = jax.vmap(lambda d, *a: d(*a), (axis, 0, 0))(delta, x, y)
+    return y if rows is None else packing.flatten(rows, y)
 
 
 def _by_group(spec: ModelSpec, rows: PackedSequences | None, x: Array) -> Array:

@@ -22,6 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxedit.deltas import (
+    SiteDelta,
+)
 from jaxedit.models import (
     decode_state,
     sampling,
@@ -29,16 +32,13 @@ from jaxedit.models import (
 from jaxedit.models.sampling import GREEDY, Decoding
 from jaxedit.models.spec import ModelSpec
 from jaxedit.types import (
-    Delta,
-    Dense,
     InputError,
-    LowRank,
     Params,
     Progress,
     silent,
 )
 
-__all__ = ['GREEDY', 'Decoding', 'generate', 'refuse_faulty', 'stack_faults']
+__all__ = ['GREEDY', 'Decoding', 'generate', 'refuse_faulty']
 
 # Numbers of random streams are int32 on the device.
 _STREAMS = 2**31
@@ -55,74 +55,6 @@ _FEW = 4
 def _fit(ladder: Sequence[int], size: int) -> int:
   """The first step of a ladder that is enough."""
   return next((step for step in ladder if step >= size), size)
-
-
-def _place(change: Delta) -> set[tuple[str, str, int]]:
-  """The parameters that a change is of: site, leaf and layer."""
-  leaf = change.leaf if isinstance(change, Dense) else 'kernel'
-  return {(change.site, leaf, layer) for layer in change.layers}
-
-
-def _edits(change: Delta) -> int | None:
-  """How many edits lie side by side in a change; None without an edit axis."""
-  if isinstance(change, LowRank):
-    both = change.key.ndim == change.value.ndim == 4
-    return change.key.shape[1] if both else None
-  axes = 4 if change.leaf == 'kernel' else 3
-  return change.kernel.shape[1] if change.kernel.ndim == axes else None
-
-
-def stack_faults(
-    shared: Sequence[Delta],
-    stack: Sequence[Delta] | None,
-    owner: Sequence[int] | None,
-    prompts: int,
-    *,
-    full: bool = False,
-) -> list[str]:
-  """Says why changes side by side cannot be applied, each to its prompts.
-
-  Args:
-    shared: changes of all prompts.
-    stack: E changes side by side, or None.
-    owner: an index into the stack a prompt, or None.
-    prompts: how many there are.
-    full: whether changes in full are welcome beside low-rank ones.
-
-  Returns:
-    A sentence a fault.
-  """
-  if (stack is None) != (owner is None):
-    return ['stack and owner belong together; give both or neither']
-  if stack is None:
-    return []
-  problems = []
-  if len(owner) != prompts:
-    problems.append(f'owner has {len(owner)} entries for {prompts} rows')
-  taken = set().union(*map(_place, shared))
-  for change in stack:
-    edits = _edits(change)
-    if isinstance(change, Dense) and not full:
-      problems.append(
-          f'the stacked change of {change.site} is in full; a batch of rows'
-          ' needs low-rank factors of shape [layers, edits, rows, width]'
-      )
-    elif edits is None:
-      problems.append(
-          f'the stacked change of {change.site} has no axis of edits, which'
-          ' comes after the one of layers'
-      )
-    elif len(owner) and not 0 <= min(owner) <= max(owner) < edits:
-      problems.append(
-          f'owner runs from {min(owner)} to {max(owner)}, but the stack of'
-          f' {change.site} holds {edits} edits, counted from 0'
-      )
-    if taken & _place(change):
-      problems.append(
-          f'{change.site} is changed by the stack and by the shared change in'
-          ' one layer; merge the shared one into the parameters'
-      )
-  return problems
 
 
 def refuse_faulty(
@@ -211,11 +143,11 @@ class _DecodeLoop:
       rule: sampling.Rule,
       rows: int,
       streams: Sequence[int],
-      owner: Sequence[int],
+      edit_ids: Sequence[int],
   ):
     self._spec, self._params, self._prompts = spec, params, prompts
     self._inputs, self._rule = inputs, rule
-    self._streams, self._owner = streams, owner
+    self._streams, self._edit_ids = streams, edit_ids
     self._most, self._rows = int(inputs.most), rows
     # Prompts are read a quarter of the batch at a time, so that few rows have
     # to be free for it and one program does.
@@ -231,7 +163,7 @@ class _DecodeLoop:
     """Whether any text is unfinished."""
     return bool(self.waiting) or any(i is not None for i in self.slots)
 
-  def segment_ids(self) -> int:
+  def generate_segment(self) -> int:
     """Takes prompts in, writes a segment and lets ended texts go.
 
     Returns:
@@ -273,7 +205,12 @@ class _DecodeLoop:
     width = _fit(_CACHES, max(map(self._columns, texts)))
     if self._state is None:
       self._state = decode_state.empty(
-          self._spec, self._params, rows, width, self._rule.penalised
+          self._spec,
+          self._params,
+          self._inputs,
+          rows=rows,
+          width=width,
+          rule=self._rule,
       )
     elif (rows, width) != self._state.shape:
       kept += [len(self.slots)] * (rows - len(kept))
@@ -294,13 +231,13 @@ class _DecodeLoop:
     width = _fit(_LENGTHS, max(len(self._prompts[i]) for i in chosen))
     tokens = np.zeros((self._chunk, width), np.int32)
     # What a chunk has to spare holds one token and gets no row.
-    length, stream, owner = np.zeros((3, self._chunk), np.int32)
+    length, stream, edit_id = np.zeros((3, self._chunk), np.int32)
     length[:] = 1
     slots = np.full(self._chunk, len(self.slots), np.int32)
     for row, i in enumerate(chosen):
       length[row] = len(self._prompts[i])
       tokens[row, : length[row]] = self._prompts[i]
-      stream[row], owner[row] = self._streams[i], self._owner[i]
+      stream[row], edit_id[row] = self._streams[i], self._edit_ids[i]
       slots[row] = self.slots.index(None)
       self.slots[slots[row]] = i
     fresh, first = decode_state.prefill(
@@ -310,7 +247,7 @@ class _DecodeLoop:
         tokens,
         length=length,
         stream=stream,
-        owner=owner,
+        edit_id=edit_id,
         rule=self._rule,
     )
     self._state = decode_state.assign(self._state, fresh, slots)
@@ -330,9 +267,8 @@ def generate(
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
     seed: int = 0,
-    deltas: Sequence[Delta] = (),
-    stack: Sequence[LowRank] = (),
-    owner: Sequence[int] | None = None,
+    deltas: Sequence[SiteDelta] = (),
+    edit_ids: Sequence[int] | None = None,
     streams: Sequence[int] | None = None,
     batch_size: int = 64,
     progress: Progress = silent,
@@ -350,9 +286,8 @@ def generate(
     top_p: probability that the candidates exceed; 1 for all.
     repetition_penalty: divides positive logits of tokens that were there.
     seed: of the random streams.
-    deltas: lazy kernel changes that all prompts share, without a row axis.
-    stack: E changes side by side, factors [n, E, M, .].
-    owner: an index into `stack` a prompt; given exactly when `stack` is.
+    deltas: of one edit that all prompts are under, or of E edits side by side.
+    edit_ids: with edits side by side, which one each prompt is under.
     streams: number of each prompt's random stream, below 2^31; 0, 1, 2, ... if
       not given.
     batch_size: rows a batch at most.
@@ -362,7 +297,7 @@ def generate(
     New tokens of every prompt, in order.
 
   Raises:
-    InputError: a setting is out of range, the stack does not fit, or a prompt
+    InputError: a setting is out of range, or a prompt
       is empty, has a token that the model lacks or, with the new tokens, is
       longer than the model allows.
   """
@@ -375,7 +310,6 @@ def generate(
       decoding=decoding,
       batch_size=batch_size,
       streams=streams,
-      more=stack_faults(deltas, stack or None, owner, len(prompts)),
   )
   if not prompts:
     return []
@@ -392,14 +326,14 @@ def generate(
           most=jnp.int32(max_new_tokens),
           # Once: every compiled call would bring them over from the host.
           deltas=jax.tree.map(jnp.asarray, tuple(deltas)),
-          stack=jax.tree.map(jnp.asarray, tuple(stack)),
+          per_edit=edit_ids is not None,
       ),
       rule=rule,
       rows=min(_fit(_ROWS, len(prompts)), batch_size),
       streams=range(len(prompts)) if streams is None else streams,
-      owner=[0] * len(prompts) if owner is None else owner,
+      edit_ids=[0] * len(prompts) if edit_ids is None else edit_ids,
   )
   with progress('generate', len(prompts), 'text') as advance:
     while writer.going:
-      advance(writer.segment_ids())
+      advance(writer.generate_segment())
   return writer.texts

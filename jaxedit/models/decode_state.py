@@ -17,9 +17,12 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax
 import jax
 import jax.numpy as jnp
 
+from jaxedit import deltas as deltas_lib
+from jaxedit.deltas import ActiveDeltas, SiteDelta
 from jaxedit.models import decoder, sampling
 from jaxedit.models.spec import ModelSpec
 from jaxedit.types import (
@@ -27,8 +30,6 @@ from jaxedit.types import (
     PADDING,
     SHARED,
     Array,
-    Delta,
-    LowRank,
     Params,
     Tap,
     TokenLayout,
@@ -46,15 +47,22 @@ class TextState(NamedTuple):
   step: Array  # [B] int32 new tokens so far
   live: Array  # [B] bool, the text goes on
   stream: Array  # [B] int32 number of the random stream
-  owner: Array  # [B] int32 edit of the row
+  edit_id: Array  # [B] int32 edit of the row
   seen: Array | None  # [B, V] bool tokens of the text, where they matter
 
 
 class DecodeState(NamedTuple):
-  """A batch: its texts, and keys and values of all layers, [L, B, G, P, H]."""
+  """A batch of texts with what earlier tokens left.
+
+  Attributes:
+    rows: the texts.
+    cache: keys and values of all layers, [L, B, G, P, H].
+    choices: of every delta, [n, B, ...]; see `deltas.ActiveDeltas`.
+  """
 
   rows: TextState
   cache: tuple[Array, Array]
+  choices: tuple[Any, ...] = ()
 
   @property
   def shape(self) -> tuple[int, int]:
@@ -63,27 +71,35 @@ class DecodeState(NamedTuple):
     return rows, width
 
 
-class DecodeInputs(NamedTuple):
+@flax.struct.dataclass
+class DecodeInputs:
   """What every compiled call of one run is given."""
 
   numbers: sampling.Numbers
   stop: Array  # [V] bool
   most: Array  # [] int32 new tokens at most
-  deltas: tuple[Delta, ...]
-  stack: tuple[LowRank, ...]
+  deltas: tuple[SiteDelta, ...]
+  per_edit: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 def empty(
-    spec: ModelSpec, params: Params, rows: int, width: int, penalised: bool
+    spec: ModelSpec,
+    params: Params,
+    inputs: DecodeInputs,
+    *,
+    rows: int,
+    width: int,
+    rule: sampling.Rule,
 ) -> DecodeState:
   """Makes a batch without texts.
 
   Args:
     spec: the architecture.
     params: canonical parameters; keys and values have their dtype.
+    inputs: what all calls share.
     rows: B.
-    width: P, columns of the cache.
-    penalised: whether the tokens of the texts matter.
+    width: P, tokens of the cache.
+    rule: static settings of the choice of tokens.
 
   Returns:
     The batch.
@@ -97,29 +113,59 @@ def empty(
       step=zeros(),
       live=jnp.zeros(rows, bool),
       stream=zeros(),
-      owner=zeros(),
-      seen=jnp.zeros((rows, spec.vocab), bool) if penalised else None,
+      edit_id=zeros(),
+      seen=jnp.zeros((rows, spec.vocab), bool) if rule.penalised else None,
   )
-  return DecodeState(texts, (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
+  choices = ((),) * len(inputs.deltas)
+  if any(delta.chooses for delta in inputs.deltas):
+    ones = jnp.ones(rows, jnp.int32)
+    run = functools.partial(prefill, spec, rule=rule)
+    shapes, _ = jax.eval_shape(
+        run,
+        params,
+        inputs,
+        ones[:, None],
+        length=ones,
+        stream=ones,
+        edit_id=ones,
+    )
+    choices = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), shapes.choices
+    )
+  cache = (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+  return DecodeState(texts, cache, choices)
 
 
 def _run(
-    spec: ModelSpec, params: Params, inputs: DecodeInputs, owner: Array
+    spec: ModelSpec,
+    params: Params,
+    deltas: ActiveDeltas,
+    *,
+    choose: bool = False,
 ) -> Callable[..., tuple[Array, tuple[Any, ...]]]:
-  """The whole stack of layers under each row's change, with its KV."""
-  own = (
-      d.replace(key=d.key[:, owner], value=d.value[:, owner])
-      for d in inputs.stack
-  )
+  """The whole stack of layers, with its KV and, if asked for, choices."""
+  taps = [Tap('kv', tuple(range(spec.layers)))]
+  if choose:
+    taps += [
+        Tap(f'choice/{i}', delta.layers)
+        for i, delta in enumerate(deltas.deltas)
+        if delta.chooses
+    ]
   return functools.partial(
       decoder.run_layers,
       spec,
       params,
       start=0,
       stop=spec.layers,
-      deltas=(*inputs.deltas, *own),
-      taps=(Tap('kv', tuple(range(spec.layers))),),
+      deltas=deltas,
+      taps=tuple(taps),
   )
+
+
+def _active(inputs: DecodeInputs, rows: TextState, **options) -> ActiveDeltas:
+  """The deltas under which rows are run."""
+  edit_ids = rows.edit_id if inputs.per_edit else None
+  return deltas_lib.active(inputs.deltas, edit_ids, **options)
 
 
 def _append(
@@ -167,7 +213,7 @@ def prefill(
     *,
     length: Array,
     stream: Array,
-    owner: Array,
+    edit_id: Array,
     rule: sampling.Rule,
 ) -> tuple[DecodeState, Array]:
   """Runs prompts and chooses their first tokens.
@@ -179,7 +225,7 @@ def prefill(
     tokens: [Q, P] right-padded prompts.
     length: [Q] tokens of each, at least one.
     stream: [Q] numbers of their random streams.
-    owner: [Q] their edits.
+    edit_id: [Q] their edits.
     rule: static settings of the choice.
 
   Returns:
@@ -188,7 +234,6 @@ def prefill(
   valid = jnp.arange(tokens.shape[1]) < length[:, None]
   layout = decoder.token_layout(valid)
   h = decoder.embed(spec, params, tokens, layout)
-  h, (cache,) = _run(spec, params, inputs, owner)(h, layout)
   each = jnp.arange(len(tokens))
   seen = None
   if rule.penalised:
@@ -200,12 +245,16 @@ def prefill(
       step=jnp.zeros_like(length),
       live=jnp.ones_like(length, bool),
       stream=stream,
-      owner=owner,
+      edit_id=edit_id,
       seen=seen,
   )
+  own = _active(inputs, rows)
+  h, (cache, *chosen) = _run(spec, params, own, choose=True)(h, layout)
+  chosen = iter(chosen)
+  choices = tuple(next(chosen) if d.chooses else () for d in inputs.deltas)
   logits = decoder.logits(spec, params, h[each, length - 1])
   rows, first = _append(rule, inputs, rows, logits)
-  return DecodeState(rows, cache), first
+  return DecodeState(rows, cache, choices), first
 
 
 @functools.partial(jax.jit, donate_argnames='state')
@@ -213,7 +262,7 @@ def assign(state: DecodeState, fresh: DecodeState, slots: Array) -> DecodeState:
   """Puts texts into rows of a batch.
 
   Args:
-    carry: B rows.
+    state: B rows.
     fresh: Q rows with no more columns.
     slots: [Q] int32 rows to take; B or more drops the text.
 
@@ -226,7 +275,12 @@ def assign(state: DecodeState, fresh: DecodeState, slots: Array) -> DecodeState:
       old.at[:, slots, :, :width].set(new, mode='drop')
       for old, new in zip(state.cache, fresh.cache)
   )
-  return DecodeState(jax.tree.map(put, state.rows, fresh.rows), cache)
+  put_choice = lambda old, new: old.at[:, slots].set(new, mode='drop')
+  return DecodeState(
+      jax.tree.map(put, state.rows, fresh.rows),
+      cache,
+      jax.tree.map(put_choice, state.choices, fresh.choices),
+  )
 
 
 @functools.partial(jax.jit, static_argnames='width')
@@ -234,7 +288,7 @@ def resize(state: DecodeState, kept: Array, width: int) -> DecodeState:
   """Goes on with other rows and columns.
 
   Args:
-    carry: B rows.
+    state: B rows.
     kept: rows to keep, in order; B or more makes an empty row.
     width: columns of the cache, static.
 
@@ -243,13 +297,14 @@ def resize(state: DecodeState, kept: Array, width: int) -> DecodeState:
   """
   take = functools.partial(jnp.take, indices=kept, mode='fill', fill_value=0)
 
-  def layout(x: Array) -> Array:
+  def tokens(x: Array) -> Array:
     x = take(x[:, :, :, :width], axis=1)
     room = width - x.shape[3]
     return jnp.pad(x, (*((0, 0),) * 3, (0, room), (0, 0)))
 
   rows = jax.tree.map(functools.partial(take, axis=0), state.rows)
-  return DecodeState(rows, tuple(map(layout, state.cache)))
+  choices = jax.tree.map(functools.partial(take, axis=1), state.choices)
+  return DecodeState(rows, tuple(map(tokens, state.cache)), choices)
 
 
 @functools.partial(
@@ -269,14 +324,17 @@ def generate_segment(
     spec: the architecture.
     params: canonical parameters.
     inputs: what all calls share.
-    carry: B rows with columns enough.
+    state: B rows with a cache of enough tokens.
     rule: static settings of the choice.
 
   Returns:
     (the batch, [B, segment] tokens, -1 where none).
   """
   size, width = state.shape
-  run = _run(spec, params, inputs, state.rows.owner)
+  choices = state.choices
+  generated = jnp.zeros((size, 1), bool)
+  own = _active(inputs, state.rows, prompt=generated, choices=choices)
+  run = _run(spec, params, own)
   each, column = jnp.arange(size), jnp.arange(width, dtype=jnp.int32)
   column = jnp.broadcast_to(column, (size, width))
 
@@ -285,7 +343,7 @@ def generate_segment(
     return (step < SEGMENT) & jnp.any(state.rows.live)
 
   def write(carry: tuple) -> tuple:
-    step, (rows, cache), out = carry
+    step, (rows, cache, _), out = carry
     place = rows.place[:, None]
     own = TokenLayout(place, jnp.full_like(place, SHARED))
     before = TokenLayout(column, jnp.where(column < place, SHARED, PADDING))
@@ -297,7 +355,8 @@ def generate_segment(
     )
     logits = decoder.logits(spec, params, h[:, 0])
     rows, token = _append(rule, inputs, rows, logits)
-    return step + 1, DecodeState(rows, cache), out.at[:, step].set(token)
+    state = DecodeState(rows, cache, choices)
+    return step + 1, state, out.at[:, step].set(token)
 
   out = jnp.full((size, SEGMENT), -1, jnp.int32)
   _, state, out = jax.lax.while_loop(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxedit import ops
+from jaxedit.deltas import ActiveDeltas, LayerDeltas, SiteDelta
 from jaxedit.models import packing
 from jaxedit.models.blocks import (
     PRODUCT,
@@ -31,16 +32,14 @@ from jaxedit.models.blocks import (
     Block,
     Norm,
     product,
-    wide,
 )
 from jaxedit.models.spec import ModelSpec, RopeScaling
+from jaxedit.numerics import wide
 from jaxedit.types import (
     KV,
     PADDING,
     SHARED,
     Array,
-    Delta,
-    LowRank,
     OutputTokens,
     PackedSequences,
     Params,
@@ -49,6 +48,7 @@ from jaxedit.types import (
     TokenLayout,
 )
 
+NO_DELTAS = LayerDeltas({})
 # Saves the results of weight products and recomputes the rest: the weight slice
 # of a layer is not kept for the backward pass, which plain AD would do.
 SAVE_PRODUCTS = jax.checkpoint_policies.save_only_these_names(PRODUCT)
@@ -272,7 +272,7 @@ def run_layer(
     *,
     layer: Array | int,
     prefix: tuple[Array, Array, TokenLayout] | None = None,
-    deltas: Mapping[str, tuple[Array, ...]] | None = None,
+    deltas: LayerDeltas = NO_DELTAS,
     intervene: Callable[[str, Array], Array] = lambda site, x: x,
     outputs: OutputTokens | None = None,
 ) -> tuple[Array, dict[str, Any]]:
@@ -285,7 +285,7 @@ def run_layer(
     layout: [B, T] columns.
     layer: layer number.
     prefix: keys and values of P earlier columns in this layer, or None.
-    deltas: site -> factors of this layer, as `blocks.change` takes them.
+    deltas: those of this layer.
     intervene: (site, output) -> output that takes its place, for the sites
       'attn', 'mlp' and 'block'.
     outputs: places of `PackedSequences` columns at which the output is wanted.
@@ -302,7 +302,7 @@ def run_layer(
       h,
       _attention_inputs(spec, layout, before, dtype=h.dtype, outputs=outputs),
       kv,
-      deltas or {},
+      deltas,
       intervene,
   )
 
@@ -335,7 +335,9 @@ def attention_half(
     before = KV(kv[0][None], kv[1][None], prefix[2])
   inputs = _attention_inputs(spec, layout, before, dtype=h.dtype)
   weights = {'params': layer_params(params, layer)}
-  return Block(spec).apply(weights, h, inputs, kv, {}, method='attention_half')
+  return Block(spec).apply(
+      weights, h, inputs, kv, NO_DELTAS, method='attention_half'
+  )
 
 
 def mlp_half(
@@ -345,7 +347,7 @@ def mlp_half(
     *,
     layer: Array | int,
     rows: PackedSequences | None = None,
-    deltas: Mapping[str, tuple[Array, ...]] | None = None,
+    deltas: LayerDeltas = NO_DELTAS,
 ) -> tuple[Array, dict[str, Any]]:
   """Runs the MLP of one layer.
 
@@ -355,20 +357,13 @@ def mlp_half(
     x: [B, T, D] its input, as `attention_half` gives it.
     layer: layer number, may be traced.
     rows: how x [1, N, D] forms rows, for changes of their own a row.
-    deltas: site -> factors of this layer.
+    deltas: those of this layer.
 
   Returns:
     ([B, T, D] what it adds to the residual, what it saw).
   """
   weights = {'params': layer_params(params, layer)}
-  return Block(spec).apply(weights, x, rows, deltas or {}, method='mlp_half')
-
-
-def _factors(delta: Delta) -> tuple[Array, ...]:
-  """The arrays of a change, each with the layer axis in front."""
-  if isinstance(delta, LowRank):
-    return delta.key, delta.value
-  return (delta.kernel,)
+  return Block(spec).apply(weights, x, rows, deltas, method='mlp_half')
 
 
 def _pieces(
@@ -398,7 +393,7 @@ def run_layers(
     stop: int,
     prefix: KV | None = None,
     patches: Sequence[Patch] = (),
-    deltas: Sequence[Delta] = (),
+    deltas: ActiveDeltas | Sequence[SiteDelta] = (),
     taps: Sequence[Tap] = (),
     outputs: OutputTokens | None = None,
     remat: Callable | None = None,
@@ -409,13 +404,14 @@ def run_layers(
     spec: the architecture.
     params: canonical parameters.
     h: [B, T, D] residual before layer `start`.
-    layout: [B, T] columns of h. `PackedSequences` ones go with h [1, N, D]; what is
-      said of B below then holds for rows, and patches are not supported.
+    layout: [B, T] columns of h. `PackedSequences` ones go with h [1, N, D]; what
+      is said of B below then holds for its sequences, and patches are not supported.
     start: first layer, static.
     stop: one past the last layer, static.
     prefix: keys and values of earlier columns for exactly these layers.
     patches: interventions on activations.
-    deltas: kernel changes, applied lazily; those of other layers are ignored.
+    deltas: applied as the layers run; those of other layers are ignored. A
+      sequence of them stands for deltas that all sequences share.
     taps: what to observe.
     outputs: places of `PackedSequences` columns at which the last of these layers is
       wanted; h is [1, K, D] then.
@@ -429,26 +425,29 @@ def run_layers(
     raise ValueError(
         'patches name columns of rows, not places: use `TokenLayout`'
     )
-  if outputs is not None and any(
-      isinstance(d, LowRank) and d.key.ndim == 4 for d in deltas
-  ):
-    raise ValueError('kept places and changes of their own a row do not mix')
+  if not isinstance(deltas, ActiveDeltas):
+    deltas = ActiveDeltas(tuple(deltas))
+  if outputs is not None and deltas.per_sequence:
+    raise ValueError('output tokens do not mix with deltas per sequence')
   everywhere = _attention_inputs(spec, layout, prefix, dtype=h.dtype)
   if outputs is not None:
     kept = _attention_inputs(
         spec, layout, prefix, dtype=h.dtype, outputs=outputs
     )
   readings: list[list[Any]] = [[] for _ in taps]
-  marked = [d.layers for d in deltas] + [t.layers for t in taps]
+  gathered, count = deltas.deltas, len(deltas.deltas)
+  prompt = deltas.prompt
+  if prompt is None:
+    prompt = _sequence_layout(layout).segment_ids == SHARED
+  marked = [d.layers for d in gathered] + [t.layers for t in taps]
   marked += [] if outputs is None else [(stop - 1,)]
   for first, end, sets in _pieces(start, stop, marked):
-    changes = [deltas[i] for i in sets if i < len(deltas)]
-    watching = [i - len(deltas) for i in sets]
-    watching = [i for i in watching if 0 <= i < len(taps)]
+    here = [i for i in sets if i < count]
+    watching = [i - count for i in sets if count <= i < count + len(taps)]
     inputs = everywhere if outputs is None or end < stop else kept
 
-    def body(h, xs, changes=changes, watching=watching, inputs=inputs):
-      layer, factors = xs
+    def body(h, xs, watching=watching, inputs=inputs):
+      layer, mine, choices = xs
       kv = None
       if prefix is not None:
         # An index, not a slice of the stack: that would be a copy.
@@ -461,21 +460,24 @@ def run_layers(
           h,
           inputs,
           kv,
-          {d.site: f for d, f in zip(changes, factors)},
+          LayerDeltas(mine, deltas.per_edit, prompt, choices),
           _intervene(patches, layer),
       )
       return h, [taps[i].read(seen[taps[i].site]) for i in watching]
 
-    def part(array: Array, offset: int, first=first, end=end) -> Array:
-      return array[first - offset : end - offset]
+    def part(tree: Any, i: int, first=first, end=end) -> Any:
+      offset = first - gathered[i].layers.index(first)
+      return jax.tree.map(lambda x: x[first - offset : end - offset], tree)
 
-    factors = [
-        tuple(part(f, first - d.layers.index(first)) for f in _factors(d))
-        for d in changes
-    ]
+    mine = {i: part(gathered[i], i) for i in here}
+    choices = {
+        i: part(deltas.choices[i], i)
+        for i in here
+        if deltas.choices is not None and gathered[i].chooses
+    }
     if remat is not None:
       body = jax.checkpoint(body, policy=remat)
-    xs = (jnp.arange(first, end), factors)
+    xs = (jnp.arange(first, end), mine, choices)
     if outputs is not None and end == stop:  # changes the shape of h: no scan
       h, seen = body(h, jax.tree.map(lambda x: x[0], xs))
       seen = jax.tree.map(lambda x: x[None], seen)
@@ -496,7 +498,7 @@ def forward(
     layout: TokenLayout,
     *,
     patches: Sequence[Patch] = (),
-    deltas: Sequence[Delta] = (),
+    deltas: Sequence[SiteDelta] = (),
 ) -> Array:
   """Runs the whole model.
 
@@ -506,7 +508,7 @@ def forward(
     tokens: [B, T] int32.
     layout: [B, T] columns, e.g. `token_layout(tokens != pad)`.
     patches: interventions on activations.
-    deltas: kernel changes, applied lazily.
+    deltas: see `run_layers`.
 
   Returns:
     [B, T, V] logits, f32 or wider.

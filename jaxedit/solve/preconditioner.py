@@ -62,7 +62,7 @@ Preconditioner = Covariance | NullSpace | Identity
 
 @jax.jit
 def covariance(gram: Array, weight: Array | float) -> Covariance:
-  """Factors the metric of an average second moment.
+  """LowRankUpdate the metric of an average second moment.
 
   Args:
     gram: [F, F] average of k k^T, uncentred.

@@ -54,7 +54,7 @@ _SOFT = 8
 _SOFT_POWER = 2 / 3
 
 
-class Factors(NamedTuple):
+class LowRankUpdate(NamedTuple):
   """A kernel change `key.T @ value`.
 
   Attributes:
@@ -76,7 +76,7 @@ def ridge_update(
     constraint: Array | None = None,
     preserved: Array | None = None,
     preserved_active: Array | None = None,
-) -> Factors:
+) -> LowRankUpdate:
   """Solves for the change that moves the output at C by R, as exact factors.
 
   Beside the factors of the metric it costs a Cholesky of P x P and a solve of
@@ -98,7 +98,7 @@ def ridge_update(
     preserved_active: [P] bool, as `active`.
 
   Returns:
-    Factors of X in the dtype of the metric, [M, F] and [M, D], zero in inactive
+    LowRankUpdate of X in the dtype of the metric, [M, F] and [M, D], zero in inactive
     rows; not finite where the system is singular.
 
   Source: Meng et al. 2022b (MEMIT), equation 14, in Woodbury form; with a
@@ -113,12 +113,12 @@ def ridge_update(
   count = keys.shape[0]
   if count + _count(problem.preserved) <= rank(preconditioner):
     free, value = _solve_rows(problem, ridge=ridge, block=None)
-    return Factors(lift(preconditioner, free), value)
+    return LowRankUpdate(lift(preconditioner, free), value)
   # Many held keys: the columns of (r I + A^T Q + G^T G)^-1 A^T.
   unit = problem._replace(residuals=jnp.eye(count, dtype=residuals.dtype))
   free = _solve_coordinates(unit, ridge=ridge, block=BLOCK)
   value = _masked(residuals, problem.active).astype(free.dtype)
-  return Factors(lift(preconditioner, free.T), value)
+  return LowRankUpdate(lift(preconditioner, free.T), value)
 
 
 def ridge_dense(

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxedit import numerics
 from jaxedit.batching import (
     packer,
 )
@@ -156,7 +157,7 @@ class Scheduler:
     )
     shape = (above, batch_shape.slots, plan.rows, spec.kv_heads, layout)
     make = lambda: jnp.zeros((*shape, spec.head_size), kept)
-    wide = lambda *shape: jnp.zeros([*shape, spec.width], blocks.wide(kept))
+    wide = lambda *shape: jnp.zeros([*shape, spec.width], numerics.wide(kept))
     base, parts = wide(1, batch_shape.token_budget), None
     if self._objective.output != 'block':
       output = lambda: wide(batch_shape.slots, plan.rows)

@@ -24,6 +24,12 @@ import numpy as np
 
 from jaxedit import targets as targets_lib
 from jaxedit.batching.plan import BatchPlan
+from jaxedit.deltas import (
+    Dense,
+    Edited,
+    LowRank,
+    SiteDelta,
+)
 from jaxedit.methods.base import (
     Editor,
     Info,
@@ -39,15 +45,11 @@ from jaxedit.methods.closed_form.recipe import (
     check_layers,
 )
 from jaxedit.models.spec import ModelSpec
-from jaxedit.solve.ridge import Factors
+from jaxedit.solve.ridge import LowRankUpdate
 from jaxedit.stats.moments import Moments
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import (
-    Delta,
-    Dense,
-    Edited,
     InputError,
-    LowRank,
     Params,
     Progress,
     Targets,
@@ -136,13 +138,14 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
         jnp.asarray(np.stack(x)[:, groups]) for x in zip(*written.changes)
     )
     delta = LowRank(recipe.layers, recipe.site, key, value)
-    return Edited(deltas=(delta,)), state, call.info(written)
+    edited = Edited(deltas=(delta,), size=groups.stop)
+    return edited, state, call.info(written)
 
   return Editor(init, edit, edit_independent)
 
 
 def _preconditioner(recipe: Recipe, gram: jax.Array, layer: int) -> Any:
-  """Factors the metric of a layer and checks it."""
+  """LowRankUpdate the metric of a layer and checks it."""
   try:
     preconditioner = recipe.preconditioner(gram)
   except ValueError as e:
@@ -223,15 +226,17 @@ class _Call:
     )
 
 
-def _delta(recipe: Recipe, solved: Sequence[Any], kept: np.ndarray) -> Delta:
+def _delta(
+    recipe: Recipe, solved: Sequence[Any], kept: np.ndarray
+) -> SiteDelta:
   """Joins the changes of all layers; `kept` rows of factors take part."""
-  if isinstance(solved[0], Factors):
+  if isinstance(solved[0], LowRankUpdate):
     key, value = (
         jnp.asarray(np.stack(x)[:, : len(kept)][:, kept]) for x in zip(*solved)
     )
     return LowRank(layers=recipe.layers, site=recipe.site, key=key, value=value)
   kernel = jnp.asarray(np.stack(solved))
-  return Dense(layers=recipe.layers, site=recipe.site, kernel=kernel)
+  return Dense(layers=recipe.layers, site=recipe.site, value=kernel)
 
 
 def _nothing(spec: ModelSpec, recipe: Recipe) -> Info:

@@ -43,7 +43,7 @@ from jaxedit.methods.closed_form.systems import (
     Rows,
 )
 from jaxedit.models.spec import ModelSpec
-from jaxedit.solve.ridge import Factors
+from jaxedit.solve.ridge import LowRankUpdate
 from jaxedit.solve.shaping import rect
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import Params, Progress, Targets, silent
@@ -201,7 +201,7 @@ class _Insertion:
         kernel = self._params['layers']
         for name in (*recipe.site.split('/'), 'kernel'):
           kernel = kernel[name]
-        if isinstance(exact, Factors):
+        if isinstance(exact, LowRankUpdate):
           exact = exact.key.T @ exact.value
         exact = rect(exact, kernel[layer], recipe.rect_density)
       delta = jax.tree.map(lambda x: np.asarray(x, dtype), exact)

@@ -24,17 +24,21 @@ from jaxedit import targets as targets_lib
 from jaxedit.batching import packer
 from jaxedit.batching.packer import PackedBatch
 from jaxedit.batching.plan import BatchPlan
+from jaxedit.deltas import Dense, LayerDeltas, LowRank
 from jaxedit.methods.closed_form import segment_sum
 from jaxedit.methods.closed_form.recipe import Recipe
 from jaxedit.models import decoder
-from jaxedit.models.blocks import stored, wide
+from jaxedit.models.blocks import (
+    stored,
+)
 from jaxedit.models.spec import ModelSpec
-from jaxedit.solve.ridge import Factors
+from jaxedit.numerics import wide
+from jaxedit.solve.ridge import LowRankUpdate
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import KV, Array, PackedSequences, Params, Tap, TokenLayout
 
 # A layer's change: factors, or one matrix [F, D].
-LayerDelta = Factors | Array
+LayerDelta = LowRankUpdate | Array
 # Of the rows that wait between layers, so much stays on an accelerator; more goes
 # back to the host.
 _RESIDENT_BYTES = 2 * 2**30
@@ -179,17 +183,7 @@ def _read_keys(
   return key.astype(wide(key.dtype))
 
 
-def _deltas(
-    site: str, delta: LayerDelta | None
-) -> dict[str, tuple[Array, ...]]:
-  """A change as blocks take it."""
-  if delta is None:
-    return {}
-  all_states = isinstance(delta, Factors)
-  return {site: tuple(delta) if all_states else (delta,)}
-
-
-@functools.partial(jax.jit, static_argnames=('spec', 'site', 'output'))
+@functools.partial(jax.jit, static_argnames=('spec', 'output'))
 def _measure(
     spec: ModelSpec,
     params: Params,
@@ -197,8 +191,7 @@ def _measure(
     anchor: Array,
     *,
     layer: Array,
-    delta: LayerDelta | None,
-    site: str,
+    deltas: LayerDeltas,
     output: str,
 ) -> Array:
   """Computes the output of a layer at anchors [R, K], under its change.
@@ -207,11 +200,7 @@ def _measure(
     [R, K, D].
   """
   m, _ = decoder.mlp_half(
-      spec,
-      params,
-      _at(at_mlp.x, anchor),
-      layer=layer,
-      deltas=_deltas(site, delta),
+      spec, params, _at(at_mlp.x, anchor), layer=layer, deltas=deltas
   )
   return _at(at_mlp.h, anchor) + m if output == 'block' else m
 
@@ -255,9 +244,7 @@ def _predict_final(
   return jax.lax.fori_loop(layer, last, body, (at_mlp, base))[0]
 
 
-@functools.partial(
-    jax.jit, static_argnames=('spec', 'site'), donate_argnames='h'
-)
+@functools.partial(jax.jit, static_argnames='spec', donate_argnames='h')
 def _through_mlp(
     spec: ModelSpec,
     params: Params,
@@ -266,15 +253,11 @@ def _through_mlp(
     rows: PackedSequences | None,
     *,
     layer: Array,
-    delta: LayerDelta | None,
-    site: str,
+    deltas: LayerDeltas,
 ) -> Array:
-  """Runs the MLP that rows wait for, with its change; gives the residual.
-
-  Factors may have a row axis, for changes of their own a row.
-  """
+  """Runs the MLP that sequences wait for, edited; returns the residual."""
   m, _ = decoder.mlp_half(
-      spec, params, x, layer=layer, rows=rows, deltas=_deltas(site, delta)
+      spec, params, x, layer=layer, rows=rows, deltas=deltas
   )
   return h + m
 
@@ -310,7 +293,7 @@ class LayerSweep:
     """
     self._model, self._recipe = (spec, params), recipe
     self._contexts, self._text = plan.contexts, recipe.texts
-    self._owner = None if group is None else np.asarray(group)
+    self._group = None if group is None else np.asarray(group)
     self._stages = np.array([edit.stages for edit in edits])
     self._first = np.cumsum(self._stages) - self._stages
     self._sides = tuple(
@@ -455,8 +438,7 @@ class LayerSweep:
             where(side, t, batch),
             batch.anchor,
             layer=recipe.layers[-1],
-            delta=self._own(delta, batch),
-            site=recipe.site,
+            deltas=self._deltas(delta, batch),
             output=recipe.output,
         )
 
@@ -466,23 +448,27 @@ class LayerSweep:
     others = self._gather(1, measured(1))
     return self._mean(plain, others, 1 / self._contexts)
 
-  def _own(
-      self, delta: LayerDelta | None, batch: PackedBatch
-  ) -> LayerDelta | None:
-    """The change that each row of a tile is under."""
-    if self._owner is None or delta is None:
-      return delta
-    own = self._owner[np.maximum(batch.edit, 0)]
-    return Factors(*(x[own] for x in delta))
+  def _deltas(
+      self, delta: LayerDelta | None, batch: PackedBatch | None
+  ) -> LayerDeltas:
+    """The delta of a layer, or that of every sequence's own group."""
+    site, group = self._recipe.site, self._group
+    if delta is None:
+      return decoder.NO_DELTAS
+    if not isinstance(delta, LowRankUpdate):
+      return LayerDeltas({0: Dense((), site, delta)})
+    if group is None:
+      return LayerDeltas({0: LowRank((), site, *delta)})
+    own = group[np.maximum(batch.edit, 0)]
+    return LayerDeltas({0: LowRank((), site, *(x[own] for x in delta))}, True)
 
   def through_mlp(self, layer: int, delta: LayerDelta | None) -> None:
     """Takes all rows past the MLP of a layer, with its change."""
-    put = functools.partial(
-        _through_mlp, *self._model, layer=layer, site=self._recipe.site
-    )
+    put = functools.partial(_through_mlp, *self._model, layer=layer)
     if self._shared_prefix is not None:
-      h = put(*self._shared_prefix.at, None, delta=delta)
+      own = self._deltas(delta, None)
+      h = put(*self._shared_prefix.at, None, deltas=own)
       self._shared_prefix = _SharedPrefix(h, self._shared_prefix.layout)
     for side, t, batch in self._each():
-      own = self._own(delta, batch)
-      self._keep(side, t, put(*self._at[side][t], batch.rows, delta=own))
+      own = self._deltas(delta, batch)
+      self._keep(side, t, put(*self._at[side][t], batch.rows, deltas=own))

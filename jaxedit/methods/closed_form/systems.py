@@ -23,7 +23,7 @@ from jaxedit.batching.plan import BatchPlan
 from jaxedit.methods.closed_form.recipe import Recipe
 from jaxedit.methods.closed_form.sweep import LayerDelta
 from jaxedit.solve.preconditioner import Preconditioner
-from jaxedit.solve.ridge import Factors, ridge_dense, ridge_update
+from jaxedit.solve.ridge import LowRankUpdate, ridge_dense, ridge_update
 from jaxedit.text.encoding import (
     EncodedEdit,
 )
@@ -52,7 +52,7 @@ def pays(rows: int, keys: int, width: int) -> bool:
 @jax.jit
 def _solve_factors(
     preconditioner: Preconditioner, rows: Rows, ridge: Array
-) -> Factors:
+) -> LowRankUpdate:
   return ridge_update(preconditioner, **_named(rows), ridge=ridge)
 
 
@@ -66,7 +66,7 @@ def _solve_dense(
 @jax.jit
 def _solve_groups(
     preconditioner: Preconditioner, rows: Rows, ridge: Array
-) -> Factors:
+) -> LowRankUpdate:
   """Solves systems that know nothing of each other, [G, m, .]."""
   one = lambda rows, ridge: ridge_update(
       preconditioner, **_named(rows), ridge=ridge
@@ -135,7 +135,7 @@ class Independent:
       rows: Rows,
       group: np.ndarray,
       recipe: Recipe,
-  ) -> Factors:
+  ) -> LowRankUpdate:
     """Solves for the changes of all groups; `group` [P] is a held key's edit."""
     index, preserved = self._index, None
     sizes = [np.bincount(self._number, rows.active, self._groups)]
@@ -164,13 +164,15 @@ class Independent:
       shares = np.resize(ridge[at : at + step], step)
       solved = _solve_groups(preconditioner, part, jnp.asarray(shares))
       found.append(jax.tree.map(np.asarray, solved))
-    return Factors(*(np.concatenate(x)[: self._groups] for x in zip(*found)))
+    return LowRankUpdate(
+        *(np.concatenate(x)[: self._groups] for x in zip(*found))
+    )
 
-  def sound(self, change: Factors) -> tuple[Factors, np.ndarray]:
+  def sound(self, change: LowRankUpdate) -> tuple[LowRankUpdate, np.ndarray]:
     """The finite changes, and the [M] states they serve."""
     fine = np.logical_and(*(np.isfinite(x).all(axis=(1, 2)) for x in change))
     kept = (np.where(fine[:, None, None], x, 0) for x in change)
-    return Factors(*kept), fine[self._number]
+    return LowRankUpdate(*kept), fine[self._number]
 
 
 def _fill(index: np.ndarray, rows: int) -> np.ndarray:

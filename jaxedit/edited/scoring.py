@@ -12,14 +12,14 @@ answer of one token costs no column at all:
   position   0 1 2 3 | 4 5 | 4
   scored           ^   ^ ^   ^             a0, b0 at 3; a1, a2 at 4, 5; b1 at 6
 
-The head runs at scored columns only. Prompt and answers are tokenised apart and
+The head runs at scored tokens only. Prompt and answers are tokenised apart and
 joined as ids, so nothing depends on how their border would merge.
 
 Rows are sorted by length and padded on the right to a short ladder of widths,
 with one of two numbers of rows a width: a data set compiles a handful of shapes
 and later calls of the same kind none.
 
-Axis letters: B rows, T columns, R scored columns of a batch, n edited layers,
+Axis letters: B rows, T columns, R scored tokens of a batch, n edited layers,
 E edits, M key-value rows.
 
 Source: the quantities are those of CounterFact (Meng et al. 2022, arXiv
@@ -37,15 +37,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxedit import deltas as deltas_lib
 from jaxedit.batching.buckets import round_up
-from jaxedit.edited import lm
-from jaxedit.models import decode, decoder
+from jaxedit.deltas import SiteDelta
+from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
 from jaxedit.text.locate import encode_prompts, encode_targets
 from jaxedit.types import (
     SHARED,
     Array,
-    Edited,
     InputError,
     Params,
     Progress,
@@ -53,7 +53,7 @@ from jaxedit.types import (
     silent,
 )
 
-# Widths of a batch, in columns, and scored columns a row on average.
+# Widths of a batch, in columns, and scored tokens a row on average.
 _LENGTHS = (8, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
 _SCORED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512, 1024)
 _ROWS = tuple(2**i for i in range(16))
@@ -67,14 +67,14 @@ _SHAPE_COST = 512
 _HEAD_ROWS = 1024
 
 
-class Row(NamedTuple):
-  """A prompt and the answers to score, as ids; see `encode_rows`."""
+class Query(NamedTuple):
+  """A prompt and the answers to score, as ids; see `encode_queries`."""
 
   prompt: tuple[int, ...]
   answers: tuple[tuple[int, ...], ...]
 
   @property
-  def columns(self) -> int:
+  def tokens(self) -> int:
     """TokenLayout that the row needs."""
     return len(self.prompt) + sum(len(a) - 1 for a in self.answers)
 
@@ -103,15 +103,15 @@ class _Batch(NamedTuple):
   """Rows laid out for one call; numpy arrays."""
 
   tokens: np.ndarray  # [B, T]
-  columns: TokenLayout  # [B, T]
+  layout: TokenLayout  # [B, T]
   index: np.ndarray  # [chunks, R / chunks] into the B T columns
   labels: np.ndarray  # same shape
-  owner: np.ndarray  # [B]
+  edit_ids: np.ndarray  # [B]
 
 
-def encode_rows(
+def encode_queries(
     tokenizer: Any, items: Sequence[tuple[str, Sequence[str]]]
-) -> list[Row]:
+) -> list[Query]:
   """Tokenises prompts and their answers.
 
   Args:
@@ -120,7 +120,7 @@ def encode_rows(
 
   Returns:
     One row an item. An answer that leaves no token is empty there, which
-    `fault` and `score` refuse.
+    `error` and `check` refuse.
 
   Raises:
     InputError: the tokenizer gives no character offsets.
@@ -135,12 +135,12 @@ def encode_rows(
       )
   )
   return [
-      Row(prompt_ids[prompt], tuple(answer_ids[a] for a in given))
+      Query(prompt_ids[prompt], tuple(answer_ids[a] for a in given))
       for prompt, given in items
   ]
 
 
-def fault(spec: ModelSpec, row: Row) -> str | None:
+def error(spec: ModelSpec, row: Query) -> str | None:
   """Says why a row cannot be scored.
 
   Args:
@@ -169,62 +169,69 @@ def fault(spec: ModelSpec, row: Row) -> str | None:
   return None
 
 
-def score(
-    spec: ModelSpec,
-    params: Params,
-    edited: Edited,
-    rows: Sequence[Row],
-    *,
-    stack: Edited | None = None,
-    owner: Sequence[int] | None = None,
-    batch_size: int = 64,
-    progress: Progress = silent,
-) -> list[list[Scored]]:
-  """Scores every answer of every row.
+def check(spec: ModelSpec, queries: Sequence[Query]) -> None:
+  """Refuses queries that cannot be scored.
 
   Args:
     spec: the architecture.
-    params: canonical parameters of the unedited model.
-    edited: a change that all rows share.
-    rows: prompts with answers, see `encode_rows`.
-    stack: E changes side by side, low-rank factors [n, E, M, .]; row i is
-      scored by the model that has change owner[i] besides `edited`.
-    owner: an index into `stack` a row; given exactly when `stack` is.
-    batch_size: rows a batch, rounded up to a power of two; batches wider than
-      128 columns have proportionally fewer.
+    queries: prompts with answers.
+
+  Raises:
+    InputError: with a message a query.
+  """
+  errors = [(i, error(spec, query)) for i, query in enumerate(queries)]
+  if any(message for _, message in errors):
+    raise InputError(*(f'query {i}: {text}.' for i, text in errors if text))
+
+
+def score(
+    spec: ModelSpec,
+    params: Params,
+    deltas: Sequence[SiteDelta],
+    queries: Sequence[Query],
+    *,
+    edit_ids: Sequence[int] | None = None,
+    batch_size: int = 64,
+    progress: Progress = silent,
+) -> list[list[Scored]]:
+  """Scores every answer of every query.
+
+  Args:
+    spec: the architecture.
+    params: canonical parameters.
+    deltas: of one edit, or of E edits side by side; those of biases and scales
+      must be merged already.
+    queries: prompts with answers that `check` accepts.
+    edit_ids: with edits side by side, which one each query is under.
+    batch_size: queries a batch, rounded up to a power of two; batches wider
+      than 128 tokens have proportionally fewer.
     progress: progress display.
 
   Returns:
-    For each row the scores of its answers, in order.
-
-  Raises:
-    InputError: rows that cannot be scored, all at once, or a stack that does
-      not fit (see `with_owned`).
+    For each query the scores of its answers, in order.
   """
-  faults = [(i, fault(spec, row)) for i, row in enumerate(rows)]
-  if any(message for _, message in faults):
-    raise InputError(*(f'row {i}: {text}.' for i, text in faults if text))
-  check_stack(edited, stack, owner, len(rows))
-  owner = [0] * len(rows) if owner is None else list(owner)
-  results: list[list[Scored]] = [[] for _ in rows]
+  results: list[list[Scored]] = [[] for _ in queries]
+  ids_of = [0] * len(queries) if edit_ids is None else list(edit_ids)
 
   def read(chosen: list[int], labels: np.ndarray, out: Any) -> int:
-    taken = _split([rows[i] for i in chosen], labels.reshape(-1), out)
+    taken = _split([queries[i] for i in chosen], labels.reshape(-1), out)
     for i, scores in zip(chosen, taken):
       results[i] = scores
     return len(chosen)
 
-  with progress('score', len(rows), 'prompt') as advance:
+  with progress('score', len(queries), 'prompt') as advance:
     waiting = None
-    for chosen, shape, scored in _cut(rows, batch_size):
+    for chosen, shape, scored in _cut(queries, batch_size):
       batch = _lay_out(
-          [rows[i] for i in chosen],
-          [owner[i] for i in chosen],
+          [queries[i] for i in chosen],
+          [ids_of[i] for i in chosen],
           shape=shape,
           scored=scored,
       )
       # This batch is under way while the results of the last one are read.
-      out = _score(spec, params, (edited, stack), batch)
+      out = _score(
+          spec, params, tuple(deltas), batch, per_edit=edit_ids is not None
+      )
       if waiting is not None:
         advance(read(*waiting))
       waiting = chosen, batch.labels, out
@@ -233,72 +240,21 @@ def score(
   return results
 
 
-def check_stack(
-    edited: Edited,
-    stack: Edited | None,
-    owner: Sequence[int] | None,
-    rows: int,
-) -> None:
-  """Refuses a stack of changes that cannot be applied row by row.
-
-  Args:
-    edited: the change that all rows share.
-    stack: E changes side by side, or None.
-    owner: an index into the stack a row, or None.
-    rows: number of rows.
-
-  Raises:
-    InputError: one of `stack` and `owner` is missing, a change is not low-rank
-      with an edit axis, an index is out of range, or both changes touch one
-      kernel.
-  """
-  deltas = None if stack is None else stack.deltas
-  problems = decode.stack_faults(edited.deltas, deltas, owner, rows)
-  if problems:
-    raise InputError(*(f'{problem}.' for problem in problems))
-
-
-def with_owned(edited: Edited, stack: Edited | None, owner: Array) -> Edited:
-  """Joins a shared change with each row's own one.
-
-  Args:
-    edited: the change that all rows share.
-    stack: E changes side by side, factors [n, E, M, .], or None.
-    owner: [B] int32 index into the stack.
-
-  Returns:
-    A change whose factors have a row axis, [n, B, M, .], where they come from
-    the stack.
-  """
-  if stack is None:
-    return edited
-  own = (
-      d.replace(key=d.key[:, owner], value=d.value[:, owner])
-      for d in stack.deltas
-  )
-  return edited.replace(deltas=(*edited.deltas, *own))
-
-
-@functools.partial(jax.jit, static_argnames='spec')
+@functools.partial(jax.jit, static_argnames=('spec', 'per_edit'))
 def _score(
     spec: ModelSpec,
     params: Params,
-    change: tuple[Edited, Edited | None],
+    deltas: tuple[SiteDelta, ...],
     batch: _Batch,
+    *,
+    per_edit: bool,
 ) -> tuple[Array, Array]:
-  """Log-probabilities of the labels and the most probable tokens.
-
-  Args:
-    spec: the architecture.
-    params: canonical parameters.
-    change: the shared change and the stack.
-    batch: what to run.
-
-  Returns:
-    ([R] nats, [R] int32).
-  """
-  edited = with_owned(*change, batch.owner)
-  h = lm.hidden(spec, params, edited, batch.tokens, batch.columns)
+  """Log-probabilities [O] of the labels, nats, and [O] most probable ids."""
+  active = deltas_lib.active(deltas, batch.edit_ids if per_edit else None)
+  h = decoder.embed(spec, params, batch.tokens, batch.layout)
+  h, _ = decoder.run_layers(
+      spec, params, h, batch.layout, start=0, stop=spec.layers, deltas=active
+  )
   h = h.reshape(-1, spec.width)
   head = lambda part: decoder.label_logprob(spec, params, h[part[0]], part[1])
   if batch.index.shape[0] == 1:
@@ -309,31 +265,31 @@ def _score(
 
 
 def _cut(
-    rows: Sequence[Row], batch_size: int
+    queries: Sequence[Query], batch_size: int
 ) -> list[tuple[list[int], tuple[int, int], int]]:
-  """Cuts the rows into batches, the widest first, at the least cost.
+  """Cuts the queries into batches, the widest first, at the least cost.
 
-  A batch has the full number of rows for its width or a quarter of it, so that
-  a few long rows do not widen a batch of short ones. It is as wide as its rows
+  A batch has the full number of queries for its width or a quarter of it, so that
+  a few long queries do not widen a batch of short ones. It is as wide as its queries
   need, or as the batch before it, whose shape is at hand.
 
   Returns:
-    (which rows, [B, T], scored columns a row) of every batch; B may be more
-    than the rows are, and batches of one shape score as many columns.
+    (which queries, [B, T], scored columns a row) of every batch; B may be more
+    than the queries are, and batches of one shape score as many columns.
   """
-  order = sorted(range(len(rows)), key=lambda i: -rows[i].columns)
-  most = round_up(max(1, min(batch_size, len(rows))), _ROWS)
+  order = sorted(range(len(queries)), key=lambda i: -queries[i].tokens)
+  most = round_up(max(1, min(batch_size, len(queries))), _ROWS)
 
   def counts(width: int) -> set[int]:
     full = max(1, min(most, most * _FULL_WIDTH // width))
     full = 1 << (full.bit_length() - 1)
     return {full, max(1, full // 4)}
 
-  # Row reached -> last shape -> the cheapest way there: its cost in columns, and
+  # Query reached -> last shape -> the cheapest way there: its cost in columns, and
   # its batches, the last one first.
   ways = {0: {(0, 0): (0, None)}}
   while (first := min(ways)) < len(order):
-    own = round_up(rows[order[first]].columns, _LENGTHS)
+    own = round_up(queries[order[first]].tokens, _LENGTHS)
     for last, (cost, path) in ways.pop(first).items():
       for width in {own, max(own, last[1])}:
         for shape in ((count, width) for count in counts(width)):
@@ -348,29 +304,29 @@ def _cut(
   while path is not None:
     path, chosen, shape = path
     batches.append((chosen, shape))
-    need = -(-sum(rows[i].scored for i in chosen) // shape[0])
+    need = -(-sum(queries[i].scored for i in chosen) // shape[0])
     scored[shape] = max(scored.get(shape, 1), round_up(need, _SCORED))
   return [(*batch, scored[batch[1]]) for batch in reversed(batches)]
 
 
 def _lay_out(
-    rows: Sequence[Row],
-    owner: Sequence[int],
+    queries: Sequence[Query],
+    edit_ids: Sequence[int],
     *,
     shape: tuple[int, int],
     scored: int,
 ) -> _Batch:
-  """Writes rows into arrays of [B, T] = shape, with B `scored` labels."""
+  """Writes queries into arrays of [B, T] = shape, with B `scored` labels."""
   tokens, position, segment = np.zeros((3, *shape), np.int32)
   index: list[int] = []
   labels: list[int] = []
-  for r, row in enumerate(rows):
-    length = len(row.prompt)
-    tokens[r, :length] = row.prompt
+  for r, query in enumerate(queries):
+    length = len(query.prompt)
+    tokens[r, :length] = query.prompt
     position[r, :length] = np.arange(length)
     segment[r, :length] = SHARED
     end = length
-    for branch, answer in enumerate(row.answers, SHARED + 1):
+    for branch, answer in enumerate(query.answers, SHARED + 1):
       begin, end = end, end + len(answer) - 1
       tokens[r, begin:end] = answer[:-1]
       position[r, begin:end] = length + np.arange(end - begin)
@@ -385,7 +341,7 @@ def _lay_out(
       TokenLayout(position, segment),
       np.asarray(index + spare, np.int32).reshape(chunks),
       np.asarray(labels + spare, np.int32).reshape(chunks),
-      np.asarray([*owner, *[0] * (shape[0] - len(rows))], np.int32),
+      np.asarray([*edit_ids, *[0] * (shape[0] - len(queries))], np.int32),
   )
 
 
@@ -401,12 +357,12 @@ def _chunks(count: int, scored: int) -> tuple[int, int]:
 
 
 def _split(
-    rows: Sequence[Row], labels: np.ndarray, out: tuple[Array, Array]
+    queries: Sequence[Query], labels: np.ndarray, out: tuple[Array, Array]
 ) -> Iterator[list[Scored]]:
   """Reads the results of a batch, answer by answer.
 
   Args:
-    rows: the batch's rows.
+    queries: the batch's queries.
     labels: [R] what was asked for.
     out: [R] log-probabilities and [R] most probable tokens.
 
@@ -416,9 +372,9 @@ def _split(
   logprob, best = map(np.asarray, out)
   correct = (best == labels) & np.isfinite(logprob)
   at = 0
-  for row in rows:
+  for query in queries:
     scores = []
-    for answer in row.answers:
+    for answer in query.answers:
       part = slice(at, at + len(answer))
       nll = -float(np.mean(logprob[part], dtype=np.float64))
       names, right = best[part].tolist(), correct[part].tolist()

@@ -8,11 +8,18 @@ import numpy as np
 import text_tokenizers
 from absl.testing import absltest, parameterized
 
+from jaxedit.deltas import (
+  Dense,
+  Edited,
+  LowRank,
+)
 from jaxedit.edited.lm import UNEDITED
 from jaxedit.eval import generation, scoring
 from jaxedit.models import decode, decoder
 from jaxedit.testing import models
-from jaxedit.types import Dense, Edited, InputError, LowRank
+from jaxedit.types import (
+  InputError,
+)
 
 
 def random_rows(count: int, seed: int = 0, vocab: int = 97):

@@ -1,0 +1,404 @@
+"""What an edit is: deltas at sites of a model, a prompt rule, a routing rule.
+
+A site is a linear map of a block ('mlp/down') or an output of a block ('attn',
+'mlp', 'block'). A delta there sees the site's input x and output y and returns
+the edited output:
+
+  LowRank    y + (x K^T) V                              ROME ... AlphaEdit, LoRA
+  Dense      y + x W                                    fine-tuning, UnKE
+  Neurons    y + act(x K^T + b) V                       T-Patcher, CaliNET
+  Codebook   the value of the nearest key, if in radius GRACE
+  Routed     y, or that of the shard a prompt chooses   WISE
+
+Every array leaf of a delta has a leading axis n, the edited layers. Edits that
+know nothing of each other lie side by side on the axis after it (`Edited.size`).
+The mathematics below is that of one layer of one edit: both axes are gone.
+
+Axis letters: n edited layers, E edits side by side, T tokens of one sequence, M
+pairs, P neurons, C codebook entries, S shards. `in` and `out` are the widths of
+the site's input and output.
+
+Sources: Huang et al. 2023 (T-Patcher, arXiv 2301.09785), Hartvigsen et al. 2023
+(GRACE, arXiv 2211.11031), Wang et al. 2024 (WISE, arXiv 2405.14768).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from jaxedit.numerics import einsum, wide
+
+Array = jax.Array
+_static = lambda **kwargs: flax.struct.field(pytree_node=False, **kwargs)
+
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    'relu': jax.nn.relu,
+    'silu': jax.nn.silu,
+    'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+    'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
+}
+REPLACE = ('last', 'prompt', 'all')
+
+
+class SiteDelta(Protocol):
+  """What an edit does at one site of some layers; a pytree.
+
+  Attributes:
+    layers: ascending layer numbers, static.
+    site: path of a linear map inside a layer, or 'attn', 'mlp' or 'block',
+      static.
+    mergeable: whether it is a change of weights.
+    chooses: whether it decides once a prompt, by `choose`.
+  """
+
+  layers: tuple[int, ...]
+  site: str
+  mergeable: ClassVar[bool]
+  chooses: ClassVar[bool]
+
+  def choose(self, x: Array, y: Array, prompt: Array) -> Any:
+    """Decides once for a sequence, from the tokens of its prompt.
+
+    Args:
+      x: [T, in] input of the site.
+      y: [T, out] output of the site.
+      prompt: [T] bool, the tokens of the prompt.
+
+    Returns:
+      A pytree of arrays, kept while the sequence is continued.
+    """
+
+  def __call__(self, x: Array, y: Array, choice: Any, prompt: Any) -> Array:
+    """Computes the edited output.
+
+    Args:
+      x: [..., in] input of the site; [T, in] of a delta that chooses.
+      y: [..., out] output of the site.
+      choice: what `choose` gave; () of a delta that does not choose.
+      prompt: [T] bool, tokens of the prompt among these; None likewise.
+
+    Returns:
+      [..., out], in the dtype of y or wider.
+    """
+
+
+@flax.struct.dataclass
+class LowRank:
+  """Kernel changes as exact factors: the change of a layer is key^T value.
+
+  Attributes:
+    layers: ascending layer numbers, static.
+    site: path of the linear map inside a layer, e.g. 'mlp/down', static.
+    key: [n, M, in].
+    value: [n, M, out].
+  """
+
+  layers: tuple[int, ...] = _static()
+  site: str = _static()
+  key: Array
+  value: Array
+  mergeable: ClassVar[bool] = True
+  chooses: ClassVar[bool] = False
+
+  def __call__(self, x, y, choice=(), prompt=None):
+    del choice, prompt
+    x = einsum('...f,mf->...m', x.astype(wide(x.dtype)), self.key)
+    return y + einsum('...m,md->...d', x, self.value)
+
+
+@flax.struct.dataclass
+class Dense:
+  """Changes of one parameter of one module, in full.
+
+  A bias or a scale is merged before a run (`edited.lm`): it is no function of
+  the site's input and output.
+
+  Attributes:
+    layers: ascending layer numbers, static.
+    site: path of the module inside a layer, e.g. 'mlp/down' or 'attn_norm',
+      static.
+    value: [n, in, out], or [n, size] for a bias or a scale.
+    leaf: 'kernel', 'bias' or 'scale', static.
+  """
+
+  layers: tuple[int, ...] = _static()
+  site: str = _static()
+  value: Array
+  leaf: str = _static(default='kernel')
+  mergeable: ClassVar[bool] = True
+  chooses: ClassVar[bool] = False
+
+  def __call__(self, x, y, choice=(), prompt=None):
+    del choice, prompt
+    return y + einsum('...f,fd->...d', x.astype(wide(x.dtype)), self.value)
+
+
+@flax.struct.dataclass
+class Neurons:
+  """Neurons added beside a site, seen by every token of every query.
+
+  Attributes:
+    layers: ascending layer numbers, static.
+    site: usually 'mlp', whose input and output an added neuron shares, static.
+    key: [n, P, in].
+    bias: [n, P].
+    value: [n, P, out].
+    activation: a name in `ACTIVATIONS`, static.
+  """
+
+  layers: tuple[int, ...] = _static()
+  site: str = _static()
+  key: Array
+  bias: Array
+  value: Array
+  activation: str = _static(default='gelu')
+  mergeable: ClassVar[bool] = False
+  chooses: ClassVar[bool] = False
+
+  def __call__(self, x, y, choice=(), prompt=None):
+    del choice, prompt
+    x = einsum('...f,pf->...p', x.astype(wide(x.dtype)), self.key) + self.bias
+    x = ACTIVATIONS[self.activation](x)
+    return y + einsum('...p,pd->...d', x, self.value)
+
+
+@flax.struct.dataclass
+class Codebook:
+  """Stored outputs for inputs near a stored key; capacity C is fixed.
+
+  The key of a prompt is the site's input at its last token. Its nearest entry
+  is chosen where it lies within that entry's radius (Euclidean distance, the
+  first of equally near ones).
+
+  Attributes:
+    layers: ascending layer numbers, static.
+    site: the site, static.
+    keys: [n, C, in].
+    values: [n, C, out].
+    radii: [n, C]; a negative radius is never matched.
+    count: [n] int32, how many entries are in use.
+    replace: which outputs become the value: 'last' (of the last token of the
+      prompt), 'prompt' (those before it) or 'all' (of every token, also of
+      generated ones), static.
+  """
+
+  layers: tuple[int, ...] = _static()
+  site: str = _static()
+  keys: Array
+  values: Array
+  radii: Array
+  count: Array
+  replace: str = _static(default='last')
+  mergeable: ClassVar[bool] = False
+  chooses: ClassVar[bool] = True
+
+  def choose(self, x: Array, y: Array, prompt: Array) -> Array:
+    """Returns [] int32, the entry of the prompt or -1."""
+    del y
+    dtype = wide(self.keys.dtype)
+    query = x[_last(prompt)].astype(dtype)
+    distance = jnp.linalg.norm(self.keys.astype(dtype) - query, axis=-1)
+    free = jnp.arange(len(distance)) >= self.count
+    distance = jnp.where(free, jnp.inf, distance)
+    nearest = jnp.argmin(distance)
+    hit = (distance[nearest] <= self.radii[nearest]) & jnp.any(prompt)
+    return jnp.where(hit, nearest, -1).astype(jnp.int32)
+
+  def __call__(self, x, y, choice, prompt):
+    del x
+    tokens = jnp.arange(len(y))
+    if self.replace == 'all':
+      replaced = jnp.ones_like(prompt)
+    elif self.replace == 'prompt':
+      replaced = prompt & (tokens < _last(prompt))
+    else:
+      replaced = prompt & (tokens == _last(prompt))
+    replaced &= choice >= 0
+    value = self.values[jnp.maximum(choice, 0)].astype(y.dtype)
+    return jnp.where(replaced[:, None], value, y)
+
+
+@flax.struct.dataclass
+class Routed:
+  """Side copies of a map, of which a prompt chooses one or none.
+
+  Each shard is a change W_s of one kernel. A shard's score is the mean over the
+  prompt's tokens of |g(y) - g(y + x W_s)|, g the activation; the shard of the
+  largest score above its threshold is chosen, none if all are at or below.
+
+  Attributes:
+    layers: ascending layer numbers, static.
+    site: path of the linear map, static.
+    shards: [n, S, in, out].
+    thresholds: [n, S].
+    activation: a name in `ACTIVATIONS`, static.
+  """
+
+  layers: tuple[int, ...] = _static()
+  site: str = _static()
+  shards: Array
+  thresholds: Array
+  activation: str = _static(default='silu')
+  mergeable: ClassVar[bool] = False
+  chooses: ClassVar[bool] = True
+
+  def choose(self, x: Array, y: Array, prompt: Array) -> Array:
+    """Returns [] int32, the shard of the prompt or -1."""
+    act = ACTIVATIONS[self.activation]
+    moved = einsum('tf,sfd->std', x.astype(wide(x.dtype)), self.shards)
+    gap = jnp.linalg.norm(act(y + moved) - act(y), axis=-1)
+    count = jnp.maximum(jnp.sum(prompt), 1)
+    score = jnp.sum(jnp.where(prompt, gap, 0), axis=-1) / count
+    score = jnp.where(score > self.thresholds, score, -jnp.inf)
+    best = jnp.argmax(score)
+    return jnp.where(score[best] > -jnp.inf, best, -1).astype(jnp.int32)
+
+  def __call__(self, x, y, choice, prompt):
+    del prompt
+    kernel = self.shards[jnp.maximum(choice, 0)]
+    moved = einsum('tf,fd->td', x.astype(wide(x.dtype)), kernel)
+    return jnp.where(choice >= 0, y + moved, y)
+
+
+def _last(prompt: Array) -> Array:
+  """[] int32, the last token of a prompt [T]; 0 where there is none."""
+  return jnp.max(jnp.where(prompt, jnp.arange(len(prompt)), 0))
+
+
+class Prompting(Protocol):
+  """A rule that rewrites prompts before the model reads them."""
+
+  def rewrite(
+      self, prompts: Sequence[Sequence[int]], edit_ids: Sequence[int] | None
+  ) -> list[list[int]]:
+    """Returns the token ids to read in place of each prompt's.
+
+    Args:
+      prompts: token ids.
+      edit_ids: which edit a prompt is under; None where there is one.
+    """
+
+
+class Routing(Protocol):
+  """A rule that says, prompt by prompt, whether an edit is in force."""
+
+  def applies(
+      self, prompts: Sequence[Sequence[int]], edit_ids: Sequence[int] | None
+  ) -> list[bool]:
+    """Returns True for each prompt that the edited model answers.
+
+    Args:
+      prompts: token ids as the user wrote them.
+      edit_ids: which edit a prompt is under; None where there is one.
+    """
+
+
+@flax.struct.dataclass
+class Edited:
+  """The product of every editor: all that distinguishes an edited model.
+
+  Attributes:
+    deltas: changes at sites; at most one low-rank or dense one a parameter.
+    prompting: rewrites prompts, static.
+    routing: decides which prompts the edit answers, static.
+    size: edits side by side, each a model of its own, on axis 1 of every leaf
+      of `deltas`; None for one edit without that axis, static.
+  """
+
+  deltas: tuple[Any, ...] = ()
+  prompting: Prompting | None = _static(default=None)
+  routing: Routing | None = _static(default=None)
+  size: int | None = _static(default=None)
+
+  @property
+  def mergeable(self) -> bool:
+    """Whether it can be merged into weights."""
+    return not self.unmergeable
+
+  @property
+  def unmergeable(self) -> str:
+    """Why it cannot be merged into weights, a sentence; '' if it can."""
+    if self.size is not None:
+      return (
+          f'it holds {self.size} independent edits side by side; select one of'
+          ' them'
+      )
+    if self.prompting is not None or self.routing is not None:
+      what = 'prompts' if self.routing is None else 'routing'
+      return f'its {what} are no change of weights; keep it beside the model'
+    kinds = {type(d).__name__ for d in self.deltas if not d.mergeable}
+    if kinds:
+      names = ' and '.join(sorted(kinds))
+      return (
+          f'{names} deltas are no change of weights; keep it beside the model'
+      )
+    return ''
+
+
+UNEDITED = Edited()
+
+
+@flax.struct.dataclass
+class ActiveDeltas:
+  """The deltas of one run of a model.
+
+  Attributes:
+    deltas: as in `Edited`; with `per_edit` [n, B, ...], one edit a sequence.
+    per_edit: whether every sequence is under an edit of its own, static.
+    prompt: [B, T] bool, tokens of the prompts among those of the run; None for
+      all tokens that every branch of a sequence sees.
+    choices: one entry a delta, what `choose` gave for the prompts, [n, B, ...];
+      None to choose in this run.
+  """
+
+  deltas: tuple[Any, ...] = ()
+  per_edit: bool = _static(default=False)
+  prompt: Array | None = None
+  choices: tuple[Any, ...] | None = None
+
+  @property
+  def per_sequence(self) -> bool:
+    """Whether sequences differ in what they do."""
+    return self.per_edit or any(d.chooses for d in self.deltas)
+
+
+def active(
+    deltas: Sequence[Any], edit_ids: Array | None = None, **options: Any
+) -> ActiveDeltas:
+  """Puts every sequence under its edit.
+
+  Args:
+    deltas: of one edit, or of E edits side by side where `edit_ids` is given.
+    edit_ids: [B] int32 which of them a sequence is under.
+    **options: `prompt` and `choices` of `ActiveDeltas`.
+
+  Returns:
+    The deltas of a run over B sequences.
+  """
+  if edit_ids is None:
+    return ActiveDeltas(tuple(deltas), **options)
+  pick = lambda x: jnp.take(x, edit_ids, axis=1)
+  gathered = tuple(jax.tree.map(pick, delta) for delta in deltas)
+  return ActiveDeltas(gathered, per_edit=True, **options)
+
+
+@flax.struct.dataclass
+class LayerDeltas:
+  """The deltas of one layer, as a block applies them.
+
+  Attributes:
+    deltas: number of a delta -> the delta of this layer, without a layer axis.
+    per_edit: whether leaves have an axis of sequences, static.
+    prompt: [B, T] bool, see `ActiveDeltas`.
+    choices: number of a delta -> [B, ...]; {} to choose here.
+  """
+
+  deltas: Mapping[int, Any]
+  per_edit: bool = _static(default=False)
+  prompt: Array | None = None
+  choices: Mapping[int, Any] = flax.struct.field(default_factory=dict)
