@@ -12,20 +12,21 @@ from collections.abc import Sequence
 from experiments import benchmark_passages, costs
 from experiments.benchmark_setup import Setup
 from experiments.benchmark_stages import (
-  Stage,
-  dtype_of,
-  itemsize,
-  peak_bytes,
-  timed,
+    Stage,
+    dtype_of,
+    itemsize,
+    peak_bytes,
+    timed,
 )
 from jaxedit import edited as edited_lib
 from jaxedit.deltas import (
-  Edited,
+    Edited,
 )
-from jaxedit.eval import answers, scoring
+from jaxedit.edited import scoring
+from jaxedit.eval import answers
 from jaxedit.types import (
-  Progress,
-  Record,
+    Progress,
+    Record,
 )
 
 
@@ -69,9 +70,7 @@ class Evaluation:
   def __call__(self, edited: Edited, progress: Progress) -> None:
     """Scores all rows under a change, and times it."""
     whole = Edited(deltas=tuple(map(edited_lib.compact, edited.deltas)))
-    lm = edited_lib.open_model(
-        self._setup.model, whole, batch_size=self._batch
-    )
+    lm = edited_lib.open_model(self._setup.model, whole, batch_size=self._batch)
     _, seconds = timed(lambda: lm.score(self._rows, progress=progress))
     self.stage.seconds.append(seconds)
     self.stage.peak = peak_bytes()

@@ -28,18 +28,18 @@ from experiments.benchmark_setup import Setup
 from jaxedit import edited as edited_lib
 from jaxedit.batching.plan import BatchPlan
 from jaxedit.deltas import (
-  Edited,
-  LowRank,
+    Edited,
+    LowRank,
 )
 from jaxedit.methods.base import (
-  Editor,
-  Info,
+    Editor,
+    Info,
 )
 from jaxedit.stats import moments as moments_lib
 from jaxedit.stats import packing
 from jaxedit.types import (
-  SHARED,
-  Progress,
+    SHARED,
+    Progress,
 )
 
 # TokenLayout of the products that give the ceiling.

@@ -20,18 +20,18 @@ import numpy as np
 from experiments.workbench import Workbench
 from jaxedit import edited as edited_lib
 from jaxedit.deltas import (
-  Dense,
-  Edited,
+    Dense,
+    Edited,
 )
 from jaxedit.methods.base import (
-  Editor,
-  Info,
+    Editor,
+    Info,
 )
 from jaxedit.models import saving
 from jaxedit.solve import shaping
 from jaxedit.types import (
-  InputError,
-  Progress,
+    InputError,
+    Progress,
 )
 
 

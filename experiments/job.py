@@ -19,30 +19,30 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from experiments import (
-  common,
-  editing,
-  job_flags,
-  job_report,
-  judging,
-  kept,
-  states,
-  timing,
-  workbench,
+    common,
+    editing,
+    job_flags,
+    job_report,
+    judging,
+    kept,
+    states,
+    timing,
+    workbench,
 )
 from jaxedit import edited as edited_lib
 from jaxedit.deltas import (
-  Edited,
+    Edited,
 )
 from jaxedit.eval import datasets, harness
 from jaxedit.methods.base import Editor
 from jaxedit.methods.closed_form.recipe import (
-  Recipe,
-  check_layers,
+    Recipe,
+    check_layers,
 )
 from jaxedit.models import hub, loading, tokenizer
 from jaxedit.models.spec import ModelSpec
 from jaxedit.types import (
-  InputError,
+    InputError,
 )
 
 FLAGS = flags.FLAGS

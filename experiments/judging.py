@@ -16,13 +16,13 @@ from experiments.workbench import Workbench
 from jaxedit import edited as edited_lib
 from jaxedit import targets as targets_lib
 from jaxedit.deltas import (
-  Edited,
+    Edited,
 )
 from jaxedit.eval import harness, perplexity
 from jaxedit.methods.base import Info
 from jaxedit.types import (
-  InputError,
-  Progress,
+    InputError,
+    Progress,
 )
 
 _PERPLEXITY_ROW = 512  # tokens a window

@@ -77,7 +77,7 @@ def find_moments(
   Raises:
     InputError: see `load_moments` and `collect`.
   """
-  if recipe.metric is identity:
+  if recipe.preconditioner is identity:
     width = moments_lib.key_width(model.spec, recipe.site)
     none = np.broadcast_to(0.0, (len(recipe.layers), width, width))
     return moments_lib.Moments(recipe.layers, none, 0, {'corpus': 'none'})
