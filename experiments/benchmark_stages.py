@@ -42,7 +42,7 @@ from jaxedit.types import (
     Progress,
 )
 
-# TokenLayout of the products that give the ceiling.
+# Columns of the products that give the ceiling.
 _SIZES = {'cpu': 2048, 'gpu': 8192, 'tpu': 8192}
 _TRIES = 5
 # Seconds for which `pace` runs products, about.

@@ -209,7 +209,7 @@ def define_flags() -> None:
   flags.DEFINE_integer(
       'width',
       512,
-      'TokenLayout a packed row, tokens; longer documents are cut. 512 loses little'
+      'Columns a packed row, tokens; longer documents are cut. 512 loses little'
       ' speed to attention and leaves few padded columns.',
   )
   flags.DEFINE_integer(

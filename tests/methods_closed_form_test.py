@@ -482,7 +482,7 @@ class SoundTest(parameterized.TestCase):
 
 
 def bad(shape, ridge=(0.0,)):
-  """LowRankUpdate of which the first system is not finite."""
+  """Factors of which the first system is not finite."""
   wide = np.ones((len(ridge), *shape[1:], 48)) if len(shape) > 1 else None
   if wide is None:
     return LowRankUpdate(np.full((*shape, 48), np.nan), np.ones((*shape, 32)))

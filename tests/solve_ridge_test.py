@@ -44,7 +44,7 @@ def draw(rows: int, kind: str = 'random') -> tuple[np.ndarray, np.ndarray]:
 
 
 def solve(kind, keys, residuals, ridge=1.0, active=None):
-  """LowRankUpdate of `ridge_update` in f64, as numpy arrays."""
+  """Factors of `ridge_update` in f64, as numpy arrays."""
   with jax.enable_x64(True):
     s = preconditioners.covariance(jnp.asarray(gram(kind)), LAMBDA)
     found = jax.jit(ridge_update)(

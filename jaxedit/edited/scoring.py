@@ -75,7 +75,7 @@ class Query(NamedTuple):
 
   @property
   def tokens(self) -> int:
-    """TokenLayout that the row needs."""
+    """Columns that the row needs."""
     return len(self.prompt) + sum(len(a) - 1 for a in self.answers)
 
   @property

@@ -16,46 +16,98 @@ unless `threshold` is given.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
 
-from jaxedit.methods.closed_form.recipe import Recipe
-from jaxedit.solve.preconditioner import null_space
+from jaxedit.methods.closed_form import (
+    ClosedFormConfig,
+    Recipe,
+    closed_form_method,
+)
+from jaxedit.methods.closed_form.editor import for_texts
+from jaxedit.methods.settings import setting
+from jaxedit.solve.preconditioner import NullSpace
 from jaxedit.targets import TargetConfig
+from jaxedit.types import InputError
 
 THRESHOLD = 2e-2  # published, absolute
 
 
-def alphaedit(
-    layers: Sequence[int] = (4, 5, 6, 7, 8),
-    *,
-    share: float = 0.9,
-    threshold: float | None = None,
-    ridge: float = 10.0,
-    preserve_previous: bool = True,
-    value: TargetConfig | None = None,
-) -> Recipe:
-  """The AlphaEdit row.
+@dataclasses.dataclass(frozen=True)
+class AlphaEditConfig(ClosedFormConfig):
+  """Settings of AlphaEdit; the defaults are those published for Llama-3-8B.
 
-  Args:
-    layers: layers to edit, ascending.
-    share: of the trace of the second moments, held by the directions that may
-      not be changed.
-    threshold: eigenvalue below which a direction may be changed, instead
-      (published 0.02).
-    ridge: r (L2; published 10).
-    preserve_previous: hold the keys of earlier batches.
-    value: settings of the value optimisation; None for those of Llama-3-8B.
-
-  Returns:
-    The recipe, for `closed_form`.
+  Attributes:
+    null_space_share: of the trace of the second moments, held by the directions
+      that may not be changed.
+    null_space_threshold: eigenvalue below which a direction may be changed,
+      instead (published 0.02).
+    ridge: r (L2).
+    preserve_previous: preserve the keys of earlier batches.
   """
-  return Recipe(
-      name='alphaedit',
-      layers=tuple(layers),
-      preconditioner=lambda gram: null_space(
-          gram, share=share, threshold=threshold
-      ),
-      value=value or TargetConfig(rate=0.1),
-      ridge=ridge,
-      preserve_previous=preserve_previous,
+
+  layers: tuple[int, ...] = setting(
+      (4, 5, 6, 7, 8), 'layers to edit, ascending', source='Llama-3-8B'
   )
+  target: TargetConfig = TargetConfig(rate=0.1)
+  null_space_share: float = setting(
+      0.9,
+      'share of the second moments held by directions that may not be changed,'
+      ' below 1',
+      low=0,
+  )
+  null_space_threshold: float | None = setting(
+      None,
+      'eigenvalue below which a direction may be changed, instead of a share'
+      ' (published 0.02)',
+      low=0,
+      exclusive=True,
+  )
+  ridge: float = setting(
+      10.0, 'ridge of the solve (L2)', source='AlphaEdit', low=0, exclusive=True
+  )
+  preserve_previous: bool = setting(
+      True, 'preserve the keys of earlier batches', flag='remember'
+  )
+
+  def recipe(self) -> Recipe:
+    """Returns the method as data."""
+    if self.null_space_share >= 1 and self.null_space_threshold is None:
+      raise InputError(
+          f'null_space_share={self.null_space_share:g} leaves no direction that'
+          ' may be changed; give a share below 1'
+      )
+    return self._recipe(
+        'alphaedit',
+        preconditioner=NullSpace(
+            self.null_space_share, self.null_space_threshold
+        ),
+        ridge=self.ridge,
+        preserve_previous=self.preserve_previous,
+    )
+
+
+def _for_texts(config: AlphaEditConfig, chunked: bool) -> AlphaEditConfig:
+  """AnyEdit's settings; without chunks its targets never stop early."""
+  config = for_texts(config, chunked)
+  if chunked:
+    return config
+  return dataclasses.replace(
+      config, target=config.target._replace(threshold=0.0)
+  )
+
+
+METHOD = closed_form_method(
+    'alphaedit',
+    'changes in the null space of common keys only',
+    AlphaEditConfig,
+    for_texts=_for_texts,
+    parity={
+        'memit': {'null_space_threshold': THRESHOLD},
+        'easyedit': {'null_space_threshold': THRESHOLD},
+        'anyedit': {
+            'null_space_threshold': THRESHOLD,
+            'preserve_previous': False,
+        },
+    },
+    source='arXiv 2410.02355',
+)

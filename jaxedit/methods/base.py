@@ -1,59 +1,275 @@
-"""What every editor is: two or three pure functions, no state of its own.
+"""What every editor is: data about what it needs, and two pure functions.
 
-  state                  = editor.init(params, moments)
-  edited, state, info    = editor.edit(params, state, batch)
+  state                = editor.init(model, resources)
+  edited, state, info  = editor.edit(model, state, batch, run)
 
-`edit` never changes `params`: it returns a delta (`deltas.Edited`). What lasts
-from one batch to the next is explicit in `state`.
+`edit` never changes the model: it returns an edit (`deltas.Edited`). What lasts
+from one batch to the next is explicit in `state`, a pytree of bounded size.
+
+A method is a file of this package that defines `METHOD`, or `METHODS`, and is
+found by `registry`. Nothing outside a method's file asks which method it is.
+
+Axis letters: E edits of a batch, M targets of all of them, n edited layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from jaxedit.targets import Work
-from jaxedit.types import Targets
+from jaxedit.batching.plan import BatchPlan
+from jaxedit.deltas import Edited
+from jaxedit.methods.settings import configure
+from jaxedit.models.spec import ModelSpec
+from jaxedit.targets import TargetCache, Work
+from jaxedit.text.encoding import EncodedEdit
+from jaxedit.types import InputError, Progress, Targets, silent
 
 
-class Info(NamedTuple):
-  """What an edit reports, as numpy arrays over its E edits and their M states.
+@dataclasses.dataclass(frozen=True)
+class Moments:
+  """Need: second moments of the keys of some layers, a `stats.moments.Moments`."""
+
+  layers: tuple[int, ...]
+  site: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PreservedTexts:
+  """Need: token ids of texts whose outputs stay, a list of int32 arrays."""
+
+
+Need = Moments | PreservedTexts
+
+
+class EditBatch(NamedTuple):
+  """Edits that are made by one call.
 
   Attributes:
-    targets: the optimised states.
-    edit: [M] int32 edit that a state belongs to; ascending.
-    written: [E] bool, False for an edit whose loss, keys or residuals stopped
-      being finite; from there on it is not part of the delta.
-    distance: [n + 1, M] |z - z_now| / |z - z0| before each of the n edited
-      layers was written and after the last.
-    seconds: wall time of 'optimize' and 'insert'.
+    encoded: E edits as ids.
+    plan: static shapes of the run that they are part of.
+    group: None for one joint edit; else [E] which independent edit each belongs
+      to, counted from 0. The result then holds edits side by side.
+    requests: what was asked for, if the method reads it.
+  """
+
+  encoded: Sequence[EncodedEdit]
+  plan: BatchPlan
+  group: Sequence[int] | None = None
+  requests: Sequence[Any] = ()
+
+
+class Run(NamedTuple):
+  """What surrounds a call; nothing mathematical.
+
+  Attributes:
+    cache: targets that it holds are not optimised again; None for none.
+    progress: progress display.
+  """
+
+  cache: TargetCache | None = None
+  progress: Progress = silent
+
+
+class TargetReport(NamedTuple):
+  """How the targets of a batch were found and written.
+
+  Attributes:
+    targets: the optimised hidden states, M of them.
+    edit: [M] int32 edit that a target belongs to; ascending.
+    distance: [n + 1, M] |z - z_now| / |z - z0| before each of the n edited layers
+      was written and after the last.
     work: what the optimisation ran.
   """
 
   targets: Targets
   edit: np.ndarray
-  written: np.ndarray
   distance: np.ndarray
-  seconds: dict[str, float]
   work: Work
+
+
+class Info(NamedTuple):
+  """What an edit reports.
+
+  Attributes:
+    written: [E] bool, False for an edit that became non-finite; it is not part of
+      the result.
+    seconds: wall time by stage.
+    per_edit: name -> one plain JSON value an edit, for records.jsonl.
+    targets: of methods that optimise hidden states; else None.
+    reason: why nothing was written, a sentence, where that is so.
+  """
+
+  written: np.ndarray
+  seconds: Mapping[str, float]
+  per_edit: Mapping[str, Sequence[Any]]
+  targets: TargetReport | None = None
+  reason: str = ''
+
+
+class EditResult(NamedTuple):
+  """What an edit returns."""
+
+  edited: Edited
+  state: Any
+  info: Info
 
 
 class Editor(NamedTuple):
   """A method bound to a model's architecture.
 
   Attributes:
-    init: (params, moments) -> state.
-    edit: (params, state, edits) -> (edited, state, info): all edits of the
-      batch together, as one change.
-    edit_independent: same, every edit alone, or every group of edits where `owner`
-      names one an edit: the change has a group axis [n, G, ...], and entry g is
-      the model in which only that group was edited.
-
-  Both take `memory`, a `values.Memory`: states that it recalls are not optimised.
+    needs: what `init` must be given.
+    init: (model, resources) -> state; resources by need.
+    edit: (model, state, EditBatch, Run) -> EditResult.
   """
 
-  init: Callable[..., Any]
-  edit: Callable[..., Any]
-  edit_independent: Callable[..., Any]
+  needs: tuple[Need, ...]
+  init: Callable[[Any, Mapping[Need, Any]], Any]
+  edit: Callable[[Any, Any, EditBatch, Run], EditResult]
+
+
+def _same(config: Any, chunked: bool) -> Any:
+  """The settings for long texts, where they are those for facts."""
+  del chunked
+  return config
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """An entry of the registry.
+
+  Attributes:
+    name: its id.
+    summary: a phrase for `--help` and the table of methods.
+    config: a frozen dataclass of settings (`settings.setting`).
+    editor: (spec, config) -> Editor.
+    accepts: 'fact', 'text' or both.
+    chunkable: whether AnyEdit may cut its targets (`config.chunks`).
+    parity: name of a published code -> settings that reproduce it.
+    for_texts: (config, whether chunked) -> the published settings for long texts.
+    source: the paper.
+  """
+
+  name: str
+  summary: str
+  config: type
+  editor: Callable[[ModelSpec, Any], Editor]
+  accepts: frozenset[str] = frozenset({'fact', 'text'})
+  chunkable: bool = True
+  parity: Mapping[str, Mapping[str, Any]] = dataclasses.field(
+      default_factory=dict
+  )
+  for_texts: Callable[[Any, bool], Any] = _same
+  source: str = ''
+
+  def configure(self, **given: Any) -> Any:
+    """Makes a config; see `settings.configure`."""
+    return configure(self.config(), given)
+
+
+def check_layers(spec: ModelSpec, layers: Sequence[int]) -> None:
+  """Refuses layers that a model does not have.
+
+  Args:
+    spec: the architecture.
+    layers: layers to edit.
+
+  Raises:
+    InputError: empty, out of range, repeated or not ascending.
+  """
+  wrong = [layer for layer in layers if not 0 <= layer < spec.layers]
+  if wrong or not layers:
+    raise InputError(
+        f'layers {list(layers)}: the model has layers 0 to {spec.layers - 1};'
+        ' choose from these'
+    )
+  if list(layers) != sorted(set(layers)):
+    raise InputError(
+        f'layers {list(layers)}: list each once, in ascending order'
+    )
+
+
+def join_infos(infos: Sequence[Info]) -> Info:
+  """Puts the reports of batches end to end.
+
+  Args:
+    infos: of one method, at least one.
+
+  Returns:
+    One report.
+  """
+  seconds: dict[str, float] = {}
+  for info in infos:
+    for stage, value in info.seconds.items():
+      seconds[stage] = seconds.get(stage, 0.0) + value
+  reports = [info.targets for info in infos]
+  targets = None
+  if None not in reports:
+    before = np.cumsum([0] + [len(info.written) for info in infos])
+    targets = TargetReport(
+        jax.tree.map(
+            lambda *x: np.concatenate(x), *(r.targets for r in reports)
+        ),
+        np.concatenate([r.edit + n for r, n in zip(reports, before)]),
+        np.concatenate([r.distance for r in reports], axis=1),
+        functools.reduce(operator.add, (r.work for r in reports)),
+    )
+  return Info(
+      np.concatenate([info.written for info in infos]),
+      seconds,
+      {
+          name: [value for info in infos for value in info.per_edit[name]]
+          for name in infos[0].per_edit
+      },
+      targets,
+      next((info.reason for info in infos if info.reason), ''),
+  )
+
+
+def per_edit(report: TargetReport, edits: int) -> dict[str, list[Any]]:
+  """Lists the values of a report by edit, as plain JSON types.
+
+  Of an edit with several targets: the mean loss, the sum of the steps and the
+  largest distance.
+
+  Args:
+    report: how targets were found and written.
+    edits: E.
+
+  Returns:
+    name -> E values.
+  """
+  finite = lambda x: float(x) if np.isfinite(x) else None
+  found: dict[str, list[Any]] = {
+      name: [] for name in ('states', 'loss', 'likelihood', 'steps', 'distance')
+  }
+  for i in range(edits):
+    mine = np.flatnonzero(report.edit == i)
+    found['states'].append(len(mine))
+    for name in ('loss', 'likelihood'):
+      found[name].append(finite(getattr(report.targets, name)[mine].mean()))
+    found['steps'].append(int(report.targets.steps[mine].sum()))
+    far = report.distance[:, mine].max(axis=1)
+    found['distance'].append([finite(x) for x in far])
+  return found
+
+
+def empty_info(spec: ModelSpec, layers: Sequence[int]) -> Info:
+  """Returns the report on an empty batch of a method that optimises targets."""
+  state, one = np.zeros((0, spec.width), np.float32), np.zeros(0, np.float32)
+  steps, yes = np.zeros(0, np.int32), np.zeros(0, bool)
+  report = TargetReport(
+      Targets(state, state, one, one, steps, yes),
+      steps,
+      np.zeros((len(layers) + 1, 0), np.float32),
+      Work(),
+  )
+  seconds = {'optimize': 0.0, 'insert': 0.0}
+  return Info(yes, seconds, per_edit(report, 0), report)

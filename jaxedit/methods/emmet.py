@@ -10,39 +10,60 @@ Source: Gupta et al. 2024, "A Unified Framework for Model Editing" (arXiv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
 
-from jaxedit.methods.closed_form.recipe import Recipe
-from jaxedit.solve.preconditioner import covariance
-from jaxedit.targets import TargetConfig
+from jaxedit.methods.closed_form import (
+    ClosedFormConfig,
+    Recipe,
+    closed_form_method,
+)
+from jaxedit.methods.settings import setting
+from jaxedit.solve.preconditioner import Covariance
 
 
-def emmet(
-    layers: Sequence[int] = (5,),
-    *,
-    moment_weight: float = 1.0,
-    ridge: float = 0.1,
-    single_edit_ridge: float | None = 0.0,
-    value: TargetConfig | None = None,
-) -> Recipe:
-  """The EMMET row.
+@dataclasses.dataclass(frozen=True)
+class EmmetConfig(ClosedFormConfig):
+  """Settings of EMMET; published for one layer.
 
-  Args:
-    layers: layers to edit, ascending; published one.
+  Attributes:
     moment_weight: lambda. It scales K S K^T, so the ridge acts as ridge * lambda
       (published 1 for GPT-J, 1000 for GPT2-XL; EasyEdit 100000).
     ridge: mu.
-    single_edit_ridge: mu for a single fact; published 0, None for `ridge` (EasyEdit).
-    value: settings of the value optimisation; None for those of GPT-J.
-
-  Returns:
-    The recipe, for `closed_form`.
+    single_edit_ridge: mu for a single fact; None for `ridge`.
   """
-  return Recipe(
-      name='emmet',
-      layers=tuple(layers),
-      preconditioner=lambda gram: covariance(gram, moment_weight),
-      value=value or TargetConfig(),
-      ridge=ridge,
-      single_edit_ridge=single_edit_ridge,
+
+  layers: tuple[int, ...] = setting(
+      (5,), 'layers to edit, ascending', source='GPT-J'
   )
+  moment_weight: float = setting(
+      1.0,
+      'lambda: virtual tokens of text that the second moments count for',
+      unit='tokens',
+      source='GPT-J, published code',
+      low=0,
+      exclusive=True,
+  )
+  ridge: float = setting(
+      0.1, 'ridge of the solve, of one fact alone 0', source='EMMET', low=0
+  )
+  single_edit_ridge: float | None = 0.0
+
+  def recipe(self) -> Recipe:
+    """Returns the method as data."""
+    # A ridge that is asked for holds for one fact, too.
+    asked = self.ridge != type(self).ridge
+    return self._recipe(
+        'emmet',
+        preconditioner=Covariance(self.moment_weight),
+        ridge=self.ridge,
+        single_edit_ridge=None if asked else self.single_edit_ridge,
+    )
+
+
+METHOD = closed_form_method(
+    'emmet',
+    'many facts at once, each met exactly up to a small ridge',
+    EmmetConfig,
+    parity={'easyedit': {'single_edit_ridge': None}},
+    source='arXiv 2403.14236',
+)

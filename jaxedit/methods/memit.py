@@ -10,32 +10,42 @@ Source: Meng et al. 2022b, "Mass-Editing Memory in a Transformer" (arXiv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
 
-from jaxedit.methods.closed_form.recipe import Recipe
-from jaxedit.solve.preconditioner import covariance
-from jaxedit.targets import TargetConfig
+from jaxedit.methods.closed_form import (
+    ClosedFormConfig,
+    Recipe,
+    closed_form_method,
+)
+from jaxedit.methods.settings import setting
+from jaxedit.solve.preconditioner import Covariance
 
 
-def memit(
-    layers: Sequence[int] = (3, 4, 5, 6, 7, 8),
-    *,
-    moment_weight: float = 15000.0,
-    value: TargetConfig | None = None,
-) -> Recipe:
-  """The MEMIT row.
+@dataclasses.dataclass(frozen=True)
+class MemitConfig(ClosedFormConfig):
+  """Settings of MEMIT; the defaults are those published for GPT-J.
 
-  Args:
-    layers: layers to edit, ascending.
+  Attributes:
     moment_weight: lambda on the average second moment, tokens.
-    value: settings of the value optimisation; None for those of GPT-J.
-
-  Returns:
-    The recipe, for `closed_form`.
   """
-  return Recipe(
-      name='memit',
-      layers=tuple(layers),
-      preconditioner=lambda gram: covariance(gram, moment_weight),
-      value=value or TargetConfig(),
+
+  moment_weight: float = setting(
+      15000.0,
+      'lambda: virtual tokens of text that the second moments count for',
+      unit='tokens',
+      source='GPT-J, MEMIT appendix B',
+      low=0,
+      exclusive=True,
   )
+
+  def recipe(self) -> Recipe:
+    """Returns the method as data."""
+    return self._recipe('memit', preconditioner=Covariance(self.moment_weight))
+
+
+METHOD = closed_form_method(
+    'memit',
+    'many facts at once, spread over a few layers',
+    MemitConfig,
+    source='arXiv 2210.07229',
+)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxedit.methods.closed_form.recipe import Recipe
+from jaxedit.methods.closed_form import Recipe
+from jaxedit.solve.preconditioner import NullSpace
 from jaxedit.types import InputError
 
 
 def shadowed(recipe: Recipe, edits: int) -> Recipe:
-  """Gives a row the layer schedule of AnyEdit's plain baselines.
+  """Gives a recipe the layer schedule of AnyEdit's baselines without chunks.
 
   Their loop over the edits of a batch overwrites the index of the layer, so that
   every layer gets the share 1 / (n - (edits - 1)) of what is left, and AlphaEdit
@@ -24,7 +25,7 @@ def shadowed(recipe: Recipe, edits: int) -> Recipe:
     edits: edits a batch.
 
   Returns:
-    The row.
+    The recipe.
 
   Raises:
     InputError: the divisor would be 0 or negative, where the published code
@@ -39,12 +40,12 @@ def shadowed(recipe: Recipe, edits: int) -> Recipe:
         ' layers make its layer schedule divide by zero or less; take at most'
         f' {len(recipe.layers)} a batch'
     )
-  own = recipe.shared_preconditioner
-  if recipe.name == 'alphaedit':
-    own = edits - 1
+  shared = recipe.shared_preconditioner
+  if isinstance(recipe.preconditioner, NullSpace):
+    shared = edits - 1
   return dataclasses.replace(
       recipe,
       name=f'{recipe.name} (shadowed)',
-      layer_share=lambda remaining: 1 / left,
-      shared_preconditioner=own,
+      layer_share=1 / left,
+      shared_preconditioner=shared,
   )

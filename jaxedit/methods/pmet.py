@@ -16,40 +16,51 @@ Source: Li et al. 2024, "PMET: Precise Model Editing in a Transformer" (arXiv
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import dataclasses
 
-from jaxedit.methods.closed_form.recipe import Recipe
-from jaxedit.solve.preconditioner import covariance
+from jaxedit.methods.closed_form import (
+    ClosedFormConfig,
+    Recipe,
+    closed_form_method,
+)
+from jaxedit.methods.settings import setting
+from jaxedit.solve.preconditioner import Covariance
 from jaxedit.targets import TargetConfig
 
 
-def root(remaining: int) -> float:
-  """Spread by the square root of the layers left."""
-  return 1 / math.sqrt(remaining)
+@dataclasses.dataclass(frozen=True)
+class PmetConfig(ClosedFormConfig):
+  """Settings of PMET; the defaults are those published for GPT-J.
 
-
-def pmet(
-    layers: Sequence[int] = (3, 4, 5, 6, 7, 8),
-    *,
-    moment_weight: float = 6000.0,
-    value: TargetConfig | None = None,
-) -> Recipe:
-  """The PMET row.
-
-  Args:
-    layers: layers to edit, ascending.
+  Attributes:
     moment_weight: lambda on the average second moment, tokens.
-    value: settings of the value optimisation; None for those of GPT-J.
-
-  Returns:
-    The recipe, for `closed_form`.
   """
-  return Recipe(
-      name='pmet',
-      layers=tuple(layers),
-      preconditioner=lambda gram: covariance(gram, moment_weight),
-      value=value or TargetConfig(steps=30, rate=0.2, kl=1.0, argmax_stop=0.01),
-      output='attn+mlp',
-      layer_share=root,
+
+  target: TargetConfig = TargetConfig(
+      steps=30, rate=0.2, kl=1.0, argmax_stop=0.01
   )
+  moment_weight: float = setting(
+      6000.0,
+      'lambda: virtual tokens of text that the second moments count for',
+      unit='tokens',
+      source='GPT-J, published code',
+      low=0,
+      exclusive=True,
+  )
+
+  def recipe(self) -> Recipe:
+    """Returns the method as data."""
+    return self._recipe(
+        'pmet',
+        preconditioner=Covariance(self.moment_weight),
+        output='attn+mlp',
+        layer_share='root',
+    )
+
+
+METHOD = closed_form_method(
+    'pmet',
+    'MEMIT with the states of attention and MLP optimised together',
+    PmetConfig,
+    source='arXiv 2308.08742',
+)

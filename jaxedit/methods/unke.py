@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,38 +30,38 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxedit import targets as targets_lib
-from jaxedit.batching.plan import BatchPlan
-from jaxedit.deltas import (
-    Dense,
-    Edited,
+from jaxedit.deltas import Dense, Edited
+from jaxedit.methods import regression
+from jaxedit.methods.base import (
+    EditBatch,
+    Editor,
+    EditResult,
+    Info,
+    Method,
+    Need,
+    PreservedTexts,
+    Run,
+    TargetReport,
+    check_layers,
+    empty_info,
+    per_edit,
 )
-from jaxedit.methods import (
-    base,
-    regression,
-)
-from jaxedit.methods.closed_form.recipe import check_layers
-from jaxedit.methods.regression import (
-    Goals,
-    Rule,
-    Side,
-    Texts,
-)
+from jaxedit.methods.closed_form.recipe import TEXT_TARGET
+from jaxedit.methods.regression import Goals, Rule, Side, Texts
+from jaxedit.methods.settings import setting
 from jaxedit.models.spec import ModelSpec
+from jaxedit.targets import TargetConfig
 from jaxedit.text.chunking import Chunking
 from jaxedit.text.encoding import EncodedEdit
-from jaxedit.types import (
-    Array,
-    InputError,
-    Params,
-    Progress,
-    Targets,
-    silent,
-)
+from jaxedit.types import Array, InputError, Params, Progress, Targets
 
 # Published settings, the same for all models. Runs with chunks are published
 # with a threshold of 5e-3, others without early stop.
-_VALUE = targets_lib.TargetConfig(
-    steps=25, rate=0.5, decay=1e-3, clamp=4.0, kl=0.0, threshold=0.0
+_TARGET = TEXT_TARGET._replace(threshold=0.0)
+_CHUNKED_THRESHOLD = 5e-3
+_NOTHING = (
+    'every loss became non-finite; lower --value_rate or load the model with'
+    ' --dtype=float32'
 )
 _NOT_FINITE = (
     'text {} to preserve: its states are not finite in this model; leave it out'
@@ -69,18 +69,17 @@ _NOT_FINITE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Unke:
+class UnkeConfig:
   """Settings of the method; the defaults are the published ones.
 
   Attributes:
-    name: the method's name, for reports.
     layers: layers to edit, ascending; z is the output of the last.
-    value: settings of the value optimisation.
-    activations: their dtype while states are optimised, if wider than the
+    target: settings of the optimisation of z.
+    activations: their dtype while targets are optimised, if wider than the
       weights; see `ModelSpec`.
-    chunks: how answers are cut; None for one state a question, and questions
+    chunks: how answers are cut; None for one target a question, and questions
       alone in the fit.
-    anchor: where the first state of an edit stands.
+    anchor: where the first target of an edit stands.
     steps: updates of the fit.
     rate: its learning rate.
     decay: its decoupled weight decay; norms have none.
@@ -91,14 +90,24 @@ class Unke:
       gradient and two moments in f32, and the activations of all texts.
   """
 
-  name: str = 'unke'
-  layers: tuple[int, ...] = (7,)
-  value: targets_lib.TargetConfig = _VALUE
-  activations: str = 'float32'
+  layers: tuple[int, ...] = setting(
+      (7,), 'layers to edit, ascending', source='UnKE'
+  )
+  target: TargetConfig = _TARGET
+  activations: str = setting(
+      'float32',
+      'dtype of activations while targets are optimised, where weights are'
+      ' bfloat16',
+      choices=('float32', 'bfloat16'),
+  )
   chunks: Chunking | None = None
   anchor: str = 'prompt_last'
-  steps: int = 50
-  rate: float = 2e-4
+  steps: int = setting(
+      50, 'updates of the block', source='UnKE', low=1, flag='unke_steps'
+  )
+  rate: float = setting(
+      2e-4, 'learning rate of the block', source='UnKE', low=0, flag='unke_rate'
+  )
   decay: float = 0.01
   pads: bool = False
   pad_id: int = 0
@@ -132,123 +141,101 @@ class _Job(NamedTuple):
     )
 
 
-def unke_editor(spec: ModelSpec, recipe: Unke) -> base.Editor:
+def unke(spec: ModelSpec, config: UnkeConfig) -> Editor:
   """Makes an editor.
 
   Args:
     spec: the architecture.
-    recipe: settings.
+    config: settings.
 
   Returns:
-    The editor. Its `init(params, preserved)` takes the texts whose outputs
-    shall stay, arrays of ids. Its `edit(params, state, edits, frame=None,
-    memory=None, progress=silent)` takes what `text` encodes, in one context
-    each; the change is `Dense`, one a parameter of the block. `edit_independent` takes
-    `group` as well, [E] the group of an edit (each its own unless given); its
-    changes are numpy arrays [n, G, ...], as they need not fit the device.
+    The editor. It needs texts whose outputs shall stay. Its deltas are `Dense`,
+    one a parameter of the block; those of independent edits are numpy arrays
+    [n, G, ...], as they need not fit the device.
 
   Raises:
     InputError: a layer is out of range, a setting cannot be used; from `init`,
       a text to preserve cannot be run.
   """
-  check_layers(spec, recipe.layers)
-  _check_settings(recipe)
+  check_layers(spec, config.layers)
+  _check_settings(config)
 
-  def init(params: Params, preserved: Sequence[np.ndarray]) -> State:
+  def init(model: Any, resources: Mapping[Need, Any]) -> State:
+    preserved = resources[PreservedTexts()]
     _check_preserved(spec, preserved)
     # They stay the same all along, so that a tight shape pays.
-    shape = regression.shape_of([preserved], recipe.pads, _tight)
-    pad = recipe.pad_id if recipe.pads else None
+    shape = regression.shape_of([preserved], config.pads, _tight)
+    pad = config.pad_id if config.pads else None
     texts = regression.pack(preserved, shape, pad)
-    h = regression.enter(spec, params, texts, stop=recipe.layers[-1] + 1)
+    h = regression.enter(spec, model.params, texts, stop=config.layers[-1] + 1)
     if broken := _broken(h, texts):
       raise InputError(*map(_NOT_FINITE.format, (i + 1 for i in broken)))
     return State(texts)
 
-  def run(
-      params: Params,
-      state: State,
-      edits: Sequence[EncodedEdit],
-      *,
-      group: Sequence[int],
-      plan: BatchPlan | None,
-      memory: targets_lib.TargetCache | None,
-      progress: Progress,
-  ) -> tuple[tuple[Dense, ...], base.Info]:
-    jobs = _jobs(spec, recipe, edits, group)
+  def edit(model: Any, state: State, batch: EditBatch, run: Run) -> EditResult:
+    edits = batch.encoded
+    if not edits:
+      return EditResult(Edited(), state, empty_info(spec, config.layers))
+    joint = batch.group is None
+    group = [0] * len(edits) if joint else list(batch.group)
+    jobs = _jobs(spec, config, edits, group)
     begin = time.monotonic()
-    found, work = targets_lib.autoregressive(
-        dataclasses.replace(spec, activations=recipe.activations),
-        params,
+    found, work = targets_lib.optimize(
+        dataclasses.replace(spec, activations=config.activations),
+        model.params,
         edits,
-        layer=recipe.layers[-1],
-        config=recipe.value,
-        plan=plan,
-        memory=memory,
-        progress=progress,
+        plan=batch.plan,
+        objective=targets_lib.Objective(config.layers[-1], config.target),
+        cache=run.cache,
+        progress=run.progress,
     )
     targets = jax.tree.map(lambda *x: np.concatenate(x), *found)
     middle = time.monotonic()
     number = np.repeat(np.arange(len(edits)), [e.stages for e in edits])
     written = np.ones(len(edits), bool)
     np.logical_and.at(written, number, targets.finite)
-    bad = {int(e) for e in np.flatnonzero(~written)}
-    fitting = _Fitting(spec, params, recipe, state, targets, len(jobs))
-    # Groups of one size side by side leave few places empty.
-    order = sorted(range(len(jobs)), key=lambda g: sum(map(len, jobs[g].texts)))
-    with progress('insert', len(edits), 'edit') as advance:
-      for first in range(0, len(jobs), fitting.side_by_side):
-        groups = order[first : first + fitting.side_by_side]
-        fitting.fit(groups, [jobs[g] for g in groups], bad)
-        advance(sum(len(jobs[g].edits) for g in groups))
+    fitting = _Fitting(spec, model.params, config, state, targets, len(jobs))
+    fitting.fit_all(jobs, np.flatnonzero(~written), run.progress)
     written[sorted(fitting.failed)] = False
-    seconds = {
-        'optimize': middle - begin,
-        'insert': time.monotonic() - middle,
-    }
-    info = _info(targets, written, fitting.distance, seconds, work, number)
-    return fitting.deltas(), info
-
-  def edit(params, state, edits, *, plan=None, memory=None, progress=silent):
-    if not edits:
-      return Edited(), state, _nothing(spec, recipe)
-    deltas, info = run(
-        params,
-        state,
-        edits,
-        group=[0] * len(edits),
-        plan=plan,
-        memory=memory,
-        progress=progress,
+    report = TargetReport(targets, number, fitting.distance, work)
+    info = Info(
+        written=written,
+        seconds={
+            'optimize': middle - begin,
+            'insert': time.monotonic() - middle,
+        },
+        per_edit=per_edit(report, len(edits)),
+        targets=report,
+        reason='' if written.any() else _NOTHING,
     )
-    only = lambda x: jnp.asarray(x[:, 0])
-    return Edited(deltas=jax.tree.map(only, deltas)), state, info
+    if joint:
+      only = lambda x: jnp.asarray(x[:, 0])
+      return EditResult(
+          Edited(jax.tree.map(only, fitting.deltas())), state, info
+      )
+    edited = Edited(fitting.deltas(), size=max(group) + 1)
+    return EditResult(edited, state, info)
 
-  def edit_independent(
-      params,
-      state,
-      edits,
-      *,
-      group=None,
-      plan=None,
-      memory=None,
-      progress=silent,
-  ):
-    if not edits:
-      return Edited(), state, _nothing(spec, recipe)
-    group = range(len(edits)) if group is None else group
-    deltas, info = run(
-        params,
-        state,
-        edits,
-        group=group,
-        plan=plan,
-        memory=memory,
-        progress=progress,
-    )
-    return Edited(deltas=deltas, size=max(group) + 1), state, info
+  return Editor((PreservedTexts(),), init, edit)
 
-  return base.Editor(init, edit, edit_independent)
+
+def _for_texts(config: UnkeConfig, chunked: bool) -> UnkeConfig:
+  """The published threshold of runs with chunks; without them, none."""
+  threshold = _CHUNKED_THRESHOLD if chunked else 0.0
+  target = config.target._replace(threshold=threshold)
+  return dataclasses.replace(config, target=target)
+
+
+METHOD = Method(
+    'unke',
+    'long answers, written into all parameters of a block',
+    UnkeConfig,
+    unke,
+    accepts=frozenset({'text'}),
+    for_texts=_for_texts,
+    parity={'anyedit': {'pads': True}},
+    source='arXiv 2405.15349',
+)
 
 
 class _Fitting:
@@ -258,7 +245,7 @@ class _Fitting:
       self,
       spec: ModelSpec,
       params: Params,
-      recipe: Unke,
+      config: UnkeConfig,
       state: State,
       targets: Targets,
       groups: int,
@@ -266,17 +253,30 @@ class _Fitting:
     self._groups = groups
     # A power of two, so that small batches share compiled code.
     count = regression.power_of_two(groups)
-    self.side_by_side = min(recipe.side_by_side, count)
-    self._model, self._recipe = (spec, params), recipe
+    self.side_by_side = min(config.side_by_side, count)
+    self._model, self._config = (spec, params), config
     self._texts, self._targets = state.preserved, targets
     # Their states are the same for all groups up to the first edited layer.
     self._kept = regression.enter(
-        spec, params, state.preserved, stop=recipe.layers[0]
+        spec, params, state.preserved, stop=config.layers[0]
     )
-    shape = (len(recipe.layers) + 1, len(targets.z))
+    shape = (len(config.layers) + 1, len(targets.z))
     self.distance = np.full(shape, np.nan, targets.z.dtype)
     self.failed: set[int] = set()
     self._changes: Params | None = None
+
+  def fit_all(
+      self, jobs: Sequence[_Job], bad: Sequence[int], progress: Progress
+  ) -> None:
+    """Fits all groups; edits named bad are left out of theirs."""
+    bad = {int(e) for e in bad}
+    # Groups of one size side by side leave few tokens empty.
+    order = sorted(range(len(jobs)), key=lambda g: sum(map(len, jobs[g].texts)))
+    with progress('insert', sum(len(j.edits) for j in jobs), 'edit') as advance:
+      for first in range(0, len(jobs), self.side_by_side):
+        groups = order[first : first + self.side_by_side]
+        self.fit(groups, [jobs[g] for g in groups], bad)
+        advance(sum(len(jobs[g].edits) for g in groups))
 
   def fit(
       self, groups: Sequence[int], jobs: Sequence[_Job], bad: set[int]
@@ -285,14 +285,14 @@ class _Fitting:
     asked = {e for job in jobs for e in job.edits}
     jobs = [job.without(bad) for job in jobs]
     texts, goals = self._lay_out(jobs)
-    h = regression.enter(*self._model, texts, stop=self._recipe.layers[0])
+    h = regression.enter(*self._model, texts, stop=self._config.layers[0])
     # What overflows in a later layer would spoil the others of its group.
     top = regression.reach(
         *self._model,
         h,
         texts.rows,
-        start=self._recipe.layers[0],
-        stop=self._recipe.layers[-1] + 1,
+        start=self._config.layers[0],
+        stop=self._config.layers[-1] + 1,
     )
     broken = {
         job.edits[r]
@@ -302,15 +302,15 @@ class _Fitting:
     if broken:
       jobs = [job.without(broken) for job in jobs]
       texts, goals = self._lay_out(jobs)
-      h = regression.enter(*self._model, texts, stop=self._recipe.layers[0])
+      h = regression.enter(*self._model, texts, stop=self._config.layers[0])
     self.failed |= (bad & asked) | broken
     self._climb(groups, jobs, h, texts=texts, goals=goals)
 
   def _lay_out(self, jobs: Sequence[_Job]) -> tuple[Texts, Goals]:
     """Packs a slab; places past the last group stay empty."""
-    recipe = self._recipe
+    config = self._config
     count = self.side_by_side
-    shape = regression.shape_of([job.texts for job in jobs], recipe.pads)
+    shape = regression.shape_of([job.texts for job in jobs], config.pads)
     most = max(4, *(len(job.states) for job in jobs))
     most = regression.power_of_two(most)
     place = np.full([count, most], shape[2], np.int32)
@@ -318,7 +318,7 @@ class _Fitting:
     packed = []
     for g in range(count):
       job = jobs[g] if g < len(jobs) else _Job((), (), (), ())
-      pad = recipe.pad_id if recipe.pads else None
+      pad = config.pad_id if config.pads else None
       packed.append(regression.pack(job.texts, shape, pad))
       for a, (r, column) in enumerate(job.anchors):
         place[g, a] = packed[-1].rows.index[r, column]
@@ -335,9 +335,9 @@ class _Fitting:
       goals: Goals,
   ) -> None:
     """Takes a slab through the edited layers, lowest first."""
-    (spec, params), recipe = self._model, self._recipe
-    layers, kept, sound = recipe.layers, self._kept, True
-    rule = Rule(recipe.steps, recipe.rate, recipe.decay)
+    (spec, params), config = self._model, self._config
+    layers, kept, sound = config.layers, self._kept, True
+    rule = Rule(config.steps, config.rate, config.decay)
     for i, layer in enumerate(layers):
       if i:
         above = dict(start=layers[i - 1] + 1, stop=layer)
@@ -373,7 +373,7 @@ class _Fitting:
   def _collect(self, i: int, groups: Sequence[int], change: Params) -> None:
     """Puts the changes of the i-th edited layer in their place."""
     if self._changes is None:
-      lead = (len(self._recipe.layers), self._groups)
+      lead = (len(self._config.layers), self._groups)
       self._changes = jax.tree.map(
           lambda x: np.zeros((*lead, *x.shape[1:]), x.dtype), change
       )
@@ -397,7 +397,7 @@ class _Fitting:
     found = []
     for path, change in jax.tree_util.tree_leaves_with_path(self._changes):
       *site, leaf = (part.key for part in path)
-      found.append(Dense(self._recipe.layers, '/'.join(site), change, leaf))
+      found.append(Dense(self._config.layers, '/'.join(site), change, leaf))
     return tuple(found)
 
 
@@ -414,12 +414,12 @@ def _broken(h: Array, texts: Texts) -> list[int]:
 
 def _jobs(
     spec: ModelSpec,
-    recipe: Unke,
+    config: UnkeConfig,
     edits: Sequence[EncodedEdit],
     group: Sequence[int],
 ) -> list[_Job]:
   """Sorts edits into groups."""
-  _check_edits(spec, recipe, edits, group)
+  _check_edits(spec, config, edits, group)
   jobs: list[list[Any]] = [[[], [], [], []] for _ in range(max(group) + 1)]
   state = 0
   for e, (edit, number) in enumerate(zip(edits, group)):
@@ -429,23 +429,23 @@ def _jobs(
       states.append(state)
       state += 1
     numbers.append(e)
-    texts.append(_text(recipe, edit))
+    texts.append(_text(config, edit))
   return [_Job(*map(tuple, job)) for job in jobs]
 
 
-def _text(recipe: Unke, edit: EncodedEdit) -> np.ndarray:
+def _text(config: UnkeConfig, edit: EncodedEdit) -> np.ndarray:
   """The ids of an edit that the fit sees."""
-  if recipe.chunks is None:
+  if config.chunks is None:
     return edit.rows[0]
   return np.concatenate([edit.rows[0], edit.target])
 
 
-def _check_settings(recipe: Unke) -> None:
+def _check_settings(config: UnkeConfig) -> None:
   least = {'steps': 0, 'rate': 0, 'decay': 0, 'pad_id': 0, 'side_by_side': 1}
   problems = [
-      f'{name} is {getattr(recipe, name)}; it must be at least {low}'
+      f'{name} is {getattr(config, name)}; it must be at least {low}'
       for name, low in least.items()
-      if getattr(recipe, name) < low
+      if getattr(config, name) < low
   ]
   if problems:
     raise InputError(*problems)
@@ -472,7 +472,7 @@ def _check_preserved(spec: ModelSpec, texts: Sequence[np.ndarray]) -> None:
 
 def _check_edits(
     spec: ModelSpec,
-    recipe: Unke,
+    config: UnkeConfig,
     edits: Sequence[EncodedEdit],
     group: Sequence[int],
 ) -> None:
@@ -483,45 +483,16 @@ def _check_edits(
         f' {len(edits)} edits; give each edit a group, counted from 0'
     )
   for edit in edits:
-    length = len(_text(recipe, edit))
+    length = len(_text(config, edit))
     if length > spec.max_positions:
       problems.append(
           f'record {edit.number}: question and answer take {length} tokens, the'
           f' model takes {spec.max_positions}; shorten the answer'
       )
-    if edit.stages > 1 and recipe.chunks is None:
+    if edit.stages > 1 and config.chunks is None:
       problems.append(
           f'record {edit.number}: its answer is cut into {edit.stages} chunks,'
           ' but the method has no `chunks`; encode it without or give them'
       )
   if problems:
     raise InputError(*problems)
-
-
-def _info(
-    targets: Targets,
-    written: np.ndarray,
-    distance: np.ndarray,
-    seconds: dict[str, float],
-    work: targets_lib.Work,
-    number: np.ndarray,
-) -> base.Info:
-  """The report; `number` is the edit that a state belongs to."""
-  return base.Info(
-      targets=targets,
-      written=written,
-      distance=distance,
-      seconds=seconds,
-      work=work,
-      edit=number,
-  )
-
-
-def _nothing(spec: ModelSpec, recipe: Unke) -> base.Info:
-  """The report on an empty batch."""
-  state, one = np.zeros((0, spec.width), np.float32), np.zeros(0, np.float32)
-  steps, yes = np.zeros(0, np.int32), np.zeros(0, bool)
-  targets: Any = Targets(state, state, one, one, steps, yes)
-  distance = np.zeros((len(recipe.layers) + 1, 0), np.float32)
-  seconds = {'optimize': 0.0, 'insert': 0.0}
-  return _info(targets, yes, distance, seconds, targets_lib.Work(), steps)

@@ -43,7 +43,7 @@ __all__ = ['GREEDY', 'Decoding', 'generate', 'refuse_faulty']
 # Numbers of random streams are int32 on the device.
 _STREAMS = 2**31
 
-# TokenLayout of a batch of prompts and of a cache, and rows of the first batch; each
+# Columns of a batch of prompts and of a cache, and rows of the first batch; each
 # is another program.
 _LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _CACHES = tuple(width for width in _LENGTHS if width >= 64)
@@ -221,7 +221,7 @@ class _DecodeLoop:
       self.slots += [None] * (rows - len(self.slots))
 
   def _columns(self, i: int) -> int:
-    """TokenLayout of the cache that a text has filled after the next segment."""
+    """Columns of the cache that a text has filled after the next segment."""
     new = max(len(self.texts[i]), 1)  # a prompt is read with its first token
     ahead = min(decode_state.SEGMENT, self._most - new)
     return len(self._prompts[i]) + new - 1 + ahead

@@ -35,7 +35,7 @@ from jaxedit.types import (
     TokenLayout,
 )
 
-# TokenLayout of a segment: rows that have ended wait for half of it on average.
+# Columns of a segment: rows that have ended wait for half of it on average.
 SEGMENT = 32
 
 

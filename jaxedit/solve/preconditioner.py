@@ -1,20 +1,25 @@
-"""Metrics on key space, factored once per (model, layer, corpus).
+"""Preconditioners of key space, factored once per (model, layer, corpus).
 
-A metric S says how freely a kernel may change along a direction of key space.
-Every closed form needs it only through a square root, S = B B^T with B [F, r]:
-`whiten` takes keys to A = K B, in whose r coordinates S is the identity, and
-`lift` takes such coordinates back to key space, A B^T = K S.
+A preconditioner S says how freely a kernel may change along a direction of key
+space. Every closed form needs it only through a square root, S = B B^T with
+B [F, r]: `whiten` takes keys to A = K B, in whose r coordinates S is the identity,
+and `lift` takes such coordinates back to key space, A B^T = K S.
 
-  covariance   S = (lambda C)^-1     C the average of k k^T over text (MEMIT)
-  null space   S = U U^T             U an orthonormal basis, r <= F (AlphaEdit)
-  identity     S = I                 every direction is as free as any other
+  Covariance   S = (lambda C)^-1     C the average of k k^T over text (MEMIT)
+  NullSpace    S = U U^T             U an orthonormal basis, r <= F (AlphaEdit)
+  Identity     S = I                 every direction is as free as any other
 
-Factor in float64: run under `jax.enable_x64(True)`, as `edit` does.
+These three are settings; `factor` makes the factored form that solves take. Keys
+whose output must stay, known by their Gram matrix in whitened coordinates, go
+into the factored form by `preserve`: S becomes B (I + G / ridge)^-1 B^T.
+
+Factor in float64: run under `jax.enable_x64(True)`, as the editors do.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +28,7 @@ import numpy as np
 Array = jax.Array
 
 
-class Covariance(NamedTuple):
+class CovarianceFactor(NamedTuple):
   """S = (lambda C)^-1, so B = U^-1.
 
   The factor is upper triangular for the sake of memory: solvers read columns,
@@ -37,7 +42,7 @@ class Covariance(NamedTuple):
   factor: Array
 
 
-class NullSpace(NamedTuple):
+class NullSpaceBasis(NamedTuple):
   """S = U U^T, the projection onto the keys that may be changed at will.
 
   Attributes:
@@ -47,7 +52,7 @@ class NullSpace(NamedTuple):
   basis: Array
 
 
-class Identity(NamedTuple):
+class IdentityDiagonal(NamedTuple):
   """S = I, which knows nothing of the keys of text.
 
   Attributes:
@@ -57,12 +62,88 @@ class Identity(NamedTuple):
   ones: Array
 
 
+class Preserved(NamedTuple):
+  """S = B (I + G / ridge)^-1 B^T, with preserved keys of Gram matrix G.
+
+  Attributes:
+    base: the factored preconditioner of B.
+    factor: [r, r] upper triangular U, U^T U = I + G / ridge.
+  """
+
+  base: CovarianceFactor | NullSpaceBasis | IdentityDiagonal
+  factor: Array
+
+
+Factored = CovarianceFactor | NullSpaceBasis | IdentityDiagonal | Preserved
+
+
+@dataclasses.dataclass(frozen=True)
+class Covariance:
+  """S = (weight C)^-1, C the average second moment of keys.
+
+  Attributes:
+    weight: lambda, how many virtual tokens of text the moments count for.
+  """
+
+  weight: float
+  moments: ClassVar[bool] = True
+
+  def factor(self, gram: Array) -> CovarianceFactor:
+    """Factors the preconditioner of an average second moment [F, F]."""
+    return covariance(gram, self.weight)
+
+
+@dataclasses.dataclass(frozen=True)
+class NullSpace:
+  """S projects onto the directions that keys of text hardly have.
+
+  Attributes:
+    share: see `null_space`.
+    threshold: see `null_space`.
+  """
+
+  share: float | None = None
+  threshold: float | None = None
+  moments: ClassVar[bool] = True
+
+  def factor(self, gram: Array) -> NullSpaceBasis:
+    """Finds the basis for an average second moment [F, F]."""
+    return null_space(gram, share=self.share, threshold=self.threshold)
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+  """S = I, which needs no moments."""
+
+  moments: ClassVar[bool] = False
+
+  def factor(self, gram: Array) -> IdentityDiagonal:
+    """Takes size and dtype of a [F, F] array."""
+    return identity(gram)
+
+
 Preconditioner = Covariance | NullSpace | Identity
 
 
+def preserve(factored: Factored, gram: Array, ridge: float) -> Preserved:
+  """Adds keys whose output must stay.
+
+  Args:
+    factored: the preconditioner without them, S = B B^T.
+    gram: [r, r] G = A^T A of their whitened keys A = K B.
+    ridge: r of the solves that follow, above 0.
+
+  Returns:
+    The preconditioner with which a solve over other keys alone gives what a
+    solve over all of them would.
+  """
+  system = jnp.eye(gram.shape[0], dtype=gram.dtype) + gram / ridge
+  return Preserved(factored, jnp.linalg.cholesky(system).T)
+
+
 @jax.jit
-def covariance(gram: Array, weight: Array | float) -> Covariance:
-  """LowRankUpdate the metric of an average second moment.
+def covariance(gram: Array, weight: Array | float) -> CovarianceFactor:
+  """Factors the preconditioner of an average second moment.
 
   Args:
     gram: [F, F] average of k k^T, uncentred.
@@ -70,16 +151,16 @@ def covariance(gram: Array, weight: Array | float) -> Covariance:
       (tokens).
 
   Returns:
-    The metric; its factor holds NaN where `gram` is not positive definite.
+    The preconditioner; its factor holds NaN where `gram` is not positive definite.
 
   Source: Meng et al. 2022b (MEMIT, arXiv 2210.07229), equation 15.
   """
-  return Covariance(jnp.linalg.cholesky(weight * gram).T)
+  return CovarianceFactor(jnp.linalg.cholesky(weight * gram).T)
 
 
 def null_space(
     gram: Array, *, share: float | None = None, threshold: float | None = None
-) -> NullSpace:
+) -> NullSpaceBasis:
   """Finds the directions that keys of text hardly have.
 
   The rank depends on the data, so this is not for the inside of a jit.
@@ -93,7 +174,7 @@ def null_space(
       as published (0.02; squared units of a key). `share` is then not used.
 
   Returns:
-    The metric, of rank F where nothing is ruled out; its basis is [F, F] NaN
+    The preconditioner, of rank F where nothing is ruled out; its basis is [F, F] NaN
     where `gram` holds numbers that are not finite.
 
   Raises:
@@ -111,7 +192,7 @@ def null_space(
   eigenvalues, vectors = _eigh(gram)  # ascending
   eigenvalues = np.asarray(eigenvalues)
   if not np.isfinite(eigenvalues).all():
-    return NullSpace(jnp.full_like(gram, jnp.nan))
+    return NullSpaceBasis(jnp.full_like(gram, jnp.nan))
   if threshold is None:
     # What rounding leaves below zero holds nothing.
     preserved = np.cumsum(np.maximum(eigenvalues[::-1], 0))
@@ -125,11 +206,11 @@ def null_space(
         f'least eigenvalue is {eigenvalues[0]:.3g}), so nothing may change; '
         'lower the share or raise the threshold'
     )
-  return NullSpace(vectors[:, : int(kept)])
+  return NullSpaceBasis(vectors[:, : int(kept)])
 
 
-def identity(gram: Array) -> Identity:
-  """Makes the metric that needs no moments.
+def identity(gram: Array) -> IdentityDiagonal:
+  """Makes the preconditioner that needs no moments.
 
   Args:
     gram: [F, F], of which size and dtype are taken; no number of it is read.
@@ -137,35 +218,45 @@ def identity(gram: Array) -> Identity:
   Returns:
     S = I.
   """
-  return Identity(jnp.ones(gram.shape[0], gram.dtype))
+  return IdentityDiagonal(jnp.ones(gram.shape[0], gram.dtype))
 
 
-def rank(preconditioner: Preconditioner) -> int:
+def dtype_of(preconditioner: Factored) -> Any:
+  """The dtype of a factored preconditioner."""
+  return jax.tree.leaves(preconditioner)[0].dtype
+
+
+def rank(preconditioner: Factored) -> int:
   """The number r of coordinates of a whitened key."""
+  if isinstance(preconditioner, Preserved):
+    return rank(preconditioner.base)
   (root,) = preconditioner
   return root.shape[-1]
 
 
-def whiten(preconditioner: Preconditioner, keys: Array) -> Array:
-  """Takes keys to the coordinates in which a metric is the identity.
+def whiten(preconditioner: Factored, keys: Array) -> Array:
+  """Takes keys to the coordinates in which a preconditioner is the identity.
 
   Args:
     preconditioner: S = B B^T.
     keys: [M, F], any float dtype.
 
   Returns:
-    [M, r] A = K B in the dtype of the metric, so that A A^T = K S K^T.
+    [M, r] A = K B in the dtype of the preconditioner, so that A A^T = K S K^T.
   """
+  if isinstance(preconditioner, Preserved):
+    rows = whiten(preconditioner.base, keys)
+    return _solve_transposed(preconditioner.factor, rows, transpose=False)
   (root,) = preconditioner
   keys = keys.astype(root.dtype)
-  if isinstance(preconditioner, Identity):
+  if isinstance(preconditioner, IdentityDiagonal):
     return keys
-  if isinstance(preconditioner, NullSpace):
+  if isinstance(preconditioner, NullSpaceBasis):
     return keys @ root
   return _solve_transposed(root, keys, transpose=False)
 
 
-def lift(preconditioner: Preconditioner, whitened: Array) -> Array:
+def lift(preconditioner: Factored, whitened: Array) -> Array:
   """Takes whitened coordinates to key space, the adjoint of `whiten`.
 
   Args:
@@ -175,10 +266,13 @@ def lift(preconditioner: Preconditioner, whitened: Array) -> Array:
   Returns:
     [M, F] A B^T; K S where A = K B.
   """
+  if isinstance(preconditioner, Preserved):
+    rows = _solve_transposed(preconditioner.factor, whitened, transpose=True)
+    return lift(preconditioner.base, rows)
   (root,) = preconditioner
-  if isinstance(preconditioner, Identity):
+  if isinstance(preconditioner, IdentityDiagonal):
     return whitened
-  if isinstance(preconditioner, NullSpace):
+  if isinstance(preconditioner, NullSpaceBasis):
     return whitened @ root.T
   return _solve_transposed(root, whitened, transpose=True)
 

@@ -1,7 +1,7 @@
 """The one closed form behind every locate-and-edit method.
 
 With keys K [M, F], wanted output changes R [M, D], keys C [M, F] at which R is
-wanted (as a rule K itself), a metric S = B B^T and a ridge r, the kernel change
+wanted (as a rule K itself), a preconditioner S = B B^T and a ridge r, the kernel change
 
   X = S K^T (r I + C S K^T)^-1 R                          [F, D]
 
@@ -36,7 +36,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxedit.solve.preconditioner import (
-    Preconditioner,
+    Factored,
+    dtype_of,
     lift,
     rank,
     whiten,
@@ -49,7 +50,7 @@ Array = jax.Array
 BLOCK = 1024
 # Ridge of held keys at least, in roundings of their sum of squares.
 _SOFT = 8
-# The same of all keys in the coordinates of the metric, as a power of a rounding:
+# The same of all keys in the coordinates of the preconditioner, as a power of a rounding:
 # of what keys do not reach, rounding leaves its share over this one's.
 _SOFT_POWER = 2 / 3
 
@@ -67,7 +68,7 @@ class LowRankUpdate(NamedTuple):
 
 
 def ridge_update(
-    preconditioner: Preconditioner,
+    preconditioner: Factored,
     keys: Array,
     residuals: Array,
     *,
@@ -79,7 +80,7 @@ def ridge_update(
 ) -> LowRankUpdate:
   """Solves for the change that moves the output at C by R, as exact factors.
 
-  Beside the factors of the metric it costs a Cholesky of P x P and a solve of
+  Beside the factors of the preconditioner it costs a Cholesky of P x P and a solve of
   M x M: Cholesky too, or LU with a constraint, which makes it unsymmetric. With
   M + P beyond the rank one system of rank x rank takes their place.
 
@@ -98,7 +99,7 @@ def ridge_update(
     preserved_active: [P] bool, as `active`.
 
   Returns:
-    LowRankUpdate of X in the dtype of the metric, [M, F] and [M, D], zero in inactive
+    Factors of X in the dtype of the preconditioner, [M, F] and [M, D], zero in inactive
     rows; not finite where the system is singular.
 
   Source: Meng et al. 2022b (MEMIT), equation 14, in Woodbury form; with a
@@ -122,7 +123,7 @@ def ridge_update(
 
 
 def ridge_dense(
-    preconditioner: Preconditioner,
+    preconditioner: Factored,
     keys: Array,
     residuals: Array,
     *,
@@ -137,16 +138,16 @@ def ridge_dense(
 
   For so many keys that factors are larger than the matrix. The smaller of the
   two systems is solved: M x M and P x P up to M + P = rank, rank x rank beyond.
-  Keys may come narrower than the metric (f32, where it is f64): they are
+  Keys may come narrower than the preconditioner (f32, where it is f64): they are
   widened and whitened a block at a time, and K and H are never put together.
 
-  Memory beside arguments and result, in numbers of the metric's dtype, is about
+  Memory beside arguments and result, in numbers of the preconditioner's dtype, is about
 
     M + P <= rank    (M + P) rank + 2 M^2 + 2 P^2
     M + P > rank     2 rank^2 + 2 rank D
 
   and `block` (2 F + rank) of one block; with P or a constraint M rank more. At
-  F 16,384 and D 4,096 in f64 the metric is 2.1 GB and the result 0.5 GB; beside
+  F 16,384 and D 4,096 in f64 the preconditioner is 2.1 GB and the result 0.5 GB; beside
   them M = 3,000 takes 0.6 GB, M = 10,000 2.9 GB and M = 20,000 5.1 GB.
 
   Args:
@@ -164,7 +165,7 @@ def ridge_dense(
     block: rows whitened at one time.
 
   Returns:
-    [F, D] X in the dtype of the metric; not finite where the system is
+    [F, D] X in the dtype of the preconditioner; not finite where the system is
     singular, with ridge 0 and nothing held also where M is above the rank and
     fewer rows are active.
 
@@ -187,7 +188,7 @@ def ridge_dense(
 class _Problem(NamedTuple):
   """What a solve was given, every mask written out."""
 
-  preconditioner: Preconditioner
+  preconditioner: Factored
   keys: Array  # [M, F]
   residuals: Array  # [M, D]
   active: Array  # [M]
@@ -198,7 +199,7 @@ class _Problem(NamedTuple):
   @classmethod
   def of(
       cls,
-      system: tuple[Preconditioner, Array, Array],
+      system: tuple[Factored, Array, Array],
       active: Array | None,
       constraint: Array | None,
       preserved: tuple[Array | None, Array | None],
@@ -227,7 +228,8 @@ class _Problem(NamedTuple):
       return jax.lax.dynamic_update_slice_in_dim(done, part, first, 0)
 
     empty = jnp.zeros(
-        (rows.shape[0], rank(self.preconditioner)), self.preconditioner[0].dtype
+        (rows.shape[0], rank(self.preconditioner)),
+        dtype_of(self.preconditioner),
     )
     return _fold(write, empty, rows.shape[0], block)
 
@@ -275,7 +277,7 @@ def _solve_coordinates(
       preserved,
       preserved_active,
   ) = problem
-  size, dtype = rank(preconditioner), preconditioner[0].dtype
+  size, dtype = rank(preconditioner), dtype_of(preconditioner)
 
   def cut(first: Array, fresh: Array, active: Array) -> Any:
     on = fresh & _part(active, first, fresh.shape[0])

@@ -54,7 +54,7 @@ __all__ = ['Moments', 'Source', 'collect', 'gram', 'load', 'load_npz', 'save']
 TOKENS_PER_DIMENSION = 20
 # Block rows of the triangular product: 8 do 56% of the full product.
 _BLOCKS = 8
-# TokenLayout that are mirrored at one time: one by one they are a cache miss a number.
+# Columns that are mirrored at one time: one by one they are a cache miss a number.
 _MIRRORED = 512
 
 

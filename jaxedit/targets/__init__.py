@@ -18,7 +18,6 @@ Source: Meng et al. 2022a (ROME, arXiv 2202.05262), equation 4; Meng et al.
 2022b (MEMIT), equation 16; Li et al. 2023 (PMET, arXiv 2308.08742), section 3.
 """
 
-from jaxedit.batching.budget import plan_batches
 from jaxedit.targets.objective import norm
 from jaxedit.targets.partial_forward import (
     broadcast_prefix,
@@ -27,25 +26,20 @@ from jaxedit.targets.partial_forward import (
     shared_prefix_kv,
     upper,
 )
-from jaxedit.targets.run import (
-    TargetCache,
-    autoregressive,
-    optimize,
-)
-from jaxedit.targets.scheduler import Work
+from jaxedit.targets.run import TargetCache, optimize
+from jaxedit.targets.scheduler import Objective, Work
 from jaxedit.targets.state import TargetConfig
 
 __all__ = [
+    'Objective',
     'TargetCache',
     'TargetConfig',
     'Work',
-    'autoregressive',
-    'plan_batches',
+    'broadcast_prefix',
     'lower',
     'norm',
     'optimize',
     'prefix_kv',
-    'broadcast_prefix',
     'shared_prefix_kv',
     'upper',
 ]

@@ -102,11 +102,17 @@ class _Waiting(NamedTuple):
 
 
 class Objective(NamedTuple):
-  """What states are optimised for; see `run.autoregressive`."""
+  """What is optimised, and how.
+
+  Attributes:
+    layer: the layer whose output is changed.
+    config: settings of the optimisation.
+    output: which output, one of `state.OUTPUTS`.
+  """
 
   layer: int
   config: TargetConfig
-  output: str
+  output: str = 'block'
 
 
 class Scheduler:

@@ -119,7 +119,7 @@ _CODE = re.compile(r"""(?x)\s*(?:
 _INDENTED = re.compile(r' {4}|[ ]*\t')
 _PROSE = re.compile(r'\s*["“(]?[^\W\d_a-z][^={};_\[\]]*[.!?:]["”)]?')
 
-# TokenLayout of the longest line that is taken for verse, an East Asian character
+# Columns of the longest line that is taken for verse, an East Asian character
 # counting two, and of the narrowest prose that is broken into lines.
 _VERSE = 60
 _WRAP = 50
@@ -447,7 +447,7 @@ def _looks_like_code(line: str) -> bool:
 
 
 def _width(text: str) -> int:
-  """TokenLayout that a text takes on a screen."""
+  """Columns that a text takes on a screen."""
   return sum(1 + (unicodedata.east_asian_width(c) in 'WF') for c in text)
 
 

@@ -61,7 +61,7 @@ def token_classes(length: int, first: int, end: int) -> list[list[int]]:
     end: one past its last token.
 
   Returns:
-    TokenLayout of each of `CLASSES`, maybe none. Those before the subject have no
+    Columns of each of `CLASSES`, maybe none. Those before the subject have no
     role. A prompt that ends with its subject has no subsequent token.
   """
   last = length - 1

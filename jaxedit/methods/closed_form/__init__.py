@@ -1,7 +1,14 @@
 """Locate-and-edit methods with a closed form: recipe, insertion, editor."""
 
-from jaxedit.methods.closed_form.editor import closed_form
+from jaxedit.methods.closed_form.editor import closed_form, closed_form_method
 from jaxedit.methods.closed_form.insertion import insert
-from jaxedit.methods.closed_form.recipe import Recipe, State, check_layers
+from jaxedit.methods.closed_form.recipe import ClosedFormConfig, Recipe, State
 
-__all__ = ['Recipe', 'State', 'check_layers', 'closed_form', 'insert']
+__all__ = [
+    'ClosedFormConfig',
+    'Recipe',
+    'State',
+    'closed_form',
+    'closed_form_method',
+    'insert',
+]

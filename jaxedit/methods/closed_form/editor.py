@@ -1,11 +1,11 @@
-"""Locate-and-edit methods with a closed form; each is a row (`Recipe`).
+"""Locate-and-edit methods with a closed form; each is a `Recipe`.
 
-For every edit a wanted state z at its anchor is optimised once (`values`), on
+For every edit a wanted state z at its anchor is optimised once (`targets`), on
 the unedited model, and then written into the edited layers (`insertion`). With
-chunks an edit has several anchors and states, one after the other.
+chunks an edit has several anchors and targets, one after the other.
 
-Axes: E edits, M states of all edits (rows of a change), G groups, F key width,
-D width, n edited layers.
+Axis letters: E edits, M targets of all edits (pairs of a solve), G groups, F key
+width, D width, n edited layers.
 
 Source: Meng et al. 2022b (MEMIT, arXiv 2210.07229), algorithm 1. Unlike upstream,
 templates are inputs, solves are M x M in f64, and params never change.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,139 +23,142 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxedit import targets as targets_lib
-from jaxedit.batching.plan import BatchPlan
-from jaxedit.deltas import (
-    Dense,
-    Edited,
-    LowRank,
-    SiteDelta,
-)
+from jaxedit.deltas import Dense, Edited, LowRank, SiteDelta
 from jaxedit.methods.base import (
+    EditBatch,
     Editor,
+    EditResult,
     Info,
+    Method,
+    Moments,
+    Need,
+    Run,
+    TargetReport,
+    check_layers,
+    empty_info,
+    per_edit,
 )
 from jaxedit.methods.closed_form.insertion import (
-    Written,
-    all_states,
+    InsertionResult,
+    all_targets,
     insert,
 )
 from jaxedit.methods.closed_form.recipe import (
+    TEXT_LAYERS,
+    TEXT_TARGET,
+    ClosedFormConfig,
     Recipe,
     State,
-    check_layers,
 )
 from jaxedit.models.spec import ModelSpec
+from jaxedit.solve.preconditioner import Factored, rank, whiten
 from jaxedit.solve.ridge import LowRankUpdate
-from jaxedit.stats.moments import Moments
-from jaxedit.text.encoding import EncodedEdit
-from jaxedit.types import (
-    InputError,
-    Params,
-    Progress,
-    Targets,
-    silent,
-)
+from jaxedit.types import InputError
 
-__all__ = ['Recipe', 'State', 'check_layers', 'closed_form', 'insert']
+_SINGULAR = (
+    'the system to solve is singular, as the preserved keys leave no direction'
+    ' free; edit fewer together (--batch_size) or with a ridge, as MEMIT does'
+)
+_NOT_FINITE = (
+    'every loss became non-finite; lower --value_rate or load the model with'
+    ' --dtype=float32'
+)
 
 
 def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
-  """Makes an editor of a row.
+  """Makes an editor of a recipe.
 
   Args:
     spec: the architecture.
     recipe: the method.
 
   Returns:
-    The editor. Its `init(params, moments)` factors the metrics in f64, once; its
-    `edit(params, state, edits, frame=None, memory=None, progress=silent)` takes
-    what `text.encoding.encode_edits` or `text.passages.encode_passages` gives,
-    and the frame of the run it is part of; `edit_independent` also takes `group`, [E]
-    which independent group an edit belongs to (every edit alone unless given).
+    The editor. It needs the second moments of its layers, if its preconditioner
+    uses them; `init` factors them in f64, once.
 
   Raises:
     InputError: a layer is out of range; from `init`, moments lack a layer or
-      are not positive definite; from `edit_independent`, the method writes single
-      entries of a matrix (RECT), which have no factors.
+      are not positive definite; from `edit` with groups, the method writes
+      single entries of a matrix (RECT), which have no factors.
   """
   check_layers(spec, recipe.layers)
   spec = dataclasses.replace(spec, activations=recipe.activations)
+  need = Moments(recipe.layers, recipe.site)
+  needs = (need,) if recipe.preconditioner.moments else ()
 
-  def init(params: Params, moments: Moments) -> State:
-    del params
-    preconditioners = []
+  def init(model: Any, resources: Mapping[Need, Any]) -> State:
+    del model
+    factored = []
     with jax.enable_x64(True):
       for layer in recipe.layers:
-        gram = jnp.asarray(moments.layer(layer), jnp.float64)
-        preconditioner = jax.block_until_ready(
-            _preconditioner(recipe, gram, layer)
-        )
+        if needs:
+          gram = jnp.asarray(resources[need].layer(layer), jnp.float64)
+        else:
+          gram = jnp.zeros((spec.mlp_width,) * 2, jnp.float64)
+        one = jax.block_until_ready(_factor(recipe, gram, layer))
         # Held by the host: at width 16,384 a layer's takes 2 GB of the device.
-        preconditioners.append(jax.tree.map(np.asarray, preconditioner))
-    preserved_before = None
+        factored.append(jax.tree.map(np.asarray, one))
+    previous = None
     if recipe.preserve_previous:
-      width = moments.gram.shape[-1]
-      preserved_before = (np.zeros((0, width), np.float32),) * len(
-          recipe.layers
-      )
-    return State(tuple(preconditioners), preserved_before)
+      previous = tuple(np.zeros((rank(one),) * 2) for one in factored)
+    return State(tuple(factored), previous)
 
-  def edit(params, state, edits, *, plan=None, memory=None, progress=silent):
-    if not edits:
-      return Edited(), state, _nothing(spec, recipe)
-    call = _Call(spec, params, recipe, edits, (plan, memory), progress)
-    written = call.run(state, None)
-    # What stopped being finite while it was written has zero rows.
-    delta = _delta(recipe, written.changes, call.finite)
-    if state.preserved_before is not None:
-      kept = (keys[written.active] for keys in written.keys)
-      joined = map(np.concatenate, zip(state.preserved_before, kept))
-      state = state._replace(preserved_before=tuple(joined))
-    return Edited(deltas=(delta,)), state, call.info(written)
-
-  def edit_independent(
-      params,
-      state,
-      edits,
-      *,
-      group=None,
-      plan=None,
-      memory=None,
-      progress=silent,
-  ):
-    if recipe.rect_density < 1:
+  def edit(model: Any, state: State, batch: EditBatch, run: Run) -> EditResult:
+    if batch.group is not None and recipe.rect_density < 1:
       raise InputError(
           f'{recipe.name}: a change of single entries has no factors, so edits'
           ' cannot be held side by side; edit them in one sequence'
       )
-    if not edits:
-      return Edited(), state, _nothing(spec, recipe)
-    call = _Call(spec, params, recipe, edits, (plan, memory), progress)
-    group = np.arange(len(edits)) if group is None else np.asarray(group)
-    written = call.run(state, group)
-    groups = slice(0, int(group.max()) + 1)
-    key, value = (
-        jnp.asarray(np.stack(x)[:, groups]) for x in zip(*written.changes)
-    )
-    delta = LowRank(recipe.layers, recipe.site, key, value)
-    edited = Edited(deltas=(delta,), size=groups.stop)
-    return edited, state, call.info(written)
+    if not batch.encoded:
+      return EditResult(Edited(), state, empty_info(spec, recipe.layers))
+    call = _Call(spec, model.params, recipe, batch, run)
+    inserted = call.insert(state)
+    if batch.group is not None:
+      size = int(max(batch.group)) + 1
+      key, value = (
+          jnp.asarray(np.stack(x)[:, :size]) for x in zip(*inserted.deltas)
+      )
+      delta = LowRank(recipe.layers, recipe.site, key, value)
+      return EditResult(Edited((delta,), size=size), state, call.info(inserted))
+    # Edits that became non-finite have zero factors.
+    delta = _delta(recipe, inserted.deltas, call.finite)
+    if state.previous is not None:
+      state = _preserved(state, inserted)
+    return EditResult(Edited((delta,)), state, call.info(inserted))
 
-  return Editor(init, edit, edit_independent)
+  return Editor(needs, init, edit)
 
 
-def _preconditioner(recipe: Recipe, gram: jax.Array, layer: int) -> Any:
-  """LowRankUpdate the metric of a layer and checks it."""
+def _factor(recipe: Recipe, gram: jax.Array, layer: int) -> Factored:
+  """Factors the preconditioner of a layer and checks it."""
   try:
-    preconditioner = recipe.preconditioner(gram)
+    factored = recipe.preconditioner.factor(gram)
   except ValueError as e:
     raise InputError(f'layer {layer}: {e}') from None
-  if not all(bool(jnp.all(jnp.isfinite(x))) for x in preconditioner):
+  if not all(bool(jnp.all(jnp.isfinite(x))) for x in factored):
     raise InputError(
         f'the second moments of layer {layer} are not positive definite;'
         ' collect more tokens (at least one a key dimension, better 20)'
     )
-  return preconditioner
+  return factored
+
+
+@jax.jit
+def _gram(factored: Factored, keys: jax.Array) -> jax.Array:
+  """Gram matrix [r, r] of whitened keys [M, F]."""
+  whitened = whiten(factored, keys)
+  return whitened.T @ whitened
+
+
+def _preserved(state: State, inserted: InsertionResult) -> State:
+  """Adds the keys of a batch to those that later ones preserve."""
+  added = []
+  with jax.enable_x64(True):
+    for i, factored in enumerate(state.preconditioners):
+      # Inactive pairs are zero rather than absent: one shape a batch size.
+      keys = np.where(inserted.active[:, None], inserted.keys[i], 0)
+      added.append(state.previous[i] + np.asarray(_gram(factored, keys)))
+  return state._replace(previous=tuple(added))
 
 
 class _Call:
@@ -164,90 +167,111 @@ class _Call:
   def __init__(
       self,
       spec: ModelSpec,
-      params: Params,
+      params: Any,
       recipe: Recipe,
-      edits: Sequence[EncodedEdit],
-      prepared: tuple[BatchPlan | None, targets_lib.TargetCache | None],
-      progress: Progress,
+      batch: EditBatch,
+      run: Run,
   ):
     begin = time.monotonic()
     self._given = (spec, params, recipe)
-    self._edits, self._progress = edits, progress
-    plan, self._memory = prepared
-    self._plan = plan or targets_lib.plan_batches(spec, params, edits)
-    self._targets, self._work = self._optimize()
-    self._edit = np.repeat(np.arange(len(edits)), [e.stages for e in edits])
-    self.finite = all_states(self._edit, self._targets.finite)
+    self._batch, self._run = batch, run
+    found, self._work = targets_lib.optimize(
+        spec,
+        params,
+        batch.encoded,
+        plan=batch.plan,
+        objective=targets_lib.Objective(
+            recipe.layers[-1], recipe.target, recipe.output
+        ),
+        cache=run.cache,
+        progress=run.progress,
+    )
+    self._targets = jax.tree.map(lambda *x: np.concatenate(x), *found)
+    stages = [edit.stages for edit in batch.encoded]
+    self._edit = np.repeat(np.arange(len(stages)), stages)
+    self.finite = all_targets(self._edit, self._targets.finite)
     self._seconds = {'optimize': time.monotonic() - begin}
 
-  def _optimize(self) -> tuple[Targets, targets_lib.Work]:
-    spec, params, recipe = self._given
-    settings = dict(
-        layer=recipe.layers[-1],
-        config=recipe.value,
-        output=recipe.output,
-        plan=self._plan,
-        memory=self._memory,
-        progress=self._progress,
-    )
-    if all(edit.stages == 1 for edit in self._edits):
-      return targets_lib.optimize(spec, params, self._edits, **settings)
-    found, work = targets_lib.autoregressive(
-        spec, params, self._edits, **settings
-    )
-    return jax.tree.map(lambda *x: np.concatenate(x), *found), work
-
-  def run(self, state: State, group: np.ndarray | None) -> Written:
-    """Writes the states."""
+  def insert(self, state: State) -> InsertionResult:
+    """Writes the targets."""
     begin = time.monotonic()
-    written = insert(
+    inserted = insert(
         *self._given,
         state,
-        self._edits,
+        self._batch,
         targets=self._targets,
         active=self.finite,
-        group=group,
-        plan=self._plan,
-        progress=self._progress,
+        progress=self._run.progress,
     )
     self._seconds['insert'] = time.monotonic() - begin
-    return written
+    return inserted
 
-  def info(self, written: Written) -> Info:
+  def info(self, inserted: InsertionResult) -> Info:
     """The report."""
     first = np.flatnonzero(np.diff(self._edit, prepend=-1))
+    report = TargetReport(
+        self._targets, self._edit, inserted.distance, self._work
+    )
+    reason = _SINGULAR if self._targets.finite.any() else _NOT_FINITE
     return Info(
-        targets=self._targets,
-        edit=self._edit,
-        written=written.active[first],
-        distance=written.distance,
+        written=inserted.active[first],
         seconds=self._seconds,
-        work=self._work,
+        per_edit=per_edit(report, len(first)),
+        targets=report,
+        reason='' if inserted.active.any() else reason,
     )
 
 
 def _delta(
-    recipe: Recipe, solved: Sequence[Any], kept: np.ndarray
+    recipe: Recipe, solved: Sequence[Any], finite: np.ndarray
 ) -> SiteDelta:
-  """Joins the changes of all layers; `kept` rows of factors take part."""
+  """Joins the deltas of all layers; `finite` [M] pairs take part."""
   if isinstance(solved[0], LowRankUpdate):
     key, value = (
-        jnp.asarray(np.stack(x)[:, : len(kept)][:, kept]) for x in zip(*solved)
+        jnp.asarray(np.stack(x)[:, : len(finite)][:, finite])
+        for x in zip(*solved)
     )
-    return LowRank(layers=recipe.layers, site=recipe.site, key=key, value=value)
-  kernel = jnp.asarray(np.stack(solved))
-  return Dense(layers=recipe.layers, site=recipe.site, value=kernel)
+    return LowRank(recipe.layers, recipe.site, key, value)
+  return Dense(recipe.layers, recipe.site, jnp.asarray(np.stack(solved)))
 
 
-def _nothing(spec: ModelSpec, recipe: Recipe) -> Info:
-  """The report on an empty batch."""
-  state, one = np.zeros((0, spec.width), np.float32), np.zeros(0, np.float32)
-  steps, yes = np.zeros(0, np.int32), np.zeros(0, bool)
-  return Info(
-      targets=Targets(state, state, one, one, steps, yes),
-      edit=steps,
-      written=yes,
-      distance=np.zeros((len(recipe.layers) + 1, 0), np.float32),
-      seconds={'optimize': 0.0, 'insert': 0.0},
-      work=targets_lib.Work(),
+def for_texts(config: ClosedFormConfig, chunked: bool) -> ClosedFormConfig:
+  """Sets AnyEdit's settings for long texts.
+
+  Args:
+    config: the published settings for facts.
+    chunked: whether answers are cut.
+
+  Returns:
+    The settings, anchored at the last token of the prompt.
+  """
+  del chunked
+  layers = TEXT_LAYERS if len(config.layers) > 1 else config.layers
+  # When PMET stops is its own rule.
+  target = TEXT_TARGET._replace(argmax_stop=config.target.argmax_stop)
+  return dataclasses.replace(
+      config, layers=layers, target=target, anchor='prompt_last'
+  )
+
+
+def closed_form_method(
+    name: str, summary: str, config: type, **details: Any
+) -> Method:
+  """Makes the registry's entry of a closed form.
+
+  Args:
+    name: its id.
+    summary: a phrase.
+    config: a `ClosedFormConfig` with a method `recipe`.
+    **details: of `Method`.
+
+  Returns:
+    The entry.
+  """
+  return Method(
+      name,
+      summary,
+      config,
+      editor=lambda spec, config: closed_form(spec, config.recipe()),
+      **{'for_texts': for_texts, **details},
   )

@@ -26,8 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxedit.batching import plan as plan_lib
-from jaxedit.batching.plan import BatchPlan
+from jaxedit.methods.base import EditBatch
 from jaxedit.methods.closed_form.recipe import (
     Recipe,
     State,
@@ -43,17 +42,18 @@ from jaxedit.methods.closed_form.systems import (
     Rows,
 )
 from jaxedit.models.spec import ModelSpec
+from jaxedit.solve.preconditioner import Factored, preserve
 from jaxedit.solve.ridge import LowRankUpdate
 from jaxedit.solve.shaping import rect
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import Params, Progress, Targets, silent
 
 
-class Written(NamedTuple):
+class InsertionResult(NamedTuple):
   """What an insertion gave.
 
   Attributes:
-    changes: of every layer: factors, whose first M rows are the states', or one
+    deltas: of every layer: factors, whose first M rows are the targets', or one
       matrix where that is smaller; of independent groups, factors [G, m, .].
     distance: [n + 1, M] |z - z_now| / |z - z0| before each layer was written and
       after the last.
@@ -61,7 +61,7 @@ class Written(NamedTuple):
     keys: [M, F] of every layer.
   """
 
-  changes: list[LayerDelta]
+  deltas: list[LayerDelta]
   distance: np.ndarray
   active: np.ndarray
   keys: list[np.ndarray]
@@ -72,14 +72,12 @@ def insert(
     params: Params,
     recipe: Recipe,
     state: State,
-    edits: Sequence[EncodedEdit],
+    batch: EditBatch,
     *,
     targets: Targets,
     active: np.ndarray,
-    group: Sequence[int] | None = None,
-    plan: BatchPlan | None = None,
     progress: Progress = silent,
-) -> Written:
+) -> InsertionResult:
   """Writes the targets into the edited layers, lowest first.
 
   Args:
@@ -87,26 +85,22 @@ def insert(
     params: canonical parameters.
     recipe: the method.
     state: factored metrics, and keys to hold.
-    edits: E edits.
+    batch: E edits, joint or in independent groups.
     targets: their wanted states, all M.
     active: [M] bool, states to write; an edit is written whole or not at all.
-    group: [E] independent group of an edit, for changes of their own a group;
-      None solves for all together.
-    plan: static shapes, of these edits and others; chosen unless given.
     progress: progress display.
 
   Returns:
     What was written.
   """
-  plan = plan or plan_lib.plan_shapes(edits)
-  states = sum(edit.stages for edit in edits)
+  edits, plan, group = batch.encoded, batch.plan, batch.group
   if group is None:
-    systems: Any = Joint(plan, states)
+    systems: Any = Joint(plan, sum(edit.stages for edit in edits))
   else:
     systems = Independent(plan, edits, group)
   if group is not None or recipe.texts:
     # Every group changes what contexts share in its own way, and every text
-    # holds all of its own tokens.
+    # preserves all of its own tokens.
     plan = plan.independent()
   sweep = _Insertion(
       LayerSweep(spec, params, recipe, edits, plan, group=group),
@@ -114,7 +108,7 @@ def insert(
       edits,
       targets,
       active,
-      together=group is None,
+      joint=group is None,
   )
   with progress('insert', len(recipe.layers), 'layer') as advance:
     for layer in range(recipe.layers[0], recipe.layers[-1] + 1):
@@ -126,12 +120,15 @@ def insert(
       if layer < recipe.layers[-1]:
         sweep.through_mlp(layer, delta)
   sweep.gap(sweep.rows.final(delta))
-  return Written(
+  return InsertionResult(
       sweep.solved, np.stack(sweep.distance), sweep.active, sweep.keys
   )
 
 
-def all_states(edit: np.ndarray, fine: np.ndarray) -> np.ndarray:
+_preserve = jax.jit(preserve)
+
+
+def all_targets(edit: np.ndarray, fine: np.ndarray) -> np.ndarray:
   """Finds states whose edit is fine in all its states.
 
   Args:
@@ -157,15 +154,15 @@ class _Insertion:
       targets: Targets,
       active: np.ndarray,
       *,
-      together: bool,
+      joint: bool,
   ):
     self.rows, self._targets = rows, targets
-    self._together = together
+    self._joint = joint
     self._params, self._recipe, self._state = given
     self._edit = np.repeat(np.arange(len(edits)), [e.stages for e in edits])
     self._length = np.linalg.norm(targets.z - targets.z0, axis=-1)
     self.to_mlp, self.through_mlp = rows.to_mlp, rows.through_mlp
-    self.active = all_states(self._edit, active)
+    self.active = all_targets(self._edit, active)
     self.solved: list[LayerDelta] = []
     self.distance: list[np.ndarray] = []
     self.keys: list[np.ndarray] = []
@@ -182,21 +179,14 @@ class _Insertion:
     recipe, dtype = self._recipe, self._targets.z.dtype
     i = recipe.layers.index(layer)
     found = self.rows.keys(layer)
-    share = recipe.layer_share(len(recipe.layers) - i)
+    share = recipe.share(len(recipe.layers) - i)
     away = self.gap(self.rows.predicted(layer)) * share
     fine = np.isfinite(found.mean).all(1) & np.isfinite(away).all(1)
-    self.active = all_states(self._edit, self.active & fine)
+    self.active = all_targets(self._edit, self.active & fine)
     self.keys.append(found.mean)
-    preconditioner = (
-        i
-        if recipe.shared_preconditioner is None
-        else recipe.shared_preconditioner
-    )
     rows, group = self._rows(found, away, i)
     with jax.enable_x64(True):
-      exact = systems.solve(
-          self._state.preconditioners[preconditioner], rows, group, recipe
-      )
+      exact = systems.solve(self._preconditioner(i), rows, group, recipe)
       if recipe.rect_density < 1:
         kernel = self._params['layers']
         for name in (*recipe.site.split('/'), 'kernel'):
@@ -207,9 +197,23 @@ class _Insertion:
       delta = jax.tree.map(lambda x: np.asarray(x, dtype), exact)
     # Nothing of a singular system may reach the model.
     delta, sound = systems.sound(delta)
-    self.active = all_states(self._edit, self.active & sound)
+    self.active = all_targets(self._edit, self.active & sound)
     self.solved.append(delta)
     return jax.tree.map(jnp.asarray, delta)
+
+  def _preconditioner(self, i: int) -> Factored:
+    """S of the i-th edited layer, with the keys that it preserves."""
+    recipe, state = self._recipe, self._state
+    i = (
+        i
+        if recipe.shared_preconditioner is None
+        else recipe.shared_preconditioner
+    )
+    factored = state.preconditioners[i]
+    # Independent edits know nothing of earlier ones.
+    if state.previous is None or not self._joint or not state.previous[i].any():
+      return factored
+    return _preserve(factored, state.previous[i], recipe.ridge)
 
   def _rows(
       self, found: Keys, away: np.ndarray, i: int
@@ -222,14 +226,6 @@ class _Insertion:
       fine[self._edit[self.active]] = True
       live &= fine[found.group]
     group = found.group
-    # Independent edits know nothing of earlier ones.
-    joint = self._state.preserved_before is not None and self._together
-    if joint and len(self._state.preserved_before[i]):
-      preserved_before = self._state.preserved_before[i]
-      preserved = np.concatenate(
-          [preserved, preserved_before.astype(found.mean.dtype)]
-      )
-      live = np.append(live, np.ones(len(preserved_before), bool))
     constraint = None
     if self._recipe.constraint == 'plain':
       constraint = found.plain

@@ -1,61 +1,64 @@
-"""A closed-form method as a row, and what its editor keeps.
+"""A closed-form method as plain data, and what its editor keeps.
 
-A row says, in the terms of
+A recipe says, in the terms of
 
   X = S K^T (r I + C S K^T)^-1 R
 
 what S, r, K, C and R are: which output at the anchor is optimised and measured,
 how keys are averaged over contexts, at which keys the change must be exact, how
-the residual is spread over layers, and which other keys are held.
+the residual is shared over layers, and which other keys are preserved.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxedit import targets as targets_lib
-from jaxedit.models.spec import ModelSpec
-from jaxedit.solve.preconditioner import Preconditioner
+from jaxedit.methods.settings import setting
+from jaxedit.solve.preconditioner import Factored, Preconditioner
+from jaxedit.targets import TargetConfig
 from jaxedit.text.chunking import Chunking
-from jaxedit.types import Array, InputError
 
-
-def even(remaining: int) -> float:
-  """Spread that divides what is left by the layers left (MEMIT)."""
-  return 1 / remaining
+ANCHORS = ('subject_last', 'prompt_last')
+# The settings of AnyEdit's code for all its methods, on long texts.
+TEXT_LAYERS = (4, 5, 6, 7, 8)
+TEXT_TARGET = TargetConfig(
+    steps=25, rate=0.5, decay=1e-3, clamp=4.0, kl=0.0, threshold=1e-2
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """One closed-form method.
+  """One closed-form method; hashable and comparable.
 
   Attributes:
     name: the method's name, for reports.
     layers: layers to edit, ascending; z belongs to the last.
-    preconditioner: (gram [F, F] average second moment) -> metric S.
-    value: settings of the value optimisation.
+    preconditioner: S, before it is factored.
+    target: settings of the optimisation of z.
     ridge: r in the closed form.
-    single_edit_ridge: r of a system of one row and none held; None for `ridge`.
-    plain: weight of the bare prompt in the average of the keys; the other
+    single_edit_ridge: r of a system of one pair and nothing preserved; None for
+      `ridge`.
+    plain_weight: weight of the plain prompt in the average of the keys; the other
       contexts share the rest evenly. None for the same as any other.
     constraint: keys at which the change is held to R, 'same' as those it is
-      written along or 'bare' for those of the bare prompt.
-    activations: their dtype while states are optimised and written, if wider
+      written along or 'plain' for those of the plain prompt.
+    activations: their dtype while targets are optimised and written, if wider
       than the weights; see `ModelSpec`.
     output: what z is: 'block' (the residual leaving the layer), 'mlp' (the
       MLP's output) or 'attn+mlp' (the MLP's, optimised with the attention's).
-    measured: where the present state is read, on the 'bare' prompt or as the
+    measured: where the present state is read, on the 'plain' prompt or as the
       'mean' over contexts.
-    layer_share: layers still to write, this one included -> share of the residual.
-    shared_preconditioner: index of the layer whose metric serves all; None for its own.
+    layer_share: share of the residual that a layer takes: 'even' (1 / layers
+      left), 'root' (1 / sqrt(layers left)) or a fixed number.
+    shared_preconditioner: index of the layer whose S serves all; None for its own.
     rect_density: share of a matrix's entries that are written, those of largest
       relative change (RECT); 1 for all.
-    preserve_previous: keys of earlier batches are held as well, explicitly in the state.
-    chunks: how long targets are cut; None for one state a target.
+    preserve_previous: keys of earlier batches are preserved, in the state.
+    chunks: how long targets are cut; None for one target an edit.
     preserved: with chunks, the other tokens of prompt and target are keys whose
       output stays as it is.
     site: the edited linear map.
@@ -64,16 +67,16 @@ class Recipe:
 
   name: str
   layers: tuple[int, ...]
-  preconditioner: Callable[[Array], Preconditioner]
-  value: targets_lib.TargetConfig
+  preconditioner: Preconditioner
+  target: TargetConfig
   ridge: float = 1.0
   single_edit_ridge: float | None = None
-  plain: float | None = 0.5
+  plain_weight: float | None = 0.5
   constraint: str = 'same'
   activations: str = 'float32'
   output: str = 'block'
   measured: str = 'plain'
-  layer_share: Callable[[int], float] = even
+  layer_share: str | float = 'even'
   shared_preconditioner: int | None = None
   rect_density: float = 1.0
   preserve_previous: bool = False
@@ -84,51 +87,76 @@ class Recipe:
 
   @property
   def texts(self) -> bool:
-    """Whether whole texts are run, for the keys that are held."""
+    """Whether whole texts are run, for the keys that are preserved."""
     return self.chunks is not None and self.preserved
 
+  def share(self, remaining: int) -> float:
+    """Share of the residual of a layer, with `remaining` left, it included."""
+    if self.layer_share == 'even':
+      return 1 / remaining
+    if self.layer_share == 'root':
+      return 1 / math.sqrt(remaining)
+    return self.layer_share
+
   def weight(self, contexts: int) -> float:
-    """Weight of the bare prompt among that many contexts."""
+    """Weight of the plain prompt among that many contexts."""
     if contexts == 1:
       return 1.0
-    return 1 / contexts if self.plain is None else self.plain
+    return 1 / contexts if self.plain_weight is None else self.plain_weight
 
-  def ridge_of(self, rows: int, preserved: int = 0) -> float:
-    """r of a system with that many rows and held rows."""
-    lone = rows == 1 and not preserved and self.single_edit_ridge is not None
-    return self.single_edit_ridge if lone else self.ridge
+  def ridge_of(self, pairs: int, preserved: int = 0) -> float:
+    """r of a system with that many pairs and preserved keys."""
+    single = pairs == 1 and not preserved
+    if single and self.single_edit_ridge is not None:
+      return self.single_edit_ridge
+    return self.ridge
 
 
 class State(NamedTuple):
   """What a closed-form editor keeps, by edited layer.
 
   Attributes:
-    preconditioners: factored metrics, f64.
-    preserved_before: keys of earlier batches [P, F] that are held; None where the method
-      does not remember.
+    preconditioners: factored, f64.
+    previous: [r, r] f64 Gram matrices of the whitened keys of earlier batches;
+      None where the method does not preserve them.
   """
 
-  preconditioners: tuple[Preconditioner, ...]
-  preserved_before: tuple[np.ndarray, ...] | None = None
+  preconditioners: tuple[Factored, ...]
+  previous: tuple[np.ndarray, ...] | None = None
 
 
-def check_layers(spec: ModelSpec, layers: Sequence[int]) -> None:
-  """Refuses layers that a model does not have.
+@dataclasses.dataclass(frozen=True)
+class ClosedFormConfig:
+  """Settings that all closed forms have; each adds `recipe`, the method as data.
 
-  Args:
-    spec: the architecture.
-    layers: layers to edit.
-
-  Raises:
-    InputError: empty, out of range, repeated or not ascending.
+  Attributes:
+    layers: layers to edit, ascending.
+    target: settings of the optimisation of z.
+    activations: see `Recipe`, as for those that follow.
+    rect_density: share of entries that are written.
+    chunks: how long targets are cut.
+    anchor: the edited token.
   """
-  wrong = [layer for layer in layers if not 0 <= layer < spec.layers]
-  if wrong or not layers:
-    raise InputError(
-        f'layers {list(layers)}: the model has layers 0 to {spec.layers - 1};'
-        ' choose from these'
-    )
-  if list(layers) != sorted(set(layers)):
-    raise InputError(
-        f'layers {list(layers)}: list each once, in ascending order'
-    )
+
+  layers: tuple[int, ...] = setting(
+      (3, 4, 5, 6, 7, 8), 'layers to edit, ascending', source='GPT-J'
+  )
+  target: TargetConfig = TargetConfig()
+  activations: str = setting(
+      'float32',
+      'dtype of activations while targets are optimised, where weights are'
+      ' bfloat16: float32 gives the targets of float32 arithmetic, on an'
+      ' accelerator by two products of bfloat16 for each; bfloat16 rounds them'
+      ' and takes one',
+      choices=('float32', 'bfloat16'),
+  )
+  rect_density: float = 1.0
+  chunks: Chunking | None = None
+  anchor: str = 'subject_last'
+
+  def _recipe(self, name: str, **terms: Any) -> Recipe:
+    """The common settings, with those of a method."""
+    fields = dataclasses.fields(ClosedFormConfig)
+    shared = {field.name: getattr(self, field.name) for field in fields}
+    name = name if self.chunks is None else f'{name}+anyedit'
+    return Recipe(name=name, **{**shared, **terms})

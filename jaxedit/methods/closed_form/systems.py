@@ -22,7 +22,7 @@ from jaxedit.batching.buckets import round_up
 from jaxedit.batching.plan import BatchPlan
 from jaxedit.methods.closed_form.recipe import Recipe
 from jaxedit.methods.closed_form.sweep import LayerDelta
-from jaxedit.solve.preconditioner import Preconditioner
+from jaxedit.solve.preconditioner import Factored
 from jaxedit.solve.ridge import LowRankUpdate, ridge_dense, ridge_update
 from jaxedit.text.encoding import (
     EncodedEdit,
@@ -51,21 +51,19 @@ def pays(rows: int, keys: int, width: int) -> bool:
 
 @jax.jit
 def _solve_factors(
-    preconditioner: Preconditioner, rows: Rows, ridge: Array
+    preconditioner: Factored, rows: Rows, ridge: Array
 ) -> LowRankUpdate:
   return ridge_update(preconditioner, **_named(rows), ridge=ridge)
 
 
 @jax.jit
-def _solve_dense(
-    preconditioner: Preconditioner, rows: Rows, ridge: Array
-) -> Array:
+def _solve_dense(preconditioner: Factored, rows: Rows, ridge: Array) -> Array:
   return ridge_dense(preconditioner, **_named(rows), ridge=ridge)
 
 
 @jax.jit
 def _solve_groups(
-    preconditioner: Preconditioner, rows: Rows, ridge: Array
+    preconditioner: Factored, rows: Rows, ridge: Array
 ) -> LowRankUpdate:
   """Solves systems that know nothing of each other, [G, m, .]."""
   one = lambda rows, ridge: ridge_update(
@@ -87,7 +85,7 @@ class Joint:
 
   def solve(
       self,
-      preconditioner: Preconditioner,
+      preconditioner: Factored,
       rows: Rows,
       group: np.ndarray,
       recipe: Recipe,
@@ -131,7 +129,7 @@ class Independent:
 
   def solve(
       self,
-      preconditioner: Preconditioner,
+      preconditioner: Factored,
       rows: Rows,
       group: np.ndarray,
       recipe: Recipe,
