@@ -45,7 +45,12 @@ class PreservedTexts:
   """Need: token ids of texts whose outputs stay, a list of int32 arrays."""
 
 
-Need = Moments | PreservedTexts
+@dataclasses.dataclass(frozen=True)
+class PadToken:
+  """Need: the id of the token that pads texts."""
+
+
+Need = Moments | PreservedTexts | PadToken
 
 
 class EditBatch(NamedTuple):
@@ -85,13 +90,11 @@ class TargetReport(NamedTuple):
     edit: [M] int32 edit that a target belongs to; ascending.
     distance: [n + 1, M] |z - z_now| / |z - z0| before each of the n edited layers
       was written and after the last.
-    work: what the optimisation ran.
   """
 
   targets: Targets
   edit: np.ndarray
   distance: np.ndarray
-  work: Work
 
 
 class Info(NamedTuple):
@@ -102,7 +105,9 @@ class Info(NamedTuple):
       the result.
     seconds: wall time by stage.
     per_edit: name -> one plain JSON value an edit, for records.jsonl.
-    targets: of methods that optimise hidden states; else None.
+    targets: of methods that optimise hidden states, unless the run was resumed;
+      else None.
+    work: what the optimisation of targets ran; None without one.
     reason: why nothing was written, a sentence, where that is so.
   """
 
@@ -110,6 +115,7 @@ class Info(NamedTuple):
   seconds: Mapping[str, float]
   per_edit: Mapping[str, Sequence[Any]]
   targets: TargetReport | None = None
+  work: Work | None = None
   reason: str = ''
 
 
@@ -128,11 +134,17 @@ class Editor(NamedTuple):
     needs: what `init` must be given.
     init: (model, resources) -> state; resources by need.
     edit: (model, state, EditBatch, Run) -> EditResult.
+    check: (targets of the largest independent group) -> why groups of that size
+      cannot lie side by side, messages.
+    bytes_of: (model, encoded edits of one group) -> memory that one independent
+      group takes while it lies side by side with others.
   """
 
   needs: tuple[Need, ...]
   init: Callable[[Any, Mapping[Need, Any]], Any]
   edit: Callable[[Any, Any, EditBatch, Run], EditResult]
+  check: Callable[[int], list[str]]
+  bytes_of: Callable[[Any, Sequence[EncodedEdit]], int]
 
 
 def _same(config: Any, chunked: bool) -> Any:
@@ -219,8 +231,8 @@ def join_infos(infos: Sequence[Info]) -> Info:
         ),
         np.concatenate([r.edit + n for r, n in zip(reports, before)]),
         np.concatenate([r.distance for r in reports], axis=1),
-        functools.reduce(operator.add, (r.work for r in reports)),
     )
+  works = [info.work for info in infos if info.work is not None]
   return Info(
       np.concatenate([info.written for info in infos]),
       seconds,
@@ -229,7 +241,32 @@ def join_infos(infos: Sequence[Info]) -> Info:
           for name in infos[0].per_edit
       },
       targets,
+      functools.reduce(operator.add, works) if works else None,
       next((info.reason for info in infos if info.reason), ''),
+  )
+
+
+def info_record(info: Info) -> dict[str, Any]:
+  """Writes a report as plain JSON types, without its targets."""
+  work = None if info.work is None else info.work._asdict()
+  return {
+      'written': info.written.tolist(),
+      'seconds': dict(info.seconds),
+      'per_edit': {name: list(x) for name, x in info.per_edit.items()},
+      'work': work and {**work, 'seconds': dict(work['seconds'])},
+      'reason': info.reason,
+  }
+
+
+def info_of(record: Mapping[str, Any]) -> Info:
+  """Reads what `info_record` wrote."""
+  work = record['work']
+  return Info(
+      np.array(record['written'], bool),
+      record['seconds'],
+      record['per_edit'],
+      work=None if work is None else Work(**work),
+      reason=record['reason'],
   )
 
 
@@ -269,7 +306,6 @@ def empty_info(spec: ModelSpec, layers: Sequence[int]) -> Info:
       Targets(state, state, one, one, steps, yes),
       steps,
       np.zeros((len(layers) + 1, 0), np.float32),
-      Work(),
   )
   seconds = {'optimize': 0.0, 'insert': 0.0}
-  return Info(yes, seconds, per_edit(report, 0), report)
+  return Info(yes, seconds, per_edit(report, 0), report, Work())

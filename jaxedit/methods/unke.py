@@ -39,6 +39,7 @@ from jaxedit.methods.base import (
     Info,
     Method,
     Need,
+    PadToken,
     PreservedTexts,
     Run,
     TargetReport,
@@ -85,7 +86,6 @@ class UnkeConfig:
     decay: its decoupled weight decay; norms have none.
     pads: pad texts to the longest of their group, and count the padding in the
       means, as published.
-    pad_id: the token that pads.
     side_by_side: groups fitted at once; each takes a copy of the block, its
       gradient and two moments in f32, and the activations of all texts.
   """
@@ -110,14 +110,19 @@ class UnkeConfig:
   )
   decay: float = 0.01
   pads: bool = False
-  pad_id: int = 0
   side_by_side: int = 4
 
 
 class State(NamedTuple):
-  """What the editor keeps: the texts whose outputs shall stay, laid out."""
+  """What the editor keeps.
+
+  Attributes:
+    preserved: the texts whose outputs shall stay, laid out.
+    pad: [] int32, the token that pads; None where nothing is padded.
+  """
 
   preserved: Texts
+  pad: np.ndarray | None
 
 
 class _Job(NamedTuple):
@@ -165,12 +170,12 @@ def unke(spec: ModelSpec, config: UnkeConfig) -> Editor:
     _check_preserved(spec, preserved)
     # They stay the same all along, so that a tight shape pays.
     shape = regression.shape_of([preserved], config.pads, _tight)
-    pad = config.pad_id if config.pads else None
+    pad = resources[PadToken()] if config.pads else None
     texts = regression.pack(preserved, shape, pad)
     h = regression.enter(spec, model.params, texts, stop=config.layers[-1] + 1)
     if broken := _broken(h, texts):
       raise InputError(*map(_NOT_FINITE.format, (i + 1 for i in broken)))
-    return State(texts)
+    return State(texts, None if pad is None else np.int32(pad))
 
   def edit(model: Any, state: State, batch: EditBatch, run: Run) -> EditResult:
     edits = batch.encoded
@@ -197,7 +202,7 @@ def unke(spec: ModelSpec, config: UnkeConfig) -> Editor:
     fitting = _Fitting(spec, model.params, config, state, targets, len(jobs))
     fitting.fit_all(jobs, np.flatnonzero(~written), run.progress)
     written[sorted(fitting.failed)] = False
-    report = TargetReport(targets, number, fitting.distance, work)
+    report = TargetReport(targets, number, fitting.distance)
     info = Info(
         written=written,
         seconds={
@@ -206,6 +211,7 @@ def unke(spec: ModelSpec, config: UnkeConfig) -> Editor:
         },
         per_edit=per_edit(report, len(edits)),
         targets=report,
+        work=work,
         reason='' if written.any() else _NOTHING,
     )
     if joint:
@@ -216,7 +222,14 @@ def unke(spec: ModelSpec, config: UnkeConfig) -> Editor:
     edited = Edited(fitting.deltas(), size=max(group) + 1)
     return EditResult(edited, state, info)
 
-  return Editor((PreservedTexts(),), init, edit)
+  def bytes_of(model: Any, edits: Sequence[EncodedEdit]) -> int:
+    del edits
+    leaves = jax.tree.leaves(model.params['layers'])
+    return 4 * sum(x[0].size for x in leaves) * len(config.layers)
+
+  needs: tuple[Need, ...] = (PreservedTexts(),)
+  needs += (PadToken(),) if config.pads else ()
+  return Editor(needs, init, edit, lambda targets: [], bytes_of)
 
 
 def _for_texts(config: UnkeConfig, chunked: bool) -> UnkeConfig:
@@ -256,6 +269,7 @@ class _Fitting:
     self.side_by_side = min(config.side_by_side, count)
     self._model, self._config = (spec, params), config
     self._texts, self._targets = state.preserved, targets
+    self._pad = None if state.pad is None else int(state.pad)
     # Their states are the same for all groups up to the first edited layer.
     self._kept = regression.enter(
         spec, params, state.preserved, stop=config.layers[0]
@@ -318,8 +332,7 @@ class _Fitting:
     packed = []
     for g in range(count):
       job = jobs[g] if g < len(jobs) else _Job((), (), (), ())
-      pad = config.pad_id if config.pads else None
-      packed.append(regression.pack(job.texts, shape, pad))
+      packed.append(regression.pack(job.texts, shape, self._pad))
       for a, (r, column) in enumerate(job.anchors):
         place[g, a] = packed[-1].rows.index[r, column]
         z[g, a] = self._targets.z[job.states[a]]
@@ -441,7 +454,7 @@ def _text(config: UnkeConfig, edit: EncodedEdit) -> np.ndarray:
 
 
 def _check_settings(config: UnkeConfig) -> None:
-  least = {'steps': 0, 'rate': 0, 'decay': 0, 'pad_id': 0, 'side_by_side': 1}
+  least = {'steps': 0, 'rate': 0, 'decay': 0, 'side_by_side': 1}
   problems = [
       f'{name} is {getattr(config, name)}; it must be at least {low}'
       for name, low in least.items()

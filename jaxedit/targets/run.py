@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from jaxedit.batching import packer
-from jaxedit.batching.plan import BatchPlan
+from jaxedit.batching.plan import BatchPlan, edit_load
 from jaxedit.models.spec import ModelSpec
 from jaxedit.targets.partial_forward import shared_prefix_kv
 from jaxedit.targets.scheduler import (
@@ -36,12 +36,23 @@ from jaxedit.targets.state import (
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import Params, Progress, Targets, silent
 
+# A round fills the token budget about so many times: what is lost by a kill, as
+# only whole rounds are resumed from, against the slots that its end leaves idle.
+ROUND_FILLS = 8
+
 
 class TargetCache(Protocol):
   """Keeps the targets of edits, so that they are not optimised again.
 
   Its keys cover whatever else targets depend on: the model and the settings.
+
+  Attributes:
+    exact: reuse whole rounds only. Targets differ by rounding with the shapes
+      that their neighbours bring; so a run that resumes from such a cache ends
+      with the same bits as one that was not interrupted.
   """
+
+  exact: bool
 
   def get(self, edit: EncodedEdit) -> Targets | None:
     """Returns the targets of an edit, or None."""
@@ -84,47 +95,68 @@ def optimize(
     raise ValueError(
         f'output is {objective.output!r}; known are {", ".join(OUTPUTS)}'
     )
-  targets = [cache.get(edit) if cache else None for edit in edits]
-  if all(targets):
-    return targets, Work()
   begin = time.monotonic()
+  targets, waiting = _known(edits, plan, cache)
+  if not waiting:
+    return targets, Work()
   tokens, layout = packer.pack_shared_prefix(plan)
   shared_prefix = _shared_prefix_kv(spec, params, tokens, layout)
   jax.block_until_ready(shared_prefix)
   seconds = {'prefill': time.monotonic() - begin}
   total = Work(seconds=seconds, prepared=tokens.size)
-  home = [
-      None if known else plan.shape_of(edit)
-      for edit, known in zip(edits, targets)
-  ]
-  stages = sum(e.stages for e, known in zip(edits, targets) if known is None)
-  unit = 'edit' if stages == targets.count(None) else 'chunk'
-  with progress('optimize', stages, unit) as advance:
-    for number, batch_shape in enumerate(plan.shapes):
-      order = [i for i, where in enumerate(home) if where == number]
-      run = None  # frees the memory of the last shape
-      if order:
-        run = Scheduler(
-            spec,
-            params,
-            edits,
-            plan,
-            batch_shape=batch_shape,
-            shared_prefix=shared_prefix,
-            objective=objective,
-        )
-        found: dict[int, list[Result]] = {i: [] for i in order}
-        for (i, _), result in run.results(order):
-          found[i].append(result)
-          advance(1)
-          if len(found[i]) == edits[i].stages:
-            targets[i] = _targets(found.pop(i))
-            if cache:
-              cache.put(edits[i], targets[i])
-        total += run.work()
+  missing = [i for _, order in waiting for i in order]
+  chunks = sum(edits[i].stages for i in missing)
+  unit = 'edit' if chunks == len(missing) else 'chunk'
+  with progress('optimize', chunks, unit) as advance:
+    for number, order in waiting:
+      run = None  # frees the memory of the last round
+      run = Scheduler(
+          spec,
+          params,
+          edits,
+          plan,
+          batch_shape=plan.shapes[number],
+          shared_prefix=shared_prefix,
+          objective=objective,
+      )
+      found: dict[int, list[Result]] = {i: [] for i in order}
+      for (i, _), result in run.results(order):
+        found[i].append(result)
+        advance(1)
+        if len(found[i]) == edits[i].stages:
+          targets[i] = _targets(found.pop(i))
+          if cache:
+            cache.put(edits[i], targets[i])
+      total += run.work()
   spent = time.monotonic() - begin
   seconds = {**total.seconds, 'optimize': spent - total.seconds['prefill']}
   return targets, total._replace(seconds=seconds)
+
+
+def _known(
+    edits: Sequence[EncodedEdit], plan: BatchPlan, cache: TargetCache | None
+) -> tuple[list[Targets | None], list[tuple[int, list[int]]]]:
+  """What the cache holds, and what is left by shape, in rounds.
+
+  Returns:
+    (targets of every edit or None, (number of a shape, edits of a round)).
+  """
+  known = [cache.get(edit) if cache else None for edit in edits]
+  exact = cache is not None and cache.exact
+  waiting = []
+  for number, shape in enumerate(plan.shapes):
+    mine = [i for i, e in enumerate(edits) if plan.shape_of(e) == number]
+    if not exact:
+      mine = [i for i in mine if known[i] is None]
+    load = sum(int(edit_load(edits[i])[0]) for i in mine)
+    rounds = max(1, load // (ROUND_FILLS * shape.token_budget))
+    for order in map(list, np.array_split(mine, rounds)):
+      if order and any(known[i] is None for i in order):
+        waiting.append((number, [int(i) for i in order]))
+  for _, order in waiting:
+    for i in order:
+      known[i] = None
+  return known, waiting
 
 
 _shared_prefix_kv = jax.jit(shared_prefix_kv, static_argnames='spec')

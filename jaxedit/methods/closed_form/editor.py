@@ -24,6 +24,7 @@ import numpy as np
 
 from jaxedit import targets as targets_lib
 from jaxedit.deltas import Dense, Edited, LowRank, SiteDelta
+from jaxedit.edited.algebra import rank_limit
 from jaxedit.methods.base import (
     EditBatch,
     Editor,
@@ -53,6 +54,7 @@ from jaxedit.methods.closed_form.recipe import (
 from jaxedit.models.spec import ModelSpec
 from jaxedit.solve.preconditioner import Factored, rank, whiten
 from jaxedit.solve.ridge import LowRankUpdate
+from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import InputError
 
 _SINGULAR = (
@@ -105,10 +107,7 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
 
   def edit(model: Any, state: State, batch: EditBatch, run: Run) -> EditResult:
     if batch.group is not None and recipe.rect_density < 1:
-      raise InputError(
-          f'{recipe.name}: a change of single entries has no factors, so edits'
-          ' cannot be held side by side; edit them in one sequence'
-      )
+      raise InputError(*check(1))
     if not batch.encoded:
       return EditResult(Edited(), state, empty_info(spec, recipe.layers))
     call = _Call(spec, model.params, recipe, batch, run)
@@ -126,7 +125,29 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
       state = _preserved(state, inserted)
     return EditResult(Edited((delta,)), state, call.info(inserted))
 
-  return Editor(needs, init, edit)
+  def check(targets: int) -> list[str]:
+    if recipe.rect_density < 1:
+      return [
+          f'{recipe.name}: a change of single entries has no factors, so edits'
+          ' cannot be held side by side; edit them in one sequence'
+      ]
+    limit = rank_limit(spec.mlp_width, spec.width)
+    if targets <= limit:
+      return []
+    return [
+        'independent edits are held side by side as factors, which pay off up to'
+        f' {limit} targets a batch in this model (a fact has one, a long text'
+        f' one a chunk), and there are {targets}; lower --batch_size or leave'
+        ' --reset out'
+    ]
+
+  def bytes_of(model: Any, edits: Sequence[EncodedEdit]) -> int:
+    # The keys of all tokens, twice while they are put in order.
+    del model
+    tokens = [len(edit.rows[0]) + len(edit.target) for edit in edits]
+    return 8 * spec.mlp_width * max(tokens) * len(edits)
+
+  return Editor(needs, init, edit, check, bytes_of)
 
 
 def _factor(recipe: Recipe, gram: jax.Array, layer: int) -> Factored:
@@ -209,15 +230,14 @@ class _Call:
   def info(self, inserted: InsertionResult) -> Info:
     """The report."""
     first = np.flatnonzero(np.diff(self._edit, prepend=-1))
-    report = TargetReport(
-        self._targets, self._edit, inserted.distance, self._work
-    )
+    report = TargetReport(self._targets, self._edit, inserted.distance)
     reason = _SINGULAR if self._targets.finite.any() else _NOT_FINITE
     return Info(
         written=inserted.active[first],
         seconds=self._seconds,
         per_edit=per_edit(report, len(first)),
         targets=report,
+        work=self._work,
         reason='' if inserted.active.any() else reason,
     )
 

@@ -1,0 +1,1 @@
+"""Whole runs: sessions, flags, checkpoints, caches, reports. Top of the library."""

@@ -1,0 +1,100 @@
+"""Targets kept in files, found by all that they depend on.
+
+Optimising the targets takes most of a run and depends on nothing that insertion
+does: not on the preconditioner, its weight, the null space or the layers below the
+last. A run whose targets are kept only inserts and evaluates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxedit import io
+from jaxedit.text.encoding import EncodedEdit
+from jaxedit.types import Targets
+
+
+def digest(*parts: Any) -> str:
+  """Hashes arrays and plain JSON types, in their order."""
+  found = hashlib.sha256()
+  for part in parts:
+    if isinstance(part, np.ndarray):
+      found.update(f'{part.dtype}{part.shape}'.encode())
+      found.update(np.ascontiguousarray(part).tobytes())
+    else:
+      found.update(json.dumps(part, sort_keys=True).encode())
+  return found.hexdigest()[:32]
+
+
+def edit_digest(edit: EncodedEdit) -> str:
+  """Hashes an edit without its number."""
+  anchors = [int(x) for x in edit.anchors]
+  chunks = [[int(x) for x in chunk] for chunk in edit.chunks]
+  ids = [*edit.rows, edit.target, edit.kl]
+  return digest(anchors, chunks, *(np.asarray(x, np.int32) for x in ids))
+
+
+class TargetFiles:
+  """A `targets.TargetCache` in a folder.
+
+  Attributes:
+    exact: see `targets.TargetCache`.
+  """
+
+  _KIND = 'jaxedit-targets-1'
+
+  def __init__(
+      self,
+      folder: pathlib.Path,
+      about: Mapping[str, Any],
+      *,
+      exact: bool,
+      counter: list[int] | None = None,
+  ):
+    """Opens a folder, which need not exist.
+
+    Args:
+      folder: where they are.
+      about: what all targets there depend on, plain JSON types.
+      exact: reuse whole rounds only.
+      counter: counts what was found; a list of one number.
+    """
+    self._folder, self._about, self.exact = folder, dict(about), exact
+    self._counter = [0] if counter is None else counter
+
+  @property
+  def found(self) -> int:
+    """How many targets were there when they were asked for."""
+    return self._counter[0]
+
+  def after(self, earlier: str) -> TargetFiles:
+    """The targets of edits that are made after others, named by a digest."""
+    return TargetFiles(
+        self._folder,
+        {**self._about, 'after': earlier},
+        exact=self.exact,
+        counter=self._counter,
+    )
+
+  def get(self, edit: EncodedEdit) -> Targets | None:
+    path = self._path(edit)
+    if not path.is_file():
+      return None
+    tensors, _ = io.read_tensors(path, self._KIND, 'delete it')
+    self._counter[0] += 1
+    return Targets(**tensors)
+
+  def put(self, edit: EncodedEdit, targets: Targets) -> None:
+    io.write_tensors(
+        self._path(edit), vars(targets), kind=self._KIND, record={}
+    )
+
+  def _path(self, edit: EncodedEdit) -> pathlib.Path:
+    name = digest(self._about, edit_digest(edit))
+    return self._folder / f'{name}.safetensors'

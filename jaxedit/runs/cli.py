@@ -1,0 +1,166 @@
+"""What every program shares: flags from configs, progress bars, error exits.
+
+A program is `run(main)`. `main` builds a config from flags and calls a tested
+function; any `InputError`, and any wrong flag, ends as messages on standard error
+and exit code 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import tqdm
+from absl import app, flags, logging
+
+from jaxedit.models import assets
+from jaxedit.runs.method_flags import define_number
+from jaxedit.types import InputError
+
+# Without torch transformers says so on import; its tokenizers need none.
+os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
+
+
+def define(config: type, only: str = 'any', **defaults: Any) -> None:
+  """Defines a flag for every field of a config that has a help text.
+
+  Args:
+    config: a frozen dataclass of `settings.setting` fields.
+    only: 'fact' or 'text' leaves out the fields that belong to the other kind.
+    **defaults: a program's own.
+  """
+  types = typing.get_type_hints(config)
+  for field in dataclasses.fields(config):
+    details = field.metadata
+    if 'help' not in details or only not in ('any', details.get('only', only)):
+      continue
+    default = defaults.get(field.name, field.default)
+    unit = f', {details["unit"]}' if details.get('unit') else ''
+    text = f'{details["help"]}{unit}.'
+    text = text[0].upper() + text[1:]
+    kinds = set(typing.get_args(types[field.name])) or {types[field.name]}
+    if details.get('choices'):
+      flags.DEFINE_enum(field.name, default, details['choices'], text)
+    elif bool in kinds:
+      flags.DEFINE_bool(field.name, default, text)
+    elif int in kinds:
+      flags.DEFINE_integer(
+          field.name,
+          default,
+          text,
+          lower_bound=details.get('low'),
+          upper_bound=2**32 - 1 if field.name == 'seed' else None,
+      )
+    elif float in kinds:
+      positive = details.get('exclusive', False)
+      define_number(field.name, default, text, positive=positive)
+    else:
+      flags.DEFINE_string(field.name, default, text)
+
+
+def read(config: type) -> Any:
+  """Makes a config of the flags that `define` has defined."""
+  names = [field.name for field in dataclasses.fields(config)]
+  return config(
+      **{name: flags.FLAGS[name].value for name in names if name in flags.FLAGS}
+  )
+
+
+def given() -> dict[str, str]:
+  """Lists the flags that differ from their defaults, but for the folder's own."""
+  ours = ('output_dir', 'overwrite', 'flagfile')
+  return {
+      name: flags.FLAGS[name].serialize()
+      for name in sorted(flags.FLAGS)
+      if not flags.FLAGS[name].using_default_value and name not in ours
+  }
+
+
+def use_compilation_cache(enabled: bool) -> None:
+  """Turns JAX's persistent compilation cache on, unless it is set already.
+
+  Programs that compile in less than JAX's own threshold of a second are kept as
+  well: a run has some sixty of them.
+  """
+  if enabled and not jax.config.jax_compilation_cache_dir:
+    folder = str(assets.cache_folder() / 'xla')
+    jax.config.update('jax_compilation_cache_dir', folder)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+
+
+@contextlib.contextmanager
+def progress_bar(
+    stage: str, total: int, unit: str
+) -> Iterator[Callable[[int], None]]:
+  """The `types.Progress` of programs: a bar with rate and time left."""
+  with tqdm.tqdm(
+      total=total,
+      desc=f'{stage:<14}',
+      unit=f' {unit}',
+      file=sys.stderr,
+      mininterval=0.5,
+  ) as bar:
+    yield bar.update
+
+
+def parse(arguments: Sequence[str]) -> list[str]:
+  """Parses flags; a wrong one is a message and exit code 2.
+
+  Args:
+    arguments: the program's name and what follows it.
+
+  Returns:
+    What is no flag, the name first.
+  """
+  try:
+    return flags.FLAGS(list(arguments))
+  except (flags.Error, OSError, UnicodeDecodeError) as e:
+    text = re.sub(r'^ERROR:: |\[Errno \d+\] ', '', str(e)).removesuffix('.')
+    text = re.sub(r'invalid literal for int.*', 'give a whole number', text)
+    text = re.sub(r'could not convert .* float.*', 'give a number', text)
+    print(f'error: {text}; --help lists the flags', file=sys.stderr)
+    sys.exit(2)
+  except SystemExit:
+    sys.exit(0)  # --help was asked for and given
+
+
+def attempt(main: Callable[[], None], rest: Sequence[str]) -> int:
+  """Runs a program whose flags are parsed.
+
+  Args:
+    main: takes no arguments, reads its flags.
+    rest: what `parse` returned.
+
+  Returns:
+    The exit code; messages are on standard error.
+  """
+  try:
+    if len(rest) > 1:
+      raise InputError(f'unexpected arguments: {" ".join(rest[1:])}')
+    main()
+  except InputError as e:
+    for problem in e.problems:
+      print(f'error: {problem}', file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print('interrupted', file=sys.stderr)
+    return 130
+  return 0
+
+
+def run(main: Callable[[], None]) -> None:
+  """Runs a program and ends the process.
+
+  Args:
+    main: takes no arguments, reads its flags.
+  """
+  logging.set_verbosity(logging.WARNING)
+  app.run(functools.partial(attempt, main), flags_parser=parse)

@@ -1,0 +1,141 @@
+"""The output folder of a run that can be interrupted and resumes.
+
+An interrupted run resumes: repeat the same command. Until a run ends, what it
+needs for that lies in the folder `unfinished` of its output folder.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxedit import io
+from jaxedit.types import InputError
+
+_UNFINISHED, _COMMAND = 'unfinished', 'command.json'
+
+
+class Output:
+  """An output folder, claimed by a run.
+
+  As a context it removes `unfinished` at the end of a run, and where a run is
+  refused before it has found anything.
+
+  Attributes:
+    folder: the folder.
+    resumed: whether this command was interrupted there.
+    unfinished: where the run keeps what it needs to resume.
+  """
+
+  def __init__(
+      self, path: str, command: Mapping[str, Any], *, overwrite: bool
+  ):
+    """Claims the folder; nothing that is there is changed before `begin`.
+
+    Args:
+      path: the folder.
+      command: what the run was told, plain JSON types, but for the folder itself.
+      overwrite: whether results of an earlier run may be replaced.
+
+    Raises:
+      InputError: it cannot be written, or holds files that are not to be
+        replaced.
+    """
+    self.folder = make_folder(path)
+    self.unfinished = self.folder / _UNFINISHED
+    self._command = dict(command)
+    earlier = _read(self.unfinished / _COMMAND)
+    self.resumed = earlier == self._command
+    if self.unfinished.is_dir() and not any(self.unfinished.iterdir()):
+      self.unfinished.rmdir()  # of a run that was killed as it began
+    if earlier is None and self.unfinished.exists():
+      raise InputError(
+          f'{self.unfinished}: exists, and no interrupted run has left it; move'
+          ' it away or choose another --output_dir'
+      )
+    if earlier is not None and not self.resumed:
+      if self._is_empty():
+        shutil.rmtree(self.unfinished)
+      elif not overwrite:
+        names = {
+            name
+            for name in {*earlier, *self._command}
+            if earlier.get(name) != self._command.get(name)
+        }
+        names = sorted(f'--{name}' for name in names)
+        raise InputError(
+            f'--output_dir={path}: holds what a run with other flags'
+            f' ({", ".join(names)}) had found when it was interrupted; repeat that'
+            ' one, choose another folder, or pass --overwrite to lose it'
+        )
+    if not self.resumed and any(self.folder.iterdir()) and not overwrite:
+      raise InputError(
+          f'--output_dir={path}: already has files; choose another folder or'
+          ' pass --overwrite'
+      )
+
+  def begin(self, stale: Sequence[str] = ()) -> None:
+    """From here on the folder is this run's.
+
+    Args:
+      stale: results of an earlier run to remove, files or folders.
+    """
+    if not self.resumed:
+      shutil.rmtree(self.unfinished, ignore_errors=True)
+    self.unfinished.mkdir(exist_ok=True)
+    io.write_json(self.unfinished / _COMMAND, self._command)
+    for name in stale:
+      path = self.folder / name
+      if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+      else:
+        path.unlink(missing_ok=True)
+
+  def __enter__(self) -> Output:
+    return self
+
+  def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    refused = isinstance(error, InputError) and self._is_empty()
+    if kind is None or refused:
+      shutil.rmtree(self.unfinished, ignore_errors=True)
+
+  def _is_empty(self) -> bool:
+    """Whether there is nothing but the command."""
+    return [p.name for p in self.unfinished.glob('*')] == [_COMMAND]
+
+
+def make_folder(path: str) -> pathlib.Path:
+  """Makes an output folder, if it is not there.
+
+  Args:
+    path: the folder.
+
+  Returns:
+    The folder, which exists and is writable.
+
+  Raises:
+    InputError: it cannot be written.
+  """
+  folder = pathlib.Path(path)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+      pass
+  except OSError as e:
+    raise InputError(
+        f'--output_dir={path}: cannot be written ({e.strerror}); choose'
+        ' another folder'
+    ) from None
+  return folder
+
+
+def _read(path: pathlib.Path) -> dict[str, Any] | None:
+  """The command of an interrupted run, if there was one."""
+  try:
+    found = io.read_json(path)
+  except InputError:
+    return None
+  return found if isinstance(found, dict) else None

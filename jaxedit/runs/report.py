@@ -1,0 +1,339 @@
+"""What an editing run reports: notes, what the numbers mean, tables, files."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from jaxedit import edited as edited_lib
+from jaxedit import io
+from jaxedit.deltas import Edited
+from jaxedit.eval import harness, report
+from jaxedit.eval import perplexity as perplexity_lib
+from jaxedit.eval.datasets import Loaded
+from jaxedit.methods.base import Info
+from jaxedit.runs.clock import Clock
+from jaxedit.runs.config import RunConfig
+from jaxedit.runs.provenance import versions
+from jaxedit.types import InputError, Progress
+
+if TYPE_CHECKING:
+  from jaxedit.runs.session import Session
+
+# What --overwrite removes; the moments may be this run's own input.
+_RESULTS = ('results.json', 'records.jsonl', 'delta.safetensors', 'deltas')
+_LISTED = 5  # skipped records that are told at once; results.json has all
+_PERPLEXITY_TOKENS = 512  # a window
+_PERPLEXITY_BATCH = 32  # windows of 512 tokens run eight together
+
+
+def stale_results(config: RunConfig, resumed: bool) -> list[str]:
+  """Lists what an earlier run left that this one replaces.
+
+  Args:
+    config: of the run.
+    resumed: whether this run was interrupted here.
+
+  Raises:
+    InputError: --save_model would replace a folder that no run has written.
+  """
+  try:
+    earlier = io.read_json(config.folder / 'results.json')
+  except InputError:
+    earlier = {}
+  if 'saved' in earlier or (resumed and config.save_model):
+    return [*_RESULTS, 'model']
+  model = config.folder / 'model'
+  if config.save_model and model.exists():
+    raise InputError(
+        f'{model}: exists, and no run in this folder has saved it; move it away'
+        ' or choose another --output_dir'
+    )
+  return list(_RESULTS)
+
+
+def notes(loaded: Loaded, wanted: int | None, found: int) -> list[str]:
+  """Lists what a user should know of the requests before the run.
+
+  Args:
+    loaded: the requests.
+    wanted: how many cases were asked for; None for all.
+    found: how many there are.
+  """
+  lines = []
+  if loaded.skipped:
+    lines.append(
+        f'note: {loaded.source}: {len(loaded.skipped)} bad records were skipped,'
+        ' results.json lists them; the first are'
+    )
+    lines += [
+        f'  record {one.number} (id {one.id}): {one.reason}'
+        for one in loaded.skipped[:_LISTED]
+    ]
+  if wanted and found < wanted:
+    lines.append(
+        f'note: --num_edits={wanted}: {loaded.source} holds {found} good records;'
+        ' all of them are edited'
+    )
+  return lines
+
+
+def protocol(session: Session, sources: Mapping[str, Any]) -> dict[str, Any]:
+  """Says everything that a reader needs to know what the numbers mean.
+
+  Args:
+    session: what is worked on.
+    sources: where the editor's statistics are from.
+
+  Returns:
+    Entries of results.json and of the delta's metadata.
+  """
+  config, loaded = session.config, session.loaded
+  when = 'all records after all edits'
+  return {
+      'model': config.model,
+      'revision': config.revision,
+      'model_hash': session.model.hash,
+      'dtype': config.dtype,
+      'method': session.chosen.name,
+      'settings': session.chosen.settings,
+      **sources,
+      'data': {
+          'source': str(loaded.source),
+          'format': loaded.format,
+          'sha256': loaded.sha256,
+          'records': len(loaded.records),
+      },
+      'batch_size': config.batch_size,
+      'mode': 'independent' if config.reset else 'sequential',
+      'evaluated': when + (', each under its own edit' if config.reset else ''),
+      **session.task.protocol(session.tokenizer, session.contexts),
+      'intervals': '95% percentile bootstrap over records',
+      'seed': config.seed,
+  }
+
+
+def perplexity(
+    session: Session,
+    edited: Edited,
+    name: str,
+    clock: Clock,
+    progress: Progress,
+) -> dict[str, Any]:
+  """Measures the perplexity of the run's text, if it has one.
+
+  Args:
+    session: what is worked on.
+    edited: the edit under which the text is read.
+    name: of the entry.
+    clock: the stage is timed here.
+    progress: progress display.
+
+  Returns:
+    name -> 'value', 'nats' a token, 'tokens', 'protocol'; {} without a text.
+
+  Raises:
+    InputError: the file cannot be read, or holds nothing to score.
+  """
+  path = session.config.perplexity_text
+  if not path:
+    return {}
+  try:
+    text = pathlib.Path(path).read_text('utf-8')
+  except (OSError, UnicodeDecodeError) as e:
+    raise InputError(
+        f'{path}: cannot be read as UTF-8 text ({e}); name a plain text'
+    ) from None
+  with clock('perplexity'):
+    lm = edited_lib.open_model(
+        session.model, edited, batch_size=_PERPLEXITY_BATCH
+    )
+    found = perplexity_lib.perplexity(
+        lm,
+        [text],
+        session.tokenizer,
+        row_tokens=min(_PERPLEXITY_TOKENS, lm.spec.max_positions),
+        limit=session.config.perplexity_tokens,
+        progress=progress,
+    )
+  return {name: found._asdict()}
+
+
+def work(session: Session, info: Info, kept: int) -> dict[str, Any]:
+  """What the optimiser ran and in what shapes, for results.json.
+
+  Args:
+    session: what is worked on.
+    info: how the edits went.
+    kept: targets that were not optimised but found.
+  """
+  found: dict[str, Any] = {}
+  if info.work is not None:
+    found = {
+        'shapes': [
+            {
+                'slots': shape.slots,
+                'token_budget': shape.token_budget,
+                'length': shape.length,
+            }
+            for shape in session.plan.shapes
+        ],
+        'steps': info.work.steps,
+        'tokens_run': info.work.computed,
+        'tokens_needed': info.work.needed,
+        'wasted': info.work.waste,
+        'seconds': dict(info.work.seconds),
+    }
+  return {**found, **({'targets_kept': kept} if kept else {})}
+
+
+def write(
+    session: Session,
+    info: Info,
+    evaluations: Mapping[str, harness.Evaluation],
+    results: Mapping[str, Any],
+    clock: Clock,
+) -> None:
+  """Writes records.jsonl and, last of all, results.json.
+
+  Args:
+    session: what was worked on.
+    info: how the edits went.
+    evaluations: name ('pre', 'post', ...) -> evaluation.
+    results: further entries.
+    clock: the seconds by stage.
+  """
+  before, after = evaluations['pre'], evaluations['post']
+  folder = session.config.folder
+  io.write_jsonl(
+      folder / 'records.jsonl', _records(session, info, before, after)
+  )
+  io.write_json(
+      folder / 'results.json',
+      {
+          **tables(evaluations),
+          **results,
+          'unedited': knowledge(before),
+          'skipped': [vars(one) for one in session.loaded.skipped],
+          'versions': versions(),
+          'timing': clock.seconds,
+      },
+  )
+
+
+def _records(
+    session: Session,
+    info: Info,
+    before: harness.Evaluation,
+    after: harness.Evaluation,
+) -> list[dict[str, Any]]:
+  """One JSON object a request: the edit, how it went, before and after."""
+  drop = lambda entry: {
+      k: v for k, v in entry.items() if k not in ('number', 'id', 'case')
+  }
+  return [
+      {
+          'number': record.number,
+          'id': record.id,
+          **session.task.described(record),
+          'written': bool(info.written[i]),
+          **{name: values[i] for name, values in info.per_edit.items()},
+          'before': drop(before.per_record[i]),
+          'after': drop(after.per_record[i]),
+      }
+      for i, record in enumerate(session.loaded.records)
+  ]
+
+
+def tables(
+    evaluations: Mapping[str, harness.Evaluation],
+) -> dict[str, dict[str, Any]]:
+  """The results of evaluations by name, as plain numbers.
+
+  Args:
+    evaluations: name ('pre', 'post', ...) -> evaluation.
+
+  Returns:
+    'metrics' (name -> id -> fraction), 'intervals' (name -> id -> [low, high],
+    95% bootstrap over records) and 'counts' (name -> id -> records).
+  """
+  found: dict[str, dict[str, Any]] = {
+      'metrics': {},
+      'intervals': {},
+      'counts': {},
+  }
+  for name, evaluation in evaluations.items():
+    items = evaluation.summary.items()
+    found['metrics'][name] = {k: v['mean'] for k, v in items}
+    found['intervals'][name] = {k: [v['low'], v['high']] for k, v in items}
+    found['counts'][name] = {k: v['n'] for k, v in items}
+  return found
+
+
+def knowledge(evaluation: harness.Evaluation) -> dict[str, float]:
+  """What the unedited model knows of the facts to be overwritten.
+
+  Args:
+    evaluation: of the unedited model.
+
+  Returns:
+    'prefers_true' and 'completes_true', fractions of the records with a true
+    object; empty where there are none.
+  """
+  summary = evaluation.summary
+  names = {'prefers_true': 'true_preferred', 'completes_true': 'true_acc'}
+  return {
+      name: summary[metric]['mean']
+      for name, metric in names.items()
+      if metric in summary
+  }
+
+
+def lines(
+    session: Session,
+    info: Info,
+    before: harness.Evaluation,
+    after: harness.Evaluation,
+    fluency: Mapping[str, Any],
+    clock: Clock,
+) -> list[str]:
+  """What a program prints at the end.
+
+  Args:
+    session: what was worked on.
+    info: how the edits went.
+    before: the unedited model's evaluation.
+    after: the edited one's.
+    fluency: perplexities, see `perplexity`.
+    clock: the seconds by stage.
+  """
+  found = ['']
+  known = knowledge(before)
+  if known:
+    found.append(
+        f'The unedited model prefers the true answer on'
+        f' {known["prefers_true"]:.0%} of the facts and completes it on'
+        f' {known["completes_true"]:.0%}.'
+    )
+  lost = len(info.written) - int(info.written.sum())
+  if lost:
+    found.append(
+        f'{lost} edits were not written: their loss, keys or change were not'
+        ' finite.'
+    )
+  found += ['', report.table(before, after), '']
+  shown = session.task.show(session.loaded.records, before, after)
+  found += [shown] if shown else []
+  if fluency:
+    old, new = (fluency[k]['value'] for k in ('pre', 'post'))
+    found.append(
+        f'perplexity of {session.config.perplexity_text}: {old:.2f} before,'
+        f' {new:.2f} after ({fluency["post"]["tokens"]} tokens)'
+    )
+  count = len(session.loaded.records)
+  found.append(
+      f'\n{count} edits in {clock.seconds["total"]:.0f} s; results in'
+      f' {session.config.folder}'
+  )
+  return found

