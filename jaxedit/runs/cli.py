@@ -29,18 +29,38 @@ from jaxedit.types import InputError
 os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
 
 
-def define(config: type, only: str = 'any', **defaults: Any) -> None:
+# The settings that choose and load a model, and run it.
+MODEL_FIELDS = (
+    'model',
+    'revision',
+    'wheel',
+    'dtype',
+    'seed',
+    'compilation_cache',
+)
+
+
+def define(
+    config: type,
+    only: str = 'any',
+    *,
+    names: Sequence[str] | None = None,
+    **defaults: Any,
+) -> None:
   """Defines a flag for every field of a config that has a help text.
 
   Args:
     config: a frozen dataclass of `settings.setting` fields.
     only: 'fact' or 'text' leaves out the fields that belong to the other kind.
+    names: fields to define; None for all.
     **defaults: a program's own.
   """
   types = typing.get_type_hints(config)
   for field in dataclasses.fields(config):
     details = field.metadata
     if 'help' not in details or only not in ('any', details.get('only', only)):
+      continue
+    if names is not None and field.name not in names:
       continue
     default = defaults.get(field.name, field.default)
     unit = f', {details["unit"]}' if details.get('unit') else ''
