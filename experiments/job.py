@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from experiments import (
     workbench,
 )
 from jaxedit import edited as edited_lib
+from jaxedit import io
 from jaxedit.deltas import (
     Edited,
 )
@@ -94,9 +94,8 @@ def stale_results(output: kept.Output) -> list[str]:
     InputError: --save_model would replace a folder that no run has written.
   """
   try:
-    path = output.folder / 'results.json'
-    earlier = json.loads(path.read_text('utf-8'))
-  except (OSError, ValueError):
+    earlier = io.read_json(output.folder / 'results.json')
+  except InputError:
     earlier = {}
   if 'saved' in earlier or output.resumed and FLAGS.save_model:
     return [*_RESULTS, 'model']
@@ -309,7 +308,7 @@ def _work(
   bench = ready.bench
   common.clear(folder, stale)
   if bench.templates:
-    common.write_json(folder / 'templates.json', bench.templates)
+    io.write_json(folder / 'templates.json', bench.templates)
   with clock('evaluate_before'):
     pre = ready.judge(bench, None, None)
   fluency = _perplexity(bench, None, 'pre', clock)

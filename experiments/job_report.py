@@ -9,6 +9,7 @@ from typing import Any
 from absl import flags
 
 from experiments import common, editing, judging, timing, workbench
+from jaxedit import io
 from jaxedit.eval import datasets, harness, report
 from jaxedit.methods.base import Info
 
@@ -134,11 +135,11 @@ def write_results(
 ) -> None:
   """Writes records.jsonl and, last of all, results.json."""
   pre, post = evaluations['pre'], evaluations['post']
-  common.write_jsonl(
+  io.write_jsonl(
       folder / 'records.jsonl',
       judging.record_rows(bench, outcome.info, pre, post),
   )
-  common.write_json(
+  io.write_json(
       folder / 'results.json',
       {
           **judging.metric_tables(evaluations),

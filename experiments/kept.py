@@ -15,14 +15,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 from absl import flags
 
 from experiments import common
+from jaxedit import io
 from jaxedit.types import InputError
 
 _UNFINISHED, _COMMAND = 'unfinished', 'command.json'
+_PIECE = 'jaxedit piece 1'
 
 
 class Kept:
@@ -54,10 +54,7 @@ class Kept:
     path = self._path(parts)
     if not path.is_file():
       return None
-    try:
-      arrays = safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, ValueError) as e:
-      raise InputError(f'{path}: cannot be read ({e}); delete it') from None
+    arrays, _ = io.read_tensors(path, _PIECE, 'delete it')
     self.found += 1
     return arrays
 
@@ -67,17 +64,11 @@ class Kept:
     Raises:
       InputError: it cannot be written.
     """
-    try:
-      self._folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-      raise InputError(
-          f'{self._folder}: cannot be made ({e.strerror}); name another folder'
-      ) from e
-    arrays = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
-    common.write_bytes(self._path(parts), safetensors.numpy.save(arrays))
+    io.write_tensors(self._path(parts), arrays, kind=_PIECE, record={})
 
   def _path(self, parts: tuple[Any, ...]) -> pathlib.Path:
-    return self._folder / f'{digest(self._about, *parts)}.safetensors'
+    name = digest(_PIECE, self._about, *parts)
+    return self._folder / f'{name}.safetensors'
 
 
 def digest(*parts: Any) -> str:
@@ -144,7 +135,7 @@ class Output:
     if not self.resumed:
       shutil.rmtree(self._place, ignore_errors=True)
     self._place.mkdir(exist_ok=True)
-    common.write_json(self._place / _COMMAND, self._command)
+    io.write_json(self._place / _COMMAND, self._command)
 
   def pieces(self, about: Mapping[str, Any]) -> Kept:
     """What this run keeps until it ends.
@@ -180,7 +171,6 @@ def _command() -> dict[str, str]:
 def _read(path: pathlib.Path) -> dict[str, str] | None:
   """The command of a run that was stopped, if one was."""
   try:
-    found = json.loads(path.read_text('utf-8'))
-  except (OSError, ValueError):
+    return io.read_json(path)
+  except InputError:
     return None
-  return found if isinstance(found, dict) else None

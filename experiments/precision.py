@@ -32,6 +32,7 @@ from experiments import (
     workbench,
 )
 from jaxedit.methods import closed_form
+from jaxedit import io
 from jaxedit.types import InputError, Targets
 
 FLAGS = flags.FLAGS
@@ -105,7 +106,7 @@ def main() -> None:
     targets[name] = outcome.info.targets
     tables[name] = judge(mine, outcome, None)
   found = agreement(targets['bfloat16'], targets['float32'])
-  common.write_json(
+  io.write_json(
       folder / 'precision.json',
       {
           **found,

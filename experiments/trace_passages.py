@@ -27,6 +27,7 @@ import numpy as np
 from absl import flags
 
 from experiments import common, timing, trace_figures, trace_plots
+from jaxedit import io
 from jaxedit.eval import passages
 from jaxedit.models import hub, loading
 from jaxedit.models import tokenizer as tokenizer_lib
@@ -360,7 +361,7 @@ def main() -> None:
       'seed': FLAGS.seed,
       'intervals': '95%, normal, over passages',
   }
-  common.write_json(
+  io.write_json(
       folder / 'results.json',
       {
           'protocol': protocol,

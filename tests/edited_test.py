@@ -381,6 +381,7 @@ class FileTest(Base):
     self.assertEqual(self.path.read_bytes(), before)
 
   def test_place_that_cannot_be_written(self):
+    (self.folder / 'missing').write_text('a file')
     self.path = self.folder / 'missing' / 'delta.safetensors'
     with self.assertRaisesRegex(InputError, 'missing.*cannot be written'):
       self._save(low_rank(1))
@@ -400,13 +401,13 @@ class FileTest(Base):
 
   def test_folder_is_refused(self):
     self.path = self.folder
-    self._refused('not a readable')
+    self._refused('no safetensors file')
 
   @parameterized.parameters(0, 5, 100, -1)
   def test_cut_file_is_refused(self, size):
     self._save(low_rank(1))
     self.path.write_bytes(self.path.read_bytes()[:size])
-    self._refused('not a readable safetensors file')
+    self._refused('cut short, damaged')
 
   @parameterized.parameters(3, -5)
   def test_altered_file_is_refused(self, place):
@@ -417,8 +418,8 @@ class FileTest(Base):
     self._refused('copy or make it again')
 
   @parameterized.named_parameters(
-      ('no_header', None, 'not a delta of jaxedit'),
-      ('other_format', {'format': 'other'}, 'not a delta of jaxedit'),
+      ('no_header', None, "is not a file of 'jaxedit-delta-1'"),
+      ('other_format', {'format': 'other'}, "is not a file of 'jaxedit-delta-1'"),
       ('no_metadata', {'format': 'jaxedit-delta-1'}, 'damaged'),
       (
           'metadata_cut',
