@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from jaxedit import io
 from jaxedit.models import checkpoint, hub, tensors
 from jaxedit.types import InputError, Params, Progress, silent
 
@@ -269,10 +270,10 @@ def _pooling_faults(folder: pathlib.Path) -> list[str]:
   path = folder / '1_Pooling' / 'config.json'
   if not path.is_file():
     return []
-  said = checkpoint.read_json(path)
+  said = io.read_json(path)
   prefix = 'pooling_mode'
   on = set()
-  for field, value in said.items() if isinstance(said, dict) else ():
+  for field, value in said.items():
     if field == prefix:
       on.add(str(value))
     elif field.startswith(prefix) and value:
@@ -351,7 +352,7 @@ def read_params(
       slot, tensor = slots[full], source.tensors[names[full]]
       value = tensor.read()
       digest.update(f'{full}|{tensor.code}|{tensor.shape}|'.encode())
-      digest.update(value.reshape(-1).view(np.uint8).data)
+      digest.update(io.tensor_bytes(value))
       if not np.isfinite(value).all():
         problems.append(
             f'{tensor.path}: tensor {tensor.name} has values that are not'

@@ -22,20 +22,15 @@ biases, K-quants, big-endian files, and frequency factors stored as a tensor.
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import pathlib
-import shutil
-import struct
-import uuid
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
-from jaxedit import types
+from jaxedit import io, types
 from jaxedit.models import tokenizer as tokenizer_lib
 
 TENSOR_TYPES = ('F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1')
@@ -46,10 +41,7 @@ _SCALARS = {
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
 
-_OUTPUTS = {
-    'float32': ('F32', np.dtype(np.float32)),
-    'bfloat16': ('BF16', np.dtype(ml_dtypes.bfloat16)),
-}
+_OUTPUTS = {'float32': 'F32', 'bfloat16': 'BF16'}
 
 _LAYER_NAMES = {
     'attn_norm': 'input_layernorm',
@@ -399,40 +391,6 @@ def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
   return split.swapaxes(1, 2).reshape(rows.shape)
 
 
-def _write_weights(
-    target: pathlib.Path,
-    plan: dict[str, tuple[str, tuple[int, ...]]],
-    read: Callable[[str], np.ndarray],
-    *,
-    dtype: str,
-    progress: types.Progress,
-) -> None:
-  """Writes a safetensors file one tensor at a time.
-
-  The format is an 8-byte length, that much JSON, and the tensors' bytes; all
-  offsets follow from the shapes, so one tensor is held at a time.
-  """
-  code, out = _OUTPUTS[dtype]
-  table: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
-  end = 0
-  for name, shape in plan.values():
-    start, end = end, end + int(np.prod(shape)) * out.itemsize
-    table[name] = {
-        'dtype': code, 'shape': list(shape), 'data_offsets': [start, end],
-    }  # fmt: skip
-  text = json.dumps(table, separators=(',', ':')).encode()
-  text += b' ' * (-len(text) % 8)  # keeps the tensors aligned
-  with (
-      target.open('wb') as file,
-      progress('convert weights', len(plan), 'tensors') as done,
-  ):
-    file.write(struct.pack('<Q', len(text)) + text)
-    for source in plan:
-      array = np.ascontiguousarray(read(source).astype(out, copy=False))
-      file.write(array.view(np.uint8).data)
-      done(1)
-
-
 def _open(path: pathlib.Path) -> mmap.mmap:
   """Maps a file that begins as a GGUF file does."""
   try:
@@ -535,51 +493,38 @@ def convert_gguf(
       tensor type or tokenizer that is not supported; `out_folder` is in use;
       the package gguf is missing.
   """
-  path, out_folder = pathlib.Path(path), pathlib.Path(out_folder)
+  path = pathlib.Path(path)
   if dtype not in _OUTPUTS:
     raise types.InputError(
         f'dtype is {dtype!r}; known are {", ".join(_OUTPUTS)}.'
     )
-  if out_folder.exists() and (
-      not out_folder.is_dir() or any(out_folder.iterdir())
-  ):
-    raise types.InputError(
-        f'{out_folder}: exists already; name a new folder or remove it.'
-    )
   _import_gguf()
-  with _open(path) as data:
+  with io.new_folder(out_folder) as folder, _open(path) as data:
     header, config, plan = _check(path, data, dtype)
-    files = {
-        'config.json': _json(config),
-        'generation_config.json': _json(_generation(config)),
-        **tokenizer_lib.tokenizer_files(header.metadata, str(path)),
-    }
+    files = tokenizer_lib.tokenizer_files(header.metadata, str(path))
+    for name, text in files.items():
+      io.write_text(folder / name, text)
+    io.write_json(folder / 'config.json', config)
+    io.write_json(folder / 'generation_config.json', _generation(config))
+    code = _OUTPUTS[dtype]
+    kinds = {name: (code, shape) for name, shape in plan.values()}
+    sources = {name: source for source, (name, _) in plan.items()}
     read = _tensor_reader(path, data, header, config)
-    part = out_folder.with_name(f'.{out_folder.name}.{uuid.uuid4().hex}')
-    try:
-      part.mkdir(parents=True)
-      for name, text in files.items():
-        (part / name).write_text(text, encoding='utf-8')
-      _write_weights(
-          part / 'model.safetensors', plan, read, dtype=dtype, progress=progress
-      )
-      os.replace(part, out_folder)
-    finally:
-      shutil.rmtree(part, ignore_errors=True)
-  return out_folder
+    with (
+        open(folder / 'model.safetensors', 'wb') as stream,
+        progress('convert weights', len(plan), 'tensors') as done,
+    ):
 
+      def convert(name: str) -> np.ndarray:
+        done(1)
+        return read(sources[name]).astype(io.DTYPES[code], copy=False)
 
-def _json(value: Any) -> str:
-  return json.dumps(value, indent=2) + '\n'
+      io.stream_tensors(stream, kinds, convert, {'format': 'pt'})
+  return pathlib.Path(out_folder)
 
 
 def _generation(config: dict[str, Any]) -> dict[str, Any]:
   """Returns the fields of generation_config.json."""
-  return {
-      '_from_model_config': True,
-      **{
-          key: config[key]
-          for key in ('bos_token_id', 'eos_token_id', 'pad_token_id')
-          if config[key] is not None
-      },
-  }
+  roles = ('bos_token_id', 'eos_token_id', 'pad_token_id')
+  given = {key: config[key] for key in roles if config[key] is not None}
+  return {'_from_model_config': True, **given}

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxedit import io
 from jaxedit.models import checkpoint, families, tensors
 from jaxedit.models import spec as spec_lib
 from jaxedit.types import Array, InputError, Params, Progress, silent
@@ -297,7 +298,7 @@ def _read_params(
 def _digest(name: str, tensor: checkpoint.Tensor, value: np.ndarray) -> bytes:
   """Hashes one tensor with its name, dtype and shape."""
   digest = hashlib.sha256(f'{name}|{tensor.code}|{tensor.shape}|'.encode())
-  digest.update(value.reshape(-1).view(np.uint8).data)
+  digest.update(io.tensor_bytes(value))
   return digest.digest()
 
 
@@ -309,7 +310,7 @@ def _differing_copies(
   for copy, name in layout.copies.items():
     one, other = source.tensors[copy], source.tensors[name]
     same = one.shape == other.shape and one.code == other.code
-    if not same or not np.array_equal(one.read_bytes(), other.read_bytes()):
+    if not same or io.tensor_bytes(one.read()) != io.tensor_bytes(other.read()):
       problems.append(
           f'{one.path}: tensor {copy} differs from {name}, but config.json '
           'ties them; set tie_word_embeddings to false to use it'

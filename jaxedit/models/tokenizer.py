@@ -28,7 +28,7 @@ import tokenizers
 from tokenizers import decoders, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
 
-from jaxedit import types
+from jaxedit import io, types
 
 # Token types of GGUF that are matched whole before the pre-tokenizer runs.
 _CONTROL = 3
@@ -312,7 +312,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
         f'{folder}: its tokenizer ({type(tokenizer).__name__}) has no fast'
         ' version; add a tokenizer.json, which gives character offsets.'
     )
-  _fill_roles(tokenizer, _read_json(folder / 'config.json'))
+  _fill_roles(tokenizer, _settings(folder / 'config.json'))
   return tokenizer
 
 
@@ -330,10 +330,7 @@ def end_ids(folder: str | os.PathLike[str]) -> tuple[int, ...]:
     InputError: the file is not what it should be.
   """
   path = pathlib.Path(folder) / 'generation_config.json'
-  try:
-    found = _read_json(path).get('eos_token_id')
-  except ValueError as error:
-    raise types.InputError(str(error)) from error
+  found = _settings(path).get('eos_token_id')
   ids = found if isinstance(found, list) else [found]
   ids = [] if found is None else ids
   if not all(type(i) is int and i >= 0 for i in ids):
@@ -344,17 +341,9 @@ def end_ids(folder: str | os.PathLike[str]) -> tuple[int, ...]:
   return tuple(ids)
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  """Reads a JSON object; {} where there is no file. Raises ValueError."""
-  try:
-    value = json.loads(path.read_text('utf-8'))
-  except FileNotFoundError:
-    return {}
-  except (OSError, ValueError) as error:
-    raise ValueError(f'{path}: is not valid JSON ({error}).') from error
-  if not isinstance(value, dict):
-    raise ValueError(f'{path}: does not hold a JSON object.')
-  return value
+def _settings(path: pathlib.Path) -> dict[str, Any]:
+  """Reads a JSON object; {} where there is no file."""
+  return io.read_json(path, remedy='correct it') if path.is_file() else {}
 
 
 def _folder_faults(folder: pathlib.Path) -> list[str]:
@@ -368,9 +357,9 @@ def _folder_faults(folder: pathlib.Path) -> list[str]:
     )
   for name in ('tokenizer_config.json', 'config.json'):
     try:
-      settings = _read_json(folder / name)
-    except ValueError as error:
-      problems.append(str(error))
+      settings = _settings(folder / name)
+    except types.InputError as error:
+      problems += error.problems
       continue
     # Without this, transformers asks on the terminal whether to run the code.
     # A tokenizer.json is read without any, so its folder may name what it likes.
