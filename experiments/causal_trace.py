@@ -45,8 +45,9 @@ from experiments import (
     trace_torch,
 )
 from jaxedit import io
+from jaxedit.convert import hub
 from jaxedit.eval import known_facts, reading
-from jaxedit.models import hub, loading
+from jaxedit.models import loading
 from jaxedit.models import tokenizer as tokenizer_lib
 from jaxedit.trace import causal, noise
 from jaxedit.trace.kinds import KINDS, WINDOW

@@ -20,7 +20,8 @@ import numpy as np
 from absl import flags
 
 from experiments import common
-from jaxedit.models import hub, loading
+from jaxedit.convert import hub
+from jaxedit.models import loading
 from jaxedit.models import tokenizer as tokenizer_lib
 from jaxedit.stats import corpora, moments, packing
 from jaxedit.types import InputError, Progress, silent

@@ -26,7 +26,7 @@ import jax
 import tqdm
 from absl import app, flags, logging
 
-from jaxedit.models import hub
+from jaxedit.models import assets
 from jaxedit.types import InputError
 
 # Without torch transformers says so on import; its tokenizers need none.
@@ -188,7 +188,7 @@ def memory_of_flags() -> float | None:
 
 def cache_dir() -> pathlib.Path:
   """Where models, moments and compiled programs are kept between runs."""
-  return hub.cache_folder()
+  return assets.cache_folder()
 
 
 def use_compilation_cache(enabled: bool) -> None:

@@ -39,7 +39,8 @@ from jaxedit.methods.closed_form.recipe import (
     Recipe,
     check_layers,
 )
-from jaxedit.models import hub, loading, tokenizer
+from jaxedit.models import loading, tokenizer
+from jaxedit.convert import hub
 from jaxedit.models.spec import ModelSpec
 from jaxedit.types import (
     InputError,

@@ -1,27 +1,26 @@
 """GGUF files of the llama architecture, turned into Hugging Face folders.
 
 A GGUF file is a header (keys and values, then a table of tensors) followed by
-aligned tensor data. Blocks of 32 weights share their constants:
+aligned tensor data. Tensors are plain numbers or blocks of quantised weights
+that share their constants, e.g. w = d q with q in [-128, 127] and d in half
+precision for Q8_0; the `gguf` package dequantises whatever it knows: Q4_0 to
+Q8_0, the K-quants, IQ types. The rows of the q and k maps of a llama file are
+permuted: GGUF rotates neighbouring pairs, Hugging Face the two halves of a
+head, so row (head, pair, part) goes back to (head, part, pair).
 
-  Q8_0   w = d q                q in [-128, 127], d in half precision
-  Q4_0   w = d (q - 8)          q in [0, 15]
-  Q4_1   w = d q + m            q in [0, 15], m in half precision
+The header is parsed here, every length checked against the file before it is
+used, so that a damaged file yields a sentence; the package's own reader trusts
+the file and takes seconds for a large vocabulary. The values of quantised
+blocks are not exact in bfloat16; float32 keeps them.
 
-and F32, F16 and BF16 hold plain numbers. The rows of the q and k maps of a
-llama file are permuted: GGUF rotates neighbouring pairs, Hugging Face the two
-halves of a head, so row (head, pair, part) goes back to (head, part, pair).
-
-Every length in the header is checked against the file before it is used, so a
-damaged file yields a sentence. The values of Q4 and Q8 blocks are not exact in
-bfloat16; float32 keeps them.
-
-Sources: the GGUF format description of the ggml project; block layouts come
-from its `gguf` package. Not covered: other architectures, mixtures of experts,
-biases, K-quants, big-endian files, and frequency factors stored as a tensor.
+Sources: the GGUF format description of the ggml project. Not covered: other
+architectures, mixtures of experts, biases, big-endian files, and frequency
+factors stored as a tensor.
 """
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import pathlib
@@ -31,9 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxedit import io, types
-from jaxedit.models import tokenizer as tokenizer_lib
-
-TENSOR_TYPES = ('F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1')
+from jaxedit.convert import gguf_tokenizer
 
 _SCALARS = {
     0: 'u1', 1: 'i1', 2: '<u2', 3: '<i2', 4: '<u4', 5: '<i4', 6: '<f4',
@@ -183,37 +180,50 @@ def _import_gguf() -> Any:
   return gguf
 
 
+def _readable(kind: Any) -> bool:
+  """Whether the package gguf dequantises a type."""
+  gguf = _import_gguf()
+  block = np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
+  try:
+    gguf.dequantize(block, kind)
+  except NotImplementedError:
+    return False
+  return True
+
+
 def _size_faults(path: pathlib.Path, header: Header, size: int) -> list[str]:
   """Lists tensors of unknown types and tensors that leave the file."""
   gguf = _import_gguf()
-  names = {kind.value: kind.name for kind in gguf.GGMLQuantizationType}
+  readable = {kind.value: kind for kind in gguf.GGMLQuantizationType}
+  readable = {n: kind for n, kind in readable.items() if _readable(kind)}
   problems = []
-  unknown: dict[str, list[str]] = {}
+  unknown: dict[int, list[str]] = {}
   for name, info in header.tensors.items():
-    kind = names.get(info.kind, f'number {info.kind}')
-    if kind not in TENSOR_TYPES:
-      unknown.setdefault(kind, []).append(name)
+    if info.kind not in readable:
+      unknown.setdefault(info.kind, []).append(name)
       continue
     block, block_bytes = gguf.GGML_QUANT_SIZES[info.kind]
     if info.shape[-1] % block:
       problems.append(
           f'{path}: tensor {name} has rows of {info.shape[-1]} weights, not'
-          f' whole {kind} blocks of {block}; the file is damaged.'
+          f' whole {readable[info.kind].name} blocks of {block}; the file is'
+          ' damaged.'
       )
       continue
-    count = 1
-    for length in info.shape:  # Python integers: a damaged shape must not wrap
-      count *= length
-    end = header.data_start + info.start + count // block * block_bytes
+    # Python integers: a damaged shape must not wrap.
+    stored = math.prod(info.shape) // block * block_bytes
+    end = header.data_start + info.start + stored
     if end > size:
       problems.append(
           f'{path}: tensor {name} ends at byte {end} but the file has {size}'
           ' bytes; it is truncated: fetch it again.'
       )
+  names = {kind.value: kind.name for kind in gguf.GGMLQuantizationType}
   for kind, members in unknown.items():
     problems.append(
         f'{path}: {len(members)} tensors (first: {members[0]}) are of type'
-        f' {kind}; readable are {", ".join(TENSOR_TYPES)}.'
+        f' {names.get(kind, kind)}; readable are'
+        f' {", ".join(kind.name for kind in readable.values())}.'
     )
   return problems
 
@@ -478,7 +488,7 @@ def convert_gguf(
   The folder appears under its name only when it is whole.
 
   Args:
-    path: a .gguf file with tensors of `TENSOR_TYPES`.
+    path: a .gguf file.
     out_folder: folder to create; it must not hold anything yet.
     dtype: 'float32', exact for every tensor type, or 'bfloat16', half the
       size, rounded to nearest even.
@@ -499,28 +509,43 @@ def convert_gguf(
         f'dtype is {dtype!r}; known are {", ".join(_OUTPUTS)}.'
     )
   _import_gguf()
-  with io.new_folder(out_folder) as folder, _open(path) as data:
+  with _open(path) as data:
     header, config, plan = _check(path, data, dtype)
-    files = tokenizer_lib.tokenizer_files(header.metadata, str(path))
-    for name, text in files.items():
-      io.write_text(folder / name, text)
-    io.write_json(folder / 'config.json', config)
-    io.write_json(folder / 'generation_config.json', _generation(config))
-    code = _OUTPUTS[dtype]
-    kinds = {name: (code, shape) for name, shape in plan.values()}
-    sources = {name: source for source, (name, _) in plan.items()}
+    files = gguf_tokenizer.tokenizer_files(header.metadata, str(path))
     read = _tensor_reader(path, data, header, config)
-    with (
-        open(folder / 'model.safetensors', 'wb') as stream,
-        progress('convert weights', len(plan), 'tensors') as done,
-    ):
-
-      def convert(name: str) -> np.ndarray:
-        done(1)
-        return read(sources[name]).astype(io.DTYPES[code], copy=False)
-
-      io.stream_tensors(stream, kinds, convert, {'format': 'pt'})
+    with io.new_folder(out_folder) as folder:
+      for name, text in files.items():
+        io.write_text(folder / name, text)
+      io.write_json(folder / 'config.json', config)
+      io.write_json(folder / 'generation_config.json', _generation(config))
+      target = folder / 'model.safetensors'
+      _write_weights(
+          target, plan, read, code=_OUTPUTS[dtype], progress=progress
+      )
   return pathlib.Path(out_folder)
+
+
+def _write_weights(
+    target: pathlib.Path,
+    plan: dict[str, tuple[str, tuple[int, ...]]],
+    read: Callable[[str], np.ndarray],
+    *,
+    code: str,
+    progress: types.Progress,
+) -> None:
+  """Writes the weights under their HF names, one in memory at a time."""
+  sources = {name: source for source, (name, _) in plan.items()}
+  kinds = {name: (code, shape) for name, shape in plan.values()}
+  with (
+      target.open('wb') as stream,
+      progress('convert weights', len(plan), 'tensors') as done,
+  ):
+
+    def convert(name: str) -> np.ndarray:
+      done(1)
+      return read(sources[name]).astype(io.DTYPES[code], copy=False)
+
+    io.stream_tensors(stream, kinds, convert, {'format': 'pt'})
 
 
 def _generation(config: dict[str, Any]) -> dict[str, Any]:
