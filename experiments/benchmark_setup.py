@@ -21,7 +21,8 @@ from experiments.benchmark_presets import (
 from jaxedit.eval import datasets
 from jaxedit.methods import closed_form, memit
 from jaxedit.methods.anyedit import anyedit
-from jaxedit.models import families, hub, loading, tokenizer
+from jaxedit.models import families, loading, tokenizer
+from jaxedit.convert import hub
 from jaxedit.models.spec import ModelSpec
 from jaxedit.text import (
     encoding,
