@@ -46,9 +46,9 @@ from experiments import (
     benchmark_stages,
     common,
 )
+from jaxedit import io
 from jaxedit import targets as targets_lib
 from jaxedit.methods import closed_form
-from jaxedit import io
 from jaxedit.models.spec import param_shapes
 from jaxedit.types import Progress, silent
 

@@ -33,6 +33,7 @@ from jaxedit import io
 from jaxedit.deltas import (
     Edited,
 )
+from jaxedit.convert import hub
 from jaxedit.eval import datasets, harness
 from jaxedit.methods.base import Editor
 from jaxedit.methods.closed_form.recipe import (
@@ -40,7 +41,6 @@ from jaxedit.methods.closed_form.recipe import (
     check_layers,
 )
 from jaxedit.models import loading, tokenizer
-from jaxedit.convert import hub
 from jaxedit.models.spec import ModelSpec
 from jaxedit.types import (
     InputError,

@@ -31,8 +31,8 @@ from experiments import (
     timing,
     workbench,
 )
-from jaxedit.methods import closed_form
 from jaxedit import io
+from jaxedit.methods import closed_form
 from jaxedit.types import InputError, Targets
 
 FLAGS = flags.FLAGS

@@ -419,7 +419,11 @@ class FileTest(Base):
 
   @parameterized.named_parameters(
       ('no_header', None, "is not a file of 'jaxedit-delta-1'"),
-      ('other_format', {'format': 'other'}, "is not a file of 'jaxedit-delta-1'"),
+      (
+          'other_format',
+          {'format': 'other'},
+          "is not a file of 'jaxedit-delta-1'",
+      ),
       ('no_metadata', {'format': 'jaxedit-delta-1'}, 'damaged'),
       (
           'metadata_cut',

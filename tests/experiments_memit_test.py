@@ -31,8 +31,8 @@ from experiments import (
     resources,
 )
 from jaxedit import edited as edited_lib
-from jaxedit.edited import lm
 from jaxedit import io
+from jaxedit.edited import lm
 from jaxedit.eval import datasets, harness
 from jaxedit.methods import closed_form, memit
 from jaxedit.models import loading, saving, tokenizer
