@@ -399,29 +399,12 @@ def write_tensors(
   metadata = {
       'format': kind,
       'jaxedit': json.dumps(record),
-      'crc32': json.dumps({n: _checksum(arrays[n]) for n in sorted(arrays)}),
+      'crc32': json.dumps(
+          {n: zlib.crc32(tensor_bytes(arrays[n])) for n in sorted(arrays)}
+      ),
   }
   with new_file(path) as stream:
     stream_tensors(stream, kinds, arrays.__getitem__, metadata)
-
-
-def _checksum(array: np.ndarray) -> int:
-  return zlib.crc32(tensor_bytes(array))
-
-
-def read_record(path: StrPath, kind: str, remedy: str) -> dict[str, Any]:
-  """Reads the record of a file that `write_tensors` made.
-
-  Args:
-    path: the file.
-    kind: what it must be.
-    remedy: ends every error message.
-
-  Raises:
-    InputError: it is missing, cut short or of another kind.
-  """
-  with open_tensors(path, remedy) as source:
-    return _parse_header(source.metadata(), path, kind, remedy)[0]
 
 
 def read_tensors(
@@ -433,13 +416,14 @@ def read_tensors(
     path: file that `write_tensors` made.
     kind: what it must be.
     remedy: ends every error message.
-    names: tensors to read; None reads all.
+    names: tensors to read; None reads all, () the record alone.
 
   Returns:
     (name -> array, the record).
 
   Raises:
-    InputError: as for `read_record`, or a tensor is missing or altered.
+    InputError: it is missing, cut short or of another kind, or a tensor is
+      missing or altered.
   """
   with open_tensors(path, remedy) as source:
     record, sums = _parse_header(source.metadata(), path, kind, remedy)
@@ -447,7 +431,8 @@ def read_tensors(
     for name in sorted(present | sums.keys()) if names is None else names:
       if name in present:
         tensors[name] = source.get_tensor(name)
-      if name not in tensors or _checksum(tensors[name]) != sums.get(name):
+      found = name in tensors and zlib.crc32(tensor_bytes(tensors[name]))
+      if found is False or found != sums.get(name):
         raise InputError(f'{path}: {name} is missing or damaged; {remedy}')
   return tensors, record
 

@@ -208,7 +208,7 @@ class TensorsTest(Case):
       self.assertEqual(found[name].shape, wanted.shape)
       np.testing.assert_array_equal(found[name], wanted)
     self.assertCountEqual(self.read(['flag'])[0], ['flag'])
-    self.assertEqual(io.read_record(self.path, KIND, ''), record)
+    self.assertEqual(self.read(()), ({}, record))
 
   def test_bytes_follow_from_the_values(self):
     first = self.write()
@@ -233,7 +233,8 @@ class TensorsTest(Case):
     self.read(['half'])
     self.path.unlink()
     self.refused('file: there is no such file; make it again', self.read)
-    self.refused('no safetensors file', io.read_record, self.root, KIND, '')
+    self.path = self.root
+    self.refused('no safetensors file', self.read)
 
   @parameterized.parameters(
       (None, 'not a file of'),

@@ -266,7 +266,7 @@ class ResumeTest(parameterized.TestCase):
     whole = self.collect(checkpoint=None)
     for after in (9, 17):  # the second is a continued run, interrupted again
       self.interrupt(after)
-      record = io.read_record(self.path, accumulate.KIND, '')
+      _, record = io.read_tensors(self.path, accumulate.KIND, '')
     self.assertGreaterEqual(record['rows'], 8)
     computed = []
     add = moments.add_batch

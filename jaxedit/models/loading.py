@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from jaxedit import io
 from jaxedit.models import checkpoint, families, tensors
@@ -320,14 +321,7 @@ def _differing_copies(
 
 def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
   """Turns '/'-joined paths into a nested dict."""
-  tree: dict[str, Any] = {}
-  for path, leaf in leaves.items():
-    *parents, last = path.split('/')
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[last] = leaf
-  return tree
+  return traverse_util.unflatten_dict(leaves, sep='/')
 
 
 def get_leaf(params: Params, path: str) -> Any:

@@ -85,7 +85,7 @@ class Checkpoint:
       return None
     io.sweep(self._path)
     advice = 'delete it to start anew'
-    record = io.read_record(self._path, KIND, advice)
+    tensors, record = io.read_tensors(self._path, KIND, advice)
     theirs = record['identity']
     other = [k for k, v in self._identity.items() if theirs.get(k) != v]
     if other:
@@ -93,7 +93,6 @@ class Checkpoint:
           f'{self._path}: is of an interrupted run with another'
           f' {", ".join(other)}; repeat that run to finish it, or {advice}'
       )
-    tensors, _ = io.read_tensors(self._path, KIND, advice)
     done = (record[name] for name in Total._fields[1:])
     return Total(tensors['gram'], *done)
 

@@ -103,7 +103,7 @@ def check(
       layer; all faults at once.
   """
   advice = _advice(path, layers)
-  record = io.read_record(path, _MOMENTS, advice)
+  _, record = io.read_tensors(path, _MOMENTS, advice, names=())
   provenance, have = record['provenance'], record['layers']
   problems = []
   model = provenance.get('model')
