@@ -236,7 +236,7 @@ class _Encoder(nn.Module):
   def __call__(self, ids: Array, seen: Array) -> Array:
     c = self.config
     h = nn.Embed(c.vocab, c.width, name='word')(ids)  # [B, T, D]
-    h += nn.Embed(c.positions, c.width, name='positions')(
+    h += nn.Embed(c.positions, c.width, name='position')(
         jnp.arange(ids.shape[1])
     )
     h += nn.Embed(c.types, c.width, name='type')(jnp.zeros_like(ids))
