@@ -30,10 +30,10 @@ from experiments import (
 )
 from jaxedit import edited as edited_lib
 from jaxedit import io
+from jaxedit.convert import hub
 from jaxedit.deltas import (
     Edited,
 )
-from jaxedit.convert import hub
 from jaxedit.eval import datasets, harness
 from jaxedit.methods.base import Editor
 from jaxedit.methods.closed_form.recipe import (

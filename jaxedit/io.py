@@ -408,13 +408,16 @@ def write_tensors(
 
 
 def read_tensors(
-    path: StrPath, kind: str, remedy: str, names: Iterable[str] | None = None
+    path: StrPath,
+    kind: str | tuple[str, ...],
+    remedy: str,
+    names: Iterable[str] | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
   """Reads tensors and checks their checksums.
 
   Args:
     path: file that `write_tensors` made.
-    kind: what it must be.
+    kind: what it must be, or several of which it must be one.
     remedy: ends every error message.
     names: tensors to read; None reads all, () the record alone.
 
@@ -438,13 +441,16 @@ def read_tensors(
 
 
 def _parse_header(
-    header: Mapping[str, str] | None, path: StrPath, kind: str, remedy: str
+    header: Mapping[str, str] | None,
+    path: StrPath,
+    kind: str | tuple[str, ...],
+    remedy: str,
 ) -> tuple[dict[str, Any], dict[str, int]]:
   """Returns the record and the checksums of a header."""
-  header = header or {}
+  header, known = header or {}, (kind,) if isinstance(kind, str) else kind
   # Moments of earlier versions say 'kind' and 'record', which holds the sums.
-  if header.get('format', header.get('kind')) != kind:
-    raise InputError(f'{path}: is not a file of {kind!r}; {remedy}')
+  if header.get('format', header.get('kind')) not in known:
+    raise InputError(f'{path}: is not a file of {known[0]!r}; {remedy}')
   try:
     record = parse_json(header.get('jaxedit') or header['record'])
     sums = parse_json(header['crc32']) if 'crc32' in header else record['crc32']
