@@ -396,12 +396,11 @@ def write_tensors(
   """
   arrays = {name: np.asarray(one, order='C') for name, one in tensors.items()}
   kinds = {name: (_CODES[one.dtype], one.shape) for name, one in arrays.items()}
+  sums = {name: zlib.crc32(tensor_bytes(one)) for name, one in arrays.items()}
   metadata = {
       'format': kind,
-      'jaxedit': json.dumps(record),
-      'crc32': json.dumps(
-          {n: zlib.crc32(tensor_bytes(arrays[n])) for n in sorted(arrays)}
-      ),
+      'jaxedit': json.dumps(record, sort_keys=True),
+      'crc32': json.dumps(sums, sort_keys=True),
   }
   with new_file(path) as stream:
     stream_tensors(stream, kinds, arrays.__getitem__, metadata)
@@ -432,11 +431,10 @@ def read_tensors(
     record, sums = _parse_header(source.metadata(), path, kind, remedy)
     present, tensors = set(source.keys()), {}
     for name in sorted(present | sums.keys()) if names is None else names:
-      if name in present:
-        tensors[name] = source.get_tensor(name)
-      found = name in tensors and zlib.crc32(tensor_bytes(tensors[name]))
-      if found is False or found != sums.get(name):
+      array = source.get_tensor(name) if name in present else None
+      if array is None or zlib.crc32(tensor_bytes(array)) != sums.get(name):
         raise InputError(f'{path}: {name} is missing or damaged; {remedy}')
+      tensors[name] = array
   return tensors, record
 
 
