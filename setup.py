@@ -55,6 +55,7 @@ setuptools.setup(
         'orbax-checkpoint>=0.11',
         'absl-py>=2.1',
         'safetensors>=0.5',
+        'huggingface_hub>=0.34',
         'tokenizers>=0.21',
         'jinja2>=3.1',
         'tqdm>=4.66',

@@ -46,6 +46,7 @@ from experiments import (
     benchmark_stages,
     common,
 )
+from jaxedit import io
 from jaxedit import targets as targets_lib
 from jaxedit.methods import closed_form
 from jaxedit.models.spec import param_shapes
@@ -247,9 +248,9 @@ def main() -> None:
       'baseline': baseline,
   }
   section = benchmark_report.section(results)
-  common.write_text(folder / 'section.md', section)
+  io.write_text(folder / 'section.md', section)
   notes = benchmark_report.plot(results, folder)
-  common.write_json(folder / 'results.json', results)
+  io.write_json(folder / 'results.json', results)
   if FLAGS.append:
     benchmark_report.append(pathlib.Path(FLAGS.append), section)
     notes.append(f'appended to {FLAGS.append}')

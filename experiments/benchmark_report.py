@@ -19,6 +19,7 @@ from typing import Any
 import jax
 
 from experiments import common
+from jaxedit import io
 
 _GIGA = 1e9
 NO_PLOT = (
@@ -327,7 +328,7 @@ def append(path: pathlib.Path, text: str) -> None:
     InputError: it cannot be written.
   """
   before = path.read_text('utf-8') if path.exists() else '# Benchmarks\n'
-  common.write_text(path, before.rstrip('\n') + '\n\n' + text)
+  io.write_text(path, before.rstrip('\n') + '\n\n' + text)
 
 
 def plot(results: Mapping[str, Any], folder: pathlib.Path) -> list[str]:

@@ -18,10 +18,11 @@ from experiments.benchmark_presets import (
     random_params,
     scaled,
 )
+from jaxedit.convert import hub
 from jaxedit.eval import datasets
 from jaxedit.methods import closed_form, memit
 from jaxedit.methods.anyedit import anyedit
-from jaxedit.models import families, hub, loading, tokenizer
+from jaxedit.models import families, loading, tokenizer
 from jaxedit.models.spec import ModelSpec
 from jaxedit.text import (
     encoding,

@@ -44,8 +44,10 @@ from experiments import (
     trace_stages,
     trace_torch,
 )
+from jaxedit import io
+from jaxedit.convert import hub
 from jaxedit.eval import known_facts, reading
-from jaxedit.models import hub, loading
+from jaxedit.models import loading
 from jaxedit.models import tokenizer as tokenizer_lib
 from jaxedit.trace import causal, noise
 from jaxedit.trace.kinds import KINDS, WINDOW
@@ -385,7 +387,7 @@ def _work(
   averages = trace_results.averages(found, kinds, config.last_only)
   trace_results.write_arrays(folder / 'traces.npz', found)
   rows = trace_results.fact_rows(found, kinds)
-  common.write_jsonl(folder / 'facts.jsonl', rows)
+  io.write_jsonl(folder / 'facts.jsonl', rows)
   with clock('plot'):
     drawn = trace_plots.draw_all(
         found, averages, folder / 'plots',
@@ -418,8 +420,8 @@ def _work(
       'timing': clock.seconds,
   }
   page = trace_page.page(report, rows, drawn)
-  common.write_text(folder / 'index.html', page)
-  common.write_json(folder / 'results.json', report)
+  io.write_text(folder / 'index.html', page)
+  io.write_json(folder / 'results.json', report)
   return [
       *trace_results.summary_lines(found, averages, effort),
       f'\n{len(found)} facts in {clock.seconds["total"]:.0f} s; results in'

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
-import json
 import math
 import os
 import pathlib
@@ -20,14 +19,14 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import tqdm
 from absl import app, flags, logging
 
-from jaxedit.models import hub
+from jaxedit.models import assets
 from jaxedit.types import InputError
 
 # Without torch transformers says so on import; its tokenizers need none.
@@ -189,7 +188,7 @@ def memory_of_flags() -> float | None:
 
 def cache_dir() -> pathlib.Path:
   """Where models, moments and compiled programs are kept between runs."""
-  return hub.cache_folder()
+  return assets.cache_folder()
 
 
 def use_compilation_cache(enabled: bool) -> None:
@@ -362,51 +361,6 @@ def clear(folder: pathlib.Path, names: Sequence[str]) -> None:
       shutil.rmtree(path)
     else:
       path.unlink(missing_ok=True)
-
-
-def write_bytes(path: pathlib.Path, blob: bytes) -> None:
-  """Writes a file atomically.
-
-  Args:
-    path: the file.
-    blob: all of it.
-
-  Raises:
-    InputError: it cannot be written.
-  """
-  temporary = None
-  try:
-    handle, temporary = tempfile.mkstemp(
-        dir=path.parent, prefix=f'.{path.name}'
-    )
-    with os.fdopen(handle, 'wb') as f:
-      f.write(blob)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
-  except OSError as e:
-    raise InputError(
-        f'{path}: cannot be written ({e.strerror}); make room there'
-    ) from e
-  finally:
-    if temporary is not None:
-      pathlib.Path(temporary).unlink(missing_ok=True)
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes a text as UTF-8, atomically; see `write_bytes`."""
-  write_bytes(path, text.encode('utf-8'))
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes one JSON document atomically; NaN and infinity are refused."""
-  text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-  write_text(path, text + '\n')
-
-
-def write_jsonl(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
-  """Writes one JSON object a line, atomically."""
-  dump = lambda row: json.dumps(row, ensure_ascii=False, allow_nan=False)
-  write_text(path, ''.join(dump(row) + '\n' for row in rows))
 
 
 def link(source: pathlib.Path, place: pathlib.Path) -> None:

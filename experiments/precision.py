@@ -31,6 +31,7 @@ from experiments import (
     timing,
     workbench,
 )
+from jaxedit import io
 from jaxedit.methods import closed_form
 from jaxedit.types import InputError, Targets
 
@@ -105,7 +106,7 @@ def main() -> None:
     targets[name] = outcome.info.targets
     tables[name] = judge(mine, outcome, None)
   found = agreement(targets['bfloat16'], targets['float32'])
-  common.write_json(
+  io.write_json(
       folder / 'precision.json',
       {
           **found,

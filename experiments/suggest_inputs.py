@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +10,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from experiments import methods, resources, workbench
+from jaxedit import io
 from jaxedit.eval import datasets
 from jaxedit.models import loading
 from jaxedit.text import templates
@@ -143,8 +142,9 @@ def read_proposal() -> Proposal | None:
   path = FLAGS.proposal
   if not path:
     return None
+  remedy = 'give the suggest.json that an earlier --suggest_layers wrote'
   try:
-    found = json.loads(pathlib.Path(path).read_text('utf-8'))
+    found = io.read_json(path, remedy=remedy)
     facts = found['facts']
     return Proposal(
         path,
@@ -157,12 +157,11 @@ def read_proposal() -> Proposal | None:
         ),
         str(found['model_hash']),
     )
-  except OSError as e:
-    raise InputError(f'--proposal={path}: {e.strerror}') from e
+  except InputError as e:
+    raise InputError(f'--proposal={e}') from e
   except (ValueError, LookupError, TypeError) as e:
     raise InputError(
-        f'--proposal={path}: is no suggest.json ({e!r}); give the one that an'
-        ' earlier --suggest_layers wrote'
+        f'--proposal={path}: is no suggest.json ({e!r}); {remedy}'
     ) from e
 
 

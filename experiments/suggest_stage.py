@@ -33,6 +33,7 @@ from experiments import (
     workbench,
 )
 from experiments.kept import Kept
+from jaxedit import io
 from jaxedit.eval import datasets, harness
 from jaxedit.models import loading
 from jaxedit.trace import effects
@@ -220,7 +221,7 @@ def _write(
       for name, mean in searched['effects'].items()
   }
   value = suggest_inputs.recipe_of(best.layers).value
-  common.write_json(
+  io.write_json(
       folder / 'suggest.json',
       {
           'tries': suggest.report(tries),
@@ -266,4 +267,4 @@ def _write(
       'output_dir': 'runs/suggested',
   }
   text = suggest.flagfile(best, given, head)
-  common.write_text(folder / 'suggested.flags', text)
+  io.write_text(folder / 'suggested.flags', text)

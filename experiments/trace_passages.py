@@ -27,8 +27,10 @@ import numpy as np
 from absl import flags
 
 from experiments import common, timing, trace_figures, trace_plots
+from jaxedit import io
+from jaxedit.convert import hub
 from jaxedit.eval import passages
-from jaxedit.models import hub, loading
+from jaxedit.models import loading
 from jaxedit.models import tokenizer as tokenizer_lib
 from jaxedit.text import chat as chat_lib
 from jaxedit.text import chunking, locate
@@ -360,7 +362,7 @@ def main() -> None:
       'seed': FLAGS.seed,
       'intervals': '95%, normal, over passages',
   }
-  common.write_json(
+  io.write_json(
       folder / 'results.json',
       {
           'protocol': protocol,

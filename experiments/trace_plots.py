@@ -9,13 +9,14 @@ fact_<number>_<kind>  p(answer) of one fact by token and layer
 from __future__ import annotations
 
 import functools
-import io
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
 from typing import Any
 
-from experiments import common, trace_figures, trace_results
+from experiments import trace_figures, trace_results
 from experiments.trace_figures import MAPS
+from jaxedit import io
 from jaxedit.trace import effects
 from jaxedit.types import InputError, Progress, silent
 
@@ -143,12 +144,12 @@ def save(
     The figure as SVG.
   """
   with trace_figures.styled():
-    drawn = {ending: io.BytesIO() for ending in {*formats, 'svg'}}
+    drawn = {ending: BytesIO() for ending in {*formats, 'svg'}}
     for ending, out in drawn.items():
       options = (
           {'metadata': {'Date': None}} if ending == 'svg' else {'dpi': 150}
       )
       figure.savefig(out, format=ending, **options)
   for ending in formats:
-    common.write_bytes(folder / f'{name}.{ending}', drawn[ending].getvalue())
+    io.write_bytes(folder / f'{name}.{ending}', drawn[ending].getvalue())
   return drawn['svg'].getvalue().decode('utf-8')

@@ -14,14 +14,14 @@ Nothing here reads a flag, runs a model or draws.
 
 from __future__ import annotations
 
-import io
 import pathlib
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import common
+from jaxedit import io
 from jaxedit.eval.known_facts import Fact
 from jaxedit.trace import causal, effects
 
@@ -217,9 +217,9 @@ def write_arrays(path: pathlib.Path, found: Sequence[Found]) -> None:
     arrays[f'{name}/subject'] = np.array(one.span, np.int32)
     for kind, grid in one.result.scores.items():
       arrays[f'{name}/{kind}'] = np.asarray(grid, np.float64)
-  out = io.BytesIO()
+  out = BytesIO()
   np.savez_compressed(out, **arrays)
-  common.write_bytes(path, out.getvalue())
+  io.write_bytes(path, out.getvalue())
 
 
 def summary_lines(

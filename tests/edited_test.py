@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import stat
 import tempfile
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +17,15 @@ from absl.testing import absltest, parameterized
 
 from jaxedit import edited as edited_lib
 from jaxedit.deltas import (
-  Dense,
-  Edited,
-  LowRank,
+    Dense,
+    Edited,
+    LowRank,
 )
 from jaxedit.edited import algebra, lm
 from jaxedit.models import decoder, loading
 from jaxedit.testing import models
 from jaxedit.types import (
-  InputError,
+    InputError,
 )
 
 SPEC = models.tiny_spec('llama')
@@ -305,7 +307,8 @@ class LeafTest(parameterized.TestCase):
     edits = [whole_block(seed) for seed in range(3)]
     stacked = edited_lib.stack(edits)
     for a, b in zip(
-        jax.tree.leaves(edited_lib.select(stacked, 1)), jax.tree.leaves(edits[1])
+        jax.tree.leaves(edited_lib.select(stacked, 1)),
+        jax.tree.leaves(edits[1]),
     ):
       np.testing.assert_array_equal(a, b)
     self.assertEqual(
@@ -381,6 +384,7 @@ class FileTest(Base):
     self.assertEqual(self.path.read_bytes(), before)
 
   def test_place_that_cannot_be_written(self):
+    (self.folder / 'missing').write_text('a file')
     self.path = self.folder / 'missing' / 'delta.safetensors'
     with self.assertRaisesRegex(InputError, 'missing.*cannot be written'):
       self._save(low_rank(1))
@@ -400,13 +404,13 @@ class FileTest(Base):
 
   def test_folder_is_refused(self):
     self.path = self.folder
-    self._refused('not a readable')
+    self._refused('no safetensors file')
 
   @parameterized.parameters(0, 5, 100, -1)
   def test_cut_file_is_refused(self, size):
     self._save(low_rank(1))
     self.path.write_bytes(self.path.read_bytes()[:size])
-    self._refused('not a readable safetensors file')
+    self._refused('cut short, damaged')
 
   @parameterized.parameters(3, -5)
   def test_altered_file_is_refused(self, place):
@@ -417,8 +421,12 @@ class FileTest(Base):
     self._refused('copy or make it again')
 
   @parameterized.named_parameters(
-      ('no_header', None, 'not a delta of jaxedit'),
-      ('other_format', {'format': 'other'}, 'not a delta of jaxedit'),
+      ('no_header', None, "is not a file of 'jaxedit-delta-2'"),
+      (
+          'other_format',
+          {'format': 'other'},
+          "is not a file of 'jaxedit-delta-2'",
+      ),
       ('no_metadata', {'format': 'jaxedit-delta-1'}, 'damaged'),
       (
           'metadata_cut',
@@ -435,6 +443,30 @@ class FileTest(Base):
     tensors = {'mlp/down/0/key': np.zeros((1, F), np.float32)}
     safetensors.numpy.save_file(tensors, self.path, header)
     self._refused(pattern, model_hash='ab' * 32)
+
+  def test_first_format(self):
+    (delta,) = low_rank(1, layers=(2, 10)).deltas
+    tensors = {
+        f'{delta.site}/{layer}/{name}': np.asarray(getattr(delta, name)[i])
+        for i, layer in enumerate(delta.layers)
+        for name in ('key', 'value')
+    }
+    tensors['norm_mlp/3/scale'] = np.arange(D, dtype=np.float32)
+    sums = {name: zlib.crc32(array) for name, array in tensors.items()}
+    header = {
+        'format': 'jaxedit-delta-1',
+        'jaxedit': json.dumps(self.metadata),
+        'crc32': json.dumps(sums),
+    }
+    safetensors.numpy.save_file(tensors, self.path, header)
+    got, metadata = edited_lib.load(self.path, model_hash='ab' * 32)
+    self.assertEqual(metadata, self.metadata)
+    dense = Dense(
+        (3,), 'norm_mlp', jnp.arange(D, dtype=jnp.float32)[None], 'scale'
+    )
+    jax.tree.map(
+        np.testing.assert_array_equal, got, Edited(deltas=(delta, dense))
+    )
 
   def test_no_written_edit(self):
     self._save(low_rank(1, rank=0))

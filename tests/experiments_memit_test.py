@@ -31,6 +31,7 @@ from experiments import (
     resources,
 )
 from jaxedit import edited as edited_lib
+from jaxedit import io
 from jaxedit.edited import lm
 from jaxedit.eval import datasets, harness
 from jaxedit.methods import closed_form, memit
@@ -809,7 +810,7 @@ class OutputTest(Case):
       with self.assertRaisesRegex(
           common.InputError, 'No space left.*make room'
       ):
-        common.write_json(SETUP.path('x.json'), {})
+        io.write_json(SETUP.path('x.json'), {})
     self.assertEmpty(list(SETUP.folder.glob('.*x.json*')))
 
 

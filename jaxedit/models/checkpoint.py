@@ -1,46 +1,30 @@
-"""Reading safetensors folders byte by byte.
+"""What lies in the safetensors files of a folder, before any weight is read.
 
-A file is eight bytes of header length (little endian), a JSON header with the
-dtype, shape and place of every tensor, and the tensors. Reading the format here
-keeps torch out, gives bfloat16 as it is, and lets a truncated file be told from
-a sound one before any weight is read. Nothing here knows a model or writes.
+Headers are read and checked by safetensors, index and shards against each
+other here. Nothing here knows a model or writes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from jaxedit import io
 from jaxedit.types import InputError
 
 SINGLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
 ORIGINAL = 'original.safetensors'
 
-# Safetensors' dtype codes that hold weights, and the sizes of all its codes.
-FLOATS = {
-    'F64': np.dtype(np.float64),
-    'F32': np.dtype(np.float32),
-    'F16': np.dtype(np.float16),
-    'BF16': np.dtype(ml_dtypes.bfloat16),
-}
-SIZES = {code: dtype.itemsize for code, dtype in FLOATS.items()} | {
-    'I64': 8, 'I32': 4, 'I16': 2, 'I8': 1,
-    'U64': 8, 'U32': 4, 'U16': 2, 'U8': 1,
-    'BOOL': 1, 'F8_E4M3': 1, 'F8_E5M2': 1,
-}  # fmt: skip
-
-# Upstream's own limit; a longer header is not a header.
-_MAX_HEADER = 100_000_000
-_PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
+# Safetensors' dtype codes that hold weights.
+FLOATS = ('F64', 'F32', 'F16', 'BF16')
+PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,26 +36,22 @@ class Tensor:
     path: its file.
     code: safetensors dtype code, e.g. 'BF16'.
     shape: its shape.
-    start: first byte in the file.
-    size: bytes.
   """
 
   name: str
   path: pathlib.Path
   code: str
   shape: tuple[int, ...]
-  start: int
-  size: int
 
-  def read_bytes(self) -> np.ndarray:
-    """Reads the tensor as uint8 [size] into memory of its own."""
-    with open(self.path, 'rb') as stream:
-      stream.seek(self.start)
-      return np.fromfile(stream, np.uint8, self.size)
+  @property
+  def size(self) -> int:
+    """Its bytes."""
+    return math.prod(self.shape) * io.DTYPES[self.code].itemsize
 
   def read(self) -> np.ndarray:
-    """Reads the tensor; its dtype must be one of `FLOATS`."""
-    return self.read_bytes().view(FLOATS[self.code]).reshape(self.shape)
+    """Reads the tensor into memory of its own."""
+    with io.open_tensors(self.path) as source:
+      return source.get_tensor(self.name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +59,10 @@ class Header:
   """The head of one safetensors file.
 
   Attributes:
-    raw: the JSON as it stands in the file, padding included.
     metadata: its free strings.
-    tensors: name -> tensor, in file order.
+    tensors: name -> tensor.
   """
 
-  raw: bytes
   metadata: Mapping[str, str]
   tensors: Mapping[str, Tensor]
 
@@ -118,59 +96,13 @@ def read_header(path: pathlib.Path) -> Header:
   Raises:
     InputError: the file is cut short or is no safetensors file.
   """
-  length = path.stat().st_size
-  with open(path, 'rb') as stream:
-    size = int.from_bytes(stream.read(8), 'little')
-    if length < 8 or size > min(length - 8, _MAX_HEADER):
-      raise InputError(
-          f'{path}: its header claims {size} bytes but the file has {length}; '
-          'it is cut short or no safetensors file: fetch it again'
-      )
-    raw = stream.read(size)
-  try:
-    entries = json.loads(raw)
-    metadata = entries.pop('__metadata__', {})
-    tensors = [
-        _tensor(path, name, entry, 8 + size) for name, entry in entries.items()
-    ]
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise InputError(
-        f'{path}: its header is not that of a safetensors file ({error}); '
-        'fetch it again'
-    ) from error
-  tensors.sort(key=lambda tensor: (tensor.start, tensor.size))
-  end = 8 + size
-  for tensor in tensors:
-    if tensor.start != end:
-      raise InputError(
-          f'{path}: tensor {tensor.name} starts at byte {tensor.start} instead '
-          f'of {end}; the file is damaged: fetch it again'
-      )
-    end += tensor.size
-  if end != length:
-    raise InputError(
-        f'{path}: the file has {length} bytes and its header needs {end}; it '
-        'is cut short or damaged: fetch it again'
-    )
-  return Header(raw, metadata, {tensor.name: tensor for tensor in tensors})
-
-
-def _tensor(
-    path: pathlib.Path, name: str, entry: Mapping[str, Any], base: int
-) -> Tensor:
-  """Builds a tensor from its header entry; ValueError if it is senseless."""
-  code, shape = entry['dtype'], tuple(entry['shape'])
-  start, stop = entry['data_offsets']
-  if code not in SIZES:
-    raise ValueError(f'tensor {name} has the unknown dtype {code!r}')
-  numbers = (*shape, start, stop)
-  if any(type(number) is not int or number < 0 for number in numbers):
-    raise ValueError(f'tensor {name} has a shape or place that is no number')
-  if stop - start != math.prod(shape) * SIZES[code]:
-    raise ValueError(
-        f'tensor {name} has {stop - start} bytes for {code} {list(shape)}'
-    )
-  return Tensor(name, path, code, shape, base + start, stop - start)
+  tensors = {}
+  with io.open_tensors(path) as source:
+    for name in source.keys():
+      part = source.get_slice(name)
+      shape = tuple(part.get_shape())
+      tensors[name] = Tensor(name, path, part.get_dtype(), shape)
+    return Header(source.metadata() or {}, tensors)
 
 
 def open_folder(folder: str | os.PathLike[str]) -> Checkpoint:
@@ -191,7 +123,7 @@ def open_folder(folder: str | os.PathLike[str]) -> Checkpoint:
   if (folder / SINGLE).is_file():
     names, index = [SINGLE], None
   elif (folder / INDEX).is_file():
-    index = read_json(folder / INDEX)
+    index = io.read_json(folder / INDEX)
     names = _shard_names(folder, index)
   else:
     raise InputError(_no_weights(folder))
@@ -222,9 +154,9 @@ def open_folder(folder: str | os.PathLike[str]) -> Checkpoint:
   return Checkpoint(folder, headers, tensors, index)
 
 
-def _shard_names(folder: pathlib.Path, index: Any) -> list[str]:
+def _shard_names(folder: pathlib.Path, index: Mapping[str, Any]) -> list[str]:
   """Lists the files of an index, refusing any that is not a plain name."""
-  weights = index.get('weight_map') if isinstance(index, dict) else None
+  weights = index.get('weight_map')
   if not isinstance(weights, dict) or not weights:
     raise InputError(
         f'{folder / INDEX} has no weight_map from tensors to files; fetch it '
@@ -265,7 +197,7 @@ def _index_faults(
 def _no_weights(folder: pathlib.Path) -> str:
   """Says what a folder without safetensors has instead."""
   present = sorted(path.name for path in folder.iterdir() if path.is_file())
-  pickles = [name for name in present if name.endswith(_PICKLES)]
+  pickles = [name for name in present if name.endswith(PICKLES)]
   if pickles:
     return (
         f'{folder}: has only pickle weights ({", ".join(pickles)}), which can '
@@ -275,23 +207,9 @@ def _no_weights(folder: pathlib.Path) -> str:
   if any(name.endswith('.msgpack') for name in present):
     return (
         f'{folder}: has Flax weights (.msgpack) only; read them with '
-        'interop.load_hf_flax_msgpack or convert them to safetensors'
+        'jaxedit.convert.load_hf_flax_msgpack or convert them to safetensors'
     )
   return f'{folder}: has neither {SINGLE} nor {INDEX}; found {present}'
-
-
-def read_json(path: pathlib.Path) -> Any:
-  """Reads a JSON file.
-
-  Raises:
-    InputError: it is missing or is no JSON.
-  """
-  try:
-    return json.loads(path.read_text(encoding='utf-8'))
-  except FileNotFoundError as error:
-    raise InputError(f'{path} is missing; fetch it') from error
-  except ValueError as error:
-    raise InputError(f'{path} is not valid JSON ({error})') from error
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -303,7 +221,4 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
   folder = pathlib.Path(folder)
   if not folder.is_dir():
     raise InputError(f'{folder}: there is no such folder')
-  config = read_json(folder / 'config.json')
-  if not isinstance(config, dict):
-    raise InputError(f'{folder / "config.json"} does not hold an object')
-  return config
+  return io.read_json(folder / 'config.json', remedy='fetch it')

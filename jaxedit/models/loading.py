@@ -23,7 +23,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
+from jaxedit import io
 from jaxedit.models import checkpoint, families, tensors
 from jaxedit.models import spec as spec_lib
 from jaxedit.types import Array, InputError, Params, Progress, silent
@@ -297,7 +299,7 @@ def _read_params(
 def _digest(name: str, tensor: checkpoint.Tensor, value: np.ndarray) -> bytes:
   """Hashes one tensor with its name, dtype and shape."""
   digest = hashlib.sha256(f'{name}|{tensor.code}|{tensor.shape}|'.encode())
-  digest.update(value.reshape(-1).view(np.uint8).data)
+  digest.update(io.tensor_bytes(value))
   return digest.digest()
 
 
@@ -309,7 +311,7 @@ def _differing_copies(
   for copy, name in layout.copies.items():
     one, other = source.tensors[copy], source.tensors[name]
     same = one.shape == other.shape and one.code == other.code
-    if not same or not np.array_equal(one.read_bytes(), other.read_bytes()):
+    if not same or io.tensor_bytes(one.read()) != io.tensor_bytes(other.read()):
       problems.append(
           f'{one.path}: tensor {copy} differs from {name}, but config.json '
           'ties them; set tie_word_embeddings to false to use it'
@@ -319,14 +321,7 @@ def _differing_copies(
 
 def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
   """Turns '/'-joined paths into a nested dict."""
-  tree: dict[str, Any] = {}
-  for path, leaf in leaves.items():
-    *parents, last = path.split('/')
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[last] = leaf
-  return tree
+  return traverse_util.unflatten_dict(leaves, sep='/')
 
 
 def get_leaf(params: Params, path: str) -> Any:

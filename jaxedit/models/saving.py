@@ -20,7 +20,6 @@ in float32.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -29,7 +28,8 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from jaxedit.models import checkpoint, loading, tensors, writing
+from jaxedit import io
+from jaxedit.models import checkpoint, loading, tensors
 from jaxedit.models import spec as spec_lib
 from jaxedit.types import InputError, Params
 
@@ -125,7 +125,7 @@ def save_model(
     )
   writer = _Writer(source, layout, params, _spread(spec, changed), dtype)
   files = writer.changed_files()
-  with writing.new_folder(out_folder) as folder:
+  with io.new_folder(out_folder) as folder:
     _copy_small(source.folder, folder)
     for name, header in source.headers.items():
       if name in files:
@@ -213,21 +213,18 @@ class _Writer:
       header: checkpoint.Header,
       extra: Mapping[str, str],
   ) -> None:
-    """Writes one file; the order of tensors follows the source's."""
-    codes = {name: self._code(one) for name, one in header.tensors.items()}
-    order = list(codes)
-    if self._dtype is not None:
-      order = writing.aligned(codes)
-    kinds = {name: (codes[name], header.tensors[name].shape) for name in order}
-    raw = writing.make_header(kinds, {**header.metadata, **extra})
+    """Writes one file."""
+    kinds = {
+        name: (self._code(tensor), tensor.shape)
+        for name, tensor in header.tensors.items()
+    }
+
+    def read(name: str) -> np.ndarray:
+      tensor = header.tensors[name]
+      return self._changed(tensor) if name in self._slots else tensor.read()
+
     with open(path, 'wb') as stream:
-      writing.write_header(stream, raw)
-      for name in order:
-        tensor = header.tensors[name]
-        if name in self._slots:
-          stream.write(self._changed(tensor).reshape(-1).view(np.uint8).data)
-        else:
-          writing.copy_bytes(tensor, stream)
+      io.stream_tensors(stream, kinds, read, {**header.metadata, **extra})
 
   def _code(self, tensor: checkpoint.Tensor) -> str:
     """The dtype code a tensor is written in."""
@@ -256,7 +253,7 @@ class _Writer:
       return old
     code = self._code(tensor)
     with np.errstate(over='ignore'):
-      cast = new.astype(checkpoint.FLOATS[code])
+      cast = new.astype(io.DTYPES[code])
     self.reports[tensor.name] = _compare(old, new, cast, code)
     if not np.isfinite(cast.astype(np.float32)).all():
       self.problems.append(
@@ -305,8 +302,7 @@ def _write_index(source: checkpoint.Checkpoint, folder: pathlib.Path) -> None:
     shutil.copyfile(source.folder / checkpoint.INDEX, folder / checkpoint.INDEX)
     return
   index = {**source.index, 'metadata': {**metadata, 'total_size': total}}
-  text = json.dumps(index, indent=2) + '\n'
-  (folder / checkpoint.INDEX).write_text(text, encoding='utf-8')
+  io.write_json(folder / checkpoint.INDEX, index)
 
 
 def _write_original(
@@ -316,20 +312,22 @@ def _write_original(
     names: Collection[str],
 ) -> None:
   """Keeps the replaced tensors, and the headers of the files they were in."""
-  codes = {name: source.tensors[name].code for name in names}
-  kept = [source.tensors[name] for name in writing.aligned(codes)]
+  old = {name: source.tensors[name] for name in names}
   metadata = {
-      f'header:{name}': source.headers[name].raw.decode() for name in files
+      f'header:{name}': _raw_header(source.folder / name) for name in files
   }
   if source.index is not None:
     text = (source.folder / checkpoint.INDEX).read_bytes().decode()
     metadata[f'file:{checkpoint.INDEX}'] = text
-  kinds = {tensor.name: (tensor.code, tensor.shape) for tensor in kept}
+  kinds = {name: (tensor.code, tensor.shape) for name, tensor in old.items()}
   with open(folder / checkpoint.ORIGINAL, 'wb') as stream:
-    raw = writing.make_header(kinds, metadata)
-    writing.write_header(stream, raw)
-    for tensor in kept:
-      writing.copy_bytes(tensor, stream)
+    io.stream_tensors(stream, kinds, lambda name: old[name].read(), metadata)
+
+
+def _raw_header(path: pathlib.Path) -> str:
+  """Reads the header of a checked file as it stands, padding included."""
+  with open(path, 'rb') as stream:
+    return stream.read(int.from_bytes(stream.read(8), 'little')).decode()
 
 
 def restore(
@@ -359,7 +357,7 @@ def restore(
     )
   original = checkpoint.read_header(path)
   edited = checkpoint.open_folder(folder)
-  with writing.new_folder(out_folder) as out:
+  with io.new_folder(out_folder) as out:
     _copy_small(folder, out)
     for name in edited.headers:
       raw = original.metadata.get(f'header:{name}')
@@ -383,12 +381,12 @@ def _restore_file(
 ) -> None:
   """Writes one file under its old header."""
   entries = {
-      name: entry for name, entry in json.loads(raw).items()
+      name: entry for name, entry in io.parse_json(raw).items()
       if name != '__metadata__'
   }  # fmt: skip
   order = sorted(entries, key=lambda name: entries[name]['data_offsets'])
   with open(path, 'wb') as stream:
-    writing.write_header(stream, raw)
+    stream.write(len(raw).to_bytes(8, 'little') + raw)
     for name in order:
       tensor = original.tensors.get(name) or edited.tensors.get(name)
       if tensor is None or list(tensor.shape) != entries[name]['shape']:
@@ -397,4 +395,4 @@ def _restore_file(
             f'than {checkpoint.ORIGINAL} expects; the files do not belong '
             'together'
         )
-      writing.copy_bytes(tensor, stream)
+      stream.write(io.tensor_bytes(tensor.read()))

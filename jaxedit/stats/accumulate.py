@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxedit.stats import storage
+from jaxedit import io
 from jaxedit.stats.packing import Row
 from jaxedit.types import InputError
 
@@ -83,8 +83,9 @@ class Checkpoint:
     """Returns what an interrupted run left; refuses another run's."""
     if self._path is None or not self._path.exists():
       return None
+    io.sweep(self._path)
     advice = 'delete it to start anew'
-    record = storage.read_record(self._path, KIND, advice)
+    tensors, record = io.read_tensors(self._path, KIND, advice)
     theirs = record['identity']
     other = [k for k, v in self._identity.items() if theirs.get(k) != v]
     if other:
@@ -92,7 +93,6 @@ class Checkpoint:
           f'{self._path}: is of an interrupted run with another'
           f' {", ".join(other)}; repeat that run to finish it, or {advice}'
       )
-    tensors = storage.read_tensors(self._path, record, advice)
     done = (record[name] for name in Total._fields[1:])
     return Total(tensors['gram'], *done)
 
@@ -114,7 +114,7 @@ class Checkpoint:
       return
     record = {'identity': self._identity, **total._asdict()}
     tensors = {'gram': record.pop('gram')}
-    storage.write(self._path, tensors, kind=KIND, record=record)
+    io.write_tensors(self._path, tensors, kind=KIND, record=record)
     self._written = time.monotonic()
     # Writing takes a tenth of the run at most.
     self._pause = max(self._seconds, 9 * (self._written - start))

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
 import pathlib
 import re
@@ -27,9 +26,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxedit import io
 from jaxedit.models import decode
 from jaxedit.models.spec import ModelSpec
-from jaxedit.stats import storage
 from jaxedit.types import InputError, Params, Progress, silent
 
 KINDS = 'self, file:PATH, jsonl:PATH:FIELD or hf:ID[:CONFIG[:FIELD]]'
@@ -128,7 +127,7 @@ def jsonl_documents(path: str | os.PathLike[str], field: str) -> list[str]:
     if not line.strip():
       continue
     try:
-      record = json.loads(line)
+      record = io.parse_json(line)
       text = record.get(field) if isinstance(record, dict) else None
     except ValueError:
       problems.append(f'{path}: line {number} is not valid JSON')
@@ -312,14 +311,14 @@ class _Samples:
     if self._path is None or not self._path.exists():
       return
     advice = 'delete it to sample anew'
-    record = storage.read_record(self._path, _SAMPLES, advice)
+    io.sweep(self._path)
+    found, record = io.read_tensors(self._path, _SAMPLES, advice)
     other = [k for k, v in identity.items() if record['identity'].get(k) != v]
     if other:
       raise InputError(
           f'{self._path}: was sampled with another {", ".join(other)}; repeat'
           f' that run to finish it, or {advice}'
       )
-    found = storage.read_tensors(self._path, record, advice)
     cuts = np.cumsum(found['lengths'])[:-1]
     self.texts = [t.tolist() for t in np.split(found['tokens'], cuts)]
     self.batches = record['batches']
@@ -335,7 +334,7 @@ class _Samples:
         'lengths': np.array([len(text) for text in self.texts], np.int32),
     }
     record = {'identity': self._identity, 'batches': self.batches}
-    storage.write(self._path, tensors, kind=_SAMPLES, record=record)
+    io.write_tensors(self._path, tensors, kind=_SAMPLES, record=record)
 
 
 def sample(

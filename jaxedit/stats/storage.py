@@ -1,26 +1,21 @@
 """Second moments on disk.
 
 The file is safetensors: one F64 [F, F] matrix a layer, named `gram/<layer>`,
-and in the header a JSON record with the token count, the provenance and a
-checksum a matrix. A file that is of another model, lacks a layer, or is cut
-short or altered is refused with what to do.
+and in the header (see `jaxedit.io`) a record with the token count and the
+provenance. A file that is of another model, lacks a layer, or is cut short or
+altered is refused with what to do.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import os
-import pathlib
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
+from jaxedit import io
 from jaxedit.types import InputError
 
 _MOMENTS = 'jaxedit second moments 1'
@@ -63,103 +58,6 @@ class Moments:
     return self.gram[self.layers.index(layer)]
 
 
-def write(
-    path: str | os.PathLike[str],
-    tensors: Mapping[str, np.ndarray],
-    *,
-    kind: str,
-    record: Mapping[str, Any],
-) -> None:
-  """Writes a safetensors file in one step: it is whole or it is not there.
-
-  Args:
-    path: file to create or replace; its folder is made.
-    tensors: name -> array.
-    kind: what the file is, checked by `read`.
-    record: JSON for the header.
-
-  Raises:
-    InputError: the file cannot be written.
-  """
-  path = pathlib.Path(path)
-  draft = path.with_name(f'.{path.name}.{os.getpid()}')
-  sums = {k: zlib.crc32(np.ascontiguousarray(v)) for k, v in tensors.items()}
-  header = {'kind': kind, 'record': json.dumps({**record, 'crc32': sums})}
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.numpy.save_file(dict(tensors), str(draft), header)
-    draft.chmod(0o644)
-    os.replace(draft, path)
-  except (OSError, safetensors.SafetensorError) as error:
-    raise InputError(
-        f'{path}: cannot be written ({error}); choose another place or make'
-        ' room there'
-    ) from error
-  finally:
-    with contextlib.suppress(OSError):
-      draft.unlink(missing_ok=True)
-
-
-def read_record(
-    path: str | os.PathLike[str], kind: str, advice: str
-) -> dict[str, Any]:
-  """Reads the header of a file that `write` made.
-
-  Args:
-    path: the file.
-    kind: what it must be.
-    advice: ends every error message.
-
-  Returns:
-    The record.
-
-  Raises:
-    InputError: missing, unreadable, cut short or of another kind.
-  """
-  path = pathlib.Path(path)
-  if not path.is_file():
-    raise InputError(f'{path}: there is no such file; {advice}')
-  try:
-    with safetensors.safe_open(path, framework='numpy') as source:
-      header = source.metadata() or {}
-    if header.get('kind') != kind:
-      raise InputError(f'{path}: is not a file of {kind!r}; {advice}')
-    return json.loads(header['record'])
-  except (OSError, safetensors.SafetensorError, ValueError) as error:
-    if isinstance(error, InputError):
-      raise
-    raise InputError(
-        f'{path}: is cut short or damaged ({error}); {advice}'
-    ) from error
-
-
-def read_tensors(
-    path: str | os.PathLike[str], record: Mapping[str, Any], advice: str
-) -> dict[str, np.ndarray]:
-  """Reads the arrays whose checksums a record lists.
-
-  Args:
-    path: the file.
-    record: from `read_record`; drop names from its 'crc32' to read less.
-    advice: ends every error message.
-
-  Returns:
-    Name -> array.
-
-  Raises:
-    InputError: an array is missing or altered.
-  """
-  found = {}
-  with safetensors.safe_open(path, framework='numpy') as source:
-    present = set(source.keys())
-    for name, crc in record['crc32'].items():
-      if name in present:
-        found[name] = source.get_tensor(name)
-      if name not in found or zlib.crc32(found[name]) != crc:
-        raise InputError(f'{path}: {name} is missing or damaged; {advice}')
-  return found
-
-
 def save(path: str | os.PathLike[str], moments: Moments) -> None:
   """Writes second moments.
 
@@ -178,7 +76,8 @@ def save(path: str | os.PathLike[str], moments: Moments) -> None:
       'count': moments.count,
       'provenance': dict(moments.provenance),
   }
-  write(path, tensors, kind=_MOMENTS, record=record)
+  io.sweep(path)
+  io.write_tensors(path, tensors, kind=_MOMENTS, record=record)
 
 
 def check(
@@ -204,7 +103,7 @@ def check(
       layer; all faults at once.
   """
   advice = _advice(path, layers)
-  record = read_record(path, _MOMENTS, advice)
+  _, record = io.read_tensors(path, _MOMENTS, advice, names=())
   provenance, have = record['provenance'], record['layers']
   problems = []
   model = provenance.get('model')
@@ -253,8 +152,7 @@ def load(
   record = check(path, model_hash=model_hash, layers=layers, site=site)
   chosen = tuple(record['layers'] if layers is None else layers)
   names = [f'gram/{layer}' for layer in chosen]
-  sums = {name: record['crc32'].get(name) for name in names}
-  tensors = read_tensors(path, {'crc32': sums}, _advice(path, layers))
+  tensors, _ = io.read_tensors(path, _MOMENTS, _advice(path, layers), names)
   gram = np.stack([tensors[name] for name in names])
   return Moments(chosen, gram, record['count'], record['provenance'])
 

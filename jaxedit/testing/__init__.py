@@ -7,7 +7,8 @@ import os
 import pathlib
 import unittest
 
-from jaxedit.models import hub
+from jaxedit.convert import hub
+from jaxedit.models import assets
 from jaxedit.types import InputError
 
 
@@ -61,6 +62,6 @@ def demo_model() -> pathlib.Path:
 @functools.cache
 def _demo_folder() -> pathlib.Path | InputError:
   try:
-    return hub.resolve(hub.DEMO_MODEL, wheel=os.environ.get('JAXEDIT_WHEEL'))
+    return hub.resolve(assets.DEMO_MODEL, wheel=os.environ.get('JAXEDIT_WHEEL'))
   except InputError as error:
     return error

@@ -17,14 +17,12 @@ It does not sample by itself, and it does not know any model.
 
 from __future__ import annotations
 
-import json
 import os
-import pathlib
 import re
-import tempfile
 import unicodedata
 from collections.abc import Callable, Sequence
 
+from jaxedit import io
 from jaxedit.text.locate import PLACEHOLDER, valid_unicode
 from jaxedit.types import InputError
 
@@ -137,22 +135,8 @@ def load_templates(path: str | os.PathLike[str]) -> tuple[str, ...]:
     InputError: the file is missing or no JSON list, or entries have not exactly
       one '{}'; every faulty entry is named.
   """
-  try:
-    entries = json.loads(pathlib.Path(path).read_text('utf-8-sig'))
-  except OSError as error:
-    raise InputError(
-        f'{path}: cannot read the templates ({error.strerror}); check the path.'
-    ) from error
-  except (ValueError, RecursionError) as error:
-    raise InputError(
-        f'{path}: not JSON ({error}); write a list of strings, each with one'
-        " '{}'."
-    ) from error
-  if not isinstance(entries, list):
-    raise InputError(
-        f'{path}: holds {type(entries).__name__}, not a list; write a list of'
-        " strings, each with one '{}'."
-    )
+  remedy = "write a list of strings, each with one '{}'"
+  entries = io.read_json(path, list, remedy=remedy)
   faults = template_faults(entries)
   if faults:
     raise InputError(*(f'{path}: {fault}' for fault in faults))
@@ -171,18 +155,10 @@ def save_templates(
     templates: strings with one '{}' each.
 
   Raises:
-    InputError: a template has not exactly one '{}'.
+    InputError: a template has not exactly one '{}', or the file cannot be
+      written.
   """
   faults = template_faults(templates)
   if faults:
     raise InputError(*faults)
-  path = pathlib.Path(path)
-  text = json.dumps(list(templates), ensure_ascii=False, indent=2) + '\n'
-  handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-  try:
-    with os.fdopen(handle, 'w', encoding='utf-8') as file:
-      file.write(text)
-    os.replace(temporary, path)
-  except BaseException:
-    os.unlink(temporary)
-    raise
+  io.write_json(path, list(templates))

@@ -1,44 +1,38 @@
 """GGUF files of the llama architecture, turned into Hugging Face folders.
 
 A GGUF file is a header (keys and values, then a table of tensors) followed by
-aligned tensor data. Blocks of 32 weights share their constants:
+aligned tensor data. Tensors are plain numbers or blocks of quantised weights
+that share their constants, e.g. w = d q with q in [-128, 127] and d in half
+precision for Q8_0; the `gguf` package dequantises whatever it knows: Q4_0 to
+Q8_0, the K-quants, IQ types. The rows of the q and k maps of a llama file are
+permuted: GGUF rotates neighbouring pairs, Hugging Face the two halves of a
+head, so row (head, pair, part) goes back to (head, part, pair).
 
-  Q8_0   w = d q                q in [-128, 127], d in half precision
-  Q4_0   w = d (q - 8)          q in [0, 15]
-  Q4_1   w = d q + m            q in [0, 15], m in half precision
+The header is parsed here, every length checked against the file before it is
+used, so that a damaged file yields a sentence; the package's own reader trusts
+the file and takes seconds for a large vocabulary. The values of quantised
+blocks are not exact in bfloat16; float32 keeps them.
 
-and F32, F16 and BF16 hold plain numbers. The rows of the q and k maps of a
-llama file are permuted: GGUF rotates neighbouring pairs, Hugging Face the two
-halves of a head, so row (head, pair, part) goes back to (head, part, pair).
-
-Every length in the header is checked against the file before it is used, so a
-damaged file yields a sentence. The values of Q4 and Q8 blocks are not exact in
-bfloat16; float32 keeps them.
-
-Sources: the GGUF format description of the ggml project; block layouts come
-from its `gguf` package. Not covered: other architectures, mixtures of experts,
-biases, K-quants, big-endian files, and frequency factors stored as a tensor.
+Sources: the GGUF format description of the ggml project. Not covered: other
+architectures, mixtures of experts, biases, big-endian files, and frequency
+factors stored as a tensor.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import math
 import mmap
 import os
 import pathlib
-import shutil
-import struct
-import uuid
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
-from jaxedit import types
-from jaxedit.models import tokenizer as tokenizer_lib
-
-TENSOR_TYPES = ('F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1')
+from jaxedit import io, types
+from jaxedit.convert import gguf_tokenizer
+from jaxedit.models import families, tensors
+from jaxedit.models.families import llama
 
 _SCALARS = {
     0: 'u1', 1: 'i1', 2: '<u2', 3: '<i2', 4: '<u4', 5: '<i4', 6: '<f4',
@@ -46,21 +40,23 @@ _SCALARS = {
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
 
-_OUTPUTS = {
-    'float32': ('F32', np.dtype(np.float32)),
-    'bfloat16': ('BF16', np.dtype(ml_dtypes.bfloat16)),
-}
+_OUTPUTS = {'float32': 'F32', 'bfloat16': 'BF16'}
 
-_LAYER_NAMES = {
-    'attn_norm': 'input_layernorm',
-    'attn_q': 'self_attn.q_proj',
-    'attn_k': 'self_attn.k_proj',
-    'attn_v': 'self_attn.v_proj',
-    'attn_output': 'self_attn.o_proj',
-    'ffn_norm': 'post_attention_layernorm',
-    'ffn_gate': 'mlp.gate_proj',
-    'ffn_up': 'mlp.up_proj',
-    'ffn_down': 'mlp.down_proj',
+# Parts of Hugging Face's tensor names, and what GGUF calls them.
+_NAMES = {
+    'model.embed_tokens': 'token_embd',
+    'model.norm': 'output_norm',
+    'lm_head': 'output',
+    'model.layers': 'blk',
+    'input_layernorm': 'attn_norm',
+    'self_attn.q_proj': 'attn_q',
+    'self_attn.k_proj': 'attn_k',
+    'self_attn.v_proj': 'attn_v',
+    'self_attn.o_proj': 'attn_output',
+    'post_attention_layernorm': 'ffn_norm',
+    'mlp.gate_proj': 'ffn_gate',
+    'mlp.up_proj': 'ffn_up',
+    'mlp.down_proj': 'ffn_down',
 }
 
 # The `llama.*` keys that the config below accounts for. Any other key might
@@ -102,6 +98,10 @@ class Header(NamedTuple):
   metadata: dict[str, Any]
   tensors: dict[str, TensorInfo]
   data_start: int
+
+
+# HF name of a tensor -> its GGUF name and shape.
+Plan = dict[str, tuple[str, tuple[int, ...]]]
 
 
 class _Damaged(Exception):
@@ -191,39 +191,49 @@ def _import_gguf() -> Any:
   return gguf
 
 
+def _readable() -> dict[int, str]:
+  """Number -> name of the types that the package gguf dequantises."""
+  gguf = _import_gguf()
+  found = {}
+  for kind in gguf.GGMLQuantizationType:
+    with contextlib.suppress(NotImplementedError):
+      _, size = gguf.GGML_QUANT_SIZES[kind]
+      gguf.dequantize(np.zeros((1, size), np.uint8), kind)
+      found[kind.value] = kind.name
+  return found
+
+
 def _size_faults(path: pathlib.Path, header: Header, size: int) -> list[str]:
   """Lists tensors of unknown types and tensors that leave the file."""
   gguf = _import_gguf()
   names = {kind.value: kind.name for kind in gguf.GGMLQuantizationType}
+  readable = _readable()
   problems = []
-  unknown: dict[str, list[str]] = {}
+  unknown: dict[int, list[str]] = {}
   for name, info in header.tensors.items():
-    kind = names.get(info.kind, f'number {info.kind}')
-    if kind not in TENSOR_TYPES:
-      unknown.setdefault(kind, []).append(name)
+    if info.kind not in readable:
+      unknown.setdefault(info.kind, []).append(name)
       continue
     block, block_bytes = gguf.GGML_QUANT_SIZES[info.kind]
+    # Python integers: a damaged shape must not wrap.
+    stored = math.prod(info.shape) // block * block_bytes
+    end = header.data_start + info.start + stored
     if info.shape[-1] % block:
       problems.append(
           f'{path}: tensor {name} has rows of {info.shape[-1]} weights, not'
-          f' whole {kind} blocks of {block}; the file is damaged.'
+          f' whole {names[info.kind]} blocks of {block}; the file is damaged.'
       )
-      continue
-    count = 1
-    for length in info.shape:  # Python integers: a damaged shape must not wrap
-      count *= length
-    end = header.data_start + info.start + count // block * block_bytes
-    if end > size:
+    elif end > size:
       problems.append(
           f'{path}: tensor {name} ends at byte {end} but the file has {size}'
           ' bytes; it is truncated: fetch it again.'
       )
-  for kind, members in unknown.items():
-    problems.append(
-        f'{path}: {len(members)} tensors (first: {members[0]}) are of type'
-        f' {kind}; readable are {", ".join(TENSOR_TYPES)}.'
-    )
-  return problems
+  return problems + [
+      f'{path}: {len(members)} tensors (first: {members[0]}) are of type'
+      f' {names.get(kind, f"number {kind}")}; readable are'
+      f' {", ".join(readable.values())}.'
+      for kind, members in unknown.items()
+  ]
 
 
 def _config(path: pathlib.Path, header: Header, dtype: str) -> dict[str, Any]:
@@ -317,12 +327,6 @@ def _config_faults(
           f'{path}: {key} is {meta[key]!r} where {needed[0]} is expected; such'
           ' models are not supported.'
       )
-  heads, kv_heads = config['num_attention_heads'], config['num_key_value_heads']
-  if heads % kv_heads or size % 2:
-    problems.append(
-        f'{path}: {heads} query heads, {kv_heads} key heads and head size'
-        f' {size} do not fit together.'
-    )
   if config['num_hidden_layers'] > len(header.tensors):
     problems.append(
         f'{path}: {config["num_hidden_layers"]} layers but'
@@ -337,43 +341,24 @@ def _config_faults(
   return problems
 
 
-def _tensor_plan(
-    config: dict[str, Any],
-) -> dict[str, tuple[str, tuple[int, ...]]]:
-  """Maps each GGUF tensor of such a model to its HF name and shape."""
-  width, inner = config['hidden_size'], config['intermediate_size']
-  queries = config['num_attention_heads'] * config['head_dim']
-  keys = config['num_key_value_heads'] * config['head_dim']
-  table = (config['vocab_size'], width)
-  shapes = {
-      'attn_norm': (width,),
-      'attn_q': (queries, width),
-      'attn_k': (keys, width),
-      'attn_v': (keys, width),
-      'attn_output': (width, queries),
-      'ffn_norm': (width,),
-      'ffn_gate': (inner, width),
-      'ffn_up': (inner, width),
-      'ffn_down': (width, inner),
-  }
-  plan = {'token_embd.weight': ('model.embed_tokens.weight', table)}
-  for layer in range(config['num_hidden_layers']):
-    for name, shape in shapes.items():
-      plan[f'blk.{layer}.{name}.weight'] = (
-          f'model.layers.{layer}.{_LAYER_NAMES[name]}.weight',
-          shape,
-      )
-  plan['output_norm.weight'] = ('model.norm.weight', (width,))
-  if not config['tie_word_embeddings']:
-    plan['output.weight'] = ('lm_head.weight', table)
+def _tensor_plan(config: dict[str, Any]) -> Plan:
+  """Finds what GGUF calls each tensor of such a model."""
+  spec = families.spec_from_hf(config)
+  plan = {}
+  for name, slots in tensors.upstream_slots(spec, llama.TENSORS).items():
+    source = name
+    for part, short in _NAMES.items():
+      source = source.replace(part, short)
+    plan[name] = source, tensors.upstream_shape(slots[0])
   return plan
 
 
-def _plan_faults(path: pathlib.Path, header: Header, plan: Any) -> list[str]:
+def _plan_faults(path: pathlib.Path, header: Header, plan: Plan) -> list[str]:
   """Lists tensors that are missing, misshapen or unaccounted for."""
   problems = []
-  missing = [name for name in plan if name not in header.tensors]
-  extra = [name for name in header.tensors if name not in plan]
+  wanted = dict(plan.values())
+  missing = [name for name in wanted if name not in header.tensors]
+  extra = [name for name in header.tensors if name not in wanted]
   if missing:
     problems.append(
         f'{path}: {len(missing)} tensors are missing (first: {missing[0]}).'
@@ -383,54 +368,12 @@ def _plan_faults(path: pathlib.Path, header: Header, plan: Any) -> list[str]:
         f'{path}: {len(extra)} tensors have no place in a plain llama model'
         f' (first: {extra[0]}). Use the safetensors folder of this model.'
     )
-  for name, (_, shape) in plan.items():
-    info = header.tensors.get(name)
-    if info is not None and info.shape != shape:
-      problems.append(
-          f'{path}: tensor {name} is {list(info.shape)}; the keys of the file'
-          f' say {list(shape)}.'
-      )
-  return problems
-
-
-def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
-  """Takes rows from (head, pair, part) order to (head, part, pair)."""
-  split = rows.reshape(heads, -1, 2, *rows.shape[1:])
-  return split.swapaxes(1, 2).reshape(rows.shape)
-
-
-def _write_weights(
-    target: pathlib.Path,
-    plan: dict[str, tuple[str, tuple[int, ...]]],
-    read: Callable[[str], np.ndarray],
-    *,
-    dtype: str,
-    progress: types.Progress,
-) -> None:
-  """Writes a safetensors file one tensor at a time.
-
-  The format is an 8-byte length, that much JSON, and the tensors' bytes; all
-  offsets follow from the shapes, so one tensor is held at a time.
-  """
-  code, out = _OUTPUTS[dtype]
-  table: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
-  end = 0
-  for name, shape in plan.values():
-    start, end = end, end + int(np.prod(shape)) * out.itemsize
-    table[name] = {
-        'dtype': code, 'shape': list(shape), 'data_offsets': [start, end],
-    }  # fmt: skip
-  text = json.dumps(table, separators=(',', ':')).encode()
-  text += b' ' * (-len(text) % 8)  # keeps the tensors aligned
-  with (
-      target.open('wb') as file,
-      progress('convert weights', len(plan), 'tensors') as done,
-  ):
-    file.write(struct.pack('<Q', len(text)) + text)
-    for source in plan:
-      array = np.ascontiguousarray(read(source).astype(out, copy=False))
-      file.write(array.view(np.uint8).data)
-      done(1)
+  return problems + [
+      f'{path}: tensor {name} is {list(info.shape)}; the keys of the file'
+      f' say {list(wanted[name])}.'
+      for name, info in header.tensors.items()
+      if name in wanted and info.shape != wanted[name]
+  ]
 
 
 def _open(path: pathlib.Path) -> mmap.mmap:
@@ -450,7 +393,7 @@ def _open(path: pathlib.Path) -> mmap.mmap:
 
 def _check(
     path: pathlib.Path, data: mmap.mmap, dtype: str
-) -> tuple[Header, dict[str, Any], dict[str, tuple[str, tuple[int, ...]]]]:
+) -> tuple[Header, dict[str, Any], Plan]:
   """Reads the header, the config and the plan; raises InputError."""
   try:
     header = _read_header(data)
@@ -465,7 +408,10 @@ def _check(
         ' converted. Use the safetensors folder of this model.'
     )
   config = _config(path, header, dtype)
-  plan = _tensor_plan(config)
+  try:
+    plan = _tensor_plan(config)
+  except types.InputError as error:
+    raise types.InputError(*(f'{path}: {x}' for x in error.problems)) from error
   problems = _size_faults(path, header, len(data))
   problems += _plan_faults(path, header, plan)
   if problems:
@@ -473,39 +419,33 @@ def _check(
   return header, config, plan
 
 
-def _tensor_reader(
-    path: pathlib.Path,
-    data: mmap.mmap,
-    header: Header,
-    config: dict[str, Any],
-) -> Callable[[str], np.ndarray]:
-  """Returns a function from a GGUF name to float32 weights in HF order."""
+def _dequantize(
+    path: pathlib.Path, data: mmap.mmap, header: Header, name: str
+) -> np.ndarray:
+  """Reads a tensor as float32."""
   gguf = _import_gguf()
-  heads = {
-      'attn_q': config['num_attention_heads'],
-      'attn_k': config['num_key_value_heads'],
-  }
-
-  def read(name: str) -> np.ndarray:
-    info = header.tensors[name]
-    block, block_bytes = gguf.GGML_QUANT_SIZES[info.kind]
-    stored = (*info.shape[:-1], info.shape[-1] // block * block_bytes)
-    start = header.data_start + info.start
-    # A copy of the bytes: a view would keep the map open after its file.
-    raw = data[start : start + int(np.prod(stored))]
-    weights = gguf.dequantize(
-        np.frombuffer(raw, np.uint8).reshape(stored),
-        gguf.GGMLQuantizationType(info.kind),
+  info = header.tensors[name]
+  block, block_bytes = gguf.GGML_QUANT_SIZES[info.kind]
+  stored = (*info.shape[:-1], info.shape[-1] // block * block_bytes)
+  start = header.data_start + info.start
+  # A copy of the bytes: a view would keep the map open after its file.
+  raw = data[start : start + math.prod(stored)]
+  weights = gguf.dequantize(
+      np.frombuffer(raw, np.uint8).reshape(stored),
+      gguf.GGMLQuantizationType(info.kind),
+  )
+  if not np.isfinite(weights).all():
+    raise types.InputError(
+        f'{path}: tensor {name} holds weights that are not finite; the file'
+        ' is damaged: fetch it again.'
     )
-    if not np.isfinite(weights).all():
-      raise types.InputError(
-          f'{path}: tensor {name} holds weights that are not finite; the file'
-          ' is damaged: fetch it again.'
-      )
-    part = name.split('.')[-2]
-    return _unpermute(weights, heads[part]) if part in heads else weights
+  return weights
 
-  return read
+
+def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
+  """Takes rows from (head, pair, part) order to (head, part, pair)."""
+  split = rows.reshape(heads, -1, 2, *rows.shape[1:])
+  return split.swapaxes(1, 2).reshape(rows.shape)
 
 
 def convert_gguf(
@@ -520,7 +460,7 @@ def convert_gguf(
   The folder appears under its name only when it is whole.
 
   Args:
-    path: a .gguf file with tensors of `TENSOR_TYPES`.
+    path: a .gguf file.
     out_folder: folder to create; it must not hold anything yet.
     dtype: 'float32', exact for every tensor type, or 'bfloat16', half the
       size, rounded to nearest even.
@@ -535,51 +475,41 @@ def convert_gguf(
       tensor type or tokenizer that is not supported; `out_folder` is in use;
       the package gguf is missing.
   """
-  path, out_folder = pathlib.Path(path), pathlib.Path(out_folder)
+  path = pathlib.Path(path)
   if dtype not in _OUTPUTS:
     raise types.InputError(
         f'dtype is {dtype!r}; known are {", ".join(_OUTPUTS)}.'
     )
-  if out_folder.exists() and (
-      not out_folder.is_dir() or any(out_folder.iterdir())
-  ):
-    raise types.InputError(
-        f'{out_folder}: exists already; name a new folder or remove it.'
-    )
   _import_gguf()
   with _open(path) as data:
     header, config, plan = _check(path, data, dtype)
-    files = {
-        'config.json': _json(config),
-        'generation_config.json': _json(_generation(config)),
-        **tokenizer_lib.tokenizer_files(header.metadata, str(path)),
+    files = gguf_tokenizer.tokenizer_files(header.metadata, str(path))
+    roles = ('bos_token_id', 'eos_token_id', 'pad_token_id')
+    roles = {key: config[key] for key in roles if config[key] is not None}
+    heads = {
+        'q_proj': config['num_attention_heads'],
+        'k_proj': config['num_key_value_heads'],
     }
-    read = _tensor_reader(path, data, header, config)
-    part = out_folder.with_name(f'.{out_folder.name}.{uuid.uuid4().hex}')
-    try:
-      part.mkdir(parents=True)
+    with (
+        io.new_folder(out_folder) as folder,
+        open(folder / 'model.safetensors', 'wb') as stream,
+        progress('convert weights', len(plan), 'tensors') as done,
+    ):
       for name, text in files.items():
-        (part / name).write_text(text, encoding='utf-8')
-      _write_weights(
-          part / 'model.safetensors', plan, read, dtype=dtype, progress=progress
-      )
-      os.replace(part, out_folder)
-    finally:
-      shutil.rmtree(part, ignore_errors=True)
-  return out_folder
+        io.write_text(folder / name, text)
+      io.write_json(folder / 'config.json', config)
+      generation = {'_from_model_config': True, **roles}
+      io.write_json(folder / 'generation_config.json', generation)
 
+      def read(name: str) -> np.ndarray:
+        weights = _dequantize(path, data, header, plan[name][0])
+        part = name.split('.')[-2]
+        if part in heads:
+          weights = _unpermute(weights, heads[part])
+        done(1)
+        return weights.astype(io.DTYPES[code], copy=False)
 
-def _json(value: Any) -> str:
-  return json.dumps(value, indent=2) + '\n'
-
-
-def _generation(config: dict[str, Any]) -> dict[str, Any]:
-  """Returns the fields of generation_config.json."""
-  return {
-      '_from_model_config': True,
-      **{
-          key: config[key]
-          for key in ('bos_token_id', 'eos_token_id', 'pad_token_id')
-          if config[key] is not None
-      },
-  }
+      code = _OUTPUTS[dtype]
+      kinds = {name: (code, shape) for name, (_, shape) in plan.items()}
+      io.stream_tensors(stream, kinds, read, {'format': 'pt'})
+  return pathlib.Path(out_folder)

@@ -12,7 +12,8 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from flax import nnx
 
-from jaxedit.models import families, interop, tensors
+from jaxedit.convert import interop
+from jaxedit.models import families, tensors
 from jaxedit.testing import models as tiny
 from jaxedit.types import InputError
 

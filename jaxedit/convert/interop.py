@@ -20,6 +20,7 @@ from typing import Any
 import flax.serialization
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from jaxedit.models import families, loading, tensors
 from jaxedit.models.spec import ModelSpec, param_shapes
@@ -253,7 +254,7 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
   """Nests dotted paths."""
-  return loading.nest({k.replace('.', '/'): v for k, v in flat.items()})
+  return traverse_util.unflatten_dict(flat, sep='.')
 
 
 def _flax_name(name: str, slot: tensors.Slot, spec: ModelSpec) -> str:

@@ -1,0 +1,461 @@
+"""Files: written whole or not at all, checked as they are read.
+
+A file or folder is filled under another name beside its place and then renamed
+into it, so that a run that is killed leaves no part of one. JSON from outside
+is bounded in size and nesting, has no key twice and no broken Unicode. Tensors
+lie in safetensors files whose header says what the file is, holds a JSON record
+and a CRC-32 a tensor:
+
+  format    kind and version of the file, e.g. 'jaxedit-delta-1'
+  jaxedit   the record
+  crc32     tensor name -> checksum
+
+`stream_tensors` writes the format by hand: `safetensors.numpy.save_file` needs
+all tensors in memory, orders metadata at random and makes its files private.
+Reading is safetensors' own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import itertools
+import json
+import math
+import os
+import pathlib
+import platform
+import re
+import secrets
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from jaxedit.types import InputError
+
+StrPath = str | os.PathLike[str]
+
+_MOST_BYTES = 1 << 26
+_MOST_NESTED = 100
+_JSON_NAMES = {dict: 'an object', list: 'a list'}
+# A lone half of a surrogate pair; before it, what only looks like one.
+_SURROGATE = re.compile(
+    r'\\\\|\\u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w|(\\u[dD][89a-fA-F]\w\w)'
+)
+_MAKE_ROOM = 'choose another place or make room there'
+
+# Safetensors' dtype codes.
+DTYPES = {
+    code: np.dtype(dtype)
+    for code, dtype in {
+        'F64': np.float64, 'F32': np.float32, 'F16': np.float16,
+        'BF16': ml_dtypes.bfloat16, 'F8_E4M3': ml_dtypes.float8_e4m3fn,
+        'F8_E5M2': ml_dtypes.float8_e5m2, 'I64': np.int64, 'I32': np.int32,
+        'I16': np.int16, 'I8': np.int8, 'U64': np.uint64, 'U32': np.uint32,
+        'U16': np.uint16, 'U8': np.uint8, 'BOOL': np.bool_,
+    }.items()
+}  # fmt: skip
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+# Drafts beside their place.
+
+
+def _draft_prefix(place: pathlib.Path) -> str:
+  host = zlib.crc32(platform.node().encode())
+  return f'.{place.name}.{host:08x}-'
+
+
+def _draft(place: pathlib.Path) -> pathlib.Path:
+  name = f'{_draft_prefix(place)}{os.getpid()}-{secrets.token_hex(4)}'
+  return place.with_name(name)
+
+
+def _is_running(pid: int) -> bool:
+  if os.name != 'posix':
+    return True  # elsewhere the call below is no mere question
+  try:
+    os.kill(pid, 0)
+  except (ProcessLookupError, OverflowError):
+    return False
+  except PermissionError:
+    pass
+  return True
+
+
+def sweep(place: StrPath) -> None:
+  """Removes the drafts of a file or folder whose processes are gone.
+
+  Args:
+    place: the file or folder; drafts of other machines are left alone.
+  """
+  place = pathlib.Path(place)
+  prefix = _draft_prefix(place)
+  for path in place.parent.glob(f'{glob.escape(prefix)}*'):
+    pid = path.name.removeprefix(prefix).partition('-')[0]
+    if not pid.isdecimal() or _is_running(int(pid)):
+      continue
+    if path.is_dir():
+      shutil.rmtree(path, ignore_errors=True)
+    else:
+      path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_file(path: StrPath) -> Iterator[BinaryIO]:
+  """Opens a draft that becomes the file when all went well.
+
+  Args:
+    path: file to create or replace; its folder is made.
+
+  Yields:
+    The draft, open for writing.
+
+  Raises:
+    InputError: it cannot be written.
+  """
+  path = pathlib.Path(path)
+  draft = _draft(path)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(draft, 'xb') as stream:
+      yield stream
+    os.replace(draft, path)
+  except OSError as error:
+    raise InputError(
+        f'{path}: cannot be written ({error.strerror or error}); {_MAKE_ROOM}'
+    ) from error
+  finally:
+    with contextlib.suppress(OSError):
+      draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(
+    folder: StrPath,
+    is_complete: Callable[[pathlib.Path], bool] | None = None,
+    *,
+    remedy: str = _MAKE_ROOM,
+) -> Iterator[pathlib.Path]:
+  """Fills a draft that becomes the folder when all went well.
+
+  Args:
+    folder: must not exist, or be empty, unless `is_complete` is given.
+    is_complete: of a folder that several processes may build at once: whether
+      what is in its place will do. The first complete one stays, an incomplete
+      one is replaced.
+    remedy: ends the message where it cannot be written.
+
+  Yields:
+    The draft; its parent is scratch space on the same disk.
+
+  Raises:
+    InputError: the place is taken, or cannot be written.
+  """
+  folder = pathlib.Path(folder).absolute()
+  taken = folder.exists() and not (
+      folder.is_dir() and not any(folder.iterdir())
+  )
+  if taken and is_complete is None:
+    raise InputError(
+        f'{folder}: exists already and is not an empty folder; remove it or'
+        ' give another place'
+    )
+  sweep(folder)
+  work = _draft(folder)
+  try:
+    (work / 'new').mkdir(parents=True)
+    yield work / 'new'
+    _put(work / 'new', folder, is_complete)
+  except OSError as error:
+    raise InputError(
+        f'{folder}: cannot be written ({error.strerror or error}); {remedy}'
+    ) from error
+  finally:
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _put(
+    new: pathlib.Path,
+    folder: pathlib.Path,
+    is_complete: Callable[[pathlib.Path], bool] | None,
+) -> None:
+  """Renames a finished folder into its place; whoever came first wins."""
+  for last in (False, True):
+    try:
+      os.replace(new, folder)
+      return
+    except OSError:
+      if is_complete is not None and is_complete(folder):
+        return
+      if last or is_complete is None or not folder.exists():
+        raise
+    # What is in the way lacks files, since nothing half made gets here.
+    with contextlib.suppress(FileNotFoundError):  # another took it away first
+      os.replace(folder, new.with_name('old'))
+
+
+def write_bytes(path: StrPath, blob: bytes) -> None:
+  """Writes a file; see `new_file`."""
+  with new_file(path) as stream:
+    stream.write(blob)
+
+
+def write_text(path: StrPath, text: str) -> None:
+  """Writes a text as UTF-8; see `new_file`."""
+  # A path that is no UTF-8 holds surrogates; no run shall end on one.
+  write_bytes(path, text.encode('utf-8', 'replace'))
+
+
+def write_json(path: StrPath, value: Any) -> None:
+  """Writes one JSON document; NaN and infinity are a ValueError."""
+  text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+  write_text(path, text + '\n')
+
+
+def write_jsonl(path: StrPath, rows: Iterable[Mapping[str, Any]]) -> None:
+  """Writes one JSON object a line; NaN and infinity are a ValueError."""
+  dump = lambda row: json.dumps(row, ensure_ascii=False, allow_nan=False)
+  write_text(path, ''.join(dump(row) + '\n' for row in rows))
+
+
+# JSON from outside.
+
+
+def parse_json(text: str | bytes) -> Any:
+  """Parses JSON from outside.
+
+  Args:
+    text: one document; bytes are UTF-8, with or without a byte order mark.
+
+  Returns:
+    The value; unpaired surrogates, which no tokenizer accepts, are U+FFFD.
+
+  Raises:
+    ValueError: it is no JSON, has a key twice in an object, or is nested more
+      than 100 deep.
+  """
+  if isinstance(text, bytes):
+    text = text.decode('utf-8-sig')
+  if '\\u' in text:
+    text = _SURROGATE.sub(lambda m: r'\ufffd' if m[1] else m[0], text)
+  too_deep = f'it is nested more than {_MOST_NESTED} deep'
+  try:
+    value = json.loads(text, object_pairs_hook=_object)
+  except RecursionError:
+    raise ValueError(too_deep) from None
+  nodes = [value]
+  for _ in range(_MOST_NESTED + 1):
+    nodes = [node for node in nodes if isinstance(node, dict | list)]
+    if not nodes:
+      return value
+    children = (n.values() if isinstance(n, dict) else n for n in nodes)
+    nodes = list(itertools.chain.from_iterable(children))
+  raise ValueError(too_deep)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    keys = [key for key, _ in pairs]
+    twice = next(key for key in keys if keys.count(key) > 1)
+    raise ValueError(f'the key {twice!r} stands twice in an object')
+  return found
+
+
+def read_json(
+    path: StrPath, kind: type = dict, *, remedy: str = 'fetch it again'
+) -> Any:
+  """Reads a JSON file from outside; see `parse_json`.
+
+  Args:
+    path: the file, of 64 MiB at most.
+    kind: what it must hold, dict or list.
+    remedy: ends every error message.
+
+  Raises:
+    InputError: it cannot be read, is too large, or no such JSON.
+  """
+  path = pathlib.Path(path)
+  try:
+    size = path.stat().st_size
+    blob = path.read_bytes() if size <= _MOST_BYTES else b''
+  except OSError as error:
+    raise InputError(
+        f'{path}: cannot be read ({error.strerror or error}); {remedy}'
+    ) from error
+  if size > _MOST_BYTES:
+    raise InputError(
+        f'{path}: has {size} bytes, more than the {_MOST_BYTES} that such a'
+        f' file may have; {remedy}'
+    )
+  try:
+    value = parse_json(blob)
+  except ValueError as error:
+    raise InputError(
+        f'{path}: is not valid JSON ({error}); {remedy}'
+    ) from error
+  if not isinstance(value, kind):
+    raise InputError(
+        f'{path}: holds {_JSON_NAMES.get(type(value), repr(value)[:40])} where'
+        f' {_JSON_NAMES[kind]} is needed; {remedy}'
+    )
+  return value
+
+
+# Tensors.
+
+
+def tensor_bytes(array: np.ndarray) -> memoryview:
+  """The bytes of a tensor as they lie in a file."""
+  # The view also serves dtypes that numpy cannot hand out as a buffer.
+  return np.asarray(array, order='C').reshape(-1).view(np.uint8).data
+
+
+def stream_tensors(
+    stream: BinaryIO,
+    kinds: Mapping[str, tuple[str, tuple[int, ...]]],
+    read: Callable[[str], np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+  """Writes a safetensors file, one tensor in memory at a time.
+
+  Args:
+    stream: where to.
+    kinds: tensor name -> (dtype code, shape).
+    read: returns a tensor by its name.
+    metadata: strings for the header.
+  """
+  # Torch cannot view a float32 tensor that starts at an odd bfloat16.
+  order = sorted(kinds, key=lambda n: (-DTYPES[kinds[n][0]].itemsize, n))
+  entries: dict[str, Any] = {}
+  if metadata:
+    entries['__metadata__'] = dict(sorted(metadata.items()))
+  start = 0
+  for name in order:
+    code, shape = kinds[name]
+    stop = start + math.prod(shape) * DTYPES[code].itemsize
+    entries[name] = {
+        'dtype': code, 'shape': list(shape), 'data_offsets': [start, stop],
+    }  # fmt: skip
+    start = stop
+  raw = json.dumps(entries, separators=(',', ':')).encode()
+  raw += b' ' * (-len(raw) % 8)
+  stream.write(len(raw).to_bytes(8, 'little') + raw)
+  for name in order:
+    stream.write(tensor_bytes(read(name)))
+
+
+@contextlib.contextmanager
+def open_tensors(
+    path: StrPath, remedy: str = 'fetch it again'
+) -> Iterator[safetensors.safe_open]:
+  """Opens a safetensors file; its header fits its size.
+
+  Args:
+    path: the file.
+    remedy: ends every error message.
+
+  Raises:
+    InputError: it is missing, cut short, damaged or no safetensors file.
+  """
+  try:
+    with safetensors.safe_open(path, 'numpy') as source:
+      yield source
+  except FileNotFoundError as error:
+    raise InputError(f'{path}: there is no such file; {remedy}') from error
+  except (OSError, safetensors.SafetensorError) as error:
+    raise InputError(
+        f'{path}: is cut short, damaged or no safetensors file ({error});'
+        f' {remedy}'
+    ) from error
+
+
+def write_tensors(
+    path: StrPath,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    kind: str,
+    record: Mapping[str, Any],
+) -> None:
+  """Writes tensors with what is needed to trust them.
+
+  Args:
+    path: file to create or replace; its folder is made.
+    tensors: name -> array.
+    kind: what the file is, checked as it is read.
+    record: JSON for the header.
+
+  Raises:
+    InputError: the file cannot be written.
+  """
+  arrays = {name: np.asarray(one, order='C') for name, one in tensors.items()}
+  kinds = {name: (_CODES[one.dtype], one.shape) for name, one in arrays.items()}
+  sums = {name: zlib.crc32(tensor_bytes(one)) for name, one in arrays.items()}
+  metadata = {
+      'format': kind,
+      'jaxedit': json.dumps(record, sort_keys=True),
+      'crc32': json.dumps(sums, sort_keys=True),
+  }
+  with new_file(path) as stream:
+    stream_tensors(stream, kinds, arrays.__getitem__, metadata)
+
+
+def read_tensors(
+    path: StrPath,
+    kind: str | tuple[str, ...],
+    remedy: str,
+    names: Iterable[str] | None = None,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+  """Reads tensors and checks their checksums.
+
+  Args:
+    path: file that `write_tensors` made.
+    kind: what it must be, or several of which it must be one.
+    remedy: ends every error message.
+    names: tensors to read; None reads all, () the record alone.
+
+  Returns:
+    (name -> array, the record).
+
+  Raises:
+    InputError: it is missing, cut short or of another kind, or a tensor is
+      missing or altered.
+  """
+  with open_tensors(path, remedy) as source:
+    record, sums = _parse_header(source.metadata(), path, kind, remedy)
+    present, tensors = set(source.keys()), {}
+    for name in sorted(present | sums.keys()) if names is None else names:
+      array = source.get_tensor(name) if name in present else None
+      if array is None or zlib.crc32(tensor_bytes(array)) != sums.get(name):
+        raise InputError(f'{path}: {name} is missing or damaged; {remedy}')
+      tensors[name] = array
+  return tensors, record
+
+
+def _parse_header(
+    header: Mapping[str, str] | None,
+    path: StrPath,
+    kind: str | tuple[str, ...],
+    remedy: str,
+) -> tuple[dict[str, Any], dict[str, int]]:
+  """Returns the record and the checksums of a header."""
+  header, known = header or {}, (kind,) if isinstance(kind, str) else kind
+  # Moments of earlier versions say 'kind' and 'record', which holds the sums.
+  if header.get('format', header.get('kind')) not in known:
+    raise InputError(f'{path}: is not a file of {known[0]!r}; {remedy}')
+  try:
+    record = parse_json(header.get('jaxedit') or header['record'])
+    sums = parse_json(header['crc32']) if 'crc32' in header else record['crc32']
+  except (KeyError, TypeError, ValueError) as error:
+    raise InputError(
+        f'{path}: is damaged, its header cannot be read ({error}); {remedy}'
+    ) from error
+  if not isinstance(record, dict) or not isinstance(sums, dict):
+    raise InputError(f'{path}: is damaged, its header is no record; {remedy}')
+  return record, sums
