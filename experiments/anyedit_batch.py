@@ -11,15 +11,21 @@ Every record is edited alone on the unedited model (the published protocol), unl
 
 from __future__ import annotations
 
-import functools
+from absl import flags
 
 from experiments import edit
 from jaxedit.runs import cli
 
-define_flags = functools.partial(
-    edit.define_flags, 'text', batch_size=1, reset=True
-)
-main = functools.partial(edit.main, 'text')
+
+def define_flags() -> None:
+  """Defines this program's flags."""
+  edit.define_flags('text', batch_size=1, reset=True)
+  flags.adopt_module_key_flags(edit)
+
+
+def main() -> None:
+  edit.main('text')
+
 
 if __name__ == '__main__':
   define_flags()

@@ -45,9 +45,7 @@ def config_from_flags() -> MomentsConfig:
   if problems:
     raise InputError(*problems)
   config = cli.read(MomentsConfig)
-  return dataclasses.replace(
-      config, layers=layers, out=pathlib.Path(given.out)
-  )
+  return dataclasses.replace(config, layers=layers, out=pathlib.Path(given.out))
 
 
 def main() -> None:

@@ -8,13 +8,21 @@
 
 from __future__ import annotations
 
-import functools
+from absl import flags
 
 from experiments import edit
 from jaxedit.runs import cli
 
-define_flags = functools.partial(edit.define_flags, 'fact')
-main = functools.partial(edit.main, 'fact')
+
+def define_flags() -> None:
+  """Defines this program's flags."""
+  edit.define_flags('fact')
+  flags.adopt_module_key_flags(edit)
+
+
+def main() -> None:
+  edit.main('fact')
+
 
 if __name__ == '__main__':
   define_flags()

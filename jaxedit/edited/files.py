@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -63,6 +63,22 @@ def save(
         f'{path}: a prompting or routing rule has no file form; save what it was'
         ' made from'
     )
+  tensors, kinds = packed(edited)
+  record = {'deltas': kinds, 'size': edited.size, 'metadata': dict(metadata)}
+  io.write_tensors(path, tensors, kind=_FORMAT, record=record)
+
+
+def packed(
+    edited: Edited,
+) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
+  """Writes the deltas of an edit as arrays and plain JSON types.
+
+  Args:
+    edited: the edit, or edits side by side.
+
+  Returns:
+    (name -> array, the kind and static fields of each delta).
+  """
   tensors: dict[str, np.ndarray] = {}
   kinds = []
   for number, delta in enumerate(edited.deltas):
@@ -75,8 +91,23 @@ def save(
         if field.name not in leaves
     }
     kinds.append({'kind': type(delta).__name__, **static})
-  record = {'deltas': kinds, 'size': edited.size, 'metadata': dict(metadata)}
-  io.write_tensors(path, tensors, kind=_FORMAT, record=record)
+  return tensors, kinds
+
+
+def unpacked(
+    tensors: Mapping[str, np.ndarray], kinds: Sequence[Mapping[str, Any]]
+) -> tuple[SiteDelta, ...]:
+  """Reads the deltas that `packed` wrote."""
+  deltas = []
+  for number, fields in enumerate(kinds):
+    kind = KINDS[fields['kind']]
+    static = {k: v for k, v in fields.items() if k != 'kind'}
+    static['layers'] = tuple(static['layers'])
+    arrays = {
+        name: jnp.asarray(tensors[f'{number}/{name}']) for name in _leaves(kind)
+    }
+    deltas.append(kind(**static, **arrays))
+  return tuple(deltas)
 
 
 def load(
@@ -116,15 +147,8 @@ def _edited(
     tensors: Mapping[str, np.ndarray], record: Mapping[str, Any]
 ) -> Edited:
   """Rebuilds an edit."""
-  deltas = []
-  for number, fields in enumerate(record['deltas']):
-    kind = KINDS[fields.pop('kind')]
-    fields['layers'] = tuple(fields['layers'])
-    arrays = {
-        name: jnp.asarray(tensors[f'{number}/{name}']) for name in _leaves(kind)
-    }
-    deltas.append(kind(**fields, **arrays))
-  return Edited(tuple(deltas), size=record['size'])
+  deltas = unpacked(tensors, record['deltas'])
+  return Edited(deltas, size=record['size'])
 
 
 def _first_format(

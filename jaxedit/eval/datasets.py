@@ -50,7 +50,7 @@ from typing import Any
 from jaxedit.eval import formats, reading
 from jaxedit.eval.reading import Loaded
 from jaxedit.text import locate
-from jaxedit.types import Record
+from jaxedit.types import InputError, Record
 
 LIBRARY = reading.Library(
     content='facts',
@@ -196,3 +196,15 @@ def _finish(
       neighbours=parts['neighbours'],
       portability=parts.get('portability', {}),
   )
+
+
+def kind_of(path_or_name: str | os.PathLike[str]) -> str:
+  """Says whether a file holds facts ('fact') or long answers ('text')."""
+  from jaxedit.eval import passages
+
+  try:
+    load_records(path_or_name, limit=1, on_bad_record='skip')
+  except InputError:
+    passages.load_passages(path_or_name, limit=1, on_bad_record='skip')
+    return 'text'
+  return 'fact'

@@ -89,7 +89,7 @@ def refuse_faulty(
       for name, size in sizes.items()
       if size < 1
   ]
-  problems += [*decoding.faults(), *more]
+  problems += [*decoding.errors(), *more]
   if unknown := [t for t in stop_ids if not 0 <= t < spec.vocab]:
     problems.append(
         f'stop token {unknown[0]} is unknown; the model knows 0 to'

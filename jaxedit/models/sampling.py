@@ -49,7 +49,7 @@ class Decoding(NamedTuple):
   repetition_penalty: float = 1.0
   seed: int = 0
 
-  def faults(self) -> list[str]:
+  def errors(self) -> list[str]:
     """Says what is out of range, a sentence a setting."""
     allowed = {
         'temperature': (0 <= self.temperature < math.inf, 'at least 0'),

@@ -219,7 +219,8 @@ class RunConfig:
       ' from there',
   )
   keep_original: bool = setting(
-      False, 'keep the replaced matrices in the saved model for an exact restore'
+      False,
+      'keep the replaced matrices in the saved model for an exact restore',
   )
   edited_dtype: str = setting(
       'source',

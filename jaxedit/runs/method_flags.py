@@ -125,10 +125,14 @@ def _define(name: str, owners: Mapping[str, Setting]) -> None:
   defaults: dict[str, list[str]] = {}
   for method, setting in owners.items():
     defaults.setdefault(_written(setting.default), []).append(method)
-  shown = '; '.join(f'{", ".join(who)} {value}' for value, who in defaults.items())
+  shown = '; '.join(
+      f'{", ".join(who)} {value}' for value, who in defaults.items()
+  )
   unit = f', {first.unit}' if first.unit else ''
   text = f'{text}{unit}. Default: {shown}.'
-  kind = next((s.default for s in owners.values() if s.default is not None), 0.0)
+  kind = next(
+      (s.default for s in owners.values() if s.default is not None), 0.0
+  )
   if first.choices:
     flags.DEFINE_enum(name, None, first.choices, text)
   elif isinstance(kind, bool):
@@ -277,7 +281,9 @@ def _problems(method: Method, kind: str) -> list[str]:
   # With texts, AnyEdit's bundle concerns how questions are asked as well.
   shared = kind == 'text' and FLAGS.parity == 'anyedit'
   if FLAGS.parity not in ('none', *method.parity) and not shared:
-    owners = [n for n, m in methods_for(kind).items() if FLAGS.parity in m.parity]
+    owners = [
+        n for n, m in methods_for(kind).items() if FLAGS.parity in m.parity
+    ]
     problems.append(
         f'--parity={FLAGS.parity} sets nothing for {method.name}, but for'
         f' {" and ".join(owners) or "long texts"}: leave it out'

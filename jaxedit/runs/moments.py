@@ -223,9 +223,7 @@ def check(path: str, need: Need, model_hash: str | None = None) -> None:
     )
 
 
-def load(
-    model: Model, need: Need, path: str | pathlib.Path
-) -> moments.Moments:
+def load(model: Model, need: Need, path: str | pathlib.Path) -> moments.Moments:
   """Loads the second moments of the layers to edit.
 
   Args:

@@ -30,9 +30,7 @@ class Output:
     unfinished: where the run keeps what it needs to resume.
   """
 
-  def __init__(
-      self, path: str, command: Mapping[str, Any], *, overwrite: bool
-  ):
+  def __init__(self, path: str, command: Mapping[str, Any], *, overwrite: bool):
     """Claims the folder; nothing that is there is changed before `begin`.
 
     Args:

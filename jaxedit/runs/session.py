@@ -99,7 +99,9 @@ class Session:
 
   def parts(self) -> list[list[int]]:
     """Indices of the requests whose deltas are held at one time."""
-    return _parts(self.config, self.editor, self.model, self.encoded, self.cases)
+    return _parts(
+        self.config, self.editor, self.model, self.encoded, self.cases
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,7 +276,10 @@ def _check_groups(config: RunConfig, editor: Editor, targets: int) -> None:
   problems = editor.check(targets) if config.reset else []
   if problems:
     raise InputError(
-        *(f'--batch_size={config.batch_size} with --reset: {p}' for p in problems)
+        *(
+            f'--batch_size={config.batch_size} with --reset: {p}'
+            for p in problems
+        )
     )
 
 
@@ -632,7 +637,7 @@ def _unpacked(
   leaves = [arrays.get(f'state/{i}', x) for i, x in enumerate(leaves)]
   state = jax.tree.unflatten(tree, leaves)
   infos = [base.info_of(one) for one in record['infos']]
-  return files.unpacked(arrays, record['deltas']), state, infos
+  return Edited(files.unpacked(arrays, record['deltas'])), state, infos
 
 
 def _prune(session: Session, outcome: Outcome) -> Outcome:

@@ -137,9 +137,7 @@ class FactTask:
         **more,
     )
 
-  def protocol(
-      self, tokenizer: Any, contexts: Sequence[str]
-  ) -> dict[str, Any]:
+  def protocol(self, tokenizer: Any, contexts: Sequence[str]) -> dict[str, Any]:
     """How answers are judged, for results.json."""
     del tokenizer
     return {
@@ -319,9 +317,7 @@ class TextTask:
         lm, records, tokenizer, **settings, **more
     )
 
-  def protocol(
-      self, tokenizer: Any, contexts: Sequence[str]
-  ) -> dict[str, Any]:
+  def protocol(self, tokenizer: Any, contexts: Sequence[str]) -> dict[str, Any]:
     """How answers are judged, for results.json."""
     del contexts
     words = self.words(tokenizer)
@@ -380,9 +376,7 @@ def first_of_each(records: Sequence[Any], count: int) -> tuple[Any, ...]:
   return tuple(r for r, case in zip(records, cases) if case in taken)
 
 
-def sample_contexts(
-    model: Model, tokenizer: Any, seed: int
-) -> tuple[str, ...]:
+def sample_contexts(model: Model, tokenizer: Any, seed: int) -> tuple[str, ...]:
   """Samples context templates from the model itself, as MEMIT does (top 5).
 
   Args:
