@@ -371,7 +371,7 @@ def open_tensors(
     raise InputError(f'{path}: there is no such file; {remedy}') from error
   except (OSError, safetensors.SafetensorError) as error:
     raise InputError(
-        f'{path}: is cut short, damaged or no safetensors file ({error});'
+        f'{path}: is cut short or damaged, or no safetensors file ({error});'
         f' {remedy}'
     ) from error
 

@@ -410,7 +410,7 @@ class FileTest(Base):
   def test_cut_file_is_refused(self, size):
     self._save(low_rank(1))
     self.path.write_bytes(self.path.read_bytes()[:size])
-    self._refused('cut short, damaged')
+    self._refused('cut short or damaged')
 
   @parameterized.parameters(3, -5)
   def test_altered_file_is_refused(self, place):

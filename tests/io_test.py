@@ -227,7 +227,7 @@ class TensorsTest(Case):
     self.refused('nope is missing or damaged', self.read, ['nope'])
     for size in (0, 5, 40, len(whole) - 1):
       self.path.write_bytes(whole[:size])
-      self.refused('cut short, damaged .*; make it again', self.read)
+      self.refused('cut short or damaged.*; make it again', self.read)
     self.path.write_bytes(whole[:-1] + b'\7')
     self.refused('flag is missing or damaged; make it again', self.read)
     self.read(['half'])

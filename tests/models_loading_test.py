@@ -273,7 +273,7 @@ class LoadingTest(parameterized.TestCase):
             'offsets': len(broken).to_bytes(8, 'little') + broken,
         }[damage]
     )
-    pattern = f'is cut short, damaged .*{words}.*; fetch it again'
+    pattern = f'is cut short or damaged.*{words}.*; fetch it again'
     with self.assertRaisesRegex(InputError, pattern):
       loading.load_model(folder)
 
@@ -313,7 +313,7 @@ class LoadingTest(parameterized.TestCase):
     with self.assertRaises(InputError) as caught:
       loading.load_model(folder)
     self.assertRegex(str(caught.exception), 'logit_scale')
-    self.assertRegex(str(caught.exception), 'cut short, damaged')
+    self.assertRegex(str(caught.exception), 'cut short or damaged')
 
   @parameterized.parameters(*tiny.FAMILIES)
   def test_random_params_run(self, family):

@@ -135,7 +135,7 @@ def load_templates(path: str | os.PathLike[str]) -> tuple[str, ...]:
     InputError: the file is missing or no JSON list, or entries have not exactly
       one '{}'; every faulty entry is named.
   """
-  remedy = "write a list of strings, each with one '{}'"
+  remedy = "give a JSON list of strings, each with one '{}'"
   entries = io.read_json(path, list, remedy=remedy)
   faults = template_faults(entries)
   if faults:
