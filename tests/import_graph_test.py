@@ -16,24 +16,32 @@ from absl.testing import absltest, parameterized
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDERS = ('jaxedit', 'kernels', 'experiments')
 
+# What everything above the models may import.
+BASE = ('deltas', 'io', 'numerics')
 # Package -> what its modules may import beside their own package, `types` and
 # `io`.
 # A package's name allows all of its modules, a dotted name that module alone.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     'types': (),
+    'numerics': (),
+    'deltas': ('numerics',),
+    'io': (),
+    'checkpoint': (),
     'io': (),
     'kernels': (),
     'ops': ('kernels',),
     'solve': (),
-    'text': (),
-    'models': ('ops',),
+    'text': ('io',),
+    'models': ('deltas', 'io', 'numerics', 'ops'),
+    'convert': ('io', 'models', 'numerics'),
     'convert': ('models',),
-    'batching': ('models', 'text'),
-    'stats': ('batching', 'models', 'text'),
-    'trace': ('batching', 'models', 'text'),
-    'targets': ('batching', 'models', 'text'),
-    'edited': ('batching', 'models', 'text'),
+    'batching': (*BASE, 'models', 'text'),
+    'stats': (*BASE, 'batching', 'models', 'text'),
+    'trace': (*BASE, 'batching', 'models', 'text'),
+    'targets': (*BASE, 'batching', 'models', 'text'),
+    'edited': (*BASE, 'batching', 'models', 'text'),
     'methods': (
+        *BASE,
         'batching',
         'edited',
         'models',
@@ -47,7 +55,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }
 # What the files of methods/ may import of it: a method never another method.
 SHARED_BY_METHODS = tuple(
-    f'methods.{name}' for name in ('base', 'closed_form', 'regression')
+    f'methods.{name}'
+    for name in ('base', 'closed_form', 'gradient', 'regression', 'settings')
 )
 # transformers looks for a package of this name, so ours is never called so.
 HIDDEN = 'kernels'

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxedit.batching.buckets import round_up
+from jaxedit.methods import gradient
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
 from jaxedit.numerics import wide
@@ -37,8 +37,6 @@ from jaxedit.types import (
     Params,
     TokenLayout,
 )
-
-_ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
 
 
 class Rule(NamedTuple):
@@ -296,9 +294,11 @@ def error(out: Array, side: Side) -> Array:
   return total / (jnp.maximum(jnp.sum(counted), 1) * out.shape[-1])
 
 
-def _decays(path: Sequence[Any]) -> bool:
-  """Whether a parameter of a block shrinks: all do but those of norms."""
-  return not path[0].key.endswith('norm')
+def _decays(block: Params) -> Params:
+  """Which parameters of a block shrink: all but those of norms."""
+  return jax.tree_util.tree_map_with_path(
+      lambda path, _: not path[0].key.endswith('norm'), block
+  )
 
 
 def fit(
@@ -326,22 +326,8 @@ def fit(
     run = lambda s: run_block(spec, weights, s.h, s.texts.rows)
     return error(run(kept), kept) + error(run(edited), edited)
 
-  def step(_: Array, now: tuple[Params, Any, Array]):
-    weights, state, _ = now
-    value, grad = jax.value_and_grad(loss)(weights)
-    update, state = _ADAM.update(grad, state)
-
-    def move(path, w, u):
-      shrunk = w * (1 - rule.rate * rule.decay) if _decays(path) else w
-      return (shrunk - rule.rate * u).astype(w.dtype)
-
-    weights = jax.tree_util.tree_map_with_path(move, weights, update)
-    return weights, state, value
-
-  none = jnp.zeros([], edited.h.dtype)
-  weights, _, value = jax.lax.fori_loop(
-      0, rule.steps, step, (exact, _ADAM.init(exact), none)
-  )
+  optimizer = gradient.adamw(rule.rate, rule.decay, _decays)
+  weights, value, _ = gradient.fit(loss, exact, optimizer, steps=rule.steps)
   change = jax.tree.map(jnp.subtract, weights, exact)
   sound = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(change)]
   sound = jnp.all(jnp.stack([jnp.isfinite(value), *sound]))
