@@ -196,7 +196,7 @@ class PallasTest(LinearLogprobTestBase):
     self.assertIn('f32[40,333]', compiled(tied=False))
 
   @parameterized.parameters(
-      (576, 'bfloat16', 1024), (4096, 'bfloat16', 256), (4096, 'float32', 128)
+      (576, 'bfloat16', 1024), (4096, 'bfloat16', 512), (9999, 'float32', 128)
   )
   def test_chosen_tiles(self, width, dtype, columns):
     self.assertEqual(pallas_tpu.tiles_for(width, dtype), (128, columns))

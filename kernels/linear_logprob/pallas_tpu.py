@@ -15,11 +15,13 @@ gradient is ready when the forward pass ends; the backward pass scales it.
 bf16 operands go to the matrix unit as they are, with f32 sums; f32 operands
 are multiplied in full f32. The kernel and the bias are constants: asking for
 their gradient raises. There are no gradients of gradients, and nothing here
-knows of arrays that are sharded over devices.
+knows of arrays that are sharded over devices. Taking the labels' columns for
+the gradient copies a head that is not tied.
 
 GPUs run the reference. They need another kernel, as their grids have no order;
 the one that was here was written for Pallas's Triton backend, which jax 0.11
-deprecates, had not been measured, and was dropped.
+deprecates, had not been measured, and was dropped. This one compiles for TPU
+v5e and v6e (libtpu 0.0.50) and has not been measured either.
 
 Axes: R rows, D width, V vocabulary.
 
@@ -39,8 +41,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxedit.types import InputError
 
-# Bytes of a block of the head, of which two are in memory at a time.
-_BLOCK_BYTES = 2 << 20
+# Bytes of a block of the head, of which two are in memory at a time, and of the
+# memory that a program may use: TPU v5 and later have at least 64 MiB.
+_BLOCK_BYTES = 4 << 20
+_MEMORY_BYTES = 48 << 20
 
 
 class Tiles(NamedTuple):
@@ -180,7 +184,8 @@ def _run(plan, x, head, bias, labels, *, gradient: bool):
       ],
       out_specs=[by_rows(array.shape[1]) for array in out],
       compiler_params=pltpu.CompilerParams(
-          dimension_semantics=('parallel', 'arbitrary')
+          dimension_semantics=('parallel', 'arbitrary'),
+          vmem_limit_bytes=_MEMORY_BYTES,
       ),
       interpret=plan.interpret,
       name='linear_logprob',
