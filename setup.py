@@ -57,7 +57,7 @@ setuptools.setup(
     install_requires=[
         # jax 0.10.2 is the last for Python 3.11.
         'jax>=0.10.2,<0.13',
-        'flax>=0.12',
+        'flax>=0.12.7',
         'optax>=0.2.5',
         'transformers>=4.56,<6',
         'numpy>=2.0',
