@@ -154,7 +154,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
   add(
       '--interpret',
       action='store_true',
-      help='small shapes without a GPU: shows that it runs, not how fast',
+      help='small shapes without a TPU: shows that it runs, not how fast',
   )
   return options
 
@@ -167,16 +167,16 @@ def run(
   """Prints the table.
 
   Args:
-    options: says what is wrong and exits with code 2 where there is no GPU.
+    options: says what is wrong and exits with code 2 where there is no TPU.
     arguments: what it read.
     cases: made one by one, after that check.
   """
   device = jax.devices()[0]
-  if jax.default_backend() != 'gpu' and not arguments.interpret:
+  if device.platform != 'tpu' and not arguments.interpret:
     options.exit(
         2,
-        f'jax sees no GPU here, only a {device.platform}: install jax with CUDA'
-        ' on a machine with one, or give --interpret to try small shapes.\n',
+        f'jax sees no TPU here, only a {device.platform}: install jax[tpu] on a'
+        ' machine with one, or give --interpret to try small shapes.\n',
     )
   print(f'{device.device_kind}, jax {jax.__version__}', flush=True)
   print(HEAD, flush=True)

@@ -218,7 +218,9 @@ class DemoModelTest(parameterized.TestCase):
     self.assertEndsWith(
         text, '<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n'
     )
-    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
+    ids = tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, return_dict=True
+    )
     self.assertEqual(ids['input_ids'], tokenizer(text)['input_ids'])
     self.assertEqual(tokenizer.eos_token, '<|im_end|>')
 

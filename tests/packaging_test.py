@@ -67,7 +67,7 @@ from transformers.utils import import_utils
 assert not import_utils.is_kernels_available()
 if import_utils.is_torch_available():
   from transformers import LlamaForCausalLM
-import jaxedit.ops
+import jaxedit.kernels
 import kernels
 print(kernels.__file__)
 """

@@ -233,8 +233,6 @@ def to_nested(
 
 def flatten(tree: Any) -> dict[str, Any]:
   """Flattens a tree into dotted paths; list places and int keys are numbers."""
-  if hasattr(tree, 'to_pure_dict'):
-    tree = tree.to_pure_dict()
   flat: dict[str, Any] = {}
 
   def walk(node: Any, path: tuple[str, ...]) -> None:
@@ -243,7 +241,9 @@ def flatten(tree: Any) -> dict[str, Any]:
     elif isinstance(node, Sequence):
       items = list(enumerate(node))
     else:
-      flat['.'.join(path)] = node
+      # A leaf of an nnx.State is a variable.
+      value = node.get_value() if hasattr(node, 'get_value') else node
+      flat['.'.join(path)] = value
       return
     for key, value in items:
       walk(value, (*path, str(key)))

@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxedit import ops
 from jaxedit.deltas import ActiveDeltas, LayerDeltas, SiteDelta
+from jaxedit.kernels.linear_logprob import api as linear_logprob_api
 from jaxedit.models import packing
 from jaxedit.models.blocks import (
     PRODUCT,
@@ -233,7 +233,7 @@ def label_logprob(
   """
   kernel, bias = _head(spec, params)
   x = final_norm(spec, params, h).reshape(-1, spec.width).astype(kernel.dtype)
-  logprob, best = ops.linear_logprob(
+  logprob, best = linear_logprob_api.linear_logprob(
       x, kernel, bias, labels.reshape(-1), tied=spec.tied
   )
   return logprob.reshape(labels.shape), best.reshape(labels.shape)

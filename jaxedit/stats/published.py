@@ -65,7 +65,8 @@ def _read_archive(
 ) -> tuple[np.ndarray, int]:
   """Reads one archive: the average [F, F] in float64 and the token count."""
   try:
-    with np.load(path, allow_pickle=False) as archive:
+    # numpy leaves a damaged archive open that it opened itself.
+    with open(path, 'rb') as file, np.load(file, allow_pickle=False) as archive:
       count = int(archive['mom2.count'])
       total = np.asarray(archive['mom2.mom2'], np.float64)
   except (

@@ -373,11 +373,11 @@ def _blocks(
     lines: Sequence[_Line], fenced: Sequence[tuple[int, int, bool]]
 ) -> Iterator[list[tuple[int, int, bool]]]:
   """Yields paragraphs as lists of (begin, end, whether nothing cuts inside)."""
+  begins = [begin for begin, _, _ in fenced]
   code = {
       line.begin
       for line in lines
-      for begin, end, inside in fenced
-      if inside and begin <= line.begin < end
+      if fenced[bisect.bisect(begins, line.begin) - 1][2]
   }
   alike = _alike(lines, code)
   coded = False

@@ -7,7 +7,7 @@ import jax
 from jaxedit.kernels.linear_logprob import reference
 from jaxedit.types import InputError
 
-IMPLEMENTATIONS = ('reference', 'pallas_gpu')
+IMPLEMENTATIONS = ('reference', 'pallas_tpu')
 
 
 def linear_logprob(
@@ -34,7 +34,7 @@ def linear_logprob(
       embedding in its own order; without it, it would be given a copy of the
       head in the other order. The reference needs no such hint.
     implementation: one of `IMPLEMENTATIONS`.
-    interpret: run the Pallas kernel without a GPU, slowly.
+    interpret: run the Pallas kernel without a TPU, slowly.
 
   Returns:
     ([R] log-probability of the label in nats, f32 or wider; [R] int32 id of the
@@ -42,7 +42,7 @@ def linear_logprob(
 
   Raises:
     InputError: an unknown implementation, shapes that do not fit, or what the
-      fused kernel refuses: see `pallas_gpu.linear_logprob`.
+      fused kernel refuses: see `pallas_tpu.linear_logprob`.
   """
   problems = []
   if implementation not in IMPLEMENTATIONS:
@@ -68,8 +68,8 @@ def linear_logprob(
   if implementation == 'reference':
     return reference.linear_logprob(x, kernel, bias, labels)
   # Imported where it is used, so that nothing else needs Pallas.
-  from jaxedit.kernels.linear_logprob import pallas_gpu
+  from jaxedit.kernels.linear_logprob import pallas_tpu
 
-  return pallas_gpu.linear_logprob(
+  return pallas_tpu.linear_logprob(
       x, kernel, bias, labels, tied=tied, interpret=interpret
   )

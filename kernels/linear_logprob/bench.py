@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxedit.kernels import timing
-from jaxedit.kernels.linear_logprob import pallas_gpu, reference
+from jaxedit.kernels.linear_logprob import pallas_tpu, reference
 
 
 class Head(NamedTuple):
@@ -69,7 +69,7 @@ def _backward(op: Function, tied: bool) -> Function:
 
 
 def cases(
-    dtypes: list[str], tiles: pallas_gpu.Tiles | None, interpret: bool
+    dtypes: list[str], tiles: pallas_tpu.Tiles | None, interpret: bool
 ) -> Iterator[timing.Case]:
   """Makes the shapes, one at a time.
 
@@ -86,7 +86,7 @@ def cases(
         x = jax.random.normal(keys[0], (count, shape.width), dtype)
         labels = jax.random.randint(keys[1], (count,), 0, shape.vocabulary)
         kernel = functools.partial(
-            pallas_gpu.linear_logprob,
+            pallas_tpu.linear_logprob,
             tied=shape.tied,
             tiles=tiles,
             interpret=interpret,
@@ -103,7 +103,7 @@ def cases(
               (x, head, bias, labels),
               {
                   'reference': make(reference.linear_logprob, shape.tied),
-                  'pallas_gpu': make(kernel, shape.tied),
+                  'pallas_tpu': make(kernel, shape.tied),
               },
               flops * products,
           )
@@ -125,7 +125,7 @@ def main() -> None:
   arguments = options.parse_args()
   tiles = None
   if arguments.tiles:
-    tiles = pallas_gpu.Tiles(*map(int, arguments.tiles.split(',')))
+    tiles = pallas_tpu.Tiles(*map(int, arguments.tiles.split(',')))
   dtypes = arguments.dtypes.split(',')
   timing.run(options, arguments, cases(dtypes, tiles, arguments.interpret))
 

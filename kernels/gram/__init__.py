@@ -1,1 +1,0 @@
-"""Sum of the outer products of masked rows with themselves."""
