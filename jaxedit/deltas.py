@@ -52,12 +52,15 @@ class SiteDelta(Protocol):
     layers: ascending layer numbers, static.
     site: path of a linear map inside a layer, or 'attn', 'mlp' or 'block',
       static.
+    axes: array leaf -> its axes after those of layers and edits; 'in' and 'out'
+      are the site's widths, 'size' is that of a bias or a scale.
     mergeable: whether it is a change of weights.
     chooses: whether it decides once a prompt, by `choose`.
   """
 
   layers: tuple[int, ...]
   site: str
+  axes: Mapping[str, str]
   mergeable: ClassVar[bool]
   chooses: ClassVar[bool]
 
@@ -102,6 +105,7 @@ class LowRank:
   site: str = _static()
   key: Array
   value: Array
+  axes: ClassVar[Mapping[str, str]] = {'key': 'M in', 'value': 'M out'}
   mergeable: ClassVar[bool] = True
   chooses: ClassVar[bool] = False
 
@@ -133,6 +137,10 @@ class Dense:
   mergeable: ClassVar[bool] = True
   chooses: ClassVar[bool] = False
 
+  @property
+  def axes(self) -> Mapping[str, str]:
+    return {'value': 'in out' if self.leaf == 'kernel' else 'size'}
+
   def __call__(self, x, y, choice=(), prompt=None):
     del choice, prompt
     return y + einsum('...f,fd->...d', x.astype(wide(x.dtype)), self.value)
@@ -157,6 +165,9 @@ class Neurons:
   bias: Array
   value: Array
   activation: str = _static(default='gelu')
+  axes: ClassVar[Mapping[str, str]] = {
+      'key': 'P in', 'bias': 'P', 'value': 'P out'
+  }  # fmt: skip
   mergeable: ClassVar[bool] = False
   chooses: ClassVar[bool] = False
 
@@ -194,6 +205,9 @@ class Codebook:
   radii: Array
   count: Array
   replace: str = _static(default='last')
+  axes: ClassVar[Mapping[str, str]] = {
+      'keys': 'C in', 'values': 'C out', 'radii': 'C', 'count': ''
+  }  # fmt: skip
   mergeable: ClassVar[bool] = False
   chooses: ClassVar[bool] = True
 
@@ -244,6 +258,9 @@ class Routed:
   shards: Array
   thresholds: Array
   activation: str = _static(default='silu')
+  axes: ClassVar[Mapping[str, str]] = {
+      'shards': 'S in out', 'thresholds': 'S'
+  }  # fmt: skip
   mergeable: ClassVar[bool] = False
   chooses: ClassVar[bool] = True
 
@@ -304,6 +321,7 @@ class Edited:
 
   Attributes:
     deltas: changes at sites; at most one low-rank or dense one a parameter.
+      Changes of weights apply before deltas of other kinds, and those in order.
     prompting: rewrites prompts, static.
     routing: decides which prompts the edit answers, static.
     size: edits side by side, each a model of its own, on axis 1 of every leaf
@@ -328,16 +346,22 @@ class Edited:
           f'it holds {self.size} independent edits side by side; select one of'
           ' them'
       )
-    if self.prompting is not None or self.routing is not None:
-      what = 'prompts' if self.routing is None else 'routing'
-      return f'its {what} are no change of weights; keep it beside the model'
     kinds = {type(d).__name__ for d in self.deltas if not d.mergeable}
-    if kinds:
-      names = ' and '.join(sorted(kinds))
-      return (
-          f'{names} deltas are no change of weights; keep it beside the model'
-      )
-    return ''
+    held = [f'{kind} deltas' for kind in sorted(kinds)] + self.rules
+    if not held:
+      return ''
+    return (
+        f'it has {" and ".join(held)}, which are no change of weights; keep it'
+        ' beside the model'
+    )
+
+  @property
+  def rules(self) -> list[str]:
+    """Names of the rules it has."""
+    rules = {'prompting': self.prompting, 'routing': self.routing}
+    return [
+        f'a {name} rule' for name, rule in rules.items() if rule is not None
+    ]
 
 
 UNEDITED = Edited()

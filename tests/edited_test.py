@@ -16,22 +16,16 @@ import safetensors.numpy
 from absl.testing import absltest, parameterized
 
 from jaxedit import edited as edited_lib
-from jaxedit.deltas import (
-    Dense,
-    Edited,
-    LowRank,
-)
+from jaxedit.deltas import UNEDITED, Dense, Edited, LowRank
 from jaxedit.edited import algebra, lm
 from jaxedit.models import decoder, loading
 from jaxedit.testing import models
-from jaxedit.types import (
-    InputError,
-)
+from jaxedit.types import InputError
 
 SPEC = models.tiny_spec('llama')
 F, D = SPEC.mlp_width, SPEC.width
 LAYERS, SITE = (0, 2), 'mlp/down'
-run = jax.jit(lm.forward, static_argnums=0)
+run = jax.jit(lm.apply_model, static_argnums=0)
 
 
 def low_rank(seed: int, rank: int = 3, layers=LAYERS, site=SITE) -> Edited:
@@ -66,7 +60,8 @@ def whole_block(seed: int, edits: int | None = None) -> Edited:
               leaf,
           )
           for (site, leaf), size in sizes.items()
-      )
+      ),
+      size=edits,
   )
 
 
@@ -84,8 +79,9 @@ class Base(parameterized.TestCase):
     cls.tokens = jnp.asarray(tokens, jnp.int32)
     cls.layout = decoder.token_layout(np.ones((4, 9), bool))
 
-  def logits(self, params, edited=lm.UNEDITED):
-    return np.asarray(run(SPEC, params, edited, self.tokens, self.layout))
+  def logits(self, params, edited=UNEDITED, edit_ids=None):
+    rest = self.tokens, self.layout
+    return np.asarray(run(SPEC, params, edited, *rest, edit_ids=edit_ids))
 
 
 class ApplyTest(Base):
@@ -191,8 +187,12 @@ class AddTest(Base):
 
   def test_nothing_is_neutral(self):
     edited = low_rank(1)
-    self.assertIs(edited_lib.add(Edited(), edited), edited)
-    self.assertIs(edited_lib.add(edited, Edited()), edited)
+    for both in (
+        edited_lib.add(Edited(), edited),
+        edited_lib.add(edited, Edited()),
+    ):
+      self.assertLen(both.deltas, 1)
+      self.assertIs(both.deltas[0], edited.deltas[0])
 
   def test_other_places_are_refused(self):
     with self.assertRaisesRegex(ValueError, 'same layers and sites'):
@@ -209,19 +209,33 @@ class StackTest(Base):
   def test_every_row_is_a_model_of_its_own(self):
     edits = [low_rank(seed) for seed in range(4)]
     stacked = edited_lib.stack(edits)
+    self.assertEqual(stacked.size, 4)
     self.assertEqual(stacked.deltas[0].key.shape, (2, 4, 3, F))
-    owner = np.array([3, 0, 3, 1])
-    got = self.logits(self.params, edited_lib.rows(stacked, jnp.asarray(owner)))
-    for row, edit in enumerate(owner):
+    edit_ids = np.array([3, 0, 3, 1])
+    got = self.logits(self.params, stacked, edit_ids)
+    for row, edit in enumerate(edit_ids):
       merged = self.logits(edited_lib.apply(self.params, edits[edit]))
       np.testing.assert_allclose(got[row], merged[row], atol=1e-4)
 
-  def test_one(self):
+  def test_select(self):
     edits = [low_rank(seed) for seed in range(4)]
-    got = edited_lib.select(edited_lib.stack(edits), 2)
+    stacked = edited_lib.stack(edits)
+    got = edited_lib.select(stacked, 2)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(edits[2])):
       np.testing.assert_array_equal(a, b)
     self.assertEqual(got.deltas[0].layers, LAYERS)
+    self.assertIsNone(got.size)
+    for edited, index in ((stacked, 4), (stacked, -1), (got, 0)):
+      with self.assertRaisesRegex(InputError, 'side by side'):
+        edited_lib.select(edited, index)
+
+  def test_ranks_are_padded(self):
+    first, second = low_rank(1, rank=1), low_rank(2, rank=4)
+    stacked = edited_lib.stack([first, second])
+    self.assertEqual(stacked.deltas[0].key.shape, (2, 2, 4, F))
+    for i, edited in enumerate((first, second)):
+      got = kernels(edited_lib.select(stacked, i))
+      np.testing.assert_allclose(got, kernels(edited), atol=1e-6)
 
 
 class LeafTest(parameterized.TestCase):
@@ -236,8 +250,8 @@ class LeafTest(parameterized.TestCase):
     layout = decoder.token_layout(np.ones((4, 9), bool))
     cls.rest = jnp.asarray(tokens, jnp.int32), layout
 
-  def logits(self, params, edited=lm.UNEDITED):
-    return np.asarray(run(self.spec, params, edited, *self.rest))
+  def logits(self, params, edited=UNEDITED, **edit_ids):
+    return np.asarray(run(self.spec, params, edited, *self.rest, **edit_ids))
 
   def test_apply(self):
     edited = whole_block(1)
@@ -276,15 +290,16 @@ class LeafTest(parameterized.TestCase):
     edited = whole_block(1)
     prompts, settings = [[3, 4, 5]], {'max_new_tokens': 6}
     merged = edited_lib.apply(self.params, edited)
+    models_ = [models.as_model(self.spec, p) for p in (self.params, merged)]
     self.assertEqual(
-        lm.generate(self.spec, self.params, edited, prompts, **settings),
-        lm.generate(self.spec, merged, lm.UNEDITED, prompts, **settings),
+        lm.open_model(models_[0], edited).generate(prompts, **settings),
+        lm.open_model(models_[1]).generate(prompts, **settings),
     )
 
   def test_small_changes_are_not_rounded(self):
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), self.params)
     tiny = Dense((0,), 'mlp_norm', jnp.full((1, D), 1e-5), 'scale')
-    params, kernels_left = lm.enter(half, Edited(deltas=(tiny,)))
+    params, kernels_left = lm.enter(half, (tiny,))
     scale = params['layers']['mlp_norm']['scale']
     self.assertEmpty(kernels_left)
     old = half['layers']['mlp_norm']['scale'].astype(jnp.float32)
@@ -311,16 +326,12 @@ class LeafTest(parameterized.TestCase):
         jax.tree.leaves(edits[1]),
     ):
       np.testing.assert_array_equal(a, b)
-    self.assertEqual(
-        [
-            d.value.shape[1]
-            for d in edited_lib.rows(stacked, np.array([2, 0])).deltas
-        ],
-        [2, 2, 2],
-    )
+    self.assertEqual([d.value.shape[1] for d in stacked.deltas], [3, 3, 3])
     for refuse in (
         lambda: edited_lib.apply(self.params, stacked),
         lambda: self.logits(self.params, stacked),
+        # A bias is merged, so that sequences cannot differ in it.
+        lambda: self.logits(self.params, stacked, edit_ids=np.array([2, 0])),
     ):
       with self.assertRaisesRegex(ValueError, 'side by side'):
         refuse()

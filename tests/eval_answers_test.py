@@ -13,25 +13,17 @@ import text_tokenizers
 from absl.testing import absltest, parameterized
 
 from jaxedit import edited as edited_lib
-from jaxedit.deltas import (
-  Dense,
-  Edited,
-  LowRank,
-)
-from jaxedit.edited.lm import UNEDITED
+from jaxedit.deltas import UNEDITED, Dense, Edited, LowRank
+from jaxedit.edited import open_model
 from jaxedit.eval import answers, longform
 from jaxedit.models import decode
 from jaxedit.models.decode import Decoding
 from jaxedit.testing import models
 from jaxedit.text import chat
-from jaxedit.types import (
-  InputError,
-  Passage,
-  Probe,
-)
+from jaxedit.types import InputError, Passage, Probe
 
 PROMPTS = ((0, 9, 8, 7, 6), (0, 5), (0, 9, 8), (0, 5), (0, 1, 2, 3), (0, 5))
-OWNER = (0, 1, 2, 2, 1, 0)
+EDIT_IDS = (0, 1, 2, 2, 1, 0)
 SAMPLED = Decoding(
     temperature=1.0, top_k=30, top_p=0.9, repetition_penalty=1.1, seed=4
 )
@@ -63,6 +55,10 @@ def scale(spec, edits=3):
   return Dense((2,), 'mlp_norm', jnp.asarray(change, jnp.float32), 'scale')
 
 
+def stack_of(*deltas):
+  return Edited(deltas, size=3)
+
+
 class EndsTest(parameterized.TestCase):
 
   def test_end_ids(self):
@@ -88,10 +84,8 @@ class AnswersTest(parameterized.TestCase):
 
   def write(self, edited=UNEDITED, prompts=PROMPTS, **settings):
     settings = dict(stop=(), max_new_tokens=8) | settings
-    return answers.answers(
-        self.spec, self.params, edited, prompts, tokenizer=self.tokenizer,
-        **settings,
-    )  # fmt: skip
+    lm = open_model(models.as_model(self.spec, self.params), edited)
+    return answers.answers(lm, prompts, tokenizer=self.tokenizer, **settings)
 
   def test_text_is_as_written(self):
     lines = ['if x:\n\n    return  1 ,', " don 't . \n", '']
@@ -116,21 +110,21 @@ class AnswersTest(parameterized.TestCase):
   def test_stacks(self, *decoding):
     decoding = Decoding(*decoding)
     change = low_rank(self.spec)
-    stacks = [Edited((change,)), Edited((in_full(change),))]
+    stacks = [stack_of(change), stack_of(in_full(change))]
     lazy, merged = (
-        self.write(stack=stack, owner=OWNER, decoding=decoding)
+        self.write(stack, edit_ids=EDIT_IDS, decoding=decoding)
         for stack in stacks
     )
     self.assertEqual(lazy, merged)
     for edit in range(3):
       alone = self.write(edited_lib.select(stacks[0], edit), decoding=decoding)
-      for i, own in enumerate(OWNER):
+      for i, own in enumerate(EDIT_IDS):
         if own == edit:
           self.assertEqual(alone[i], lazy[i])
     self.assertLen({lazy[1], lazy[3], lazy[5]}, 3)
 
   def test_mixed_stack_beside_a_shared_change(self):
-    stack = Edited((low_rank(self.spec), gate(self.spec), scale(self.spec)))
+    stack = stack_of(low_rank(self.spec), gate(self.spec), scale(self.spec))
     shared = Edited((LowRank((0,), 'mlp/down', *self.shared_factors()),))
     counted = []
 
@@ -139,15 +133,15 @@ class AnswersTest(parameterized.TestCase):
       counted.append(total)
       yield lambda done: counted.append(-done)
 
-    texts = self.write(shared, stack=stack, owner=OWNER, progress=progress)
+    self.params = edited_lib.apply(self.params, shared)
+    texts = self.write(stack, edit_ids=EDIT_IDS, progress=progress)
     self.assertEqual(counted[0], len(PROMPTS))
     self.assertEqual(sum(counted), 0)
     base = self.params
     for edit in range(3):
-      self.params = edited_lib.apply(base, shared)
-      self.params = edited_lib.apply(self.params, edited_lib.select(stack, edit))
+      self.params = edited_lib.apply(base, edited_lib.select(stack, edit))
       alone = self.write()
-      for i, own in enumerate(OWNER):
+      for i, own in enumerate(EDIT_IDS):
         if own == edit:
           self.assertEqual(alone[i], texts[i])
 
@@ -161,65 +155,72 @@ class AnswersTest(parameterized.TestCase):
   def test_full_changes_leave_the_parameters_alone(self):
     # As a change that all prompts share does: nothing is rounded to bf16.
     self.params = models.random_params(self.spec, 0, jnp.bfloat16)
-    stack = Edited((gate(self.spec), scale(self.spec)))
+    stack = stack_of(gate(self.spec), scale(self.spec))
     stack = jax.tree.map(np.asarray, stack)
-    generate = answers.forward.generate
-    with mock.patch.object(
-        answers.forward, 'generate', side_effect=generate
-    ) as spied:
-      texts = self.write(stack=stack, owner=OWNER, decoding=SAMPLED)
+    generate = decode.generate
+    with mock.patch.object(decode, 'generate', side_effect=generate) as spied:
+      texts = self.write(stack, edit_ids=EDIT_IDS, decoding=SAMPLED)
     self.assertEqual(spied.call_count, 3)
     for call in spied.call_args_list:
-      self.assertIs(call.args[1], self.params)
-      for change in call.args[2].deltas:
-        self.assertEqual(change.value.dtype, jnp.float32)
+      kernels, own = self.params['layers'], call.args[1]['layers']
+      self.assertIs(own['mlp'], kernels['mlp'])
+      self.assertIs(own['attn'], kernels['attn'])
+      self.assertEqual(own['mlp_norm']['scale'].dtype, jnp.float32)
+      (change,) = call.kwargs['deltas']
+      self.assertEqual(
+          (change.site, change.value.dtype), ('mlp/gate', 'float32')
+      )
     for edit in range(3):
       alone = self.write(edited_lib.select(stack, edit), decoding=SAMPLED)
-      for i, own in enumerate(OWNER):
+      for i, own in enumerate(EDIT_IDS):
         if own == edit:
           self.assertEqual(alone[i], texts[i])
 
   def test_named_streams(self):
     streams = [7, 2**31 - 1, 0, 5, 5, 12]
-    stack = Edited((gate(self.spec),))
-    write = functools.partial(self.write, stack=stack, decoding=SAMPLED)
-    texts = write(owner=OWNER, streams=streams)
+    stack = stack_of(gate(self.spec))
+    write = functools.partial(self.write, stack, decoding=SAMPLED)
+    texts = write(edit_ids=EDIT_IDS, streams=streams)
     pick = lambda some: [some[i] for i in (4, 1)]
-    write = functools.partial(write, prompts=pick(PROMPTS), owner=pick(OWNER))
+    write = functools.partial(
+        write, prompts=pick(PROMPTS), edit_ids=pick(EDIT_IDS)
+    )
     self.assertEqual(write(streams=pick(streams)), pick(texts))
     self.assertNotEqual(write(), pick(texts))
 
   def test_without_changes(self):
-    self.assertEqual(self.write(stack=Edited(), owner=OWNER), self.write())
+    self.assertEqual(self.write(stack_of(), edit_ids=EDIT_IDS), self.write())
     self.assertEqual(self.write(prompts=[]), [])
-    stack = Edited((gate(self.spec),))
-    self.assertEqual(self.write(prompts=[], stack=stack, owner=[]), [])
+    stack = stack_of(gate(self.spec))
+    self.assertEqual(self.write(stack, prompts=[], edit_ids=[]), [])
 
   def test_faults_come_together(self):
-    (flat,) = edited_lib.select(Edited((gate(self.spec),)), 0).deltas
-    stack = Edited((low_rank(self.spec), flat))
-    shared = edited_lib.select(Edited((low_rank(self.spec),)), 0)
+    stack = stack_of(low_rank(self.spec), gate(self.spec))
     with self.assertRaises(InputError) as caught:
-      self.write(
-          shared, stack=stack, owner=[3, 0], decoding=Decoding(top_p=2.0)
-      )
+      self.write(stack, edit_ids=[3, 0], decoding=Decoding(top_p=2.0))
     words = (
-        'top_p is 2.0', 'owner has 2 entries for 6', 'holds 3 edits',
-        'mlp/down is changed by the stack and', 'mlp/gate has no axis of edits',
+        'top_p is 2.0', 'edit_ids has 2 entries for 6',
+        'edit_ids has 3; the model has edits 0 to 2',
     )  # fmt: skip
     self.assertLen(caught.exception.problems, len(words))
     for problem, part in zip(caught.exception.problems, words):
       self.assertIn(part, problem)
-    with self.assertRaisesRegex(InputError, 'belong together'):
-      self.write(stack=stack)
+    for edited, edit_ids in ((stack, None), (UNEDITED, EDIT_IDS)):
+      with self.assertRaisesRegex(InputError, 'exactly where there are some'):
+        self.write(edited, edit_ids=edit_ids)
     with self.assertRaisesRegex(InputError, 'streams has 1 entries for 6'):
       self.write(streams=[3])
 
-  @parameterized.parameters(gate, scale)
-  def test_full_changes_do_not_overlap(self, change):
-    stack = Edited((change(self.spec),))
-    with self.assertRaisesRegex(InputError, 'by the stack and by the shared'):
-      self.write(edited_lib.select(stack, 0), stack=stack, owner=OWNER)
+  @parameterized.parameters(low_rank, gate, scale)
+  def test_the_axis_of_edits_is_stated(self, change):
+    one = edited_lib.select(stack_of(change(self.spec)), 0).deltas
+    for edited in (
+        stack_of(low_rank(self.spec), *one),
+        Edited((change(self.spec),)),
+        Edited((change(self.spec, edits=4),), size=3),
+    ):
+      with self.assertRaisesRegex(InputError, 'has shape.*is expected'):
+        self.write(edited, edit_ids=EDIT_IDS)
 
 
 class LongformTest(parameterized.TestCase):
@@ -236,14 +237,14 @@ class LongformTest(parameterized.TestCase):
         Passage(9, 'c', **same),
     ]
 
-  def said(self, chosen, **settings):
+  def said(self, chosen, edited, batch_size=64, **settings):
     """All texts of some records, record by record."""
     records = [self.records[i] for i in chosen]
-    if 'stack' in settings:
-      settings['owner'] = chosen
+    model = models.as_model(self.spec, self.params)
     evaluation = longform.evaluate(
-        self.spec, self.params, UNEDITED, records, self.tokenizer,
-        chat=chat.chat_of(self.tokenizer, 'none', ''), stop=(),
+        open_model(model, edited, batch_size=batch_size), records,
+        self.tokenizer, chat=chat.chat_of(self.tokenizer, 'none', ''), stop=(),
+        edit_ids=None if edited.size is None else chosen,
         decoding=Decoding(temperature=1.0), max_new_tokens=8, **settings,
     )  # fmt: skip
     return [
@@ -253,18 +254,25 @@ class LongformTest(parameterized.TestCase):
 
   @parameterized.parameters(None, low_rank, gate)
   def test_sampled_answers_know_no_neighbours(self, change):
-    settings = {}
-    if change is not None:
-      settings['stack'] = Edited((change(self.spec),))
-    together = self.said([0, 1, 2], **settings)
+    edited = UNEDITED if change is None else stack_of(change(self.spec))
+    together = self.said([0, 1, 2], edited)
     # One question, five streams.
     self.assertLen({text for texts in together for text in texts}, 5)
-    alone = [self.said([i], **settings)[0] for i in range(3)]
+    alone = [self.said([i], edited)[0] for i in range(3)]
     self.assertEqual(alone, together)
-    mixed = self.said([2, 0], batch_size=2, **settings)
+    mixed = self.said([2, 0], edited, batch_size=2)
     self.assertEqual(mixed, [together[2], together[0]])
-    bare = self.said([1], sub_questions=False, **settings)
+    bare = self.said([1], edited, sub_questions=False)
     self.assertEqual(bare, [together[1][:1]])
+
+  def test_edit_ids_of_other_records(self):
+    model = models.as_model(self.spec, self.params)
+    with self.assertRaisesRegex(InputError, '2 entries for 3 records'):
+      longform.evaluate(
+          open_model(model, stack_of(gate(self.spec))), self.records,
+          self.tokenizer, chat=chat.chat_of(self.tokenizer, 'none', ''),
+          stop=(), edit_ids=[0, 1],
+      )  # fmt: skip
 
 
 if __name__ == '__main__':

@@ -9,18 +9,11 @@ import numpy as np
 import text_tokenizers
 from absl.testing import absltest
 
-from jaxedit.deltas import (
-  Edited,
-  LowRank,
-)
-from jaxedit.edited.lm import UNEDITED
-from jaxedit.eval import generation, harness, report, scoring
+from jaxedit.deltas import Edited, LowRank
+from jaxedit.edited import encode_queries, open_model, select
+from jaxedit.eval import generation, harness, report
 from jaxedit.testing import models
-from jaxedit.types import (
-  InputError,
-  Probe,
-  Record,
-)
+from jaxedit.types import InputError, Probe, Record
 
 RECORDS = (
     Record(
@@ -59,7 +52,7 @@ RECORDS = (
 def setup():
   spec = models.tiny_spec('llama', vocab=400)
   tokenizer = text_tokenizers.byte_level(begin=True)
-  return spec, models.random_params(spec, 0), tokenizer
+  return models.as_model(spec, models.random_params(spec, 0)), tokenizer
 
 
 def random_stack(spec, edits: int, scale: float = 0.5) -> Edited:
@@ -68,20 +61,15 @@ def random_stack(spec, edits: int, scale: float = 0.5) -> Edited:
       scale * rng.standard_normal((1, edits, 1, width)), jnp.float32
   )
   factors = make(spec.mlp_width), make(spec.width)
-  return Edited((LowRank((1,), 'mlp/down', *factors),))
-
-
-def one_of(stack: Edited, edit: int) -> Edited:
-  own = lambda d: d.replace(key=d.key[:, edit], value=d.value[:, edit])
-  return Edited(tuple(map(own, stack.deltas)))
+  return Edited((LowRank((1,), 'mlp/down', *factors),), size=edits)
 
 
 class EvaluateTest(absltest.TestCase):
 
   def test_metrics_follow_from_the_scores(self):
-    spec, params, tokenizer = setup()
+    model, tokenizer = setup()
     out = harness.evaluate(
-        spec, params, UNEDITED, RECORDS, tokenizer, max_new_tokens=0
+        open_model(model), RECORDS, tokenizer, max_new_tokens=0
     )
     items = [
         ('Ada plays the', ('oboe', 'harp')),
@@ -91,8 +79,8 @@ class EvaluateTest(absltest.TestCase):
         ('Cy has a', ('piano', 'oboe')),
         ("Ada's reed is", ('double',)),
     ]
-    rows = scoring.encode_rows(tokenizer, items)
-    got = scoring.score(spec, params, UNEDITED, rows)
+    rows = encode_queries(tokenizer, items)
+    got = open_model(model).score(rows)
     entry = out.per_record[0]
     self.assertEqual((entry['number'], entry['id']), (1, 'a'))
     self.assertAlmostEqual(entry['nll_new'], got[0][0].nll, places=5)
@@ -116,9 +104,9 @@ class EvaluateTest(absltest.TestCase):
     self.assertNotIn('locality_agreement', values)
 
   def test_records_without_some_groups(self):
-    spec, params, tokenizer = setup()
+    model, tokenizer = setup()
     out = harness.evaluate(
-        spec, params, UNEDITED, RECORDS, tokenizer, max_new_tokens=5
+        open_model(model), RECORDS, tokenizer, max_new_tokens=5
     )
     bare, third = out.per_record[1:]
     ids = {'es_acc', 'reliability', 'exact_match', 'contains'}
@@ -137,18 +125,16 @@ class EvaluateTest(absltest.TestCase):
     json.dumps([out.per_record, out.summary], allow_nan=False)
 
   def test_texts_are_the_models_own(self):
-    spec, params, tokenizer = setup()
+    model, tokenizer = setup()
     out = harness.evaluate(
-        spec, params, UNEDITED, RECORDS, tokenizer, max_new_tokens=5
+        open_model(model), RECORDS, tokenizer, max_new_tokens=5
     )
-    rows = scoring.encode_rows(tokenizer, [(RECORDS[1].question, ())])
+    rows = encode_queries(tokenizer, [(RECORDS[1].question, ())])
     (text,) = generation.free_generation(
-        spec,
-        params,
-        UNEDITED,
+        open_model(model),
         [rows[0].prompt],
         tokenizer=tokenizer,
-        stop=generation.stop_ids(tokenizer, spec.vocab),
+        stop=generation.stop_ids(tokenizer, model.spec.vocab),
         max_new_tokens=5,
     )
     entry = out.per_record[1]
@@ -157,51 +143,49 @@ class EvaluateTest(absltest.TestCase):
     self.assertEqual(entry['metrics']['contains'], hit)
 
   def test_agreement_with_the_unedited_model(self):
-    spec, params, tokenizer = setup()
+    model, tokenizer = setup()
     settings = dict(max_new_tokens=0)
-    base = harness.evaluate(
-        spec, params, UNEDITED, RECORDS, tokenizer, **settings
-    )
+    base = harness.evaluate(open_model(model), RECORDS, tokenizer, **settings)
     self.assertNotIn('text', base.per_record[0])
     self.assertNotIn('contains', base.summary)
     same = harness.evaluate(
-        spec, params, UNEDITED, RECORDS, tokenizer, base=base, **settings
+        open_model(model), RECORDS, tokenizer, base=base, **settings
     )
     agreement = same.summary['locality_agreement']
     self.assertEqual((agreement['mean'], agreement['n']), (1.0, 2))
-    edited = one_of(random_stack(spec, 1, scale=5.0), 0)
+    edited = select(random_stack(model.spec, 1, scale=5.0), 0)
     post = harness.evaluate(
-        spec, params, edited, RECORDS, tokenizer, base=base, **settings
+        open_model(model, edited), RECORDS, tokenizer, base=base, **settings
     )
     self.assertLess(post.summary['locality_agreement']['mean'], 1.0)
     with self.assertRaisesRegex(InputError, 'evaluate it on the same'):
       harness.evaluate(
-          spec, params, edited, RECORDS[:2], tokenizer, base=base, **settings
+          open_model(model, edited),
+          RECORDS[:2],
+          tokenizer,
+          base=base,
+          **settings,
       )
 
   def test_each_record_under_its_own_edit(self):
-    spec, params, tokenizer = setup()
-    stack = random_stack(spec, 3)
+    model, tokenizer = setup()
+    stack = random_stack(model.spec, 3)
     settings = dict(max_new_tokens=5)
+    lm = open_model(model, stack)
     together = harness.evaluate(
-        spec, params, UNEDITED, RECORDS, tokenizer, stack=stack, **settings
+        lm, RECORDS, tokenizer, edit_ids=range(3), **settings
     )
     swapped = harness.evaluate(
-        spec,
-        params,
-        UNEDITED,
-        RECORDS[::-1],
-        tokenizer,
-        stack=stack,
-        owner=[2, 1, 0],
-        **settings,
+        lm, RECORDS[::-1], tokenizer, edit_ids=[2, 1, 0], **settings
     )
     for i in range(3):
       alone = harness.evaluate(
-          spec, params, one_of(stack, i), RECORDS, tokenizer, **settings
+          open_model(model, select(stack, i)), RECORDS, tokenizer, **settings
       )
       for other in (together.per_record[i], swapped.per_record[2 - i]):
         self.assert_entries_match(alone.per_record[i], other)
+    with self.assertRaisesRegex(InputError, '2 entries for 3 records'):
+      harness.evaluate(lm, RECORDS, tokenizer, edit_ids=[0, 1], **settings)
 
   def assert_entries_match(self, one, two):
     self.assertEqual(set(one), set(two))
@@ -213,7 +197,7 @@ class EvaluateTest(absltest.TestCase):
     self.assertAlmostEqual(one['nll_new'], two['nll_new'], places=5)
 
   def test_equal_rows_are_scored_once(self):
-    spec, params, tokenizer = setup()
+    model, tokenizer = setup()
     totals = {}
 
     class Count:
@@ -230,18 +214,16 @@ class EvaluateTest(absltest.TestCase):
     twice = (*RECORDS[:2], *RECORDS[:2])
     settings = dict(max_new_tokens=5, progress=Count)
     once = harness.evaluate(
-        spec, params, UNEDITED, RECORDS[:2], tokenizer, **settings
+        open_model(model), RECORDS[:2], tokenizer, **settings
     )
     seen = dict(totals)
     self.assertEqual(seen, {'score': 8, 'generate': 3})
-    both = harness.evaluate(
-        spec, params, UNEDITED, twice, tokenizer, **settings
-    )
+    both = harness.evaluate(open_model(model), twice, tokenizer, **settings)
     self.assertEqual(totals, seen)
     self.assertEqual(both.per_record[2:], once.per_record)
 
   def test_refuses_all_records_that_do_not_fit(self):
-    spec, params, tokenizer = setup()
+    model, tokenizer = setup()
     long = Record(
         number=7,
         id='x',
@@ -251,26 +233,25 @@ class EvaluateTest(absltest.TestCase):
         neighbours=(Probe('zq' * 60, 'harp'), Probe('Ben', ' ')),
     )
     with self.assertRaises(InputError) as caught:
-      harness.evaluate(spec, params, UNEDITED, (long,), tokenizer)
+      harness.evaluate(open_model(model), (long,), tokenizer)
     self.assertLen(caught.exception.problems, 3)
     self.assertIn('record 7 (id x)', str(caught.exception))
     self.assertIn('an answer has no tokens', str(caught.exception))
     near = Record(1, 'y', '{} ' + 'zq' * 25, 'Ada', 'oboe')
     with self.assertRaisesRegex(InputError, 'and 16 generated ones'):
-      harness.evaluate(spec, params, UNEDITED, (near,), tokenizer)
+      harness.evaluate(open_model(model), (near,), tokenizer)
 
   def test_no_records(self):
-    spec, params, tokenizer = setup()
-    out = harness.evaluate(spec, params, UNEDITED, (), tokenizer)
+    model, tokenizer = setup()
+    out = harness.evaluate(open_model(model), (), tokenizer)
     self.assertEqual((out.per_record, out.summary), ([], {}))
 
   def test_a_ruined_model_gives_plain_numbers(self):
-    spec, params, tokenizer = setup()
-    nan = params['final_norm']['scale'] * jnp.nan
-    params = params | {'final_norm': {'scale': nan}}
-    out = harness.evaluate(
-        spec, params, UNEDITED, RECORDS, tokenizer, max_new_tokens=0
-    )
+    model, tokenizer = setup()
+    nan = model.params['final_norm']['scale'] * jnp.nan
+    params = model.params | {'final_norm': {'scale': nan}}
+    ruined = open_model(models.as_model(model.spec, params))
+    out = harness.evaluate(ruined, RECORDS, tokenizer, max_new_tokens=0)
     self.assertIsNone(out.per_record[0]['nll_new'])
     self.assertEqual(out.summary['es']['mean'], 0.0)
     self.assertEqual(out.summary['ns']['mean'], 0.0)

@@ -13,18 +13,18 @@ import tiny_model
 from absl.testing import absltest, parameterized
 
 from experiments import (
-  anyedit_batch,
-  collect_moments,
-  editing,
-  job,
-  judging,
-  resources,
+    anyedit_batch,
+    collect_moments,
+    editing,
+    job,
+    judging,
+    resources,
 )
 from jaxedit import edited as edited_lib
 from jaxedit.deltas import (
-  Dense,
-  Edited,
-  LowRank,
+    Dense,
+    Edited,
+    LowRank,
 )
 from jaxedit.eval import answers
 from jaxedit.methods import unke
@@ -34,7 +34,7 @@ from jaxedit.targets import run as run_lib
 from jaxedit.text import chat as chat_lib
 from jaxedit.text import passages as text_passages
 from jaxedit.types import (
-  Passage,
+    Passage,
 )
 
 FLAGFILES = sorted(

@@ -21,7 +21,8 @@ from absl.testing import absltest, parameterized
 from jaxedit import edited as edited_lib
 from jaxedit import targets as targets_lib
 from jaxedit.batching import plan as plan_lib
-from jaxedit.edited import lm
+from jaxedit.deltas import UNEDITED
+from jaxedit.edited import apply_model
 from jaxedit.methods import closed_form, memit
 from jaxedit.methods.closed_form import (
     sweep,
@@ -57,7 +58,7 @@ STAGES = (
     systems._solve_groups,
 )
 every_recipe = parameterized.named_parameters((name, name) for name in RECIPES)
-run = jax.jit(lm.forward, static_argnums=0)
+run = jax.jit(apply_model, static_argnums=0)
 
 
 def edits(seed: int = 1, **options: Any) -> list[encoding.EncodedEdit]:
@@ -232,9 +233,9 @@ class BatteryTest(parameterized.TestCase):
     rest = tokens, decoder.token_layout(np.ones(tokens.shape, bool))
     lazy = run(b.pair.spec, b.params, b.edited, *rest)
     merged = edited_lib.apply(b.params, b.edited)
-    dense = run(b.pair.spec, merged, lm.UNEDITED, *rest)
+    dense = run(b.pair.spec, merged, UNEDITED, *rest)
     np.testing.assert_allclose(lazy, dense, atol=1e-4)
-    base = run(b.pair.spec, b.params, lm.UNEDITED, *rest)
+    base = run(b.pair.spec, b.params, UNEDITED, *rest)
     self.assertGreater(np.abs(lazy - base).max(), 1e-2)
 
   @every_recipe

@@ -23,35 +23,35 @@ from absl.testing import absltest, parameterized
 from jaxedit import edited as edited_lib
 from jaxedit import targets as targets_lib
 from jaxedit.batching import (
-  packer,
+    packer,
 )
 from jaxedit.batching import (
-  plan as plan_lib,
+    plan as plan_lib,
 )
 from jaxedit.deltas import (
-  Dense,
-  LowRank,
+    Dense,
+    LowRank,
 )
 from jaxedit.methods import (
-  alphaedit,
-  anyedit,
-  closed_form,
-  emmet,
-  memit,
-  parity,
-  pmet,
-  rome,
+    alphaedit,
+    anyedit,
+    closed_form,
+    emmet,
+    memit,
+    parity,
+    pmet,
+    rome,
 )
 from jaxedit.methods.closed_form import (
-  sweep,
-  systems,
+    sweep,
+    systems,
 )
 from jaxedit.solve.ridge import LowRankUpdate
 from jaxedit.testing import facts
 from jaxedit.text import chunking
 from jaxedit.types import (
-  InputError,
-  Targets,
+    InputError,
+    Targets,
 )
 
 WEIGHT, RIDGE, SHARE = 0.3, 0.2, 0.6

@@ -25,7 +25,8 @@ from absl.testing import absltest, parameterized
 from jaxedit import edited as edited_lib
 from jaxedit import targets as targets_lib
 from jaxedit.batching import plan as plan_lib
-from jaxedit.edited import lm
+from jaxedit.deltas import UNEDITED
+from jaxedit.edited import apply_model
 from jaxedit.methods import (
     regression,
     unke,
@@ -415,15 +416,15 @@ class EditorTest(parameterized.TestCase):
     }
     self.assertGreater(gap(total, changes(together)), 1e-3)
 
-  def test_owners(self):
+  def test_groups(self):
     some, group = edits(chunked=True), [2, 0, 2, 2]
     groups, info = made(CHUNKED, some, each=True, group=group, double=True)
     self.assertEqual(groups.deltas[0].value.shape[:2], (1, 3))
-    for group in (0, 2):
-      mine = [e for e, g in zip(some, group) if g == group]
+    for number in (0, 2):
+      mine = [e for e, g in zip(some, group) if g == number]
       want, one = made(CHUNKED, mine, double=True)
-      self.assertLess(gap(changes(groups, group), changes(want)), CLOSE)
-      here = np.isin(info.edit, [i for i in range(4) if group[i] == group])
+      self.assertLess(gap(changes(groups, number), changes(want)), CLOSE)
+      here = np.isin(info.edit, [i for i in range(4) if group[i] == number])
       np.testing.assert_allclose(
           info.distance[:, here], one.distance, atol=CLOSE
       )
@@ -493,12 +494,12 @@ class EditorTest(parameterized.TestCase):
     edited, _ = made(PLAIN, edits(), family='gpt2')
     tokens = np.random.default_rng(0).integers(2, 90, (4, 9)).astype(np.int32)
     rest = tokens, decoder.token_layout(np.ones(tokens.shape, bool))
-    run = jax.jit(lm.forward, static_argnums=0)
+    run = jax.jit(apply_model, static_argnums=0)
     lazy = run(pair.spec, pair.params, edited, *rest)
     merged = edited_lib.apply(pair.params, edited)
-    dense = run(pair.spec, merged, lm.UNEDITED, *rest)
+    dense = run(pair.spec, merged, UNEDITED, *rest)
     np.testing.assert_allclose(lazy, dense, atol=1e-4)
-    base = run(pair.spec, pair.params, lm.UNEDITED, *rest)
+    base = run(pair.spec, pair.params, UNEDITED, *rest)
     self.assertGreater(np.abs(lazy - base).max(), 1e-2)
 
   def test_half_precision_and_nothing_to_preserve(self):

@@ -15,21 +15,10 @@ import torch
 import transformers
 from absl.testing import absltest, parameterized
 
-from jaxedit.deltas import (
-  Dense,
-  LowRank,
-)
-from jaxedit.models import (
-  decode,
-  decode_state,
-  decoder,
-  loading,
-  sampling,
-)
+from jaxedit.deltas import LowRank
+from jaxedit.models import decode, decode_state, decoder, loading, sampling
 from jaxedit.testing import models as tiny
-from jaxedit.types import (
-  InputError,
-)
+from jaxedit.types import InputError
 
 NEW = 10
 SIZES = (4, 8, 1, 6, 2)
@@ -248,11 +237,12 @@ class GenerateTest(parameterized.TestCase):
     key, value = draw(self.spec.mlp_width), draw(self.spec.width)
     stack = LowRank((0, 2), 'mlp/down', key, value)
     prompts = prompts_of(SIZES * 3)
-    owner = rng.permutation(np.arange(len(prompts)) % 8).tolist()
+    edit_ids = rng.permutation(np.arange(len(prompts)) % 8).tolist()
     settings = dict(temperature=1.0, repetition_penalty=1.2)
     write = functools.partial(self.write, prompts, **settings)
-    texts = write(stack=[stack], owner=owner)
-    self.assertEqual(write(stack=[stack], owner=owner, batch_size=4), texts)
+    own = dict(deltas=[stack], edit_ids=edit_ids)
+    texts = write(**own)
+    self.assertEqual(write(**own, batch_size=4), texts)
     base, down = self.params, self.params['layers']['mlp']['down']['kernel']
     for edit in range(8):
       self.params = jax.tree.map(lambda leaf: leaf, base)
@@ -261,7 +251,7 @@ class GenerateTest(parameterized.TestCase):
       ].add(np.einsum('lmf,lmd->lfd', key[:, edit], value[:, edit]))
       merged = self.write(prompts, **settings)
       for i, text in enumerate(merged):
-        (self.assertEqual if owner[i] == edit else self.assertNotEqual)(
+        (self.assertEqual if edit_ids[i] == edit else self.assertNotEqual)(
             text, texts[i]
         )
 
@@ -325,41 +315,15 @@ class GenerateTest(parameterized.TestCase):
     with self.assertRaises(InputError) as caught:
       self.write(
           [[1]], temperature=float('nan'), top_k=-1, top_p=0, batch_size=0,
-          repetition_penalty=0.0, max_new_tokens=0, stop_ids=[97], owner=[0],
+          repetition_penalty=0.0, max_new_tokens=0, stop_ids=[97],
       )  # fmt: skip
     names = (
         'max_new_tokens', 'batch_size', 'temperature', 'top_k', 'top_p',
-        'repetition_penalty', 'stack and owner belong', 'stop token 97',
+        'repetition_penalty', 'stop token 97',
     )  # fmt: skip
     self.assertLen(caught.exception.problems, len(names))
     for problem, name in zip(caught.exception.problems, names):
       self.assertStartsWith(problem, name)
-
-  def test_stacks_that_do_not_fit(self):
-    ones = lambda *shape: np.ones(shape, np.float32)
-    factors = lambda *lead: (ones(*lead, 48), ones(*lead, 32))
-    stack = LowRank((1,), 'mlp/down', *factors(1, 3, 2))
-    flat = LowRank((0,), 'mlp/down', *factors(1, 2))
-    shared = LowRank((1, 2), 'mlp/down', *factors(2, 2))
-    full = Dense((1,), 'mlp/down', ones(1, 3, 48, 32))
-    for faulty, words in (
-        (dict(stack=[stack]), ['stack and owner belong together']),
-        (
-            dict(stack=[stack], owner=[3]),
-            ['1 entries for 2 rows', 'runs from 3 to 3'],
-        ),
-        (dict(stack=[flat], owner=[0, 0]), ['has no axis of edits']),
-        (dict(stack=[full], owner=[0, 0]), ['low-rank factors of shape']),
-        (
-            dict(stack=[stack], owner=[0, 0], deltas=[shared]),
-            ['changed by the stack and by the shared'],
-        ),
-    ):
-      with self.assertRaises(InputError) as caught:
-        self.write([[1], [2]], **faulty)
-      self.assertLen(caught.exception.problems, len(words))
-      for problem, part in zip(caught.exception.problems, words):
-        self.assertIn(part, problem)
 
 
 class LongTest(parameterized.TestCase):

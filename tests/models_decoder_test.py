@@ -1,6 +1,6 @@
 """Every way to run a decoder equals one plain numpy model.
 
-The oracle below runs one unpadded text, without batches, masks by segment,
+The oracle, `numpy_decoder`, runs one unpadded text, without batches, masks by segment,
 caches or interventions: those must not show in the numbers. Unless a test is
 about another dtype it runs in f64, where equal means 1e-10.
 """
@@ -9,143 +9,25 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
+from numpy_decoder import oracle, oracle_logits, outputs
 
-from jaxedit.deltas import (
-  Dense,
-  LowRank,
-)
+from jaxedit.deltas import ActiveDeltas, Dense, LowRank
 from jaxedit.models import decoder, loading
 from jaxedit.models.spec import param_shapes
 from jaxedit.testing import models as tiny
-from jaxedit.types import (
-  KV,
-  Patch,
-  Tap,
-  TokenLayout,
-)
+from jaxedit.types import KV, Patch, Tap, TokenLayout
 
-_ACTIVATIONS = {
-    'silu': lambda x: x / (1 + np.exp(-x)),
-    'gelu': lambda x: x * (1 + np.vectorize(math.erf)(x / 2**0.5)) / 2,
-    'gelu_tanh': lambda x: (
-        x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2
-    ),
-}
 LAYERS = (0, 1, 2)
 OUTPUTS = ('attn', 'mlp', 'block')
 # Left padding of three rows of nine columns, in tokens.
 PADDING = (0, 4, 2)
 WIDTH = 9
-
-
-def outputs(layer, site, x):
-  """Intervenes nowhere."""
-  del layer, site
-  return x
-
-
-def oracle_norm(spec, leaf, x):
-  """RMS or layer normalisation."""
-  if spec.norm == 'layer':
-    x = x - x.mean(axis=-1, keepdims=True)
-  x = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + spec.norm_eps)
-  return x * leaf['scale'] + leaf.get('bias', 0.0)
-
-
-def oracle_rotary(spec, x):
-  """Rotary positions as complex products; x is [T, heads, H]."""
-  if spec.rotary == 'none':
-    return x
-  size, axis = spec.rotary_size, {'half': 2, 'interleaved': 3}[spec.rotary]
-  freq = spec.rope_theta ** (-np.arange(0, size, 2) / size)
-  rotary = np.exp(1j * np.arange(len(x))[:, None] * freq)[:, None]
-  pair = (2, -1) if axis == 2 else (-1, 2)
-  real, imaginary = np.moveaxis(
-      x[..., :size].reshape(*x.shape[:2], *pair), axis, 0
-  )
-  z = (real + 1j * imaginary) * rotary
-  z = np.stack([z.real, z.imag], axis=axis).reshape(*x.shape[:2], size)
-  return np.concatenate([z, x[..., size:]], axis=-1)
-
-
-def oracle_attention(spec, leaf, x, seen):
-  """Attention of every token to itself and those before it, by heads."""
-  size = len(x)
-  q, k, v = (
-      oracle_linear(leaf, f'attn/{name}', x, seen).reshape(
-          size, -1, spec.head_size
-      )
-      for name in 'qkv'
-  )
-  q, k = oracle_rotary(spec, q), oracle_rotary(spec, k)
-  seen['kv'] = np.moveaxis(k, 1, 0), np.moveaxis(v, 1, 0)
-  ago = np.arange(size)[:, None] - np.arange(size)
-  hidden = (ago < 0) | (ago >= (spec.window or size))
-  heads = []
-  for n in range(spec.heads):
-    group = n // (spec.heads // spec.kv_heads)
-    weights = q[:, n] @ k[:, group].T / spec.head_size**0.5
-    weights = np.exp(np.where(hidden, -np.inf, weights))
-    heads.append(weights / weights.sum(axis=1, keepdims=True) @ v[:, group])
-  return oracle_linear(leaf, 'attn/out', np.concatenate(heads, axis=1), seen)
-
-
-def oracle_linear(leaf, site, x, seen):
-  """A linear map, whose input is kept."""
-  seen[site] = x
-  part, name = site.split('/')
-  return x @ leaf[part][name]['kernel'] + leaf[part][name].get('bias', 0.0)
-
-
-def oracle_mlp(spec, leaf, x, seen):
-  """The plain or the gated MLP."""
-  activation = _ACTIVATIONS[spec.activation]
-  inner = oracle_linear(leaf, 'mlp/up', x, seen)
-  if spec.gated:
-    inner = activation(oracle_linear(leaf, 'mlp/gate', x, seen)) * inner
-  else:
-    inner = activation(inner)
-  return oracle_linear(leaf, 'mlp/down', inner, seen)
-
-
-def oracle(spec, params, tokens, intervene=outputs):
-  """Runs one text [T] in numpy.
-
-  Args:
-    spec: the architecture.
-    params: canonical parameters, f64.
-    tokens: [T] ids.
-    intervene: (layer, site, [T, D]) -> [T, D].
-
-  Returns:
-    ([T, D] last residual, for every layer what was seen).
-  """
-  params = jax.tree.map(np.asarray, params)
-  h = params['embed']['embedding'][np.asarray(tokens)]
-  if spec.learned_positions:
-    h = h + params['embed']['position'][: len(h)]
-  layers = []
-  for layer in range(spec.layers):
-    leaf = jax.tree.map(lambda leaf, i=layer: leaf[i], params['layers'])
-    seen = {}
-    x = oracle_norm(spec, leaf['attn_norm'], h)
-    a = oracle_attention(spec, leaf, x, seen)
-    a = seen['attn'] = intervene(layer, 'attn', a)
-    if spec.residual != 'parallel_shared':
-      base = h + a if spec.residual == 'sequential' else h
-      x = oracle_norm(spec, leaf['mlp_norm'], base)
-    m = oracle_mlp(spec, leaf, x, seen)
-    m = seen['mlp'] = intervene(layer, 'mlp', m)
-    h = seen['block'] = intervene(layer, 'block', h + a + m)
-    layers.append(seen)
-  return h, layers
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -306,12 +188,7 @@ class OracleTest(DecoderTestCase):
   def test_logits_and_scores(self, family):
     spec, params = model(family)
     h, _ = oracle(spec, params, self.text(0))
-    x = oracle_norm(spec, jax.tree.map(np.asarray, params['final_norm']), h)
-    if spec.tied:
-      wanted = x @ np.asarray(params['embed']['embedding']).T
-    else:
-      head = jax.tree.map(np.asarray, params['head'])
-      wanted = x @ head['kernel'] + head['bias']
+    wanted = oracle_logits(spec, params, h)
     self.assert_same(decoder.logits(spec, params, jnp.asarray(h)), wanted)
     labels = np.roll(self.tokens[0], -1)
     score, best = decoder.label_logprob(
@@ -443,7 +320,9 @@ class DeltaTest(DecoderTestCase):
         self.low_rank(spec, 'mlp/down', (0, 2), rows=(3,)),
         self.low_rank(spec, 'attn/out', (2,), rows=(3,)),
     ]
-    h = run(spec, params, self.tokens, self.layout, (), (shared, *own))
+    everywhere = jax.tree.map(lambda x: np.stack([x] * 3, axis=1), shared)
+    deltas = ActiveDeltas((everywhere, *own), per_edit=True)
+    h = run(spec, params, self.tokens, self.layout, (), deltas)
     for row, left in enumerate(PADDING):
       deltas = [
           LowRank(d.layers, d.site, d.key[:, row], d.value[:, row]) for d in own

@@ -170,6 +170,8 @@ def revert(params: Params, base: Params, edited: Edited) -> Params:
     `params` with the edited leaves of `base`, bit for bit.
   """
   for delta in edited.deltas:
+    if not delta.mergeable:
+      continue
     names = path(delta).split('/')
     old = base
     for name in names:
@@ -189,29 +191,48 @@ def stack(edits: Sequence[Edited]) -> Edited:
   """Puts independent edits side by side.
 
   Args:
-    edits: edits of the same sites and layers, without prompting and routing;
-      low-rank ones are padded with zero rows to one rank.
+    edits: edits of the same kinds, sites and layers, without prompting and
+      routing. Those of lower rank, fewer neurons, entries or shards are padded
+      with zeros, which change nothing.
 
   Returns:
     One `Edited` of size E.
 
   Raises:
-    ValueError: an edit lies side by side already, or has a rule.
+    ValueError: an edit lies side by side already, has a rule, or has other
+      kinds, sites, layers or widths than the first.
   """
   for edited in edits:
-    if edited.size is not None or edited.prompting or edited.routing:
+    if edited.size is not None or edited.rules:
       raise ValueError('only single edits without rules can be stacked')
-  ranks = [
-      d.key.shape[1] for e in edits for d in e.deltas if isinstance(d, LowRank)
-  ]
-  grow = lambda x: jnp.pad(x, ((0, 0), (0, max(ranks) - x.shape[1]), (0, 0)))
-  pad = lambda d: jax.tree.map(grow, d) if isinstance(d, LowRank) else d
-  padded = [tuple(map(pad, edited.deltas)) for edited in edits]
-  deltas = jax.tree.map(lambda *x: jnp.stack(x, axis=1), *padded)
-  return Edited(deltas, size=len(edits))
+  deltas = zip(*(edited.deltas for edited in edits), strict=True)
+  return Edited(tuple(_stack(*some) for some in deltas), size=len(edits))
+
+
+def _stack(*deltas: SiteDelta) -> SiteDelta:
+  """Puts deltas of independent edits side by side."""
+
+  def join(*leaves: Array) -> Array:
+    if leaves[0].ndim > 1 and not isinstance(deltas[0], Dense):
+      most = max(x.shape[1] for x in leaves)
+      rest = ((0, 0),) * (leaves[0].ndim - 2)
+      grow = lambda x: jnp.pad(x, ((0, 0), (0, most - x.shape[1]), *rest))
+      leaves = map(grow, leaves)
+    return jnp.stack([*leaves], axis=1)
+
+  return jax.tree.map(join, *deltas)
 
 
 def select(edited: Edited, index: int) -> Edited:
-  """Returns one of the edits side by side, as an edit of its own."""
+  """Returns one of the edits side by side, as an edit of its own.
+
+  Raises:
+    InputError: there is no such edit, or only one.
+  """
+  if edited.size is None or not 0 <= index < edited.size:
+    raise InputError(
+        f'edit {index} was asked for, where {edited.size or "no"} edits lie side'
+        ' by side, counted from 0'
+    )
   deltas = jax.tree.map(lambda x: x[:, index], edited.deltas)
   return edited.replace(deltas=deltas, size=None)

@@ -58,9 +58,10 @@ def save(
     InputError: the file cannot be written, or the edit has a rule that has no
       file form.
   """
-  if edited.prompting is not None or edited.routing is not None:
+  if edited.rules:
     raise InputError(
-        f'{path}: a prompting or routing rule has no file form; save what it was'
+        f'{path}: cannot be written, as the edit has'
+        f' {" and ".join(edited.rules)}, which no file holds; save what it was'
         ' made from'
     )
   tensors, kinds = packed(edited)
@@ -152,9 +153,13 @@ def _edited(
 
 
 def _first_format(
-    tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]
+    tensors: Mapping[str, np.ndarray], record: Mapping[str, Any]
 ) -> Edited:
-  """Rebuilds an edit of the first format, one delta a changed parameter."""
+  """Rebuilds an edit of the first format, one delta a changed parameter.
+
+  It does not tell how many edits lie side by side: their axis does.
+  """
+  del record
   places: dict[tuple[str, str], dict[int, dict[str, np.ndarray]]] = {}
   for name, tensor in tensors.items():
     site, layer, field = name.rsplit('/', 2)
@@ -170,9 +175,10 @@ def _first_format(
         for field in found[layers[0]]
     }
     if leaf:
-      deltas.append(Dense(layers, site, stacked[leaf], leaf))
+      delta = Dense(layers, site, stacked[leaf], leaf)
     else:
-      deltas.append(LowRank(layers, site, **stacked))
-    if metadata.get('independent'):
-      (size,) = {x.shape[1] for x in stacked.values()}
+      delta = LowRank(layers, site, **stacked)
+    deltas.append(delta)
+    if delta.value.ndim == 2 + len(delta.axes['value'].split()):
+      size = delta.value.shape[1]
   return Edited(tuple(deltas), size=size)

@@ -17,7 +17,7 @@ made the edit. Only this module decides
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
@@ -41,6 +41,10 @@ from jaxedit.types import (
 )
 
 OUTPUT_SITES = ('attn', 'mlp', 'block')
+_EDIT_IDS = (
+    'edit_ids say which of the edits side by side a prompt is under: give them'
+    ' exactly where there are some'
+)
 
 
 class LanguageModel(Protocol):
@@ -122,9 +126,11 @@ def open_model(
     The edited model.
 
   Raises:
-    InputError: the edit does not fit the model.
+    InputError: the edit does not fit the model, or `batch_size` is below 1.
   """
   check(model.spec, model.params, edited)
+  if batch_size < 1:
+    raise InputError(f'batch_size is {batch_size}; it must be at least 1')
   return _EditedModel(model.spec, model.params, edited, batch_size)
 
 
@@ -151,13 +157,21 @@ def apply_model(
     [B, T, V] logits, float32 or wider.
 
   Raises:
-    ValueError: the edit rewrites or routes prompts, or `edit_ids` does not go
-      with it.
+    InputError: the edit rewrites or routes prompts, `edit_ids` does not go with
+      it, or edits side by side change a bias or a scale.
   """
-  if edited.prompting is not None or edited.routing is not None:
-    raise ValueError('prompting and routing rules need `open_model`')
+  if edited.rules:
+    raise InputError(
+        f'the edit has {" and ".join(edited.rules)}, which no pure function of'
+        ' tokens follows; use `open_model`'
+    )
   if (edited.size is None) != (edit_ids is None):
-    raise ValueError('edit_ids are needed exactly with edits side by side')
+    raise InputError(_EDIT_IDS)
+  if edited.size is not None and any(map(_is_small, edited.deltas)):
+    raise InputError(
+        'edits side by side change biases or scales, which are merged before a'
+        ' run; `select` one of them or use `open_model`'
+    )
   params, deltas = enter(params, edited.deltas)
   h = decoder.embed(spec, params, tokens, layout)
   h, _ = decoder.run_layers(
@@ -183,12 +197,18 @@ def enter(
 
   Returns:
     (parameters with the changes of biases and scales merged, in float32 or
-    wider so that nothing is rounded; the other deltas).
+    wider so that nothing is rounded; the other deltas, changes of weights
+    first).
   """
-  small = [d for d in deltas if isinstance(d, Dense) and d.leaf != 'kernel']
-  for delta in small:
+  for delta in filter(_is_small, deltas):
     params = algebra.apply(params, Edited((delta,)), dtype=jnp.float32)
-  return params, tuple(d for d in deltas if d not in small)
+  rest = [d for d in deltas if not _is_small(d)]
+  return params, tuple(sorted(rest, key=lambda d: not d.mergeable))
+
+
+def _is_small(delta: SiteDelta) -> bool:
+  """Whether it changes a bias or a scale."""
+  return isinstance(delta, Dense) and delta.leaf != 'kernel'
 
 
 def check(spec: ModelSpec, params: Params, edited: Edited) -> None:
@@ -205,35 +225,62 @@ def check(spec: ModelSpec, params: Params, edited: Edited) -> None:
   problems = []
   for delta in edited.deltas:
     name = f'the {type(delta).__name__} delta of {delta.site}'
-    if strange := [i for i in delta.layers if not 0 <= i < spec.layers]:
-      problems.append(
-          f'{name}: layers {strange} are not in the model, which has 0 to'
-          f' {spec.layers - 1}; load the model it was made for'
-      )
-    if delta.site not in OUTPUT_SITES and _leaf(params, delta) is None:
-      problems.append(
-          f'{name}: the model has no such site; load the model it was made for'
-      )
-    elif isinstance(delta, Dense):
-      wanted = _leaf(params, delta).shape[1:]
-      given = delta.value.shape[1 if edited.size is None else 2 :]
-      if wanted != given:
-        problems.append(
-            f'{name}: has shape {given}, the parameter {wanted}; load the model'
-            ' it was made for'
-        )
+    problems += [
+        f'{name}: {problem}; load the model it was made for'
+        for problem in _misfits(spec, params, delta, edited.size)
+    ]
   if problems:
     raise InputError(*problems)
+
+
+def _misfits(
+    spec: ModelSpec, params: Params, delta: SiteDelta, size: int | None
+) -> Iterator[str]:
+  """Says what of a model a delta does not fit."""
+  if list(delta.layers) != sorted(set(delta.layers) & {*range(spec.layers)}):
+    yield (
+        f'its layers are {list(delta.layers)}, where some of 0 to'
+        f' {spec.layers - 1} are expected in ascending order'
+    )
+  leaf = _leaf(params, delta)
+  if leaf is not None:
+    widths = leaf.shape[1:]
+  elif delta.site in OUTPUT_SITES and not delta.mergeable:
+    widths = (spec.width, spec.width)
+  else:
+    yield f'the model has no {algebra.path(delta)}'
+    return
+  names = ('in', 'out') if len(widths) == 2 else ('size',)
+  known = {'n': len(delta.layers), 'E': size, **dict(zip(names, widths))}
+  for name, axes in delta.axes.items():
+    axes = [*(('n',) if size is None else ('n', 'E')), *axes.split()]
+    shape = getattr(delta, name).shape
+    pairs = list(zip(axes, shape))
+    if len(axes) != len(shape) or any(
+        known.setdefault(axis, length) != length for axis, length in pairs
+    ):
+      wanted = ', '.join(str(known.get(axis, axis)) for axis in axes)
+      yield f'{name!r} has shape {list(shape)}, where [{wanted}] is expected'
+    elif delta.chooses and 0 in shape:
+      yield f'{name!r} has shape {list(shape)}: there is nothing to choose from'
 
 
 def _leaf(params: Params, delta: SiteDelta) -> Array | None:
   """The stacked parameter that a delta is of."""
   found: Any = params
   for name in algebra.path(delta).split('/'):
-    if name not in found:
+    if not isinstance(found, Mapping) or name not in found:
       return None
     found = found[name]
   return found
+
+
+class _Read(NamedTuple):
+  """Prompts as the model reads them."""
+
+  prompts: Sequence[Sequence[int]]
+  answered: Sequence[bool]  # by the edited model
+  problems: list[str]
 
 
 class _Part(NamedTuple):
@@ -257,12 +304,12 @@ class _EditedModel:
     self._merged: tuple[Params, tuple[SiteDelta, ...]] | None = None
 
   def score(self, queries, *, edit_ids=None, progress=silent):
-    prompts = self._rewrite([query.prompt for query in queries], edit_ids)
-    asked = [Query(tuple(p), q.answers) for p, q in zip(prompts, queries)]
-    scoring.check(self.spec, asked)
+    read = self._read([query.prompt for query in queries], edit_ids)
+    asked = [Query(tuple(p), q.answers) for p, q in zip(read.prompts, queries)]
+    scoring.check(self.spec, asked, more=read.problems)
     results: list[Any] = [None] * len(asked)
     with progress('score', len(asked), 'prompt') as advance:
-      for part in self._parts([q.prompt for q in queries], edit_ids):
+      for part in self._parts(read.answered, edit_ids):
         found = scoring.score(
             self.spec,
             part.params,
@@ -287,23 +334,28 @@ class _EditedModel:
       edit_ids=None,
       progress=silent,
   ):
-    given, prompts = prompts, self._rewrite(prompts, edit_ids)
+    read = self._read(prompts, edit_ids)
     settings = dict(
         max_new_tokens=max_new_tokens,
         stop_ids=stop_ids,
         batch_size=self._batch_size,
     )
     decode.refuse_faulty(
-        self.spec, prompts, decoding=decoding, streams=streams, **settings
+        self.spec,
+        read.prompts,
+        decoding=decoding,
+        streams=streams,
+        more=read.problems,
+        **settings,
     )
     streams = range(len(prompts)) if streams is None else streams
     results: list[list[int]] = [[] for _ in prompts]
     with progress('generate', len(prompts), 'text') as advance:
-      for part in self._parts(given, edit_ids):
+      for part in self._parts(read.answered, edit_ids):
         found = decode.generate(
             self.spec,
             part.params,
-            [prompts[i] for i in part.index],
+            [read.prompts[i] for i in part.index],
             deltas=part.deltas,
             edit_ids=part.edit_ids,
             streams=[streams[i] for i in part.index],
@@ -315,54 +367,49 @@ class _EditedModel:
           results[i] = one
     return results
 
-  def _rewrite(
+  def _read(
       self,
       prompts: Sequence[Sequence[int]],
       edit_ids: Sequence[int] | None,
-  ) -> list[Sequence[int]]:
-    """Checks `edit_ids` and rewrites the prompts that the edit answers."""
+  ) -> _Read:
+    """Applies the rules of the edit to prompts."""
+    edited, everything = self._edited, [True] * len(prompts)
+    if problems := self._problems(len(prompts), edit_ids):
+      return _Read(prompts, everything, problems)
+    answered = everything
+    if edited.routing is not None:
+      answered = edited.routing.applies(prompts, edit_ids)
+    read = list(prompts)
+    if edited.prompting is not None:
+      chosen = [i for i, yes in enumerate(answered) if yes]
+      ids = None if edit_ids is None else [edit_ids[i] for i in chosen]
+      found = edited.prompting.rewrite([prompts[i] for i in chosen], ids)
+      for i, prompt in zip(chosen, found, strict=True):
+        read[i] = prompt
+    return _Read(read, answered, [])
+
+  def _problems(
+      self, prompts: int, edit_ids: Sequence[int] | None
+  ) -> list[str]:
+    """Says what is wrong with `edit_ids`."""
     size = self._edited.size
     if (size is None) != (edit_ids is None):
-      raise InputError(
-          f'edit_ids are {edit_ids}: they are needed exactly where edits lie side'
-          f' by side, and this model has {size or "one"}'
+      return [_EDIT_IDS]
+    if size is None:
+      return []
+    problems = []
+    if len(edit_ids) != prompts:
+      problems.append(f'edit_ids has {len(edit_ids)} entries for {prompts}')
+    if strange := sorted({i for i in edit_ids if not 0 <= i < size}):
+      problems.append(
+          f'edit_ids has {strange[0]}; the model has edits 0 to {size - 1}'
       )
-    if edit_ids is not None and (
-        len(edit_ids) != len(prompts)
-        or any(not 0 <= i < size for i in edit_ids)
-    ):
-      raise InputError(
-          f'{len(edit_ids)} edit_ids for {len(prompts)} prompts: give one a'
-          f' prompt, from 0 to {size - 1}'
-      )
-    if self._edited.prompting is None:
-      return list(prompts)
-    answered = self._answered(prompts, edit_ids)
-    chosen = [i for i, yes in enumerate(answered) if yes]
-    ids = None if edit_ids is None else [edit_ids[i] for i in chosen]
-    rewritten: list[Sequence[int]] = list(prompts)
-    found = self._edited.prompting.rewrite([prompts[i] for i in chosen], ids)
-    for i, prompt in zip(chosen, found):
-      rewritten[i] = prompt
-    return rewritten
-
-  def _answered(
-      self,
-      prompts: Sequence[Sequence[int]],
-      edit_ids: Sequence[int] | None,
-  ) -> list[bool]:
-    """Which prompts the edited model answers."""
-    if self._edited.routing is None:
-      return [True] * len(prompts)
-    return self._edited.routing.applies(prompts, edit_ids)
+    return problems
 
   def _parts(
-      self,
-      prompts: Sequence[Sequence[int]],
-      edit_ids: Sequence[int] | None,
+      self, answered: Sequence[bool], edit_ids: Sequence[int] | None
   ) -> Iterator[_Part]:
     """Sorts prompts by what serves them."""
-    answered = self._answered(prompts, edit_ids)
     base = [i for i, yes in enumerate(answered) if not yes]
     chosen = [i for i, yes in enumerate(answered) if yes]
     if base:
@@ -375,7 +422,7 @@ class _EditedModel:
       return
     ids = [edit_ids[i] for i in chosen]
     if not any(isinstance(d, Dense) for d in edited.deltas):
-      yield _Part(self._base, edited.deltas, chosen, ids)
+      yield _Part(*enter(self._base, edited.deltas), chosen, ids)
       return
     for one in sorted(set(ids)):
       # No name is kept: the next edit comes when this one has left memory.

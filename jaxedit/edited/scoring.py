@@ -169,19 +169,23 @@ def error(spec: ModelSpec, row: Query) -> str | None:
   return None
 
 
-def check(spec: ModelSpec, queries: Sequence[Query]) -> None:
+def check(
+    spec: ModelSpec, queries: Sequence[Query], *, more: Sequence[str] = ()
+) -> None:
   """Refuses queries that cannot be scored.
 
   Args:
     spec: the architecture.
     queries: prompts with answers.
+    more: further problems that the caller has found.
 
   Raises:
     InputError: with a message a query.
   """
   errors = [(i, error(spec, query)) for i, query in enumerate(queries)]
-  if any(message for _, message in errors):
-    raise InputError(*(f'query {i}: {text}.' for i, text in errors if text))
+  problems = [f'query {i}: {text}.' for i, text in errors if text]
+  if more or problems:
+    raise InputError(*more, *problems)
 
 
 def score(

@@ -118,10 +118,11 @@ def evaluate(
     The evaluation.
 
   Raises:
-    InputError: records that the model cannot take, all at once; a base of other
-      records.
+    InputError: records that the model cannot take, all at once; a base or
+      `edit_ids` of other records.
   """
   _check_base(base, records)
+  check_edit_ids(edit_ids, records)
   keys = _keys(records, edit_ids)
   unique = list(dict.fromkeys(itertools.chain.from_iterable(keys)))
   encoded = scoring.encode_queries(tokenizer, [key[1:] for key in unique])
@@ -253,6 +254,17 @@ def _check_base(base: Evaluation | None, records: Sequence[Record]) -> None:
     raise InputError(
         f'the unedited model was evaluated on {len(judged)} other records than'
         f' the {len(records)} given now; evaluate it on the same ones.'
+    )
+
+
+def check_edit_ids(
+    edit_ids: Sequence[int] | None, records: Sequence[Any]
+) -> None:
+  """Refuses `edit_ids` that are not one a record."""
+  if edit_ids is not None and len(edit_ids) != len(records):
+    raise InputError(
+        f'edit_ids has {len(edit_ids)} entries for {len(records)} records; give'
+        ' one a record'
     )
 
 

@@ -33,7 +33,7 @@ import numpy as np
 
 from jaxedit.edited.lm import LanguageModel
 from jaxedit.eval import answers, generation, metrics, similarity
-from jaxedit.eval.harness import Evaluation
+from jaxedit.eval.harness import Evaluation, check_edit_ids
 from jaxedit.eval.minilm import Encoder
 from jaxedit.models.decode import GREEDY, Decoding
 from jaxedit.models.spec import ModelSpec
@@ -91,9 +91,10 @@ def evaluate(
     one in the summary.
 
   Raises:
-    InputError: see `answers.answers`.
+    InputError: `edit_ids` of other records; see also `answers.answers`.
   """
   del base
+  check_edit_ids(edit_ids, records)
   asked = [_asked(record, sub_questions) for record in records]
   flat = [(i, *question) for i, some in enumerate(asked) for question in some]
   said = answers.answers(

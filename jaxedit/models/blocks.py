@@ -296,7 +296,7 @@ class Block(nn.Module):
       that chooses).
     """
     run = _Sites(deltas, inputs.rows)
-    before = h
+    before = _kept(inputs, h)
     h, x = self._attention_half(h, inputs, prefix, run, intervene)
     m = run.edited('mlp', x, self.mlp(x, run))
     run.seen['mlp'] = m = intervene('mlp', m)
@@ -324,18 +324,21 @@ class Block(nn.Module):
     return run.edited('mlp', x, self.mlp(x, run)), run.seen
 
   def _attention_half(self, h, inputs, prefix, run, intervene):
-    outputs = inputs.outputs
-    kept = lambda x: x if outputs is None else packing.take(x, outputs)
-    x = self.attn_norm(h)
-    a = run.edited('attn', x, self.attn(kept(x), x, inputs, prefix, run))
+    context = self.attn_norm(h)
+    h, x = _kept(inputs, h), _kept(inputs, context)
+    a = run.edited('attn', x, self.attn(x, context, inputs, prefix, run))
     run.seen['attn'] = a = intervene('attn', a)
-    h = kept(h)
     if self.spec.residual == 'parallel_shared':
-      return h + a, kept(x)
+      return h + a, x
     if self.spec.residual == 'parallel':
       return h + a, self.mlp_norm(h)
     h = h + a
     return h, self.mlp_norm(h)
+
+
+def _kept(inputs: AttentionInputs, x: Array) -> Array:
+  """Activations of the tokens to go on with."""
+  return x if inputs.outputs is None else packing.take(x, inputs.outputs)
 
 
 class _Sites:

@@ -6,6 +6,7 @@ one, and no bias or norm is at its neutral value: a part that is left out shows.
 
 from __future__ import annotations
 
+import pathlib
 from typing import Any
 
 import jax
@@ -102,3 +103,8 @@ def random_params(
       draw /= np.sqrt(spec.width)
     leaves[path] = jnp.asarray(draw, dtype)
   return loading.nest(leaves)
+
+
+def as_model(spec: ModelSpec, params: Params) -> loading.Model:
+  """Wraps a spec and its parameters as a loaded model; there is no folder."""
+  return loading.Model(spec, params, pathlib.Path('.'), 'ab' * 32, {})
