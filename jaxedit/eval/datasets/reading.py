@@ -101,10 +101,11 @@ class Entry:
 class _Converted(NamedTuple):
   """An entry as requests; they are good if there are no errors."""
 
-  entry: Entry
-  case: str
-  requests: list[EditRequest]
-  errors: list[str]
+  number: int
+  id: str
+  case: str = ''
+  requests: Sequence[EditRequest] = ()
+  errors: Sequence[str] = ()
 
 
 class RequestFile:
@@ -126,7 +127,7 @@ class RequestFile:
     self._skips = on_bad_record == 'skip'
     blob = self._read()
     self.sha256 = hashlib.sha256(blob).hexdigest()
-    # A copy of a tee starts anew and reads nothing twice.
+    # A copy of a tee starts anew, and reads and converts nothing twice.
     (self._entries,) = itertools.tee(_entries(_decode(blob, source), source), 1)
     self.format = self._detect(formats) if format == 'auto' else format
     self._formats = [one for one in formats if one.name == self.format]
@@ -152,10 +153,10 @@ class RequestFile:
       if not any(found):
         requests += [request for one in case for request in one.requests]
         continue
-      for (entry, *_), messages in zip(case, found, strict=True):
+      for one, messages in zip(case, found, strict=True):
         reason = ' '.join(messages) or 'another record of its case is bad.'
-        skipped.append(Skipped(entry.number, entry.id, reason))
-        errors.extend(f'{named(entry)}: {message}' for message in messages)
+        skipped.append(Skipped(one.number, one.id, reason))
+        errors.extend(f'{named(one)}: {message}' for message in messages)
     if errors and not (self._skips and requests):
       raise InputError(*_shorten(errors, self.source))
     if not requests:
@@ -189,28 +190,32 @@ class RequestFile:
 
   def _convert(self) -> Iterator[list[_Converted]]:
     """Yields the cases: runs of entries of one case, others alone."""
-    entries = map(self._converted, copy.copy(self._entries))
-    case = lambda one: one.case or one.entry.number
+    case = lambda one: one.case or one.number
+    entries = map(self._converted, self._entries)
     for _, run in itertools.groupby(entries, case):
       yield list(run)
 
   def _converted(self, entry: Entry) -> _Converted:
-    if entry.error:
-      return _Converted(entry, '', [], [entry.error])
-    if not isinstance(entry.data, dict):
+    name = {'number': entry.number, 'id': entry.id}
+    error = entry.error
+    if not error and not isinstance(entry.data, dict):
       given = JSON_NAMES[type(entry.data)]
       error = f'the record is {given}; it must be an object.'
-      return _Converted(entry, '', [], [error])
-    reader = _told(self._formats, entry.data) or self._formats[0]
+    if error:
+      return _Converted(**name, errors=[error])
+    reader = self._formats[0]
+    if len(self._formats) > 1:
+      reader = _told(self._formats, entry.data) or reader
     case = entry.data.get(reader.case) if reader.case else ''
+    case = case.strip() if isinstance(case, str) else ''
     fields = Fields(entry.data)
-    named_so = {'number': entry.number, 'id': entry.id}
     requests = [
-        EditRequest(**named_so | reader.finish(parts, fields.errors))
+        EditRequest(**name | reader.finish(parts, fields.errors))
         for parts in reader.read(fields, entry.id, self._options)
     ]
-    case = case.strip() if isinstance(case, str) else ''
-    return _Converted(entry, case, requests, fields.errors)
+    return _Converted(
+        **name, case=case, requests=requests, errors=fields.errors
+    )
 
   def _detect(self, formats: Sequence[Format]) -> str:
     """Tells the format by the first object with known fields."""
@@ -266,7 +271,7 @@ class _Earlier:
 
   def __init__(self, unique: bool):
     self._unique = unique
-    self._cases: dict[str, Entry] = {}
+    self._cases: dict[str, _Converted] = {}
     self._edits: dict[tuple[str, str], list[EditRequest]] = {}
 
   def errors(
@@ -278,25 +283,28 @@ class _Earlier:
       case: its entries.
       found: what the check said of each request of entries without errors.
     """
-    own: list[EditRequest] = []
+    own: dict[tuple[str, str], list[EditRequest]] = {}
     errors, cases = [], {}
-    for entry, name, requests, messages in case:
+    for one in case:
       # A case that returns is reported even if its first part was bad.
-      names = (name, *(request.case for request in requests))
-      cases |= {name: entry for name in names if name}
-      messages = list(messages)
+      names = (one.case, *(request.case for request in one.requests))
+      cases |= {name: one for name in names if name}
+      messages = list(one.errors)
       if not messages:
-        messages += self._broken_case(requests[0].case)
-        for i, request in enumerate(requests, 1):
-          more = [*next(found), *self._repeated(request, own)]
-          title = f'rewrite {i}: ' if len(requests) > 1 else ''
+        messages += self._broken_case(one.requests[0].case)
+        for i, request in enumerate(one.requests, 1):
+          more, key = list(next(found)), _key(request)
+          if self._unique:
+            same = [*self._edits.get(key, ()), *own.get(key, ())]
+            more += _repeated(request, same)
+          title = f'rewrite {i}: ' if len(one.requests) > 1 else ''
           messages += [title + message for message in more]
-          own.append(request)
+          own.setdefault(key, []).append(request)
       errors.append(messages)
     self._cases |= cases
-    if self._unique and not any(errors):
-      for request in own:
-        self._edits.setdefault(_key(request), []).append(request)
+    if not any(errors):
+      for key, requests in own.items():
+        self._edits.setdefault(key, []).extend(requests)
     return errors
 
   def _broken_case(self, case: str) -> list[str]:
@@ -307,26 +315,6 @@ class _Earlier:
         f'its case {case!r} is that of {named(earlier)} too; give it another,'
         ' or let the records of a case stand together.'
     ]
-
-  def _repeated(
-      self, request: EditRequest, own: Sequence[EditRequest]
-  ) -> list[str]:
-    """Says what is wrong with an edit that was made before."""
-    key = _key(request)
-    same = [one for one in own if self._unique and _key(one) == key]
-    for earlier in [*self._edits.get(key, ()), *same]:
-      name = named(earlier)
-      if request.target.split() == earlier.target.split():
-        if request.case == earlier.case:
-          return [f'it makes the same edit as {name}; drop one of them.']
-      elif request.subject is None:
-        return [f'it answers the question of {name} in another way; keep one.']
-      else:
-        return [
-            f'it writes {request.target!r} where {name} writes'
-            f' {earlier.target!r} for the same subject and prompt; keep one.'
-        ]
-    return []
 
 
 def named(record: Any) -> str:
@@ -358,6 +346,26 @@ def first_errors(*checks: Check) -> Check:
 def _key(request: EditRequest) -> tuple[str, str]:
   squeeze = lambda text: ' '.join(text.split())
   return squeeze(request.subject or ''), squeeze(request.prompt)
+
+
+def _repeated(
+    request: EditRequest, earlier: Sequence[EditRequest]
+) -> list[str]:
+  """Says what is wrong with an edit of what was edited before."""
+  for one in earlier:
+    if request.target.split() == one.target.split():
+      if request.case == one.case:
+        return [f'it makes the same edit as {named(one)}; drop one of them.']
+    elif request.subject is None:
+      return [
+          f'it answers the question of {named(one)} in another way; keep one.'
+      ]
+    else:
+      return [
+          f'it writes {request.target!r} where {named(one)} writes'
+          f' {one.target!r} for the same subject and prompt; keep one.'
+      ]
+  return []
 
 
 def _told(formats: Sequence[Format], data: dict[str, Any]) -> Format | None:
