@@ -22,14 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxedit.eval.datasets.fields import (
-    TEXT,
-    Fields,
-    Format,
-    Options,
-    Parts,
-    rephrases,
-)
+from jaxedit.eval.datasets import fields as lib
 from jaxedit.text.locate import PLACEHOLDER
 from jaxedit.types import SUB_QUESTION, Probe
 
@@ -37,7 +30,9 @@ FACTS = ('unstructured', 'structured')
 _REWRITE = 'requested_rewrite'
 
 
-def read(fields: Fields, name: str, options: Options) -> list[Parts]:
+def read(
+    fields: lib.Fields, name: str, options: lib.Options
+) -> list[lib.Parts]:
   """Reads one object, which is a whole case."""
   if not isinstance(fields.data.get(_REWRITE), list):
     rewrite = fields.inner(_REWRITE)
@@ -48,8 +43,7 @@ def read(fields: Fields, name: str, options: Options) -> list[Parts]:
     full = rewrite.text('prompt_full', optional=True).strip()
     if asked and full and options.facts == 'unstructured':
       parts['prompt'] = full
-    parts['probes'] = rephrases(asked, parts['target']) + parts['probes']
-    return [parts]
+    return [parts | {'rephrases': asked}]
   items = fields.items(_REWRITE)
   if not items.data:
     fields.error(_REWRITE, 'is an empty list; add the rewrite.')
@@ -59,7 +53,7 @@ def read(fields: Fields, name: str, options: Options) -> list[Parts]:
   ]
 
 
-def _rewrite(fields: Fields, options: Options) -> Parts:
+def _rewrite(fields: lib.Fields, options: lib.Options) -> lib.Parts:
   """Reads a fact in the chosen form, with its sub-questions."""
   if options.facts == 'structured':
     question, answer = _filled(fields, whole=False), _object(fields)
@@ -70,25 +64,24 @@ def _rewrite(fields: Fields, options: Options) -> Parts:
   keys = list(triplets.data)[: options.triplets]
   return {
       'prompt': question,
-      'subject': None,
       'target': answer,
-      'probes': tuple(_triplet(triplets.inner(key)) for key in keys),
+      'probes': [_triplet(triplets.inner(key)) for key in keys],
   }
 
 
-def _object(fields: Fields) -> str:
+def _object(fields: lib.Fields) -> str:
   """Returns the text of the new object, given bare or as {str, id}."""
   if isinstance(fields.data.get('target_new'), str):
     return fields.text('target_new').strip()
   return fields.inner('target_new').text('str').strip()
 
 
-def _triplet(fields: Fields) -> Probe:
+def _triplet(fields: lib.Fields) -> Probe:
   prompt = _filled(fields, whole=True)
   return Probe(SUB_QUESTION, prompt, (fields.text('target').strip(),))
 
 
-def _filled(fields: Fields, whole: bool) -> str:
+def _filled(fields: lib.Fields, whole: bool) -> str:
   """Returns the prompt with its subject; a whole one may do without."""
   prompt, subject = fields.text('prompt'), fields.text('subject').strip()
   count = prompt.count(PLACEHOLDER)
@@ -107,4 +100,4 @@ def _tells(data: Mapping[str, Any]) -> bool:
   return not isinstance(rewrite, dict) or 'fact_new_uns' in rewrite
 
 
-FORMAT = Format('akew', TEXT, frozenset({_REWRITE}), read, tells=_tells)
+FORMAT = lib.Format('akew', lib.TEXT, (_REWRITE,), read, tells=_tells)

@@ -9,40 +9,33 @@ Other fields are passed over. Source: Wang et al. 2023, arXiv 2308.07269.
 
 from __future__ import annotations
 
-from jaxedit.eval.datasets.fields import (
-    FACT,
-    Fields,
-    Format,
-    Options,
-    Parts,
-    finish_fact,
-    rephrases,
-)
+from jaxedit.eval.datasets import fields as lib
 from jaxedit.types import LOCALITY, Probe
 
 
-def read(fields: Fields, name: str, options: Options) -> list[Parts]:
+def read(
+    fields: lib.Fields, name: str, options: lib.Options
+) -> list[lib.Parts]:
   """Reads one object."""
   del name, options
-  neighbour = Probe(
-      LOCALITY,
-      fields.text('locality_prompt').rstrip(),
-      (fields.text('locality_ground_truth').strip(),),
-  )
-  parts = {
-      'prompt': fields.text('prompt'),
-      'subject': fields.text('subject'),
-      'target': fields.text('target_new').strip(),
-      'target_true': fields.text('ground_truth').strip(),
-  }
-  asked = rephrases([fields.text('rephrase_prompt').rstrip()], parts['target'])
-  return [parts | {'probes': (*asked, neighbour)}]
+  near = fields.text('locality_prompt').rstrip()
+  answer = fields.text('locality_ground_truth').strip()
+  return [
+      {
+          'prompt': fields.text('prompt'),
+          'subject': fields.text('subject'),
+          'target': fields.text('target_new').strip(),
+          'target_true': fields.text('ground_truth').strip(),
+          'rephrases': [fields.text('rephrase_prompt').rstrip()],
+          'probes': [Probe(LOCALITY, near, (answer,))],
+      }
+  ]
 
 
-FORMAT = Format(
+FORMAT = lib.Format(
     'counterfact_flat',
-    FACT,
-    frozenset({'locality_prompt', 'rephrase_prompt'}),
+    lib.FACT,
+    ('locality_prompt', 'rephrase_prompt'),
     read,
-    finish_fact,
+    lib.finish_fact,
 )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxedit.text import locate
-from jaxedit.types import REPHRASE, Probe
+from jaxedit.types import Probe
 
 FACT, TEXT, KNOWN = 'fact', 'text', 'known'  # kinds of requests
 JSON_NAMES = {
@@ -128,8 +128,9 @@ class Format(NamedTuple):
     name: as a user gives it.
     kind: 'fact', 'text' (long answers) or 'known' (facts to trace).
     signs: fields of which one is enough to tell the format.
-    read: (fields, id, options) -> parts of each request of an object, such as
-      {'prompt': ...}; number and id are the object's unless given.
+    read: (fields, id, options) -> parts of each request of an object: fields of
+      `EditRequest`, of which number and id are the object's unless given, and
+      'rephrases', prompts of its rephrase probes.
     finish: (parts, errors) -> parts; finds what is wrong between fields.
     tells: of formats that share a sign, the first whose `tells` holds is meant.
     case: field with the name of the case that an object is of, '' for none.
@@ -137,16 +138,11 @@ class Format(NamedTuple):
 
   name: str
   kind: str
-  signs: frozenset[str]
+  signs: tuple[str, ...]
   read: Callable[[Fields, str, Options], list[Parts]]
   finish: Callable[[Parts, list[str]], Parts] = lambda parts, errors: parts
   tells: Callable[[Mapping[str, Any]], bool] = lambda data: True
   case: str = ''
-
-
-def rephrases(prompts: Sequence[str], target: str) -> tuple[Probe, ...]:
-  """Makes probes that ask for the target in other words."""
-  return tuple(Probe(REPHRASE, prompt, (target,)) for prompt in prompts)
 
 
 def finish_fact(parts: Parts, errors: list[str]) -> Parts:

@@ -18,20 +18,16 @@ Whether a model knows a fact is not its business.
 
 from __future__ import annotations
 
-from jaxedit.eval.datasets.fields import (
-    KNOWN,
-    Fields,
-    Format,
-    Options,
-    Parts,
-)
+from jaxedit.eval.datasets import fields as lib
 from jaxedit.text import locate
 from jaxedit.types import EditRequest
 
 NAME = 'known'
 
 
-def read(fields: Fields, name: str, options: Options) -> list[Parts]:
+def read(
+    fields: lib.Fields, name: str, options: lib.Options
+) -> list[lib.Parts]:
   """Reads one object."""
   del name, options
   subject = fields.text('subject')
@@ -47,17 +43,17 @@ def read(fields: Fields, name: str, options: Options) -> list[Parts]:
   ]
 
 
-def finish(parts: Parts, errors: list[str]) -> Parts:
+def finish(parts: lib.Parts, errors: list[str]) -> lib.Parts:
   """Puts '{}' where the subject is."""
   subject = parts['subject'].strip()
   cloze = _cloze(parts['prompt'], subject, parts.get('template', ''), errors)
   return {'prompt': cloze, 'subject': subject, 'target': parts['target']}
 
 
-def traced(format: Format) -> Format:  # pylint: disable=redefined-builtin
+def traced(format: lib.Format) -> lib.Format:  # pylint: disable=redefined-builtin
   """Makes the format of facts to trace of one of facts to edit."""
 
-  def finish_edited(parts: Parts, errors: list[str]) -> Parts:
+  def finish_edited(parts: lib.Parts, errors: list[str]) -> lib.Parts:
     if not parts['target_true'] and not errors:
       errors.append(
           'the record does not say what is true, so nobody can tell whether the'
@@ -66,8 +62,8 @@ def traced(format: Format) -> Format:  # pylint: disable=redefined-builtin
     return finish(parts | {'target': parts['target_true']}, errors)
 
   # Facts to edit have an object to write; what has none is a known fact.
-  signs = format.signs - {'prompt'}
-  return format._replace(kind=KNOWN, signs=signs, finish=finish_edited)
+  signs = tuple(sign for sign in format.signs if sign != 'prompt')
+  return format._replace(kind=lib.KNOWN, signs=signs, finish=finish_edited)
 
 
 def single(prompt: str, subject: str) -> tuple[EditRequest | None, list[str]]:
@@ -80,7 +76,7 @@ def single(prompt: str, subject: str) -> tuple[EditRequest | None, list[str]]:
   Returns:
     The fact, numbered 1, or None; and its errors.
   """
-  fields = Fields({'prompt': prompt, 'subject': subject})
+  fields = lib.Fields({'prompt': prompt, 'subject': subject})
   parts = {name: fields.text(name) for name in fields.data} | {'target': ''}
   fact = EditRequest(1, '1', **finish(parts, fields.errors))
   return None if fields.errors else fact, fields.errors
@@ -109,6 +105,10 @@ def _cloze(prompt: str, subject: str, template: str, errors: list[str]) -> str:
   return cloze or ''
 
 
-FORMAT = Format(
-    NAME, KNOWN, frozenset({'attribute', 'known_id', 'prompt'}), read, finish
+FORMAT = lib.Format(
+    NAME,
+    lib.KNOWN,
+    ('attribute', 'known_id', 'prompt'),
+    read,
+    finish,
 )

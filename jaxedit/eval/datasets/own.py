@@ -40,16 +40,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from jaxedit.eval.datasets.fields import (
-    FACT,
-    TEXT,
-    Fields,
-    Format,
-    Options,
-    Parts,
-    finish_fact,
-    rephrases,
-)
+from jaxedit.eval.datasets import fields as lib
 from jaxedit.types import LOCALITY, REPHRASE, SUB_QUESTION, Probe
 
 NAME = 'jaxedit'
@@ -63,7 +54,9 @@ _TEXT_FIELDS = (
 )  # fmt: skip
 
 
-def read_fact(fields: Fields, name: str, options: Options) -> list[Parts]:
+def read_fact(
+    fields: lib.Fields, name: str, options: lib.Options
+) -> list[lib.Parts]:
   """Reads a fact."""
   del name, options
   fields.refuse_others(_FACT_FIELDS)
@@ -74,20 +67,19 @@ def read_fact(fields: Fields, name: str, options: Options) -> list[Parts]:
     items = kinds.items(kind)
     own = f'portability_{kind}' if kind in (REPHRASE, LOCALITY) else kind
     others += [items.probe(own, key) for key in items.data]
-  parts = {
-      'prompt': fields.text('prompt'),
-      'subject': fields.text('subject'),
-      'target': fields.text('target_new').strip(),
-      'target_true': true,
-  }
-  asked = fields.texts('paraphrases', optional=True)
-  probes = (
-      *rephrases(asked, parts['target']), *_neighbours(fields, true), *others
-  )  # fmt: skip
-  return [parts | {'probes': probes}]
+  return [
+      {
+          'prompt': fields.text('prompt'),
+          'subject': fields.text('subject'),
+          'target': fields.text('target_new').strip(),
+          'target_true': true,
+          'rephrases': fields.texts('paraphrases', optional=True),
+          'probes': [*_neighbours(fields, true), *others],
+      }
+  ]
 
 
-def _neighbours(fields: Fields, true: str) -> Iterator[Probe]:
+def _neighbours(fields: lib.Fields, true: str) -> Iterator[Probe]:
   items = fields.items('neighbours', optional=True)
   for key, value in items.data.items():
     if not isinstance(value, str):
@@ -102,32 +94,29 @@ def _neighbours(fields: Fields, true: str) -> Iterator[Probe]:
       )
 
 
-def read_text(fields: Fields, name: str, options: Options) -> list[Parts]:
+def read_text(
+    fields: lib.Fields, name: str, options: lib.Options
+) -> list[lib.Parts]:
   """Reads a question with its answer."""
   del name, options
   fields.refuse_others(_TEXT_FIELDS)
   items = fields.items('sub_questions', optional=True)
   asked = fields.texts('paraphrases', optional=True)
-  parts = {
-      'prompt': fields.text('question').strip(),
-      'subject': None,
-      'target': fields.text('answer').rstrip(),
-  }
-  probes = rephrases([text.strip() for text in asked], parts['target'])
-  probes += tuple(items.probe(SUB_QUESTION, key) for key in items.data)
   return [
-      parts
-      | {
-          'probes': probes,
+      {
+          'prompt': fields.text('question').strip(),
+          'target': fields.text('answer').rstrip(),
+          'rephrases': [text.strip() for text in asked],
+          'probes': [items.probe(SUB_QUESTION, key) for key in items.data],
           'category': fields.text('category', optional=True).strip(),
           'case': fields.text('case', optional=True).strip(),
       }
   ]
 
 
-FACTS = Format(
-    NAME, FACT, frozenset({'prompt', 'target_new'}), read_fact, finish_fact
+FACTS = lib.Format(
+    NAME, lib.FACT, ('prompt', 'target_new'), read_fact, lib.finish_fact
 )
-TEXTS = Format(
-    NAME, TEXT, frozenset({'question', 'answer'}), read_text, case='case'
+TEXTS = lib.Format(
+    NAME, lib.TEXT, ('question', 'answer'), read_text, case='case'
 )

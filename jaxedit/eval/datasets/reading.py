@@ -36,7 +36,7 @@ from jaxedit.eval.datasets.fields import (
     Options,
 )
 from jaxedit.text import locate
-from jaxedit.types import EditRequest, InputError
+from jaxedit.types import REPHRASE, EditRequest, InputError, Probe
 
 Check = Callable[[Sequence[EditRequest]], Sequence[Sequence[str]]]
 
@@ -209,10 +209,13 @@ class RequestFile:
     case = entry.data.get(reader.case) if reader.case else ''
     case = case.strip() if isinstance(case, str) else ''
     fields = Fields(entry.data)
-    requests = [
-        EditRequest(**name | reader.finish(parts, fields.errors))
-        for parts in reader.read(fields, entry.id, self._options)
-    ]
+    requests = []
+    for parts in reader.read(fields, entry.id, self._options):
+      parts = {'subject': None} | reader.finish(parts, fields.errors)
+      asked, target = parts.pop('rephrases', ()), (parts['target'],)
+      probes = [Probe(REPHRASE, prompt, target) for prompt in asked]
+      parts['probes'] = (*probes, *parts.get('probes', ()))
+      requests.append(EditRequest(**name | parts))
     return _Converted(
         **name, case=case, requests=requests, errors=fields.errors
     )
@@ -370,7 +373,7 @@ def _repeated(
 
 def _told(formats: Sequence[Format], data: dict[str, Any]) -> Format | None:
   """Finds the format of an object by its fields."""
-  found = [one for one in formats if one.signs & data.keys()]
+  found = [f for f in formats if any(sign in data for sign in f.signs)]
   certain = (one for one in found if one.tells(data))
   return next(certain, found[0] if found else None)
 

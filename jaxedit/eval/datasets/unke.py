@@ -9,18 +9,13 @@ Other fields are passed over. Source: Deng et al. 2024, arXiv 2405.15349.
 
 from __future__ import annotations
 
-from jaxedit.eval.datasets.fields import (
-    TEXT,
-    Fields,
-    Format,
-    Options,
-    Parts,
-    rephrases,
-)
+from jaxedit.eval.datasets import fields as lib
 from jaxedit.types import SUB_QUESTION, Probe
 
 
-def read(fields: Fields, name: str, options: Options) -> list[Parts]:
+def read(
+    fields: lib.Fields, name: str, options: lib.Options
+) -> list[lib.Parts]:
   """Reads one object."""
   del name, options
   questions, answers = fields.texts('sub_question'), fields.texts('sub_answer')
@@ -29,23 +24,19 @@ def read(fields: Fields, name: str, options: Options) -> list[Parts]:
         f"fields 'sub_question' and 'sub_answer' hold {len(questions)} and"
         f' {len(answers)} texts; give each sub-question one answer.'
     )
-  parts = {
-      'prompt': fields.text('question').strip(),
-      'subject': None,
-      'target': fields.text('answer').rstrip(),
-  }
-  probes = rephrases(
-      [fields.text('para_question').strip()], parts['target']
-  ) + tuple(
-      Probe(SUB_QUESTION, question, (answer.strip(),))
-      for question, answer in zip(questions, answers, strict=False)
-  )
-  return [parts | {'probes': probes}]
+  return [
+      {
+          'prompt': fields.text('question').strip(),
+          'target': fields.text('answer').rstrip(),
+          'rephrases': [fields.text('para_question').strip()],
+          'probes': [
+              Probe(SUB_QUESTION, question, (answer.strip(),))
+              for question, answer in zip(questions, answers)
+          ],
+      }
+  ]
 
 
-FORMAT = Format(
-    'unke',
-    TEXT,
-    frozenset({'para_question', 'sub_question', 'sub_answer'}),
-    read,
+FORMAT = lib.Format(
+    'unke', lib.TEXT, ('para_question', 'sub_question', 'sub_answer'), read
 )

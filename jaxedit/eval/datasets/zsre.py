@@ -11,21 +11,15 @@ Other fields are passed over. Source: Mitchell et al. 2021, arXiv 2110.11309.
 
 from __future__ import annotations
 
-from jaxedit.eval.datasets.fields import (
-    FACT,
-    Fields,
-    Format,
-    Options,
-    Parts,
-    finish_fact,
-    rephrases,
-)
+from jaxedit.eval.datasets import fields as lib
 from jaxedit.types import LOCALITY, Probe
 
 TARGETS = ('alt', 'answers')
 
 
-def read(fields: Fields, name: str, options: Options) -> list[Parts]:
+def read(
+    fields: lib.Fields, name: str, options: lib.Options
+) -> list[lib.Parts]:
   """Reads one object."""
   del name
   answers = fields.texts('answers')
@@ -37,17 +31,18 @@ def read(fields: Fields, name: str, options: Options) -> list[Parts]:
   question = fields.text('loc').removeprefix('nq question: ').rstrip()
   question += '' if question.endswith('?') else '?'
   written = options.zsre_target == 'answers'
-  parts = {
-      'prompt': fields.text('src'),
-      'subject': fields.text('subject'),
-      'target': true if written else fields.text('alt').strip(),
-      'target_true': '' if written else true,
-  }
-  probes = (
-      *rephrases([fields.text('rephrase').rstrip()], parts['target']),
-      Probe(LOCALITY, question, (fields.text('loc_ans').strip(),)),
-  )
-  return [parts | {'probes': probes}]
+  return [
+      {
+          'prompt': fields.text('src'),
+          'subject': fields.text('subject'),
+          'target': true if written else fields.text('alt').strip(),
+          'target_true': '' if written else true,
+          'rephrases': [fields.text('rephrase').rstrip()],
+          'probes': [
+              Probe(LOCALITY, question, (fields.text('loc_ans').strip(),))
+          ],
+      }
+  ]
 
 
-FORMAT = Format('zsre', FACT, frozenset({'src'}), read, finish_fact)
+FORMAT = lib.Format('zsre', lib.FACT, ('src',), read, lib.finish_fact)
