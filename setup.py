@@ -51,7 +51,7 @@ setuptools.setup(
     packages=packages(),
     package_dir={'jaxedit.kernels': 'kernels'},
     package_data={
-        'jaxedit.eval': ['*.jsonl'],
+        'jaxedit.eval.datasets': ['*.jsonl'],
         'experiments': ['flagfiles/*.flags'],
     },
     install_requires=[

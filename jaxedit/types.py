@@ -190,70 +190,74 @@ class Targets:
   finite: Array
 
 
+# Kinds of probes; others are carried, and reported under their own name.
+REPHRASE = 'rephrase'  # asks for the target in other words
+LOCALITY = 'locality'  # asks for something else, which should stay as it is
+ALIAS = 'alias'  # names the subject in another way
+REVERSED = 'reversed'  # asks for the subject, given the target
+ONE_HOP = 'one_hop'  # asks for what follows from the target
+ATTRIBUTE = 'attribute'  # asks for another attribute of the subject
+DISTRACT = 'distract'  # asks for something else after the edit was stated
+SUB_QUESTION = 'sub_question'  # asks for a part of a long target
+
+
 @dataclasses.dataclass(frozen=True)
 class Probe:
-  """A prompt with the answer that counts as right."""
+  """A prompt that an edit is judged by.
 
+  Attributes:
+    kind: what it shows, one of the kinds above or any other word.
+    prompt: the prompt, subject filled in.
+    answers: those that count as right; scores are of the first.
+  """
+
+  kind: str
   prompt: str
-  answer: str
+  answers: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
-  """One fact to edit, with what it is judged by.
+class EditRequest:
+  """One edit, a fact or a long answer, with what it is judged by.
 
   Attributes:
     number: place in its file, counted from 1; error messages use it.
     id: the data set's own identifier.
-    prompt: cloze with exactly one '{}' where the subject goes.
-    subject: the subject's text.
-    target_new: the object to write, without leading space.
+    prompt: of a fact, a cloze with exactly one '{}' where the subject goes; of a
+      long answer, the question as it is edited, without any chat template.
+    subject: the subject's text; None for a long answer.
+    target: the text to write; of a fact without leading space, of a long answer
+      without end-of-turn token.
     target_true: the object that the model should hold now, if known.
-    paraphrases: prompts, subject filled in, that should yield `target_new`.
-    neighbours: prompts about other subjects, each with its own right answer.
-    portability: kind -> probes that follow from the new fact ('alias',
-      'reversed', 'one_hop').
+    probes: what the edit is judged by beside its own prompt.
+    case: requests of one case are one edit, e.g. the rewrites of a multi-hop
+      question; '' if the request stands alone.
+    category: kind of text, e.g. 'code'; '' if the set has none.
   """
 
   number: int
   id: str
   prompt: str
-  subject: str
-  target_new: str
+  subject: str | None
+  target: str
   target_true: str | None = None
-  paraphrases: tuple[str, ...] = ()
-  neighbours: tuple[Probe, ...] = ()
-  portability: Mapping[str, tuple[Probe, ...]] = dataclasses.field(
-      default_factory=dict
-  )
+  probes: tuple[Probe, ...] = ()
+  case: str = ''
+  category: str = ''
+
+  @property
+  def parts(self) -> tuple[str, str, str]:
+    """The text before the subject, the subject, the text after it."""
+    if self.subject is None:
+      return self.prompt, '', ''
+    before, _, after = self.prompt.partition('{}')
+    return before, self.subject, after
 
   @property
   def question(self) -> str:
     """The prompt with its subject."""
-    return self.prompt.replace('{}', self.subject)
+    return ''.join(self.parts)
 
-
-@dataclasses.dataclass(frozen=True)
-class Passage:
-  """A question with an answer of any length and form to write.
-
-  Attributes:
-    number: place in its file, counted from 1; error messages use it.
-    id: the data set's own identifier.
-    question: the question as it is edited, without any chat template.
-    answer: the text to write, without end-of-turn token.
-    paraphrases: questions that should yield `answer` as well.
-    sub_questions: questions about the answer, each with its own short answer.
-    category: kind of text, e.g. 'code'; '' if the set has none.
-    case: passages of one case are one edit, e.g. the rewrites of a multi-hop
-      question; '' if the passage stands alone.
-  """
-
-  number: int
-  id: str
-  question: str
-  answer: str
-  paraphrases: tuple[str, ...] = ()
-  sub_questions: tuple[Probe, ...] = ()
-  category: str = ''
-  case: str = ''
+  def probes_of(self, kind: str) -> tuple[Probe, ...]:
+    """Returns the probes of one kind, in order."""
+    return tuple(probe for probe in self.probes if probe.kind == kind)

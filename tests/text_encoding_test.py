@@ -19,11 +19,12 @@ from jaxedit.eval import datasets
 from jaxedit.text import (
     encoding,
     locate,
+    token_cache,
 )
 
 TEMPLATES = ('{}', 'The guitar in Paris. {}', 'You. {}')
 RECORDS = tuple(
-    types.Record(i, f'r{i}', prompt, subject, target)
+    types.EditRequest(i, f'r{i}', prompt, subject, target)
     for i, (prompt, subject, target) in enumerate(
         [
             ('{}, the', 'Toko Yasuda', 'piano'),
@@ -67,7 +68,7 @@ class EncodeTest(parameterized.TestCase):
         np.testing.assert_array_equal(row, found.ids)
         self.assertEqual(anchor, found.last)
       np.testing.assert_array_equal(
-          edit.target, locate.encode_target(tokenizer, record.target_new)
+          edit.target, locate.encode_target(tokenizer, record.target)
       )
       kl = locate.locate_subject(tokenizer, '{} is a', record.subject)
       np.testing.assert_array_equal(edit.kl, kl.ids[: kl.last + 1])
@@ -75,19 +76,21 @@ class EncodeTest(parameterized.TestCase):
   def test_one_equals_many(self):
     tokenizer = text_tokenizers.byte_level(begin=True)
     many = _encode()
-    one = encoding.encode_edit(tokenizer, RECORDS[3], TEMPLATES, max_tokens=200)
+    (one,) = encoding.encode_edits(
+        tokenizer, RECORDS[3:4], TEMPLATES, max_tokens=200
+    )
     np.testing.assert_equal(vars(one), vars(many[3]))
 
   def test_text_behind_the_placeholder_of_a_template(self):
     tokenizer = text_tokenizers.byte_level()
-    edit = encoding.encode_edit(
-        tokenizer, RECORDS[0], ['say {} now'], max_tokens=99
+    (edit,) = encoding.encode_edits(
+        tokenizer, RECORDS[:1], ['say {} now'], max_tokens=99
     )
     text = tokenizer.decode(edit.rows[0])
     self.assertEqual(text, 'say Toko Yasuda, the now')
 
   def test_braces_in_a_subject_do_no_harm(self):
-    record = types.Record(1, 'a', '{} is', 'set {}', 'x')
+    record = types.EditRequest(1, 'a', '{} is', 'set {}', 'x')
     (edit,) = _encode([record])
     tokenizer = text_tokenizers.byte_level(begin=True)
     self.assertEqual(tokenizer.decode(edit.rows[2]), '<s>You. set {} is')
@@ -100,12 +103,12 @@ class EncodeTest(parameterized.TestCase):
         self.assertEqual(stage.first, stage.anchor)
         self.assertEqual(stage.end - stage.anchor, len(edit.target))
 
-  def test_all_faults_name_their_records(self):
+  def test_all_errors_name_their_records(self):
     records = [
         RECORDS[0],
-        types.Record(8, 'x8', '{} is', ' ', 'y'),
-        types.Record(9, 'x9', '{} is', 'Paris ' * 50, 'y'),
-        types.Record(10, 'x10', '{} is', 'Paris', ''),
+        types.EditRequest(8, 'x8', '{} is', ' ', 'y'),
+        types.EditRequest(9, 'x9', '{} is', 'Paris ' * 50, 'y'),
+        types.EditRequest(10, 'x10', '{} is', 'Paris', ''),
     ]
     with self.assertRaises(types.InputError) as caught:
       _encode(records, max_tokens=30)
@@ -126,20 +129,54 @@ class EncodeTest(parameterized.TestCase):
 
   def test_check_agrees_with_encoding(self):
     tokenizer = text_tokenizers.byte_level(begin=True)
-    check = encoding.edit_check(tokenizer, TEMPLATES, max_tokens=12)
+    check = encoding.fact_encoder(tokenizer, TEMPLATES, max_tokens=12).check
     for record in RECORDS:
       try:
         _encode([record], max_tokens=12)
-        self.assertEqual(check(record), [])
+        self.assertEqual(check([record]), [[]])
       except types.InputError as error:
         name = f'record {record.number} (id {record.id}): '
-        told = tuple(name + fault for fault in check(record))
-        self.assertEqual(told, error.problems)
+        (errors,) = check([record])
+        reported = tuple(name + message for message in errors)
+        self.assertEqual(reported, error.problems)
+
+  def test_what_was_checked_is_not_tokenised_again(self):
+    inner = text_tokenizers.byte_level(begin=True)
+    texts = []
+
+    class Counted:
+      is_fast = True
+
+      def __getattr__(self, name):
+        return getattr(inner, name)
+
+      def __call__(self, some, **options):
+        texts.extend(some)
+        return inner(some, **options)
+
+    tokens = token_cache.TokenCache(Counted())
+    options = dict(max_tokens=200)
+    bare = encoding.fact_encoder(tokens, ['{}'], **options)
+    self.assertEqual(bare.check(RECORDS), [[]] * len(RECORDS))
+    seen = len(texts)
+    np.testing.assert_equal(
+        list(map(vars, bare.encode(RECORDS))),
+        list(
+            map(vars, encoding.encode_edits(inner, RECORDS, ['{}'], **options))
+        ),
+    )
+    self.assertLen(texts, seen)
+    # Of more contexts only those that are new.
+    full = encoding.encode_edits(tokens, RECORDS, TEMPLATES, **options)
+    self.assertLen(texts, seen + 2 * len(RECORDS))
+    np.testing.assert_equal(
+        list(map(vars, full)), list(map(vars, _encode())), strict=True
+    )
 
   def test_bad_options(self):
     tokenizer = text_tokenizers.byte_level()
     with self.assertRaises(types.InputError) as caught:
-      encoding.edit_check(
+      encoding.fact_encoder(
           tokenizer,
           ['no'],
           max_tokens=9,
@@ -148,7 +185,7 @@ class EncodeTest(parameterized.TestCase):
       )
     self.assertLen(caught.exception.problems, 3)
     with self.assertRaisesRegex(types.InputError, 'no context'):
-      encoding.edit_check(tokenizer, [], max_tokens=9)
+      encoding.fact_encoder(tokenizer, [], max_tokens=9)
 
 
 class StageTest(parameterized.TestCase):
@@ -193,13 +230,13 @@ class StageTest(parameterized.TestCase):
 class SpeedTest(absltest.TestCase):
 
   def test_a_thousand_records(self):
-    loaded = datasets.load_records(
+    loaded = datasets.load_requests(
         testing.data_path('counterfact_train.jsonl'),
         limit=1000,
         on_bad_record='skip',
     )
     begin = time.perf_counter()
-    encoded = _encode(loaded.records)
+    encoded = _encode(loaded.requests)
     plan = plan_lib.plan_shapes(encoded, slots=64)
     seen = []
     for number, shape in enumerate(plan.shapes):

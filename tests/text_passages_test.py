@@ -18,7 +18,7 @@ from jaxedit.text import (
 
 PLAIN = chat.Chat('', '', '', True)
 PASSAGES = tuple(
-    types.Passage(number, f'p{number}', question, answer)
+    types.EditRequest(number, f'p{number}', question, None, answer)
     for number, (question, answer) in enumerate(
         [
             ('Who plays the guitar?', 'Toko Yasuda. The guitar is in Paris.'),
@@ -57,7 +57,7 @@ class EncodeTest(parameterized.TestCase):
     ):
       row, target = map(tokenizer.decode, (edit.rows[0], edit.target))
       self.assertEqual(row, f'<s>Q: {passage.question}\nA:')
-      self.assertEqual(target, f' {passage.answer}</s>')
+      self.assertEqual(target, f' {passage.target}</s>')
       self.assertEqual(edit.target[-1], tokenizer.eos_token_id)
       self.assertNotIn(tokenizer.eos_token_id, edit.rows[0])
 
@@ -65,7 +65,7 @@ class EncodeTest(parameterized.TestCase):
     tokenizer = text_tokenizers.byte_level()
     for passage, edit in zip(PASSAGES, encode(tokenizer=tokenizer)):
       np.testing.assert_array_equal(
-          edit.target, locate.encode_target(tokenizer, passage.answer)
+          edit.target, locate.encode_target(tokenizer, passage.target)
       )
 
   @parameterized.parameters(
@@ -77,7 +77,7 @@ class EncodeTest(parameterized.TestCase):
   )
   def test_space_before_an_answer(self, after, answer, wanted):
     tokenizer = text_tokenizers.byte_level()
-    passage = types.Passage(1, 'a', 'Where?', answer)
+    passage = types.EditRequest(1, 'a', 'Where?', None, answer)
     words = chat.Chat('', after, '', True)
     (edit,) = encode([passage], tokenizer=tokenizer, words=words)
     self.assertEqual(tokenizer.decode(edit.target), wanted)
@@ -85,7 +85,7 @@ class EncodeTest(parameterized.TestCase):
   @parameterized.parameters('Paris', ' Paris')
   def test_tokenizer_that_puts_the_space_itself(self, answer):
     tokenizer = text_tokenizers.sentence_piece()
-    passage = types.Passage(1, 'a', 'Where?', answer)
+    passage = types.EditRequest(1, 'a', 'Where?', None, answer)
     words = chat.Chat('', '', '</s>', True)
     (edit,) = encode([passage], tokenizer=tokenizer, words=words)
     np.testing.assert_array_equal(
@@ -142,7 +142,7 @@ class EncodeTest(parameterized.TestCase):
     self.assertEmpty(encode([]))
 
   def test_unpaired_surrogates(self):
-    passage = types.Passage(1, 'a', 'Why \ud800?', 'So \udfff. It')
+    passage = types.EditRequest(1, 'a', 'Why \ud800?', None, 'So \udfff. It')
     options = chunking.Chunking(3, 0, 'sentence')
     (edit,) = encode([passage], chunking=options)
     tokenizer = text_tokenizers.byte_level()
@@ -197,18 +197,18 @@ class ChunkTest(parameterized.TestCase):
     with self.assertRaisesRegex(types.InputError, 'the overlap is 4'):
       passages.encode_passages(tokenizer, [], **options)
     with self.assertRaisesRegex(types.InputError, 'the overlap is 4'):
-      passages.passage_check(tokenizer, **options)
+      passages.passage_encoder(tokenizer, **options)
 
 
-class FaultsTest(parameterized.TestCase):
+class ErrorsTest(parameterized.TestCase):
 
-  def test_all_faults_name_their_records(self):
+  def test_all_errors_name_their_records(self):
     records = [
         PASSAGES[0],
-        types.Passage(7, 'x7', ' ', 'y'),
-        types.Passage(8, 'x8', 'Why?', ' \n'),
-        types.Passage(9, 'x9', 'Why?', 'Paris ' * 90),
-        types.Passage(10, 'x10', '', ''),
+        types.EditRequest(7, 'x7', ' ', None, 'y'),
+        types.EditRequest(8, 'x8', 'Why?', None, ' \n'),
+        types.EditRequest(9, 'x9', 'Why?', None, 'Paris ' * 90),
+        types.EditRequest(10, 'x10', '', None, ''),
     ]
     words = chat.Chat('Q: ', '\nA: ', '</s>', True)
     with self.assertRaises(types.InputError) as caught:
@@ -234,19 +234,23 @@ class FaultsTest(parameterized.TestCase):
 
   def test_check_agrees_with_encoding(self):
     tokenizer = text_tokenizers.byte_level(begin=True)
-    records = [*PASSAGES, types.Passage(9, 'x', '', 'The Eiffel Tower ' * 9)]
+    records = [
+        *PASSAGES,
+        types.EditRequest(9, 'x', '', None, 'The Eiffel Tower ' * 9),
+    ]
     options = dict(
         chat=PLAIN, max_tokens=30, chunking=chunking.Chunking(4, 1, 'sentence')
     )
-    check = passages.passage_check(tokenizer, **options)
+    encoder = passages.passage_encoder(tokenizer, **options)
     for record in records:
-      faults = check(record)
+      (errors,) = encoder.check([record])
       try:
-        passages.encode_passages(tokenizer, [record], **options)
-        self.assertEmpty(faults)
+        (edit,) = passages.encode_passages(tokenizer, [record], **options)
+        self.assertEmpty(errors)
+        np.testing.assert_equal(vars(edit), vars(*encoder.encode([record])))
       except types.InputError as error:
         name = f'record {record.number} (id {record.id}): '
-        self.assertEqual(error.problems, tuple(name + f for f in faults))
+        self.assertEqual(error.problems, tuple(name + e for e in errors))
 
   def test_slow_tokenizer(self):
     class Slow:

@@ -32,7 +32,7 @@ generation shows, as later tokens of an answer follow easily from its first.
                       probable token is that of the unedited model, right or not
   portability_<kind>  at probes that follow from the new fact
 
-Free generation: what the model says by itself (see `generation`).
+Free generation: what the model says by itself (see `scorers.generation`).
 
   exact_match         the text is the new object, after normalisation
   contains            the text has the new object as a run of words
@@ -105,7 +105,7 @@ class Interval(NamedTuple):
   n: int
 
 
-# What passages are asked, in `longform`.
+# What is asked for long answers, in `scorers.long_form`.
 _ASKED = {
     'question': 'asked as edited',
     'paraphrase': 'paraphrased',

@@ -20,7 +20,7 @@ The usual definitions:
   bleu_word        sacrebleu's sentence BLEU (13a words, exponential smoothing,
                    effective order), as a fraction
   rouge_l_f1       rouge-score's ROUGE-L F1 (lower case, no stemming)
-  exact_match      the same words after normalisation (see `generation`: case,
+  exact_match      the same words after normalisation (see `matching`: case,
                    punctuation and articles do not count), 1 or 0
 
 For the recalls, words are what white space separates, case and punctuation
@@ -48,7 +48,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from jaxedit.eval import generation, minilm
+from jaxedit.eval import matching, minilm
 from jaxedit.types import InputError
 
 # Id -> readable name, in the order of tables.
@@ -243,7 +243,7 @@ def exact_match(prediction: str, reference: str) -> float:
     prediction: what the model said.
     reference: what it should say.
   """
-  return float(generation.exact_match(prediction, reference))
+  return float(matching.exact_match(prediction, reference))
 
 
 _SCORES: Mapping[str, Callable[[str, str], float]] = {

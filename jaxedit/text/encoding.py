@@ -1,4 +1,4 @@
-"""Turns records into rows of ids for value optimisation.
+"""Turns edit requests into rows of ids for the optimisation of targets.
 
 A row is one context with one edit's prompt, followed by all target tokens but
 the last:
@@ -29,12 +29,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxedit import types
 from jaxedit.text import locate
 from jaxedit.text.templates import template_faults
+from jaxedit.text.token_cache import TokenCache, token_cache
+from jaxedit.types import EditRequest, InputError
 
 ANCHORS = ('subject_last', 'prompt_last')
-# Records tokenised at once: bounds the memory that character offsets take.
+# Requests tokenised at once: bounds the memory that character offsets take.
 _CHUNK = 512
 
 
@@ -62,7 +63,7 @@ class EncodedEdit:
   """One edit as ids.
 
   Attributes:
-    number: the record's number in its file.
+    number: the request's number in its file.
     rows: C arrays [T] int32, the prompt in each context, without the target.
     anchors: C columns, the edited position of each row.
     target: [n] int32 ids of the new object.
@@ -103,27 +104,78 @@ class EncodedEdit:
     return np.concatenate([self.rows[row], self.target[:-1]])
 
 
-def encode_edit(
-    tokenizer: Any, record: types.Record, templates: Sequence[str], **options
-) -> EncodedEdit:
-  """Encodes one record; see `encode_edits` for the arguments."""
-  return encode_edits(tokenizer, [record], templates, **options)[0]
+Drafted = tuple[EncodedEdit, list[str]]
+Draft = Callable[[Sequence[EditRequest]], list[Drafted]]
 
 
-def encode_edits(
+class Encoder:
+  """Encodes requests, each of them once.
+
+  Its `check` is that of a loader; what was checked is encoded already.
+  """
+
+  def __init__(self, draft: Draft):
+    """Makes an encoder of a function that tokenises requests in one go.
+
+    Args:
+      draft: requests -> (edit, errors) of each.
+    """
+    self._draft = draft
+    self._edits: dict[EditRequest, EncodedEdit] = {}
+
+  def check(self, requests: Sequence[EditRequest]) -> list[list[str]]:
+    """Lists what `encode` would refuse.
+
+    Args:
+      requests: the edits.
+
+    Returns:
+      Sentences that do not name the request, for each of them.
+    """
+    found = []
+    for begin in range(0, len(requests), _CHUNK):
+      chunk = requests[begin : begin + _CHUNK]
+      for request, (edit, errors) in zip(chunk, self._draft(chunk)):
+        if not errors:
+          self._edits[request] = edit
+        found.append(errors)
+    return found
+
+  def encode(self, requests: Sequence[EditRequest]) -> list[EncodedEdit]:
+    """Encodes requests.
+
+    Args:
+      requests: the edits.
+
+    Returns:
+      One `EncodedEdit` a request, in order.
+
+    Raises:
+      InputError: requests that cannot be edited, all errors by record.
+    """
+    new = [request for request in requests if request not in self._edits]
+    problems = [
+        f'record {request.number} (id {request.id}): {error}'
+        for request, errors in zip(new, self.check(new))
+        for error in errors
+    ]
+    if problems:
+      raise InputError(*problems)
+    return [self._edits[request] for request in requests]
+
+
+def fact_encoder(
     tokenizer: Any,
-    records: Sequence[types.Record],
     templates: Sequence[str],
     *,
     max_tokens: int,
     anchor: str = 'subject_last',
     kl_template: str | None = '{} is a',
-) -> list[EncodedEdit]:
-  """Encodes records for value optimisation.
+) -> Encoder:
+  """Makes the encoder of facts.
 
   Args:
-    tokenizer: a fast transformers tokenizer.
-    records: the edits.
+    tokenizer: a fast transformers tokenizer, or its `TokenCache`.
     templates: contexts with one '{}' each, where the prompt goes.
     max_tokens: longest row in tokens, target included (less its last token,
       which is never an input); the model's context length.
@@ -131,61 +183,33 @@ def encode_edits(
     kl_template: cloze of the KL row (MEMIT's '{} is a'), or None for no row.
 
   Returns:
-    One `EncodedEdit` a record, in order.
+    The encoder; it refuses subjects and targets without tokens, and over-long
+    rows.
 
   Raises:
-    types.InputError: a subject or target without tokens, an over-long row, a
-      faulty template or an unknown anchor; all faults at once, by record.
+    InputError: a faulty template or an unknown anchor.
   """
   _check_options(templates, anchor, kl_template)
-  encoded, problems = [], []
-  for begin in range(0, len(records), _CHUNK):
-    chunk = records[begin : begin + _CHUNK]
-    drafts = _draft(tokenizer, chunk, templates, (anchor, kl_template))
-    for record, (edit, faults) in zip(chunk, drafts):
-      faults = faults or _length_faults(edit, max_tokens)
-      if faults:
-        name = f'record {record.number} (id {record.id})'
-        problems.extend(f'{name}: {fault}' for fault in faults)
-      else:
-        encoded.append(edit)
-  if problems:
-    raise types.InputError(*problems)
-  return encoded
+  tokens = token_cache(tokenizer)
+
+  def draft(requests: Sequence[EditRequest]) -> list[Drafted]:
+    drafts = _draft(tokens, requests, templates, (anchor, kl_template))
+    return [
+        (edit, errors or _length_errors(edit, max_tokens))
+        for edit, errors in drafts
+    ]
+
+  return Encoder(draft)
 
 
-def edit_check(
+def encode_edits(
     tokenizer: Any,
+    requests: Sequence[EditRequest],
     templates: Sequence[str],
-    *,
-    max_tokens: int,
-    anchor: str = 'subject_last',
-    kl_template: str | None = '{} is a',
-) -> Callable[[types.Record], list[str]]:
-  """Makes the check that finds what `encode_edits` would refuse in a record.
-
-  Args:
-    tokenizer: see `encode_edits`, as for the other arguments.
-    templates: contexts.
-    max_tokens: longest row in tokens.
-    anchor: edited position.
-    kl_template: cloze of the KL row, or None.
-
-  Returns:
-    record -> sentences that do not name the record, for the `check` argument
-    of a loader.
-
-  Raises:
-    types.InputError: a faulty template or an unknown anchor.
-  """
-  _check_options(templates, anchor, kl_template)
-
-  def check(record: types.Record) -> list[str]:
-    drafts = _draft(tokenizer, [record], templates, (anchor, kl_template))
-    edit, faults = drafts[0]
-    return faults or _length_faults(edit, max_tokens)
-
-  return check
+    **options: Any,
+) -> list[EncodedEdit]:
+  """Encodes facts at once; see `fact_encoder` and `Encoder.encode`."""
+  return fact_encoder(tokenizer, templates, **options).encode(requests)
 
 
 def _check_options(
@@ -201,35 +225,35 @@ def _check_options(
   if kl_template is not None:
     problems.extend(f'KL {fault}' for fault in template_faults([kl_template]))
   if problems:
-    raise types.InputError(*problems)
+    raise InputError(*problems)
 
 
 def _draft(
-    tokenizer: Any,
-    records: Sequence[types.Record],
+    tokens: TokenCache,
+    requests: Sequence[EditRequest],
     templates: Sequence[str],
     options: tuple[str, str | None],
-) -> list[tuple[EncodedEdit, list[str]]]:
-  """Tokenises records in one go, leaving faults beside the edits."""
+) -> list[Drafted]:
+  """Tokenises facts in one go, leaving errors beside the edits."""
   anchor, kl_template = options
   cases = []
-  for record in records:
-    before, _, after = record.prompt.partition(locate.PLACEHOLDER)
+  for request in requests:
+    before, subject, after = request.parts
     for template in templates:
       head, _, tail = template.partition(locate.PLACEHOLDER)
-      cases.append((head + before, record.subject, after + tail))
+      cases.append((head + before, subject, after + tail))
     if kl_template is not None:
       head, _, tail = kl_template.partition(locate.PLACEHOLDER)
-      cases.append((head, record.subject, tail))
-  found = locate.locate_subjects(tokenizer, cases)
-  targets = locate.encode_targets(tokenizer, [r.target_new for r in records])
-  width = len(cases) // max(len(records), 1)
+      cases.append((head, subject, tail))
+  found = tokens.subjects(cases)
+  targets = tokens.targets([request.target for request in requests])
+  width = len(cases) // max(len(requests), 1)
   drafts = []
-  for i, (record, target) in enumerate(zip(records, targets)):
+  for i, (request, target) in enumerate(zip(requests, targets)):
     mine = found[i * width : (i + 1) * width]
-    faults = [] if len(target) else [locate.no_target(record.target_new)]
+    errors = [] if len(target) else [locate.no_target(request.target)]
     if anchor == 'subject_last' and any(span is None for _, span in mine):
-      faults.append(locate.no_subject(record.subject))
+      errors.append(locate.no_subject(request.subject))
     anchors = tuple(
         span[1] if anchor == 'subject_last' and span else len(ids) - 1
         for ids, span in mine
@@ -239,24 +263,24 @@ def _draft(
     if kl_template is not None:
       kl = rows[-1][: anchors[-1] + 1]
       rows, anchors = rows[:-1], anchors[:-1]
-    edit = EncodedEdit(record.number, rows, anchors, target, kl)
-    drafts.append((edit, faults))
+    edit = EncodedEdit(request.number, rows, anchors, target, kl)
+    drafts.append((edit, errors))
   return drafts
 
 
-def _length_faults(edit: EncodedEdit, max_tokens: int) -> list[str]:
+def _length_errors(edit: EncodedEdit, max_tokens: int) -> list[str]:
   longest = max(map(len, edit.rows))
   total = longest + len(edit.target) - 1
-  faults = []
+  errors = []
   if total > max_tokens:
-    faults.append(
+    errors.append(
         f'its longest row takes {total} tokens ({longest} of context and'
         f' prompt, {len(edit.target)} of target less one), the limit is'
         f' {max_tokens}; shorten the prompt or the target.'
     )
   if len(edit.kl) > max_tokens:
-    faults.append(
+    errors.append(
         f'its KL row takes {len(edit.kl)} tokens, the limit is {max_tokens};'
         ' shorten the subject.'
     )
-  return faults
+  return errors

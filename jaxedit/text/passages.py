@@ -1,6 +1,6 @@
 """Turns questions with long answers into rows of ids.
 
-A passage has one row, its question in the words of the chat, and its target is
+A request has one row, its question in the words of the chat, and its target is
 the answer with the text that ends it:
 
   t t t t t A | y y y y y y y y y y y e
@@ -25,24 +25,23 @@ It holds numpy arrays only, knows nothing of models and reads no files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxedit import types
 from jaxedit.text import chunking as chunking_lib
 from jaxedit.text import locate
 from jaxedit.text.chat import Chat, special_tokens
 from jaxedit.text.chunking import Chunking
-from jaxedit.text.encoding import EncodedEdit
-
-# Passages tokenised at once: bounds the memory that character offsets take.
-_BATCH = 512
+from jaxedit.text.encoding import Drafted, EncodedEdit, Encoder
+from jaxedit.text.token_cache import TokenCache, token_cache
+from jaxedit.types import EditRequest
 
 
 class _Options(NamedTuple):
-  """What passages are encoded with; see `encode_passages`."""
+  """What requests are encoded with; see `passage_encoder`."""
 
   chat: Chat
   max_tokens: int
@@ -50,84 +49,48 @@ class _Options(NamedTuple):
   double_bos: bool
 
 
-def encode_passages(
+def passage_encoder(
     tokenizer: Any,
-    passages: Sequence[types.Passage],
     *,
     chat: Chat,
     max_tokens: int,
     chunking: Chunking | None = None,
     double_bos: bool = False,
-) -> list[EncodedEdit]:
-  """Encodes passages for value optimisation.
+) -> Encoder:
+  """Makes the encoder of questions with long answers.
+
+  An `EncodedEdit` has one row, its last token as the anchor and no KL row. Its
+  chunks are empty where one would do.
 
   Args:
-    tokenizer: a fast transformers tokenizer.
-    passages: the edits.
+    tokenizer: a fast transformers tokenizer, or its `TokenCache`.
     chat: words around the question and behind the answer.
     max_tokens: most tokens of question and answer together, the end included,
       as all of them are run at last; the model's context length.
-    chunking: how to cut targets, or None for one state a passage.
+    chunking: how to cut targets, or None for one state a request.
     double_bos: let the tokenizer add its special tokens even where the chat
       brings the BOS token.
 
   Returns:
-    One `EncodedEdit` a passage, in order, with one row, its last token as the
-    anchor and no KL row. Its chunks are empty where one would do.
+    The encoder; it refuses questions and answers without tokens, and requests
+    that are too long.
 
   Raises:
-    types.InputError: a question or an answer without tokens, a passage too
-      long, or chunks that cannot be; all faults at once, by record.
+    InputError: chunks that cannot be.
   """
+  if chunking is not None:
+    chunking_lib.check_chunking(chunking)
   options = _Options(chat, max_tokens, chunking, double_bos)
-  _check_options(options)
-  encoded, problems = [], []
-  for begin in range(0, len(passages), _BATCH):
-    batch = passages[begin : begin + _BATCH]
-    for passage, draft in zip(batch, _draft(tokenizer, batch, options)):
-      edit, faults = draft
-      if faults:
-        name = f'record {passage.number} (id {passage.id})'
-        problems.extend(f'{name}: {fault}' for fault in faults)
-      else:
-        encoded.append(edit)
-  if problems:
-    raise types.InputError(*problems)
-  return encoded
+  return Encoder(
+      functools.partial(_draft, token_cache(tokenizer), options=options)
+  )
 
 
-def passage_check(
-    tokenizer: Any,
-    *,
-    chat: Chat,
-    max_tokens: int,
-    chunking: Chunking | None = None,
-    double_bos: bool = False,
-) -> Callable[[types.Passage], list[str]]:
-  """Makes the check that finds what `encode_passages` would refuse.
-
-  Args:
-    tokenizer: see `encode_passages`, as for the other arguments.
-    chat: words around the question and behind the answer.
-    max_tokens: most tokens of question and answer.
-    chunking: how to cut targets, or None.
-    double_bos: keep two BOS tokens.
-
-  Returns:
-    passage -> sentences that do not name the record, for the `check` argument
-    of a loader.
-
-  Raises:
-    types.InputError: chunks that cannot be.
-  """
-  options = _Options(chat, max_tokens, chunking, double_bos)
-  _check_options(options)
-
-  def check(passage: types.Passage) -> list[str]:
-    ((_, faults),) = _draft(tokenizer, [passage], options)
-    return faults
-
-  return check
+def encode_passages(
+    tokenizer: Any, requests: Sequence[EditRequest], **options: Any
+) -> list[EncodedEdit]:
+  """Encodes long answers; see `passage_encoder` and `Encoder.encode`."""
+  return passage_encoder(tokenizer, **options).encode(requests)
 
 
 def encode_questions(
@@ -139,74 +102,65 @@ def encode_questions(
   """Encodes questions as prompts for generation.
 
   Args:
-    tokenizer: a fast transformers tokenizer.
+    tokenizer: a fast transformers tokenizer, or its `TokenCache`.
     questions: the bare questions.
     chat: words around them.
-    double_bos: see `encode_passages`; asked like the edits were made.
+    double_bos: see `passage_encoder`; asked like the edits were made.
 
   Returns:
     The ids of every question, up to where its answer begins.
 
   Raises:
-    types.InputError: the tokenizer gives no offsets.
+    InputError: the tokenizer gives no offsets.
   """
-  rows = _questions(tokenizer, questions, chat, double_bos)
+  rows = _questions(token_cache(tokenizer), questions, chat, double_bos)
   return [row.tolist() for row in rows]
 
 
-def _check_options(options: _Options) -> None:
-  if options.chunking is not None:
-    chunking_lib.check_chunking(options.chunking)
-
-
 def _questions(
-    tokenizer: Any, questions: Sequence[str], chat: Chat, double_bos: bool
+    tokens: TokenCache, questions: Sequence[str], chat: Chat, double_bos: bool
 ) -> list[np.ndarray]:
   """Tokenises wrapped questions."""
-  texts = [chat.wrap(question) for question in questions]
+  rows = tokens.prompts([chat.wrap(question) for question in questions])
   if chat.special or double_bos:
-    return locate.encode_prompts(tokenizer, texts)
+    return rows
   # What stands in front of no text at all stands in front of every text.
-  (front,) = locate.encode_prompts(tokenizer, [''])
-  rows = locate.encode_prompts(tokenizer, texts)
+  (front,) = tokens.prompts([''])
   return [row[len(front) :] for row in rows]
 
 
 def _draft(
-    tokenizer: Any, passages: Sequence[types.Passage], options: _Options
-) -> list[tuple[EncodedEdit, list[str]]]:
-  """Tokenises passages in one go, leaving faults beside the edits."""
-  chat = options.chat
-  rows = _questions(
-      tokenizer, [p.question for p in passages], chat, options.double_bos
-  )
-  answers = _answers(
-      tokenizer, [(p.question, p.answer) for p in passages], chat
-  )
+    tokens: TokenCache, requests: Sequence[EditRequest], options: _Options
+) -> list[Drafted]:
+  """Tokenises requests in one go, leaving errors beside the edits."""
+  questions = [request.prompt for request in requests]
+  rows = _questions(tokens, questions, options.chat, options.double_bos)
+  pairs = [(request.prompt, request.target) for request in requests]
+  answers = _answers(tokens.tokenizer, pairs, options.chat)
   drafts = []
-  for passage, row, (text, ids, offsets) in zip(passages, rows, answers):
-    faults = []
-    if not passage.question.strip() or not len(row):
-      faults.append(
-          f'the question {passage.question!r} has no tokens; give it some text.'
+  for request, row, (text, ids, offsets) in zip(requests, rows, answers):
+    errors = []
+    if not request.prompt.strip() or not len(row):
+      errors.append(
+          f'the question {request.prompt!r} has no tokens; give it some text.'
       )
     if not any(begin < min(end, len(text)) for begin, end in offsets):
-      faults.append(
-          f'the answer {passage.answer!r} has no tokens; give it some text.'
+      errors.append(
+          f'the answer {request.target!r} has no tokens; give it some text.'
       )
-    faults += _length_faults(len(row), len(ids), options.max_tokens)
+    errors += _length_errors(len(row), len(ids), options.max_tokens)
     chunks = ()
-    if options.chunking is not None and not faults:
+    if options.chunking is not None and not errors:
       chunks = chunking_lib.chunk(text, ids, offsets, options.chunking)
     edit = EncodedEdit(
-        passage.number,
+        request.number,
         (row,),
         (len(row) - 1,),
         ids,
         np.zeros([0], np.int32),
         chunks if len(chunks) > 1 else (),
     )
-    drafts.append((edit, faults))
+    drafts.append((edit, errors))
   return drafts
 
 
@@ -260,7 +214,7 @@ def _tokenize(tokenizer: Any, texts: Sequence[str]) -> Any:
   )
 
 
-def _length_faults(question: int, answer: int, max_tokens: int) -> list[str]:
+def _length_errors(question: int, answer: int, max_tokens: int) -> list[str]:
   total = question + answer
   if total <= max_tokens:
     return []

@@ -1,4 +1,4 @@
-"""Every passage format loads, cases stay whole, and every fault is told."""
+"""Every format of long answers loads, cases stay whole, errors are reported."""
 
 import collections
 import hashlib
@@ -10,7 +10,8 @@ import tempfile
 from absl.testing import absltest, parameterized
 
 from jaxedit import testing
-from jaxedit.eval import passages
+from jaxedit.eval import datasets
+from jaxedit.eval.datasets import akew
 from jaxedit.types import InputError, Probe
 
 OWN = {
@@ -80,6 +81,18 @@ def _asked(*questions, **changes):
   return [{'question': q, 'answer': f'{q}!'} | changes for q in questions]
 
 
+def load(path, **options):
+  return datasets.load_requests(path, kinds=('text',), **options)
+
+
+def sub(prompt, answer):
+  return Probe('sub_question', prompt, (answer,))
+
+
+def asked(request):
+  return tuple(probe.prompt for probe in request.probes_of('rephrase'))
+
+
 class Base(parameterized.TestCase):
 
   def setUp(self):
@@ -94,7 +107,7 @@ class Base(parameterized.TestCase):
         else '\n'.join(map(json.dumps, objects)) + '\n'
     )
     pathlib.Path(self.path).write_text(text, encoding='utf-8')
-    return passages.load_passages(self.path, **options)
+    return load(self.path, **options)
 
   def problems(self, *objects, **options):
     with self.assertRaises(InputError) as caught:
@@ -106,55 +119,55 @@ class FormatTest(Base):
 
   def test_own(self):
     loaded = self.load(OWN)
-    (passage,) = loaded.records
+    (passage,) = loaded.requests
     self.assertEqual(loaded.format, 'jaxedit')
     self.assertEqual((passage.number, passage.id), (1, 'ada'))
     self.assertEqual(passage.question, 'Who is Ada?')
     # Code may begin with white space.
-    self.assertEqual(passage.answer, '  Ada sails.\n\nShe sings.')
-    self.assertEqual(passage.paraphrases, ('Tell me of Ada.', 'Ada?'))
+    self.assertEqual(passage.target, '  Ada sails.\n\nShe sings.')
+    self.assertEqual(asked(passage), ('Tell me of Ada.', 'Ada?'))
     self.assertEqual(
-        passage.sub_questions, (Probe('What does Ada do?', 'Sails'),)
+        passage.probes_of('sub_question'), (sub('What does Ada do?', 'Sails'),)
     )
     self.assertEqual((passage.category, passage.case), ('prose', ''))
 
   def test_own_needs_two_fields(self):
-    (passage,) = self.load(*_asked('a?')).records
+    (passage,) = self.load(*_asked('a?')).requests
     self.assertEqual((passage.id, passage.category), ('1', ''))
-    self.assertEqual(passage.paraphrases + passage.sub_questions, ())
+    self.assertEqual(passage.probes, ())
 
   def test_editevery_is_a_part_of_our_own(self):
     loaded = self.load(EVERY)
-    (passage,) = loaded.records
+    (passage,) = loaded.requests
     self.assertEqual(loaded.format, 'jaxedit')
     self.assertEqual((passage.id, passage.category), ('6', 'math'))
 
   @parameterized.parameters(True, False)
   def test_unke(self, as_list):
     loaded = self.load(UNKE, as_list=as_list)
-    (passage,) = loaded.records
+    (passage,) = loaded.requests
     self.assertEqual(loaded.format, 'unke')
     self.assertEqual((passage.id, passage.case), ('0', ''))
-    self.assertEqual(passage.answer, 'Ada sails and sings.')
-    self.assertEqual(passage.paraphrases, ('Who might Ada be?',))
+    self.assertEqual(passage.target, 'Ada sails and sings.')
+    self.assertEqual(asked(passage), ('Who might Ada be?',))
     self.assertEqual(
-        passage.sub_questions,
-        (Probe('Does Ada sail?', 'Yes.'), Probe('Does Ada row?', 'No.')),
+        passage.probes_of('sub_question'),
+        (sub('Does Ada sail?', 'Yes.'), sub('Does Ada row?', 'No.')),
     )
 
   def test_akew_cases(self):
     loaded = self.load(_case(_rewrite(), _rewrite('Ben')))
-    first, second = loaded.records
+    first, second = loaded.requests
     self.assertEqual(loaded.format, 'akew')
     self.assertEqual((first.id, second.id), ('24.1', '24.2'))
     self.assertEqual({first.case, second.case}, {'24'})
     self.assertEqual({first.number, second.number}, {1})
     self.assertEqual(first.question, 'Where does Ada sail?')
-    self.assertEqual(second.answer, 'Ben, a sailor, is found on Lake Osk.')
-    self.assertEqual(first.paraphrases, ())
+    self.assertEqual(second.target, 'Ben, a sailor, is found on Lake Osk.')
+    self.assertEqual(asked(first), ())
     self.assertEqual(
-        first.sub_questions,
-        tuple(Probe('Ada likes', answer) for answer in 'abcde'),
+        first.probes_of('sub_question'),
+        tuple(sub('Ada likes', answer) for answer in 'abcde'),
     )
 
   def test_akew_structured(self):
@@ -162,12 +175,12 @@ class FormatTest(Base):
         _case(_rewrite(), _rewrite('Ben', target_new=' Lake Ox')),
         facts='structured',
         triplets=1,
-    ).records
+    ).requests
     self.assertEqual(first.question, 'Ada sails on')
-    self.assertEqual(first.answer, 'Lake Osk')
-    self.assertLen(first.sub_questions, 1)
+    self.assertEqual(first.target, 'Lake Osk')
+    self.assertLen(first.probes_of('sub_question'), 1)
     self.assertEqual(second.question, 'Ben sails on')
-    self.assertEqual(second.answer, 'Lake Ox')
+    self.assertEqual(second.target, 'Lake Ox')
 
   def test_akew_single_rewrites(self):
     counterfact, wiki = self.load(
@@ -175,24 +188,26 @@ class FormatTest(Base):
         _without(
             _single(requested_rewrite=_rewrite('Ben')), 'paraphrase_prompts'
         ),
-    ).records
+    ).requests
     self.assertEqual((counterfact.id, counterfact.case), ('7', ''))
     self.assertEqual(counterfact.question, 'Ada sails on')
-    self.assertEqual(counterfact.paraphrases, ('Rain. Ada sails on',))
+    self.assertEqual(asked(counterfact), ('Rain. Ada sails on',))
     self.assertEqual(wiki.question, 'Where does Ben sail?')
-    self.assertEqual(wiki.paraphrases, ())
-    self.assertLen(wiki.sub_questions, 5)
+    self.assertEqual(asked(wiki), ())
+    self.assertLen(wiki.probes_of('sub_question'), 5)
 
   def test_akew_without_the_full_prompt(self):
-    (passage,) = self.load(_single(requested_rewrite=_rewrite())).records
+    (passage,) = self.load(_single(requested_rewrite=_rewrite())).requests
     self.assertEqual(passage.question, 'Where does Ada sail?')
-    self.assertEqual(passage.paraphrases, ('Rain. Ada sails on',))
+    self.assertEqual(asked(passage), ('Rain. Ada sails on',))
 
   def test_akew_triplets_without_a_place_for_the_subject(self):
     triplets = [{'subject': 'Ada', 'prompt': 'Sailors', 'target': 'sail'}]
     rewrite = _rewrite(unsfact_triplets_GPT=triplets)
-    (passage,) = self.load(_case(rewrite)).records
-    self.assertEqual(passage.sub_questions, (Probe('Sailors', 'sail'),))
+    (passage,) = self.load(_case(rewrite)).requests
+    self.assertEqual(
+        passage.probes_of('sub_question'), (sub('Sailors', 'sail'),)
+    )
 
   def test_source_and_hash(self):
     loaded = self.load(OWN)
@@ -201,13 +216,35 @@ class FormatTest(Base):
     self.assertEqual(loaded.source, self.path)
 
   def test_demo(self):
-    loaded = passages.load_passages('demo')
+    loaded = load('demo')
     self.assertEqual((loaded.source, loaded.format), ('demo', 'jaxedit'))
-    self.assertLen(loaded.records, 18)
+    self.assertLen(loaded.requests, 18)
     self.assertEmpty(loaded.skipped)
 
+  def test_facts_and_long_answers_of_one_file(self):
+    kinds = ('fact', 'text')
+    fact = {'prompt': '{} is', 'subject': 'Ada', 'target_new': 'x'}
+    self.load(OWN)
+    pathlib.Path(self.path).write_text('\n'.join(map(json.dumps, (fact, OWN))))
+    loaded = datasets.load_requests(self.path, kinds=kinds)
+    self.assertEqual(loaded.format, 'jaxedit')
+    self.assertEqual([r.subject for r in loaded.requests], ['Ada', None])
+    counterfact = _single(requested_rewrite=_without(
+        _without(_rewrite(), 'fact_new_uns'), 'unsfact_triplets_GPT'
+    ))  # fmt: skip
+    for data, name in (
+        (_case(_rewrite()), 'akew'), (_single(), 'akew'),
+        (counterfact, 'counterfact'), (UNKE, 'unke'),
+    ):  # fmt: skip
+      pathlib.Path(self.path).write_text(json.dumps(data))
+      loaded = datasets.load_requests(self.path, kinds=kinds)
+      self.assertEqual(loaded.format, name)
+    pathlib.Path(self.path).write_text('{"odd": 1}')
+    with self.assertRaisesRegex(InputError, 'question and answer, or prompt'):
+      datasets.load_requests(self.path, kinds=kinds)
 
-class FaultTest(Base):
+
+class ErrorTest(Base):
 
   @parameterized.parameters(
       (_without(OWN, 'question'), "'question' is missing"),
@@ -245,7 +282,7 @@ class FaultTest(Base):
       ),
       (_case(_rewrite(), _rewrite()), 'rewrite 2: it makes the same edit as'),
   )
-  def test_one_fault_one_sentence(self, data, pattern):
+  def test_one_error_one_sentence(self, data, pattern):
     (problem,) = self.problems(data)
     self.assertRegex(problem, r'^record 1 \(id \w+\): .*' + pattern)
     self.assertEndsWith(problem, '.')
@@ -259,7 +296,7 @@ class FaultTest(Base):
       ),
   )
   def test_structured_facts(self, data, pattern):
-    self.assertLen(self.load(data).records, 1)
+    self.assertLen(self.load(data).requests, 1)
     (problem,) = self.problems(data, facts='structured')
     self.assertRegex(problem, pattern)
 
@@ -267,12 +304,12 @@ class FaultTest(Base):
     (problem,) = self.problems({'prompt': 'a', 'target_new': 'b'})
     self.assertIn("'prompt', 'target_new'", problem)
     self.assertIn('our own needs question and answer', problem)
-    for kind in passages.FORMATS:
+    for kind in ('akew', 'unke', 'jaxedit'):
       self.assertIn(kind, problem)
 
   def test_files(self):
     with self.assertRaisesRegex(InputError, 'no such file.*passages that come'):
-      passages.load_passages(self.path)
+      load(self.path)
     (problem,) = self.problems()
     self.assertIn('holds no records; give a file with passages', problem)
     (problem,) = self.problems(OWN, 3)
@@ -307,8 +344,11 @@ class FaultTest(Base):
     )
 
   def test_check_comes_through_the_same_door(self):
-    def check(passage):
-      return ['it is b; leave b out.'] if passage.id in ('b', '24.2') else []
+    def check(requests):
+      return [
+          ['it is b; leave b out.'] if passage.id in ('b', '24.2') else []
+          for passage in requests
+      ]
 
     a, b = (p | {'id': p['question']} for p in _asked('a', 'b'))
     (problem,) = self.problems(a, b, check=check)
@@ -325,7 +365,7 @@ class CaseTest(Base):
   def test_cases_share_facts_that_agree(self):
     both = _case(_rewrite(), _rewrite('Ben'), number=2)
     loaded = self.load(_case(_rewrite(), number=1), both)
-    self.assertEqual([p.id for p in loaded.records], ['1.1', '2.1', '2.2'])
+    self.assertEqual([p.id for p in loaded.requests], ['1.1', '2.1', '2.2'])
     other = _case(_rewrite(fact_new_uns='Else.'), number=3)
     (problem,) = self.problems(_case(_rewrite(), number=1), both, other)
     self.assertRegex(problem, r'^record 3 \(id 3\): it answers .* \(id 1.1\)')
@@ -338,16 +378,16 @@ class CaseTest(Base):
         _case(_rewrite('f'), number=3),
     ]
     loaded = self.load(*cases, limit=2, on_bad_record=on_bad_record)
-    self.assertEqual([p.case for p in loaded.records], [*'11222'])
+    self.assertEqual([p.case for p in loaded.requests], [*'11222'])
     mine = _asked('a', 'b', case='x') + _asked('c') + _asked('d', case='y')
     loaded = self.load(*mine, limit=2, on_bad_record=on_bad_record)
-    self.assertEqual([p.question for p in loaded.records], [*'abc'])
+    self.assertEqual([p.question for p in loaded.requests], [*'abc'])
 
   def test_a_bad_record_takes_its_case_along(self):
     mine = _asked('a', 'b', case='x') + _asked('c', case='y')
     mine[1]['answer'] = ''
     loaded = self.load(*mine, limit=1, on_bad_record='skip')
-    self.assertEqual([p.question for p in loaded.records], ['c'])
+    self.assertEqual([p.question for p in loaded.requests], ['c'])
     self.assertEqual(
         [s.reason for s in loaded.skipped],
         [
@@ -357,7 +397,7 @@ class CaseTest(Base):
     )
     cases = _case(_rewrite(), 3), _case(_rewrite('Ben'), number=25)
     loaded = self.load(*cases, on_bad_record='skip')
-    self.assertEqual([p.id for p in loaded.records], ['25.1'])
+    self.assertEqual([p.id for p in loaded.requests], ['25.1'])
 
   def test_a_case_stands_together(self):
     for first in _asked('a', case='x') + _asked('a', case='x', answer=1):
@@ -373,18 +413,18 @@ class CaseTest(Base):
     mine = [*_asked('a', 'b', case='x'), *_asked('a', answer='else')]
     mine[1]['answer'] = ''
     loaded = self.load(*mine, on_bad_record='skip')
-    self.assertEqual([p.answer for p in loaded.records], ['else'])
+    self.assertEqual([p.target for p in loaded.requests], ['else'])
 
 
 class RealRecordsTest(absltest.TestCase):
 
   def test_unke(self):
-    loaded = passages.load_passages(testing.data_path('unke.jsonl'))
+    loaded = load(testing.data_path('unke.jsonl'))
     self.assertEqual(loaded.format, 'unke')
-    self.assertLen(loaded.records, 500)
-    for passage in loaded.records:
-      self.assertLen(passage.paraphrases, 1)
-      self.assertBetween(len(passage.sub_questions), 4, 8)
+    self.assertLen(loaded.requests, 500)
+    for passage in loaded.requests:
+      self.assertLen(asked(passage), 1)
+      self.assertBetween(len(passage.probes_of('sub_question')), 4, 8)
       self.assertEqual(passage.case + passage.category, '')
 
   def test_akew(self):
@@ -392,31 +432,31 @@ class RealRecordsTest(absltest.TestCase):
     raw = [json.loads(line) for line in path.read_text('utf-8').splitlines()]
     sizes = {str(r['case_id']): len(r['requested_rewrite']) for r in raw}
     self.assertEqual(collections.Counter(sizes.values()), {1: 137, 2: 37, 3: 3})
-    for facts in passages.FACTS:
-      loaded = passages.load_passages(path, facts=facts)
+    for facts in akew.FACTS:
+      loaded = load(path, facts=facts)
       self.assertEqual(loaded.format, 'akew')
-      self.assertLen(loaded.records, 220)
-      found = collections.Counter(p.case for p in loaded.records)
+      self.assertLen(loaded.requests, 220)
+      found = collections.Counter(p.case for p in loaded.requests)
       self.assertEqual(found, sizes)
-      self.assertTrue(all(p.sub_questions for p in loaded.records))
-    limited = passages.load_passages(path, limit=50)
-    self.assertLen({p.case for p in limited.records}, 50)
-    self.assertLen(limited.records, sum(list(sizes.values())[:50]))
+      self.assertTrue(all(p.probes_of('sub_question') for p in loaded.requests))
+    limited = load(path, limit=50)
+    self.assertLen({p.case for p in limited.requests}, 50)
+    self.assertLen(limited.requests, sum(list(sizes.values())[:50]))
 
   def test_editevery(self):
     path = testing.data_path('editevery.jsonl')
     # Two questions come twice, with different answers.
     with self.assertRaises(InputError) as caught:
-      passages.load_passages(path)
+      load(path)
     for problem, identifiers in zip(
         caught.exception.problems, ((303, 305), (473, 475)), strict=True
     ):
       for identifier in identifiers:
         self.assertIn(f'(id {identifier})', problem)
-    loaded = passages.load_passages(path, on_bad_record='skip')
-    self.assertLen(loaded.records, 274)
+    loaded = load(path, on_bad_record='skip')
+    self.assertLen(loaded.requests, 274)
     self.assertEqual(
-        collections.Counter(p.category for p in loaded.records),
+        collections.Counter(p.category for p in loaded.requests),
         {
             'physics': 109,
             'biology': 45,
@@ -431,7 +471,7 @@ class RealRecordsTest(absltest.TestCase):
   def test_sets_of_single_facts_are_refused(self):
     for name in ('counterfact_train.jsonl', 'zsre.jsonl', 'piqa.jsonl'):
       with self.assertRaisesRegex(InputError, 'no known format'):
-        passages.load_passages(testing.data_path(name))
+        load(testing.data_path(name))
 
 
 if __name__ == '__main__':

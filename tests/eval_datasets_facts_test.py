@@ -1,4 +1,4 @@
-"""Every format loads, and every fault of a file is told with its record."""
+"""Every format of facts loads; each error of a file names its record."""
 
 import collections
 import hashlib
@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import tempfile
+from unittest import mock
 
 from absl.testing import absltest, parameterized
 
@@ -13,6 +14,7 @@ from jaxedit import testing
 from jaxedit.eval import datasets
 from jaxedit.types import InputError, Probe
 
+FORMATS = ('counterfact', 'zsre', 'counterfact_flat', 'jaxedit')
 OWN = {
     'id': 'ada',
     'prompt': '{} plays the',
@@ -69,6 +71,14 @@ def _people(*names, **changes):
   ]
 
 
+def near(prompt, answer):
+  return Probe('locality', prompt, (answer,))
+
+
+def asked(request):
+  return tuple(probe.prompt for probe in request.probes_of('rephrase'))
+
+
 class Base(parameterized.TestCase):
 
   def setUp(self):
@@ -87,7 +97,7 @@ class Base(parameterized.TestCase):
         if as_list
         else '\n'.join(map(json.dumps, objects)) + '\n'
     )
-    return datasets.load_records(self.path, **options)
+    return datasets.load_requests(self.path, **options)
 
   def problems(self, *objects, **options):
     with self.assertRaises(InputError) as caught:
@@ -100,66 +110,88 @@ class FormatTest(Base):
   def test_own(self):
     for data in (OWN, OWN | {'prompt': 'Ada plays the '}):
       loaded = self.load(data)
-      (record,) = loaded.records
+      (record,) = loaded.requests
       self.assertEqual(loaded.format, 'jaxedit')
       self.assertEqual((record.number, record.id), (1, 'ada'))
       self.assertEqual(record.prompt, '{} plays the')
       self.assertEqual(record.question, 'Ada plays the')
       self.assertEqual(record.target_true, 'harp')
       self.assertEqual(
-          record.neighbours,
-          (Probe('Ben plays the', 'harp'), Probe('Cy has a', 'cat')),
+          record.probes_of('locality'),
+          (near('Ben plays the', 'harp'), near('Cy has a', 'cat')),
       )
       self.assertEqual(
-          record.portability, {'alias': (Probe('A. plays the', 'oboe'),)}
+          record.probes_of('alias'),
+          (Probe('alias', 'A. plays the', ('oboe',)),),
+      )
+      self.assertEqual(
+          [probe.kind for probe in record.probes],
+          ['rephrase', 'locality', 'locality', 'alias'],
       )
 
   def test_own_needs_three_fields(self):
-    (record,) = self.load(*_people('Ada')).records
+    (record,) = self.load(*_people('Ada')).requests
     self.assertIsNone(record.target_true)
     self.assertEqual(record.id, '1')
-    self.assertEqual(record.paraphrases + record.neighbours, ())
-    self.assertEqual(record.portability, {})
+    self.assertEqual(record.probes, ())
+    self.assertEqual((record.case, record.category), ('', ''))
+
+  def test_kinds_of_probes(self):
+    probes = {
+        kind: [{'prompt': 'x', 'answer': 'y'}]
+        for kind in ('one_hop', 'any', 'rephrase', 'locality')
+    }
+    (record,) = self.load(*_people('Ada', portability=probes)).requests
+    self.assertEqual(
+        [probe.kind for probe in record.probes],
+        ['one_hop', 'any', 'portability_rephrase', 'portability_locality'],
+    )
+    self.assertEqual(record.probes_of('any'), (Probe('any', 'x', ('y',)),))
 
   def test_counterfact_flat(self):
     loaded = self.load(FLAT)
-    (record,) = loaded.records
+    (record,) = loaded.requests
     self.assertEqual(loaded.format, 'counterfact_flat')
     self.assertEqual(record.id, '4')
     self.assertEqual(record.prompt, '{} plays the')
     self.assertEqual(record.target_true, 'harp')
-    self.assertEqual(record.paraphrases, ('Ada is good at the',))
-    self.assertEqual(record.neighbours, (Probe('Ben plays the', 'harp'),))
+    self.assertEqual(
+        record.probes_of('rephrase'),
+        (Probe('rephrase', 'Ada is good at the', ('oboe',)),),
+    )
+    self.assertEqual(
+        record.probes_of('locality'), (near('Ben plays the', 'harp'),)
+    )
 
   @parameterized.parameters(True, False)
   def test_counterfact(self, as_list):
     loaded = self.load(NESTED, as_list=as_list)
-    (record,) = loaded.records
+    (record,) = loaded.requests
     self.assertEqual(loaded.format, 'counterfact')
     self.assertEqual((record.id, record.subject), ('5', 'Ada'))
-    self.assertEqual((record.target_new, record.target_true), ('oboe', 'harp'))
+    self.assertEqual((record.target, record.target_true), ('oboe', 'harp'))
     self.assertEqual(
-        record.paraphrases, ('Rain. Ada plays the', 'Ada is good at the')
+        asked(record), ('Rain. Ada plays the', 'Ada is good at the')
     )
     self.assertEqual(
-        record.neighbours,
-        (Probe('Ben plays the', 'harp'), Probe('Cy plays the', 'harp')),
+        record.probes_of('locality'),
+        (near('Ben plays the', 'harp'), near('Cy plays the', 'harp')),
     )
 
   def test_zsre(self):
     loaded = self.load(ZSRE)
-    (record,) = loaded.records
+    (record,) = loaded.requests
     self.assertEqual(loaded.format, 'zsre')
     self.assertEqual(record.prompt, 'What does {} play?')
-    self.assertEqual((record.target_new, record.target_true), ('oboe', 'harp'))
-    self.assertEqual(record.neighbours, (Probe('who sings?', 'Ben'),))
-    (record,) = self.load(ZSRE, zsre_target='answers').records
-    self.assertEqual((record.target_new, record.target_true), ('harp', None))
+    self.assertEqual((record.target, record.target_true), ('oboe', 'harp'))
+    self.assertEqual(record.probes_of('locality'), (near('who sings?', 'Ben'),))
+    (record,) = self.load(ZSRE, zsre_target='answers').requests
+    self.assertEqual((record.target, record.target_true), ('harp', None))
 
-  def test_format_is_told_by_the_first_known_object(self):
+  def test_format_is_detected_by_the_first_known_object(self):
     loaded = self.load({'odd': 1}, FLAT, on_bad_record='skip')
     self.assertEqual(loaded.format, 'counterfact_flat')
-    self.assertEqual(loaded.records[0].number, 2)
+    self.assertEqual(loaded.requests[0].number, 2)
 
   def test_a_format_can_be_forced(self):
     problems = self.problems(FLAT, format='zsre')
@@ -176,9 +208,9 @@ class FormatTest(Base):
     folder = pathlib.Path(datasets.__file__).parent
     if not (folder / 'demo_facts.jsonl').exists():
       self.skipTest('the package has no demo facts')
-    loaded = datasets.load_records('demo')
+    loaded = datasets.load_requests('demo')
     self.assertEqual((loaded.source, loaded.format), ('demo', 'jaxedit'))
-    self.assertNotEmpty(loaded.records)
+    self.assertNotEmpty(loaded.requests)
 
 
 class FileTest(Base):
@@ -186,7 +218,7 @@ class FileTest(Base):
   def test_missing_file_and_folder(self):
     for path in (self.path, os.path.dirname(self.path)):
       with self.assertRaises(InputError) as caught:
-        datasets.load_records(path)
+        datasets.load_requests(path)
       self.assertIn(path, caught.exception.problems[0])
 
   @parameterized.parameters(b'', b'\n\n', b'[]')
@@ -194,13 +226,13 @@ class FileTest(Base):
     self.write(blob)
     for kind in ('auto', 'zsre'):
       with self.assertRaisesRegex(InputError, 'holds no records'):
-        datasets.load_records(self.path, format=kind)
+        datasets.load_requests(self.path, format=kind)
 
-  def test_bad_line_is_told_with_the_other_faults(self):
+  def test_bad_line_is_reported_with_the_other_errors(self):
     lines = [json.dumps(OWN), '', '{"prompt": ', json.dumps({'prompt': 'x'})]
     self.write('\n'.join(lines))
     with self.assertRaises(InputError) as caught:
-      datasets.load_records(self.path)
+      datasets.load_requests(self.path)
     problems = caught.exception.problems
     self.assertStartsWith(problems[0], 'record 2 (id 2): not JSON at line 3')
     self.assertStartsWith(problems[1], 'record 3 (id 3): field')
@@ -208,29 +240,29 @@ class FileTest(Base):
   def test_only_bad_lines(self):
     self.write('{\n "prompt": 1\n}')
     with self.assertRaisesRegex(InputError, 'not JSON at line 1'):
-      datasets.load_records(self.path)
+      datasets.load_requests(self.path)
 
   def test_broken_list(self):
     self.write('[\n{"prompt": "x"},\n{"prompt"}]')
     with self.assertRaisesRegex(InputError, 'not JSON at line 3'):
-      datasets.load_records(self.path)
+      datasets.load_requests(self.path)
 
   def test_deep_nesting_is_no_crash(self):
     self.write('{"a":' * 100_000)
     with self.assertRaisesRegex(InputError, 'not JSON at line 1'):
-      datasets.load_records(self.path)
+      datasets.load_requests(self.path)
 
   def test_encoding(self):
     self.write(b'{"prompt": "x"}\n{"prompt": "\xff"}')
     with self.assertRaisesRegex(InputError, 'line 2 is not UTF-8'):
-      datasets.load_records(self.path)
+      datasets.load_requests(self.path)
     self.write(b'\xef\xbb\xbf' + json.dumps(OWN).encode())
-    self.assertLen(datasets.load_records(self.path).records, 1)
+    self.assertLen(datasets.load_requests(self.path).requests, 1)
 
   def test_unknown_fields(self):
     (problem,) = self.problems({'question': 'a', 'answer': 'b'})
     self.assertIn("'question', 'answer'", problem)
-    for kind in datasets.FORMATS:
+    for kind in FORMATS:
       self.assertIn(kind, problem)
 
   def test_options(self):
@@ -243,11 +275,11 @@ class FileTest(Base):
   def test_line_separators_inside_a_text(self):
     data = OWN | {'paraphrases': ['a\u2028b\u0085c']}
     self.write(json.dumps(data, ensure_ascii=False))
-    (record,) = datasets.load_records(self.path).records
-    self.assertEqual(record.paraphrases, ('a\u2028b\u0085c',))
+    (record,) = datasets.load_requests(self.path).requests
+    self.assertEqual(asked(record), ('a\u2028b\u0085c',))
 
 
-class FaultTest(Base):
+class ErrorTest(Base):
 
   @parameterized.parameters(
       (_without(OWN, 'prompt'), "'prompt' is missing"),
@@ -284,7 +316,7 @@ class FaultTest(Base):
       (ZSRE | {'loc': 1}, "'loc' holds a number"),
       (NESTED | {'requested_rewrite': []}, "'requested_rewrite' holds a list"),
   )
-  def test_one_fault_one_sentence(self, data, pattern):
+  def test_one_error_one_sentence(self, data, pattern):
     (problem,) = self.problems(data)
     self.assertRegex(problem, r'^record 1 \(id \w+\): .*' + pattern)
     self.assertEndsWith(problem, '.')
@@ -306,7 +338,7 @@ class FaultTest(Base):
     self.assertLen(problems, 3)
     self.assertIn('the record is a number', problems[0])
 
-  def test_all_faults_of_all_records(self):
+  def test_all_errors_of_all_records(self):
     problems = self.problems(
         OWN | {'subject': '', 'target_new': 1}, *_people('a', prompt='b')
     )
@@ -317,7 +349,7 @@ class FaultTest(Base):
     bad = _people(*'abcdefghijklmnopqrstuvwxy', target_new='')
     problems = self.problems(*bad)
     self.assertLen(problems, 21)
-    self.assertIn('25 faults in all', problems[-1])
+    self.assertIn('25 errors in all', problems[-1])
     self.assertIn(self.path, problems[-1])
     self.assertLen(self.problems(*bad[:20]), 20)
 
@@ -327,8 +359,8 @@ class FaultTest(Base):
         '{"prompt": "{} is", "subject": "\\ud83d", "target_new": "b\\udc00"}\n'
         + json.dumps(*_people(odd))
     )
-    first, second = datasets.load_records(self.path).records
-    self.assertEqual((first.subject, first.target_new), ('\ufffd', 'b\ufffd'))
+    first, second = datasets.load_requests(self.path).requests
+    self.assertEqual((first.subject, first.target), ('\ufffd', 'b\ufffd'))
     self.assertEqual(second.subject, odd)
 
   def test_duplicates_name_both_records(self):
@@ -355,8 +387,8 @@ class SkipTest(Base):
     loaded = self.load(
         good[0], bad, good[0], *good[1:], limit=3, on_bad_record='skip'
     )
-    self.assertEqual([r.subject for r in loaded.records], ['a', 'b', 'c'])
-    self.assertEqual([r.number for r in loaded.records], [1, 4, 5])
+    self.assertEqual([r.subject for r in loaded.requests], ['a', 'b', 'c'])
+    self.assertEqual([r.number for r in loaded.requests], [1, 4, 5])
     self.assertEqual(
         [(s.number, s.id) for s in loaded.skipped], [(2, 'bad'), (3, '3')]
     )
@@ -366,12 +398,12 @@ class SkipTest(Base):
   def test_a_skipped_record_does_not_block_its_repetition(self):
     first, second = _people('a', 'a')
     loaded = self.load(first | {'paraphrases': 3}, second, on_bad_record='skip')
-    self.assertEqual([r.number for r in loaded.records], [2])
+    self.assertEqual([r.number for r in loaded.requests], [2])
 
   def test_bad_lines_are_skipped(self):
     self.write('{"prompt"\n' + json.dumps(OWN))
-    loaded = datasets.load_records(self.path, on_bad_record='skip')
-    self.assertLen(loaded.records, 1)
+    loaded = datasets.load_requests(self.path, on_bad_record='skip')
+    self.assertLen(loaded.requests, 1)
     self.assertIn('not JSON', loaded.skipped[0].reason)
 
   def test_nothing_left(self):
@@ -382,57 +414,100 @@ class SkipTest(Base):
     loaded = self.load(
         *_people('a', 'b'), *_people('c', target_new=''), limit=2
     )
-    self.assertLen(loaded.records, 2)
+    self.assertLen(loaded.requests, 2)
     self.assertEmpty(loaded.skipped)
-    self.assertLen(self.load(*_people('a', 'b'), limit=9).records, 2)
+    self.assertLen(self.load(*_people('a', 'b'), limit=9).requests, 2)
 
   def test_check_comes_through_the_same_door(self):
-    def check(record):
-      return ['it is b; leave b out.'] if record.subject == 'b' else []
+    def check(requests):
+      return [
+          ['it is b; leave b out.'] if request.subject == 'b' else []
+          for request in requests
+      ]
 
     people = _people('a', 'b', 'c')
     (problem,) = self.problems(*people, check=check)
     self.assertEqual(problem, 'record 2 (id 2): it is b; leave b out.')
     loaded = self.load(*people, check=check, limit=2, on_bad_record='skip')
-    self.assertEqual([r.subject for r in loaded.records], ['a', 'c'])
+    self.assertEqual([r.subject for r in loaded.requests], ['a', 'c'])
     self.assertEqual(loaded.skipped[0].reason, 'it is b; leave b out.')
+
+  def test_requests_are_checked_together_and_no_more_than_are_wanted(self):
+    calls = []
+
+    def check(requests):
+      calls.append([request.subject for request in requests])
+      return [['no.'] * (request.subject in 'ac') for request in requests]
+
+    people = _people(*'abcdefgh')
+    skip = dict(check=check, limit=3, on_bad_record='skip')
+    loaded = self.load(*people, **skip)
+    self.assertEqual([r.subject for r in loaded.requests], ['b', 'd', 'e'])
+    self.assertEqual(calls, [['a', 'b', 'c'], ['d', 'e']])
+    calls.clear()
+    self.assertLen(self.problems(*people, check=check, limit=3), 2)
+    self.assertEqual(calls, [['a', 'b', 'c']])
+
+  def test_a_file_is_read_once(self):
+    self.write('\n'.join(map(json.dumps, _people('a', 'b'))))
+    file = datasets.open_requests(self.path, on_bad_record='skip')
+    os.remove(self.path)
+    whole = file.load()
+    with mock.patch.object(json, 'loads') as parse:
+      some = file.load(lambda requests: [['no.'], []])
+    parse.assert_not_called()
+    self.assertLen(whole.requests, 2)
+    self.assertEqual(some.requests, whole.requests[1:])
+
+  def test_first_errors(self):
+    seen = []
+
+    def check(requests):
+      seen.append([r.subject for r in requests])
+      return [['a.'] * (r.subject == 'a') for r in requests]
+
+    every = lambda requests: [['second.'] for _ in requests]
+    requests = self.load(*_people('a', 'b')).requests
+    both = datasets.first_errors(check, every, check)
+    self.assertEqual(both(requests), [['a.'], ['second.']])
+    self.assertEqual(seen, [['a', 'b'], []])
 
 
 class RealRecordsTest(absltest.TestCase):
 
   def test_counterfact_train(self):
     path = testing.data_path('counterfact_train.jsonl')
-    loaded = datasets.load_records(path, on_bad_record='skip')
+    loaded = datasets.load_requests(path, on_bad_record='skip')
     raw = [json.loads(line) for line in path.read_text().splitlines()]
     # Oracle: pairs counted without the loader.
     pairs = collections.Counter((r['subject'], r['prompt']) for r in raw)
     self.assertEqual(sum(n > 1 for n in pairs.values()), 62)
-    self.assertLen(loaded.records, len(pairs))
+    self.assertLen(loaded.requests, len(pairs))
     self.assertLen(loaded.skipped, len(raw) - len(pairs))
-    for record in loaded.records:
+    for record in loaded.requests:
       self.assertEqual(record.question, raw[record.number - 1]['prompt'])
       self.assertEqual(record.prompt.count('{}'), 1)
 
   def test_counterfact_train_fails_whole(self):
     path = testing.data_path('counterfact_train.jsonl')
-    with self.assertRaisesRegex(InputError, '77 faults in all'):
-      datasets.load_records(path)
-    self.assertLen(datasets.load_records(path, limit=1000).records, 1000)
+    with self.assertRaisesRegex(InputError, '77 errors in all'):
+      datasets.load_requests(path)
+    self.assertLen(datasets.load_requests(path, limit=1000).requests, 1000)
 
   def test_zsre(self):
     path = testing.data_path('zsre.jsonl')
-    loaded = datasets.load_records(path, on_bad_record='skip')
+    loaded = datasets.load_requests(path, on_bad_record='skip')
     reasons = ' '.join(s.reason for s in loaded.skipped)
-    self.assertLen(loaded.records, 493)
+    self.assertLen(loaded.requests, 493)
     self.assertEqual(reasons.count('nothing to edit'), 6)
     self.assertEqual(reasons.count("'alt' is empty"), 1)
-    loaded = datasets.load_records(path, zsre_target='answers')
-    self.assertLen(loaded.records, 500)
+    loaded = datasets.load_requests(path, zsre_target='answers')
+    self.assertLen(loaded.requests, 500)
 
   def test_sets_without_single_edits_are_refused(self):
     for name in ('unke.jsonl', 'editevery.jsonl'):
       with self.assertRaisesRegex(InputError, 'no known format'):
-        datasets.load_records(testing.data_path(name))
+        datasets.load_requests(testing.data_path(name))
 
 
 if __name__ == '__main__':

@@ -20,17 +20,16 @@ import tempfile
 import tokenizers
 from absl.testing import absltest
 
-import jaxedit.eval
 from jaxedit import testing
-from jaxedit.eval import passages
+from jaxedit.eval import datasets
 
-_PATH = pathlib.Path(jaxedit.eval.__file__).with_name('demo_passages.jsonl')
+_PATH = pathlib.Path(datasets.__file__).with_name('demo_passages.jsonl')
 _LONG = 60, 300  # tokens of the demo model
 
 
 def _code(passage):
   """Returns the code inside an answer's fences."""
-  (code,) = re.findall(r'```\w+\n(.*?)```', passage.answer, re.DOTALL)
+  (code,) = re.findall(r'```\w+\n(.*?)```', passage.target, re.DOTALL)
   return code
 
 
@@ -39,7 +38,8 @@ class DemoPassagesTest(absltest.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    cls.passages = passages.load_passages('demo').records
+    loaded = datasets.load_requests('demo', kinds=('text',))
+    cls.passages = loaded.requests
     cls.by_id = {passage.id: passage for passage in cls.passages}
 
   def each(self):
@@ -53,7 +53,7 @@ class DemoPassagesTest(absltest.TestCase):
     self.assertTrue(text.endswith('}\n'))
     self.assertLen(text.splitlines(), len(self.passages))
     for line, passage in zip(text.splitlines(), self.passages, strict=True):
-      self.assertEqual(json.loads(line)['answer'], passage.answer)
+      self.assertEqual(json.loads(line)['answer'], passage.target)
 
   def test_categories(self):
     kinds = collections.Counter(p.category for p in self.passages)
@@ -69,9 +69,10 @@ class DemoPassagesTest(absltest.TestCase):
     asked = []
     for passage in self.each():
       self.assertRegex(passage.id, rf'^{passage.category}-[a-z]+$')
-      self.assertBetween(len(passage.paraphrases), 1, 2)
-      prompts = [probe.prompt for probe in passage.sub_questions]
-      asked += [passage.question, *passage.paraphrases, *prompts]
+      rephrases = [p.prompt for p in passage.probes_of('rephrase')]
+      self.assertBetween(len(rephrases), 1, 2)
+      prompts = [probe.prompt for probe in passage.probes_of('sub_question')]
+      asked += [passage.question, *rephrases, *prompts]
       if passage.category == 'prose':
         self.assertBetween(len(prompts), 2, 3)
     self.assertLen(set(map(str.casefold, asked)), len(asked))
@@ -81,19 +82,19 @@ class DemoPassagesTest(absltest.TestCase):
 
   def test_short_answers_stand_in_the_long_one(self):
     for passage in self.each():
-      for probe in passage.sub_questions:
-        self.assertIn(probe.answer.casefold(), passage.answer.casefold())
-        self.assertNotIn(probe.answer.casefold(), probe.prompt.casefold())
-        self.assertLess(len(probe.answer.split()), 8)
+      for probe in passage.probes_of('sub_question'):
+        self.assertIn(probe.answers[0].casefold(), passage.target.casefold())
+        self.assertNotIn(probe.answers[0].casefold(), probe.prompt.casefold())
+        self.assertLess(len(probe.answers[0].split()), 8)
 
   def test_lengths(self):
     path = testing.demo_model() / 'tokenizer.json'
     tokenizer = tokenizers.Tokenizer.from_file(str(path))
     lengths = []
     for passage in self.each():
-      ids = tokenizer.encode(passage.answer, add_special_tokens=False).ids
+      ids = tokenizer.encode(passage.target, add_special_tokens=False).ids
       self.assertBetween(len(ids), *_LONG)
-      self.assertEqual(tokenizer.decode(ids), passage.answer)
+      self.assertEqual(tokenizer.decode(ids), passage.target)
       lengths.append(len(ids))
     for low in range(*_LONG, 60):
       self.assertTrue([n for n in lengths if low <= n < low + 60], low)
@@ -103,8 +104,8 @@ class TruthTest(absltest.TestCase):
 
   def setUp(self):
     super().setUp()
-    loaded = passages.load_passages('demo')
-    self.by_id = {passage.id: passage for passage in loaded.records}
+    loaded = datasets.load_requests('demo_passages', kinds=('text',))
+    self.by_id = {passage.id: passage for passage in loaded.requests}
 
   def test_python(self):
     names = {}
@@ -143,7 +144,7 @@ class TruthTest(absltest.TestCase):
       self.assertEqual(function(digits, len(digits)), right, digits)
 
   def test_recurrence(self):
-    answer = self.by_id['math-lanterns'].answer
+    answer = self.by_id['math-lanterns'].target
     self.assertIn('v_n = 3^n + 1', answer)
     self.assertIn(r'\frac{3^n - 1}{2} + n', answer)
     value, total = 2, 0
@@ -153,7 +154,7 @@ class TruthTest(absltest.TestCase):
       value, total = 3 * value - 2, total + value
 
   def test_tin(self):
-    answer = self.by_id['math-tin'].answer
+    answer = self.by_id['math-tin'].target
     self.assertIn(r'r = \sqrt{\frac{A}{3\pi}}', answer)
     self.assertIn(r'V = \pi r^3', answer)
     area = 7.0
@@ -169,7 +170,7 @@ class TruthTest(absltest.TestCase):
 
   def test_latex_is_closed(self):
     for name in ('math-lanterns', 'math-tin'):
-      answer = self.by_id[name].answer
+      answer = self.by_id[name].target
       self.assertEqual(answer.count('{'), answer.count('}'))
       self.assertEqual(answer.count(r'\['), answer.count(r'\]'))
       self.assertEqual(answer.count('$') % 2, 0)
@@ -178,7 +179,7 @@ class TruthTest(absltest.TestCase):
   def test_table_is_rectangular(self):
     rows = [
         line
-        for line in self.by_id['table-ferries'].answer.splitlines()
+        for line in self.by_id['table-ferries'].target.splitlines()
         if line.startswith('|')
     ]
     self.assertLen({(len(row), row.count('|')) for row in rows}, 1)

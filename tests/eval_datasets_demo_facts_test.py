@@ -12,9 +12,9 @@ import re
 
 from absl.testing import absltest
 
-import jaxedit.eval
+from jaxedit.eval import datasets
 
-_PATH = pathlib.Path(jaxedit.eval.__file__).with_name('demo_facts.jsonl')
+_PATH = pathlib.Path(datasets.__file__).with_name('demo_facts.jsonl')
 _FIELDS = (
     'id',
     'prompt',

@@ -1,0 +1,41 @@
+"""The official CounterFact.
+
+  requested_rewrite     {prompt with '{}', subject, target_new {str}, target_true
+                        {str}}
+  paraphrase_prompts    list of texts or absent
+  neighborhood_prompts  list of texts or absent; their right answer is the true
+                        object
+  case_id               the identifier
+
+Other fields are passed over. Source: Meng et al. 2022, arXiv 2202.05262.
+"""
+
+from __future__ import annotations
+
+from jaxedit.eval.datasets import fields as lib
+from jaxedit.types import LOCALITY, Probe
+
+
+def read(
+    fields: lib.Fields, name: str, options: lib.Options
+) -> list[lib.Parts]:
+  """Reads one object."""
+  del name, options
+  rewrite = fields.inner('requested_rewrite')
+  true = rewrite.inner('target_true').text('str').strip()
+  near = fields.texts('neighborhood_prompts', optional=True)
+  return [
+      {
+          'prompt': rewrite.text('prompt'),
+          'subject': rewrite.text('subject'),
+          'target': rewrite.inner('target_new').text('str').strip(),
+          'target_true': true,
+          'rephrases': fields.texts('paraphrase_prompts', optional=True),
+          'probes': [Probe(LOCALITY, prompt, (true,)) for prompt in near],
+      }
+  ]
+
+
+FORMAT = lib.Format(
+    'counterfact', lib.FACT, ('requested_rewrite',), read, lib.finish_fact
+)

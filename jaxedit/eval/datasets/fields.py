@@ -1,0 +1,175 @@
+"""Typed fields of a JSON object with their errors, and what a format is.
+
+A format reads the fields of one object of a file into the parts of
+`types.EditRequest`s; what all formats share is in `reading`. An object with
+errors may become anything.
+
+It does not open files and does not look at more than one object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxedit.text import locate
+from jaxedit.types import Probe
+
+FACT, TEXT, KNOWN = 'fact', 'text', 'known'  # kinds of requests
+JSON_NAMES = {
+    type(None): 'null', bool: 'true or false', int: 'a number',
+    float: 'a number', str: 'text', list: 'a list', dict: 'an object',
+}  # fmt: skip
+
+
+class Fields:
+  """Takes typed fields out of an object and collects errors."""
+
+  def __init__(
+      self,
+      data: Mapping[str, Any] | None,
+      inside: str = '',
+      errors: list[str] | None = None,
+  ):
+    """Opens an object; None stands for one whose error is reported already."""
+    self.data = {} if data is None else data
+    self.errors = [] if errors is None else errors
+    self._inside = inside
+    self._reported = data is None
+
+  def get(self, name: str, wanted: type, default: Any = None) -> Any:
+    """Returns a field of one type; without a default it must be there.
+
+    Args:
+      name: the field.
+      wanted: its JSON type.
+      default: taken where the field is absent or null.
+
+    Returns:
+      The value, the default, or None where the field has an error.
+    """
+    value = self.data.get(name)
+    if value is None and default is not None:
+      return default
+    if isinstance(value, wanted) or self._reported:
+      return value
+    if name not in self.data:
+      self.error(name, 'is missing; add it.')
+    else:
+      given = JSON_NAMES[type(value)]
+      self.error(name, f'holds {given}; it must be {JSON_NAMES[wanted]}.')
+    return None
+
+  def text(self, name: str, optional: bool = False) -> str:
+    """Returns a text, '' where it has an error or may be absent and is."""
+    if optional and self.data.get(name) is None:
+      return ''
+    value = self.get(name, str)
+    if value is not None and not value.strip():
+      self.error(name, 'is empty; write some text or drop the record.')
+    return locate.valid_unicode(value or '')
+
+  def error(self, name: str, what: str) -> None:
+    """Reports an error of a field."""
+    self.errors.append(f"field '{self._inside}{name}' {what}")
+
+  def refuse_others(self, known: Sequence[str]) -> None:
+    """Reports every field that has none of the known names."""
+    for name in self.data:
+      if name not in known:
+        self.errors.append(
+            f'field {name!r} is unknown; known fields are {", ".join(known)}.'
+        )
+
+  def inner(self, name: str, optional: bool = False) -> Fields:
+    """Opens an object inside this one."""
+    value = self.get(name, dict, {} if optional else None)
+    return Fields(value, f'{self._inside}{name}.', self.errors)
+
+  def items(self, name: str, optional: bool = False) -> Fields:
+    """Opens a list inside this object, as fields '[1]', '[2]', ..."""
+    values = self.get(name, list, [] if optional else None)
+    numbered = {f'[{i}]': value for i, value in enumerate(values or (), 1)}
+    return Fields(numbered, self._inside + name, self.errors)
+
+  def texts(self, name: str, optional: bool = False) -> tuple[str, ...]:
+    """Returns a list of texts, without white space at their ends."""
+    items = self.items(name, optional)
+    return tuple(items.text(key).rstrip() for key in items.data)
+
+  def probe(self, kind: str, name: str) -> Probe:
+    """Returns the probe {prompt, answer} of a field."""
+    fields = self.inner(name)
+    prompt = fields.text('prompt').rstrip()
+    return Probe(kind, prompt, (fields.text('answer').strip(),))
+
+
+class Options(NamedTuple):
+  """What the caller of the loader may choose.
+
+  Attributes:
+    zsre_target: 'alt' or 'answers', the field of zsRE that holds the target.
+    facts: 'unstructured' or 'structured', the form of AKEW's facts to write.
+    triplets: most sub-questions of an AKEW fact; 5 is AnyEdit's number.
+  """
+
+  zsre_target: str = 'alt'
+  facts: str = 'unstructured'
+  triplets: int = 5
+
+
+Parts = dict[str, Any]
+
+
+class Format(NamedTuple):
+  """What the objects of a file are.
+
+  Attributes:
+    name: as a user gives it.
+    kind: 'fact', 'text' (long answers) or 'known' (facts to trace).
+    signs: fields of which one is enough to tell the format.
+    read: (fields, id, options) -> parts of each request of an object: fields of
+      `EditRequest`, of which number and id are the object's unless given, and
+      'rephrases', prompts of its rephrase probes.
+    finish: (parts, errors) -> parts; finds what is wrong between fields.
+    tells: of formats that share a sign, the first whose `tells` holds is meant.
+    case: field with the name of the case that an object is of, '' for none.
+  """
+
+  name: str
+  kind: str
+  signs: tuple[str, ...]
+  read: Callable[[Fields, str, Options], list[Parts]]
+  finish: Callable[[Parts, list[str]], Parts] = lambda parts, errors: parts
+  tells: Callable[[Mapping[str, Any]], bool] = lambda data: True
+  case: str = ''
+
+
+def finish_fact(parts: Parts, errors: list[str]) -> Parts:
+  """Puts '{}' where the subject is, and strips the texts of a fact."""
+  subject, prompt = parts['subject'], parts['prompt'].rstrip()
+  count = prompt.count(locate.PLACEHOLDER)
+  if count > 1:
+    errors.append(
+        f"the prompt has {count} placeholders; write '{{}}' once, where the"
+        ' subject goes.'
+    )
+  elif not count and prompt.strip() and subject.strip():
+    subject = subject.strip()
+    cloze = locate.make_cloze(prompt, subject)
+    if cloze is None:
+      where = 'only inside a longer word' if subject in prompt else 'nowhere'
+      errors.append(
+          f'the subject {subject!r} is {where} in the prompt {prompt!r}; write'
+          " '{}' where the subject goes."
+      )
+    prompt = cloze or prompt
+  new, true = parts['target'], parts['target_true']
+  if new and new.split() == true.split():
+    errors.append(
+        f'target_new and target_true are both {new!r}; there is nothing to'
+        ' edit, give another target.'
+    )
+  return parts | {
+      'prompt': prompt, 'subject': subject, 'target_true': true or None,
+  }  # fmt: skip

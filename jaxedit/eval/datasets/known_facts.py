@@ -1,0 +1,114 @@
+"""Facts that a model may know, for tracing: a prompt, its subject, what follows.
+
+  prompt     text with the subject filled in; without one the template is filled
+  subject    text
+  attribute  text, what follows the prompt
+  template   text or absent, the prompt with '{}' where the subject goes
+  known_id   the identifier
+
+Other fields are passed over: the known facts of ROME (Meng et al. 2022, arXiv
+2202.05262, section 2). Facts to edit are read as well; there the true object
+follows, and the object to write is not looked at.
+
+The template says which occurrence of the subject is meant, as far as it agrees
+with the prompt; otherwise the first one that stands as a word is taken. The
+`target` of a request is what should follow, '' if nothing is said of it.
+Whether a model knows a fact is not its business.
+"""
+
+from __future__ import annotations
+
+from jaxedit.eval.datasets import fields as lib
+from jaxedit.text import locate
+from jaxedit.types import EditRequest
+
+NAME = 'known'
+
+
+def read(
+    fields: lib.Fields, name: str, options: lib.Options
+) -> list[lib.Parts]:
+  """Reads one object."""
+  del name, options
+  subject = fields.text('subject')
+  # Some templates lack the last words of their prompt.
+  template = fields.text('template', optional=True)
+  return [
+      {
+          'prompt': fields.text('prompt', optional=bool(template)) or template,
+          'subject': subject,
+          'target': fields.text('attribute').strip(),
+          'template': template,
+      }
+  ]
+
+
+def finish(parts: lib.Parts, errors: list[str]) -> lib.Parts:
+  """Puts '{}' where the subject is."""
+  subject = parts['subject'].strip()
+  cloze = _cloze(parts['prompt'], subject, parts.get('template', ''), errors)
+  return {'prompt': cloze, 'subject': subject, 'target': parts['target']}
+
+
+def traced(format: lib.Format) -> lib.Format:  # pylint: disable=redefined-builtin
+  """Makes the format of facts to trace of one of facts to edit."""
+
+  def finish_edited(parts: lib.Parts, errors: list[str]) -> lib.Parts:
+    if not parts['target_true'] and not errors:
+      errors.append(
+          'the record does not say what is true, so nobody can tell whether the'
+          ' model knows it; add the true object.'
+      )
+    return finish(parts | {'target': parts['target_true']}, errors)
+
+  # Facts to edit have an object to write; what has none is a known fact.
+  signs = tuple(sign for sign in format.signs if sign != 'prompt')
+  return format._replace(kind=lib.KNOWN, signs=signs, finish=finish_edited)
+
+
+def single(prompt: str, subject: str) -> tuple[EditRequest | None, list[str]]:
+  """Makes the only fact of a run from two texts.
+
+  Args:
+    prompt: text with the subject filled in, or a '{}' in its place.
+    subject: the subject.
+
+  Returns:
+    The fact, numbered 1, or None; and its errors.
+  """
+  fields = lib.Fields({'prompt': prompt, 'subject': subject})
+  parts = {name: fields.text(name) for name in fields.data} | {'target': ''}
+  fact = EditRequest(1, '1', **finish(parts, fields.errors))
+  return None if fields.errors else fact, fields.errors
+
+
+def _cloze(prompt: str, subject: str, template: str, errors: list[str]) -> str:
+  """Puts '{}' where the subject is; what is wrong goes to `errors`."""
+  mark = locate.PLACEHOLDER
+  if mark in prompt:
+    if prompt.count(mark) > 1:
+      errors.append(
+          f"the prompt has {prompt.count(mark)} placeholders; write '{mark}'"
+          ' once, where the subject goes.'
+      )
+    return prompt.rstrip()
+  before, found, _ = template.partition(mark)
+  if found and prompt.startswith(before + subject):
+    return before + mark + prompt[len(before + subject) :].rstrip()
+  cloze = locate.make_cloze(prompt.rstrip(), subject)
+  if cloze is None and prompt.strip() and subject:
+    where = 'only inside a longer word' if subject in prompt else 'nowhere'
+    errors.append(
+        f'the subject {subject!r} is {where} in the prompt {prompt!r}; write'
+        f" the subject as it stands there, or '{mark}' in its place."
+    )
+  return cloze or ''
+
+
+FORMAT = lib.Format(
+    NAME,
+    lib.KNOWN,
+    ('attribute', 'known_id', 'prompt'),
+    read,
+    finish,
+)

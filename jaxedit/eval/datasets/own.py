@@ -1,0 +1,122 @@
+"""Our own formats: facts, and questions with answers of any length and form.
+
+Facts, by field; fields of other names are errors, so that a slip of the pen
+loses nothing silently:
+
+  prompt       text. '{}' where the subject goes, or the subject filled in: the
+               first place where it stands as a word is taken.
+  subject      text.
+  target_new   text, the object to write.
+  target_true  text or absent, the object that the model should hold now.
+  paraphrases  list of texts or absent, subject filled in.
+  neighbours   list or absent, prompts about other subjects: a text, whose right
+               answer is `target_true`, or {"prompt": text, "answer": text}.
+  portability  object or absent, kind ('alias', 'reversed', 'one_hop') -> list
+               of {"prompt": text, "answer": text}.
+  id           text or whole number or absent (the record's number).
+  comment      anything; it is not read.
+
+  {"prompt": "{} plays the", "subject": "Ada", "target_new": "oboe",
+   "target_true": "harp", "neighbours": ["Ben plays the"]}
+
+Questions with answers; EditEverything {`id`, `question`, `answer`, `category`}
+(Jiang et al. 2025, arXiv 2502.05628) is a part of this:
+
+  question       text.
+  answer         text.
+  paraphrases    list of texts or absent, other ways to ask the question.
+  sub_questions  list of {"prompt": text, "answer": text} or absent, short
+                 questions about the answer.
+  category       text or absent, kind of text.
+  case           text or absent; records of one case, which stand one after
+                 another, are one edit.
+  id, comment    as above.
+
+  {"question": "Who is Ada?", "answer": "Ada was born by the sea. She ...",
+   "sub_questions": [{"prompt": "Where was Ada born?", "answer": "By the sea"}]}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from jaxedit.eval.datasets import fields as lib
+from jaxedit.types import LOCALITY, REPHRASE, SUB_QUESTION, Probe
+
+NAME = 'jaxedit'
+_FACT_FIELDS = (
+    'prompt', 'subject', 'target_new', 'target_true', 'paraphrases',
+    'neighbours', 'portability', 'id', 'comment',
+)  # fmt: skip
+_TEXT_FIELDS = (
+    'question', 'answer', 'paraphrases', 'sub_questions', 'category', 'case',
+    'id', 'comment',
+)  # fmt: skip
+
+
+def read_fact(
+    fields: lib.Fields, name: str, options: lib.Options
+) -> list[lib.Parts]:
+  """Reads a fact."""
+  del name, options
+  fields.refuse_others(_FACT_FIELDS)
+  true = fields.text('target_true', optional=True).strip()
+  kinds = fields.inner('portability', optional=True)
+  others = []
+  for kind in kinds.data:
+    items = kinds.items(kind)
+    own = f'portability_{kind}' if kind in (REPHRASE, LOCALITY) else kind
+    others += [items.probe(own, key) for key in items.data]
+  return [
+      {
+          'prompt': fields.text('prompt'),
+          'subject': fields.text('subject'),
+          'target': fields.text('target_new').strip(),
+          'target_true': true,
+          'rephrases': fields.texts('paraphrases', optional=True),
+          'probes': [*_neighbours(fields, true), *others],
+      }
+  ]
+
+
+def _neighbours(fields: lib.Fields, true: str) -> Iterator[Probe]:
+  items = fields.items('neighbours', optional=True)
+  for key, value in items.data.items():
+    if not isinstance(value, str):
+      yield items.probe(LOCALITY, key)
+      continue
+    yield Probe(LOCALITY, items.text(key).rstrip(), (true,))
+    if not true and not fields.data.get('target_true'):
+      items.error(
+          key,
+          'has no answer; give the record a target_true, or write'
+          ' {"prompt": ..., "answer": ...}.',
+      )
+
+
+def read_text(
+    fields: lib.Fields, name: str, options: lib.Options
+) -> list[lib.Parts]:
+  """Reads a question with its answer."""
+  del name, options
+  fields.refuse_others(_TEXT_FIELDS)
+  items = fields.items('sub_questions', optional=True)
+  asked = fields.texts('paraphrases', optional=True)
+  return [
+      {
+          'prompt': fields.text('question').strip(),
+          'target': fields.text('answer').rstrip(),
+          'rephrases': [text.strip() for text in asked],
+          'probes': [items.probe(SUB_QUESTION, key) for key in items.data],
+          'category': fields.text('category', optional=True).strip(),
+          'case': fields.text('case', optional=True).strip(),
+      }
+  ]
+
+
+FACTS = lib.Format(
+    NAME, lib.FACT, ('prompt', 'target_new'), read_fact, lib.finish_fact
+)
+TEXTS = lib.Format(
+    NAME, lib.TEXT, ('question', 'answer'), read_text, case='case'
+)

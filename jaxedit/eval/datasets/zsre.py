@@ -1,0 +1,48 @@
+"""zsRE as split by MEND.
+
+  src, subject, rephrase   texts; `src` is the prompt with its subject
+  alt, answers             the object to write is `alt` (EasyEdit), and the first
+                           of `answers` is true; or that one is written (ROME,
+                           MEMIT), see `Options.zsre_target`
+  loc, loc_ans             a neighbour, a NaturalQuestions input
+
+Other fields are passed over. Source: Mitchell et al. 2021, arXiv 2110.11309.
+"""
+
+from __future__ import annotations
+
+from jaxedit.eval.datasets import fields as lib
+from jaxedit.types import LOCALITY, Probe
+
+TARGETS = ('alt', 'answers')
+
+
+def read(
+    fields: lib.Fields, name: str, options: lib.Options
+) -> list[lib.Parts]:
+  """Reads one object."""
+  del name
+  answers = fields.texts('answers')
+  if not answers and isinstance(fields.data.get('answers'), list):
+    fields.error('answers', 'is an empty list; add the answer.')
+  true = answers[0].strip() if answers else ''
+  # The questions come as NaturalQuestions inputs for a T5: as MEMIT reads them,
+  # without the task's name and with the mark that makes them questions.
+  question = fields.text('loc').removeprefix('nq question: ').rstrip()
+  question += '' if question.endswith('?') else '?'
+  written = options.zsre_target == 'answers'
+  return [
+      {
+          'prompt': fields.text('src'),
+          'subject': fields.text('subject'),
+          'target': true if written else fields.text('alt').strip(),
+          'target_true': '' if written else true,
+          'rephrases': [fields.text('rephrase').rstrip()],
+          'probes': [
+              Probe(LOCALITY, question, (fields.text('loc_ans').strip(),))
+          ],
+      }
+  ]
+
+
+FORMAT = lib.Format('zsre', lib.FACT, ('src',), read, lib.finish_fact)

@@ -1,0 +1,136 @@
+"""Scores the answers of facts under teacher forcing; `metrics` defines the ids.
+
+  edit prompt, rephrase probes   answers: new object, old object if it is known
+  locality probes                answers: their own right one, new object
+  other probes                   answer: their own
+
+A request without `target_true` has no probability metrics at its edit prompt and
+rephrase probes, as these compare two objects; its accuracies stay.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+from jaxedit.edited import scoring
+from jaxedit.eval import metrics
+from jaxedit.eval.scorers.base import Judged, Questions, Replies, Scorer
+from jaxedit.text.token_cache import TokenCache
+from jaxedit.types import LOCALITY, REPHRASE, EditRequest, InputError
+
+_EDIT = 'edit'
+# Group -> ids of its success, magnitude, all-correct and token metrics.
+_GROUPS = {
+    _EDIT: ('es', 'em', 'es_acc', 'reliability'),
+    REPHRASE: ('ps', 'pm', 'ps_acc', 'generalization'),
+    LOCALITY: ('ns', 'nm', 'ns_acc', 'locality_correct'),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherForced(Scorer):
+  """The scorer; see the module head.
+
+  Attributes:
+    tokens: of the model's tokenizer.
+  """
+
+  tokens: TokenCache
+
+  def prepare(self, requests: Sequence[EditRequest]) -> list[Questions]:
+    asked = [_asked(request) for request in requests]
+    items = [item for some in asked for _, *item in some]
+    queries = iter(scoring.encode_queries(self.tokens, items))
+    return [
+        Questions(queries=[(prompt, next(queries)) for _, prompt, _ in some])
+        for some in asked
+    ]
+
+  def judge(
+      self,
+      requests: Sequence[EditRequest],
+      replies: Sequence[Replies],
+      before: Sequence[Sequence[Sequence[int]]] | None,
+  ) -> list[Judged]:
+    if before is not None and [len(old) for old in before] != [
+        len(request.probes_of(LOCALITY)) for request in requests
+    ]:
+      raise InputError(
+          'the unedited model was evaluated on other locality probes than those'
+          ' given now; evaluate it on the same ones.'
+      )
+    olds = [None] * len(requests) if before is None else before
+    return [_judge(*one) for one in zip(requests, replies, olds)]
+
+
+def _judge(
+    request: EditRequest,
+    reply: Replies,
+    before: Sequence[Sequence[int]] | None,
+) -> Judged:
+  groups: dict[str, list[Sequence[scoring.Scored]]] = {}
+  for (group, _, _), scores in zip(_asked(request), reply.scores):
+    groups.setdefault(group, []).append(scores)
+  values = _metrics(groups)
+  preferred = tuple(scores[0].argmax for scores in groups.get(LOCALITY, ()))
+  if before is not None and preferred:
+    values['locality_agreement'] = metrics.agreement(preferred, before)
+  ((new, *true),) = groups[_EDIT]
+  fields = {
+      'nll_new': _finite(new.nll),
+      'nll_true': _finite(true[0].nll) if true else None,
+  }
+  return Judged(values, fields, preferred)
+
+
+def _asked(
+    request: EditRequest,
+) -> list[tuple[str, str, tuple[str, ...]]]:
+  """Lists (group, prompt, answers), the edit prompt and rephrases first."""
+  objects = (request.target,)
+  if request.target_true is not None:
+    objects += (request.target_true,)
+  asked = [(_EDIT, request.question, objects)]
+  asked += [(REPHRASE, p.prompt, objects) for p in request.probes_of(REPHRASE)]
+  asked += [
+      (LOCALITY, probe.prompt, (probe.answers[0], request.target))
+      for probe in request.probes_of(LOCALITY)
+  ]
+  asked += [
+      (probe.kind, probe.prompt, probe.answers[:1])
+      for probe in request.probes
+      if probe.kind not in _GROUPS
+  ]
+  return asked
+
+
+def _metrics(
+    groups: Mapping[str, Sequence[Sequence[scoring.Scored]]],
+) -> dict[str, float]:
+  """Metrics of one request, of the scores of each group's prompts."""
+  values = {}
+  for group, prompts in groups.items():
+    correct = [scores[0].correct for scores in prompts]
+    if group not in _GROUPS:
+      name = metrics.PORTABILITY + group.removeprefix(metrics.PORTABILITY)
+      values[name] = metrics.token_accuracy(correct)
+      continue
+    success, magnitude, every, token = _GROUPS[group]
+    if len(prompts[0]) == 2:
+      pairs = [(first.nll, second.nll) for first, second in prompts]
+      values[success] = metrics.success(pairs)
+      values[magnitude] = metrics.magnitude(pairs)
+      if group == _EDIT:
+        true = [scores[1].correct for scores in prompts]
+        values['true_preferred'] = metrics.success([p[::-1] for p in pairs])
+        values['true_acc'] = metrics.all_correct(true)
+    values[every] = metrics.all_correct(correct)
+    values[token] = metrics.token_accuracy(correct)
+  return values
+
+
+def _finite(nll: float) -> float | None:
+  """JSON has no NaN and no infinity."""
+  return nll if math.isfinite(nll) else None
