@@ -8,18 +8,11 @@ import numpy as np
 import text_tokenizers
 from absl.testing import absltest, parameterized
 
-from jaxedit.deltas import (
-  Dense,
-  Edited,
-  LowRank,
-)
-from jaxedit.edited.lm import UNEDITED
-from jaxedit.eval import generation, scoring
+from jaxedit.deltas import UNEDITED, Edited, LowRank
+from jaxedit.edited import open_model, scoring, select
 from jaxedit.models import decode, decoder
 from jaxedit.testing import models
-from jaxedit.types import (
-  InputError,
-)
+from jaxedit.types import InputError
 
 
 def random_rows(count: int, seed: int = 0, vocab: int = 97):
@@ -27,12 +20,18 @@ def random_rows(count: int, seed: int = 0, vocab: int = 97):
   rng = np.random.default_rng(seed)
   draw = lambda n: tuple(rng.integers(0, vocab, n).tolist())
   return [
-      scoring.Row(
+      scoring.Query(
           draw(rng.integers(1, 9)),
           tuple(draw(rng.integers(1, 5)) for _ in range(rng.integers(1, 4))),
       )
       for _ in range(count)
   ]
+
+
+def score(spec, params, rows, edited=UNEDITED, batch_size=64, **settings):
+  model = models.as_model(spec, params)
+  lm = open_model(model, edited, batch_size=batch_size)
+  return lm.score(rows, **settings)
 
 
 def naive(spec, params, deltas, row):
@@ -67,13 +66,8 @@ def random_stack(spec, edits: int, seed: int = 0) -> Edited:
       rng.standard_normal(shape(width)), jnp.float32
   )
   key, value = make(spec.mlp_width), make(spec.width)
-  return Edited((LowRank((1, 2), 'mlp/down', 0.5 * key, 0.5 * value),))
-
-
-def one_of(stack: Edited, edit: int) -> Edited:
-  """The change number `edit` of a stack."""
-  own = lambda d: d.replace(key=d.key[:, edit], value=d.value[:, edit])
-  return Edited(tuple(map(own, stack.deltas)))
+  delta = LowRank((1, 2), 'mlp/down', 0.5 * key, 0.5 * value)
+  return Edited((delta,), size=edits)
 
 
 class ScoreTest(parameterized.TestCase):
@@ -93,7 +87,7 @@ class ScoreTest(parameterized.TestCase):
     spec = models.tiny_spec(family)
     params = models.random_params(spec, 0)
     rows = random_rows(7)
-    scored = scoring.score(spec, params, UNEDITED, rows, batch_size=4)
+    scored = score(spec, params, rows, batch_size=4)
     self.assert_same(
         rows, scored, [naive(spec, params, (), row) for row in rows]
     )
@@ -101,12 +95,12 @@ class ScoreTest(parameterized.TestCase):
   def test_applies_a_shared_change(self):
     spec = models.tiny_spec('llama')
     params = models.random_params(spec, 0)
-    edited = one_of(random_stack(spec, 1), 0)
+    edited = select(random_stack(spec, 1), 0)
     rows = random_rows(5)
-    scored = scoring.score(spec, params, edited, rows)
+    scored = score(spec, params, rows, edited)
     expected = [naive(spec, params, edited.deltas, row) for row in rows]
     self.assert_same(rows, scored, expected)
-    before = scoring.score(spec, params, UNEDITED, rows)
+    before = score(spec, params, rows)
     self.assertGreater(abs(before[0][0].nll - scored[0][0].nll), 1e-3)
 
   def test_scores_each_row_under_its_own_edit(self):
@@ -114,16 +108,14 @@ class ScoreTest(parameterized.TestCase):
     params = models.random_params(spec, 0)
     stack = random_stack(spec, 3)
     rows = random_rows(7)
-    owner = [2, 0, 1, 1, 0, 2, 0]
-    scored = scoring.score(
-        spec, params, UNEDITED, rows, stack=stack, owner=owner, batch_size=4
-    )
+    edit_ids = [2, 0, 1, 1, 0, 2, 0]
+    scored = score(spec, params, rows, stack, edit_ids=edit_ids, batch_size=4)
     self.assert_same(
         rows,
         scored,
         [
-            naive(spec, params, one_of(stack, o).deltas, row)
-            for o, row in zip(owner, rows)
+            naive(spec, params, select(stack, o).deltas, row)
+            for o, row in zip(edit_ids, rows)
         ],
     )
 
@@ -131,8 +123,8 @@ class ScoreTest(parameterized.TestCase):
     spec = models.tiny_spec('llama')
     params = models.random_params(spec, 1)
     rows = random_rows(6, seed=3)
-    one = scoring.score(spec, params, UNEDITED, rows, batch_size=4)
-    two = scoring.score(spec, params, UNEDITED, rows[::-1], batch_size=16)
+    one = score(spec, params, rows, batch_size=4)
+    two = score(spec, params, rows[::-1], batch_size=16)
     for a, b in zip(one, two[::-1]):
       for x, y in zip(a, b, strict=True):
         self.assertAlmostEqual(x.nll, y.nll, delta=1e-5)
@@ -143,8 +135,8 @@ class ScoreTest(parameterized.TestCase):
     params = models.random_params(spec, 0)
     rng = np.random.default_rng(0)
     answer = tuple(rng.integers(0, 97, 300).tolist())
-    rows = [scoring.Row((5, 6), (answer,))] * 8
-    scored = scoring.score(spec, params, UNEDITED, rows, batch_size=8)
+    rows = [scoring.Query((5, 6), (answer,))] * 8
+    scored = score(spec, params, rows, batch_size=8)
     ids = np.array([(5, 6) + answer])
     columns = decoder.token_layout(np.ones_like(ids, bool))
     logits = plain(spec, params, ids, columns, ())[0, 1:-1]
@@ -157,12 +149,12 @@ class ScoreTest(parameterized.TestCase):
     params = models.random_params(spec, 0)
     first = second = random_rows(12)
     second = [
-        scoring.Row(tuple(96 - t for t in row.prompt), row.answers)
+        scoring.Query(tuple(96 - t for t in row.prompt), row.answers)
         for row in second
     ]
-    scoring.score(spec, params, UNEDITED, first, batch_size=8)
+    score(spec, params, first, batch_size=8)
     size = scoring._score._cache_size()
-    scoring.score(spec, params, UNEDITED, second, batch_size=8)
+    score(spec, params, second, batch_size=8)
     self.assertEqual(scoring._score._cache_size(), size)
 
   @parameterized.parameters((8, 1), (400, 2))
@@ -170,31 +162,31 @@ class ScoreTest(parameterized.TestCase):
     # A spec that no other test has compiled for.
     spec = models.tiny_spec('llama', layers=2, max_positions=100 + programs)
     params = models.random_params(spec, 0)
-    long = [scoring.Row((5,) * 15, ((6,), (7, 8)))] * 8
-    rows = long + [scoring.Row((5,) * 7, ((6, 7, 8),))] * short
+    long = [scoring.Query((5,) * 15, ((6,), (7, 8)))] * 8
+    rows = long + [scoring.Query((5,) * 7, ((6, 7, 8),))] * short
     size = scoring._score._cache_size()
-    scored = scoring.score(spec, params, UNEDITED, rows, batch_size=8)
+    scored = score(spec, params, rows, batch_size=8)
     self.assertEqual(scoring._score._cache_size(), size + programs)
-    alone = scoring.score(spec, params, UNEDITED, rows[7:9], batch_size=1)
+    alone = score(spec, params, rows[7:9], batch_size=1)
     for a, b in zip(scored[7] + scored[8], alone[0] + alone[1], strict=True):
       self.assertAlmostEqual(a.nll, b.nll, delta=1e-5)
 
   def test_one_token_answers_need_no_column(self):
-    row = scoring.Row((1, 2, 3), ((4,), (5,), (6, 7)))
-    self.assertEqual(row.columns, 4)
+    row = scoring.Query((1, 2, 3), ((4,), (5,), (6, 7)))
+    self.assertEqual(row.tokens, 4)
     self.assertEqual(row.scored, 4)
 
   def test_no_rows(self):
     spec = models.tiny_spec('llama')
     params = models.random_params(spec, 0)
-    self.assertEqual(scoring.score(spec, params, UNEDITED, []), [])
+    self.assertEqual(score(spec, params, []), [])
 
   def test_numbers_that_are_not_finite_are_never_right(self):
     spec = models.tiny_spec('llama')
     params = models.random_params(spec, 0)
     params['final_norm']['scale'] = params['final_norm']['scale'] * jnp.nan
-    rows = [scoring.Row((1, 2), ((0,),))]
-    ((got,),) = scoring.score(spec, params, UNEDITED, rows)
+    rows = [scoring.Query((1, 2), ((0,),))]
+    ((got,),) = score(spec, params, rows)
     self.assertTrue(np.isnan(got.nll))
     self.assertEqual(got.correct, (False,))
 
@@ -202,137 +194,56 @@ class ScoreTest(parameterized.TestCase):
     spec = models.tiny_spec('llama')
     params = models.random_params(spec, 0)
     rows = [
-        scoring.Row((), ((1,),)),
-        scoring.Row((1,), ((2,),)),
-        scoring.Row((1,), ((2,), ())),
-        scoring.Row((1,) * 60, ((2,) * 6,)),
-        scoring.Row((1,), ((97,),)),
+        scoring.Query((), ((1,),)),
+        scoring.Query((1,), ((2,),)),
+        scoring.Query((1,), ((2,), ())),
+        scoring.Query((1,) * 60, ((2,) * 6,)),
+        scoring.Query((1,), ((97,),)),
     ]
     with self.assertRaises(InputError) as caught:
-      scoring.score(spec, params, UNEDITED, rows)
+      score(spec, params, rows)
     self.assertLen(caught.exception.problems, 4)
     text = str(caught.exception)
-    for part in ('row 0', 'row 2', 'row 3', '65 positions', 'row 4'):
+    for part in ('query 0', 'query 2', 'query 3', '65 positions', 'query 4'):
       self.assertIn(part, text)
-    scoring.score(spec, params, UNEDITED, [scoring.Row((1,) * 60, ((2,) * 5,))])
+    score(spec, params, [scoring.Query((1,) * 60, ((2,) * 5,))])
 
-  def test_refuses_stacks_that_do_not_fit(self):
+  def test_refuses_edit_ids_that_do_not_fit(self):
     spec = models.tiny_spec('llama')
-    stack = random_stack(spec, 3)
-    check = scoring.check_stack
-    check(UNEDITED, stack, [0, 2], 2)
-    check(UNEDITED, None, None, 2)
-    with self.assertRaisesRegex(InputError, 'together'):
-      check(UNEDITED, stack, None, 2)
-    with self.assertRaisesRegex(InputError, '1 entries for 2 rows'):
-      check(UNEDITED, stack, [0], 2)
-    with self.assertRaisesRegex(InputError, 'holds 3 edits'):
-      check(UNEDITED, stack, [0, 3], 2)
-    with self.assertRaisesRegex(InputError, 'by the shared change'):
-      check(one_of(stack, 0), stack, [0, 1], 2)
-    dense = Edited((Dense((0,), 'mlp/down', jnp.zeros((1, 48, 32))),))
-    with self.assertRaisesRegex(InputError, 'needs low-rank factors'):
-      check(UNEDITED, dense, [0, 1], 2)
+    params = models.random_params(spec, 0)
+    stack, rows = random_stack(spec, 3), random_rows(2)
+    one = select(stack, 0)
+    score(spec, params, rows, stack, edit_ids=[0, 2])
+    score(spec, params, rows, one)
+    for edited, edit_ids, words in (
+        (stack, None, 'exactly where there are some'),
+        (one, [0, 0], 'exactly where there are some'),
+        (UNEDITED, [0, 0], 'exactly where there are some'),
+        (stack, [0], 'edit_ids has 1 entries for 2'),
+        (stack, [0, 3], 'edit_ids has 3; the model has edits 0 to 2'),
+        (stack, [-1, 2], 'edit_ids has -1; the model has edits 0 to 2'),
+    ):
+      with self.assertRaisesRegex(InputError, words) as caught:
+        score(spec, params, rows, edited, edit_ids=edit_ids)
+      self.assertLen(caught.exception.problems, 1)
+    with self.assertRaises(InputError) as caught:
+      faulty = [rows[0], scoring.Query((), ((1,),))]
+      score(spec, params, faulty, stack, edit_ids=[3])
+    self.assertLen(caught.exception.problems, 3)
 
 
 class EncodeTest(absltest.TestCase):
 
   def test_prompts_keep_bos_and_answers_bring_a_space(self):
     tokenizer = text_tokenizers.byte_level(begin=True)
-    rows = scoring.encode_rows(
+    rows = scoring.encode_queries(
         tokenizer, [('ab', ('c', 'de')), ('x', ('c',)), ('x', ('',))]
     )
     bare = lambda text: tuple(tokenizer.encode(text, add_special_tokens=False))
     answers = (bare(' c'), bare(' de'))
-    self.assertEqual(rows[0], scoring.Row((0, *bare('ab')), answers))
-    self.assertEqual(rows[1], scoring.Row((0, *bare('x')), answers[:1]))
+    self.assertEqual(rows[0], scoring.Query((0, *bare('ab')), answers))
+    self.assertEqual(rows[1], scoring.Query((0, *bare('x')), answers[:1]))
     self.assertEqual(rows[2].answers, ((),))
-
-
-class GenerationTest(parameterized.TestCase):
-
-  def test_stop_ids(self):
-    tokenizer = text_tokenizers.byte_level(begin=True)
-    found = tokenizer.convert_ids_to_tokens(generation.stop_ids(tokenizer, 999))
-    self.assertContainsSubset(['</s>', '.', 'Ċ'], found)
-    for token in found:
-      self.assertTrue(token == '</s>' or '.' in token or 'Ċ' in token)
-    self.assertEqual(generation.stop_ids(tokenizer, 2), (1,))
-    self.assertEqual(generation.stop_ids(tokenizer, 1), ())
-
-  @parameterized.parameters(
-      ('The  Eiffel-Tower!', ['eiffel', 'tower']),
-      ('a "B" an C\u2019s the', ['b', 'cs']),
-      ('\uff21\uff22\uff11', ['ab1']),
-      ('Zürich\n', ['zürich']),
-      ('...', []),
-  )
-  def test_words(self, text, expected):
-    self.assertEqual(generation.words(text), expected)
-
-  @parameterized.parameters(
-      ('Paris.', 'Paris', True, True),
-      ('the city of Paris and', 'Paris', False, True),
-      ('Parisian', 'Paris', False, False),
-      ('New Delhi, York', 'New York', False, False),
-      ('in New York City', 'New York', False, True),
-      ('United States.', 'the United States', True, True),
-      ('A.', 'A', True, True),
-      ('A and carotene', 'A', False, True),
-      ('carotene', 'A', False, False),
-      ('', '?!', False, False),
-      ('', 'Paris', False, False),
-  )
-  def test_matches(self, text, target, exact, contained):
-    self.assertEqual(generation.exact_match(text, target), exact)
-    self.assertEqual(generation.contains(text, target), contained)
-
-  def test_stops_by_itself_and_reads_the_text(self):
-    tokenizer = text_tokenizers.byte_level(begin=True)
-    spec = models.tiny_spec('llama', vocab=300, layers=3)
-    params = models.random_params(spec, 0)
-    prompts = [[0, 70, 71], [0, 72]]
-    new = decode.generate(spec, params, prompts, max_new_tokens=12)
-    cut = new[0].index(new[0][5])
-    texts = generation.free_generation(
-        spec,
-        params,
-        UNEDITED,
-        prompts,
-        tokenizer=tokenizer,
-        stop=[new[0][5]],
-        max_new_tokens=12,
-    )
-    kept = [t for t in new[0][: cut + 1] if t > 1]
-    self.assertEqual(texts[0], tokenizer.decode(kept).strip())
-
-  def test_each_prompt_under_its_own_edit(self):
-    tokenizer = text_tokenizers.byte_level(begin=True)
-    spec = models.tiny_spec('llama', vocab=300, layers=3)
-    params = models.random_params(spec, 0)
-    stack = random_stack(spec, 3)
-    prompts = [[0, 9, 8, 7, 6], [0, 5], [0, 9, 8], [0, 5], [0, 1, 2, 3]]
-    owner = [0, 1, 2, 2, 1]
-    settings = dict(tokenizer=tokenizer, stop=(), max_new_tokens=6)
-    together = generation.free_generation(
-        spec,
-        params,
-        UNEDITED,
-        prompts,
-        stack=stack,
-        owner=owner,
-        batch_size=2,
-        **settings,
-    )
-    alone = [
-        generation.free_generation(
-            spec, params, one_of(stack, edit), prompts, **settings
-        )
-        for edit in range(3)
-    ]
-    alone = [alone[o][i] for i, o in enumerate(owner)]
-    self.assertEqual(together, alone)
-    self.assertNotEqual(together[1], together[3])
 
 
 if __name__ == '__main__':

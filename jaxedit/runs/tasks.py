@@ -12,16 +12,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxedit.eval import (
-    answers,
     datasets,
-    generation,
-    harness,
-    longform,
+    evaluation,
     minilm,
-    passages,
+    protocols,
     report,
     similarity,
 )
+from jaxedit.eval.evaluation import Evaluation
+from jaxedit.eval.scorers import generation, long_form
+from jaxedit.eval.scorers.base import Scorer
+from jaxedit.eval.scorers.generation import FreeGeneration
+from jaxedit.eval.scorers.long_form import LongForm
+from jaxedit.eval.scorers.teacher_forced import TeacherForced
 from jaxedit.models import decode
 from jaxedit.models import tokenizer as tokenizer_lib
 from jaxedit.models.loading import Model
@@ -31,19 +34,13 @@ from jaxedit.runs.method_flags import Chosen
 from jaxedit.text import chat as chat_lib
 from jaxedit.text import encoding, templates
 from jaxedit.text import passages as text_passages
-from jaxedit.text.encoding import EncodedEdit
-from jaxedit.types import InputError, Progress
+from jaxedit.text.encoding import EncodedEdit, Encoder
+from jaxedit.text.token_cache import TokenCache
+from jaxedit.types import EditRequest, InputError, Progress
 
-Evaluate = Callable[..., harness.Evaluation]
+Evaluate = Callable[..., Evaluation]
 # Tokens that a sampled context and its full stop may add to a prompt.
 _CONTEXT_TOKENS = 16
-
-
-def case_numbers(records: Sequence[Any]) -> tuple[int, ...]:
-  """Numbers the cases of records; a fact is a case of its own."""
-  numbers: dict[Any, int] = {}
-  keys = (getattr(record, 'case', '') or i for i, record in enumerate(records))
-  return tuple(numbers.setdefault(key, len(numbers)) for key in keys)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,36 +63,45 @@ class FactTask:
     path = self.config.context_templates
     return tuple(templates.load_templates(path)) if path else ()
 
-  def read(self, check: Any = None) -> datasets.Loaded:
-    """Reads the records; `check` finds further errors."""
-    return datasets.load_records(
+  @functools.cached_property
+  def file(self) -> datasets.RequestFile:
+    """The file of the requests, read once."""
+    return datasets.open_requests(
         self.config.data,
         limit=self.config.num_edits,
         on_bad_record=self.config.on_bad_record,
-        check=check,
         zsre_target=self.config.zsre_target,
     )
 
-  def check(
-      self, tokenizer: Any, spec: ModelSpec, progress: Progress
-  ) -> Callable[[Any], list[str]]:
-    """Makes the check of a record: all that editing or judging would refuse.
+  def read(self, check: datasets.Check | None = None) -> datasets.Loaded:
+    """Reads the requests; `check` finds further errors."""
+    return self.file.load(check)
+
+  def encoder(self, tokens: TokenCache, spec: ModelSpec) -> Encoder:
+    """Encodes requests under the given contexts.
 
     Where contexts are sampled later some tokens are left for them.
     """
-    del progress
-    edit = encoding.edit_check(
-        tokenizer,
+    return encoding.fact_encoder(
+        tokens,
         self.given_contexts or (templates.BARE,),
         max_tokens=spec.max_positions
         - (0 if self.given_contexts else _CONTEXT_TOKENS),
         anchor=self.chosen.config.anchor,
     )
-    evaluation = harness.record_check(
-        spec, tokenizer, max_new_tokens=self.max_new_tokens
-    )
-    # What both find is told once, by the one that says more.
-    return lambda record: edit(record) or evaluation(record)
+
+  def check(
+      self,
+      encoder: Encoder,
+      tokens: TokenCache,
+      spec: ModelSpec,
+      progress: Progress,
+  ) -> datasets.Check:
+    """Makes the check of requests: all that editing or judging would refuse."""
+    del progress
+    judge = functools.partial(evaluation.errors, spec, self._scorers(tokens))
+    # What both find is reported once, by the one that says more.
+    return datasets.first_errors(encoder.check, judge)
 
   def contexts(self, model: Model, tokenizer: Any) -> tuple[str, ...]:
     """The context templates, sampled from the model unless given."""
@@ -105,41 +111,43 @@ class FactTask:
 
   def encode(
       self,
-      model: Model,
-      tokenizer: Any,
-      records: Sequence[Any],
+      encoder: Encoder,
+      tokens: TokenCache,
+      spec: ModelSpec,
+      requests: Sequence[EditRequest],
       contexts: Sequence[str],
   ) -> tuple[EncodedEdit, ...]:
-    """Turns records into ids under the contexts."""
-    return tuple(
-        encoding.encode_edits(
-            tokenizer,
-            records,
-            contexts,
-            max_tokens=model.spec.max_positions,
-            anchor=self.chosen.config.anchor,
-        )
-    )
+    """Turns requests into ids under the contexts."""
+    if not self.given_contexts:
+      encoder = encoding.fact_encoder(
+          tokens,
+          contexts,
+          max_tokens=spec.max_positions,
+          anchor=self.chosen.config.anchor,
+      )
+    return tuple(encoder.encode(requests))
+
+  def _scorers(
+      self, tokens: TokenCache, stop_ids: tuple[int, ...] = ()
+  ) -> list[Scorer]:
+    scorers: list[Scorer] = [TeacherForced(tokens)]
+    if self.max_new_tokens:
+      scorers.append(FreeGeneration(tokens, stop_ids, self.max_new_tokens))
+    return scorers
 
   def evaluate(
-      self, model: Model, tokenizer: Any, progress: Progress
+      self, model: Model, tokens: TokenCache, progress: Progress
   ) -> Evaluate:
-    """The evaluation: (lm, records, base=, edit_ids=) -> Evaluation."""
-    stop = generation.stop_ids(tokenizer, model.spec.vocab)
-    return lambda lm, records, **more: harness.evaluate(
-        lm,
-        records,
-        tokenizer,
-        max_new_tokens=self.max_new_tokens,
-        stop=stop,
+    """The evaluation: (lm, requests, before=, edit_ids=) -> Evaluation."""
+    stop_ids = generation.stop_ids(tokens.tokenizer, model.spec.vocab)
+    return functools.partial(
+        evaluation.evaluate,
+        scorers=self._scorers(tokens, stop_ids),
         seed=self.config.seed,
         progress=progress,
-        **more,
     )
 
-  def protocol(
-      self, tokenizer: Any, contexts: Sequence[str]
-  ) -> dict[str, Any]:
+  def protocol(self, tokenizer: Any, contexts: Sequence[str]) -> dict[str, Any]:
     """How answers are judged, for results.json."""
     del tokenizer
     return {
@@ -148,16 +156,20 @@ class FactTask:
         ' at end of text, a full stop or a line break',
     }
 
-  def described(self, record: Any) -> dict[str, Any]:
-    """What a record asks to be written, for records.jsonl."""
-    names = ('prompt', 'subject', 'target_new', 'target_true')
-    return {name: getattr(record, name) for name in names}
+  def described(self, request: EditRequest) -> dict[str, Any]:
+    """What a request asks to be written, for records.jsonl."""
+    return {
+        'prompt': request.prompt,
+        'subject': request.subject,
+        'target_new': request.target,
+        'target_true': request.target_true,
+    }
 
-  def show(self, records: Sequence[Any], before: Any, after: Any) -> str:
+  def show(self, requests: Sequence[Any], before: Any, after: Any) -> str:
     """Texts before and after, to print."""
     if not self.max_new_tokens or not self.config.show:
       return ''
-    return report.generations(records, before, after, self.config.show)
+    return report.generations(requests, before, after, self.config.show)
 
   def tables(self, evaluations: Mapping[str, Any]) -> dict[str, Any]:
     """Further entries of results.json."""
@@ -200,18 +212,23 @@ class TextTask:
         'double_bos': self._parity,
     }
 
-  def read(self, check: Any = None) -> datasets.Loaded:
-    """Reads the records; `check` finds further errors."""
-    loaded = passages.load_passages(
+  @functools.cached_property
+  def file(self) -> datasets.RequestFile:
+    """The file of the requests, read once."""
+    return datasets.open_requests(
         self.config.data,
+        kinds=(datasets.TEXT,),
         limit=self.config.num_edits,
         on_bad_record=self.config.on_bad_record,
-        check=check,
         facts=self.config.facts,
     )
+
+  def read(self, check: datasets.Check | None = None) -> datasets.Loaded:
+    """Reads the requests; `check` finds further errors."""
+    loaded = self.file.load(check)
     if self.config.per_category:
-      some = first_of_each(loaded.records, self.config.per_category)
-      loaded = dataclasses.replace(loaded, records=some)
+      some = first_of_each(loaded.requests, self.config.per_category)
+      loaded = dataclasses.replace(loaded, requests=some)
     # Without a check, bad records are still among them.
     if check is not None and self._shadowed:
       self._check_schedule(loaded)
@@ -219,7 +236,7 @@ class TextTask:
 
   def _check_schedule(self, loaded: datasets.Loaded) -> None:
     """Refuses batches of which the published schedule cannot be had."""
-    cases = case_numbers(loaded.records)
+    cases = protocols.case_numbers(loaded.requests)
     slip = (
         '--parity=anyedit: the published schedule depends on the edits a batch'
     )
@@ -234,42 +251,51 @@ class TextTask:
           f' multiple of --batch_size={self.config.batch_size}'
       )
 
-  def check(
-      self, tokenizer: Any, spec: ModelSpec, progress: Progress
-  ) -> Callable[[Any], list[str]]:
-    """Makes the check of a record: all that editing or judging would refuse."""
-    words = self.words(tokenizer)
-    # Both are needed after the weights only, and refuse what they cannot use.
-    answers.end_ids(tokenizer, spec.vocab, words['chat'].end)
-    if self.config.encoder != 'none':
-      minilm.find_encoder(self.config.encoder, progress)
-    edit = text_passages.passage_check(
-        tokenizer,
+  def encoder(self, tokens: TokenCache, spec: ModelSpec) -> Encoder:
+    """Encodes requests."""
+    return text_passages.passage_encoder(
+        tokens,
         max_tokens=spec.max_positions,
         chunking=self.chosen.config.chunks,
-        **words,
+        **self.words(tokens.tokenizer),
     )
-    ask = longform.record_check(
-        spec,
-        tokenizer,
-        max_new_tokens=self.max_new_tokens,
-        sub_questions=self.config.sub_questions,
-        **words,
+
+  def check(
+      self,
+      encoder: Encoder,
+      tokens: TokenCache,
+      spec: ModelSpec,
+      progress: Progress,
+  ) -> datasets.Check:
+    """Makes the check of requests: all that editing or judging would refuse."""
+    scorer = self._scorer(tokens)
+    # Both are needed after the weights only, and refuse what they cannot use.
+    long_form.end_ids(tokens.tokenizer, spec.vocab, scorer.chat.end)
+    if self.config.encoder != 'none':
+      minilm.find_encoder(self.config.encoder, progress)
+    return datasets.first_errors(
+        encoder.check,
+        functools.partial(evaluation.errors, spec, [scorer]),
+        functools.partial(self._too_long, tokens.tokenizer),
     )
+
+  def _too_long(
+      self, tokenizer: Any, requests: Sequence[EditRequest]
+  ) -> list[list[str]]:
+    """Lists answers over the limit of the run."""
     limit = self.config.max_answer_tokens
-
-    def check(passage: Any) -> list[str]:
-      errors = edit(passage) or ask(passage)
-      if limit and not errors:
-        ids = tokenizer(passage.answer, add_special_tokens=False)['input_ids']
-        if len(ids) > limit:
-          errors.append(
-              f'its answer takes {len(ids)} tokens, more than'
-              f' --max_answer_tokens={limit}; shorten it or raise the limit.'
-          )
-      return errors
-
-    return check
+    if not limit or not requests:
+      return [[] for _ in requests]
+    texts = [request.target for request in requests]
+    rows = tokenizer(texts, add_special_tokens=False)['input_ids']
+    return [
+        [
+            f'its answer takes {len(ids)} tokens, more than'
+            f' --max_answer_tokens={limit}; shorten it or raise the limit.'
+        ]
+        * (len(ids) > limit)
+        for ids in rows
+    ]
 
   def contexts(self, model: Model, tokenizer: Any) -> tuple[str, ...]:
     """Long answers are written under no context templates."""
@@ -278,50 +304,49 @@ class TextTask:
 
   def encode(
       self,
-      model: Model,
-      tokenizer: Any,
-      records: Sequence[Any],
+      encoder: Encoder,
+      tokens: TokenCache,
+      spec: ModelSpec,
+      requests: Sequence[EditRequest],
       contexts: Sequence[str],
   ) -> tuple[EncodedEdit, ...]:
-    """Turns records into ids."""
-    del contexts
-    return tuple(
-        text_passages.encode_passages(
-            tokenizer,
-            records,
-            max_tokens=model.spec.max_positions,
-            chunking=self.chosen.config.chunks,
-            **self.words(tokenizer),
-        )
+    """Turns requests into ids."""
+    del tokens, spec, contexts
+    return tuple(encoder.encode(requests))
+
+  def _scorer(self, tokens: TokenCache, **more: Any) -> LongForm:
+    return LongForm(
+        tokens,
+        sub_questions=self.config.sub_questions,
+        decoding=self.config.decoding,
+        max_new_tokens=self.max_new_tokens,
+        **self.words(tokens.tokenizer),
+        **more,
     )
 
   def evaluate(
-      self, model: Model, tokenizer: Any, progress: Progress
+      self, model: Model, tokens: TokenCache, progress: Progress
   ) -> Evaluate:
-    """The evaluation: (lm, records, base=, edit_ids=) -> Evaluation."""
-    words, name = self.words(tokenizer), self.config.encoder
-    settings = dict(
-        stop=answers.end_ids(
-            tokenizer,
+    """The evaluation: (lm, requests, before=, edit_ids=) -> Evaluation."""
+    name, chat = self.config.encoder, self.words(tokens.tokenizer)['chat']
+    scorer = self._scorer(
+        tokens,
+        stop_ids=long_form.end_ids(
+            tokens.tokenizer,
             model.spec.vocab,
-            words['chat'].end,
+            chat.end,
             tokenizer_lib.end_ids(model.folder),
         ),
-        sub_questions=self.config.sub_questions,
         encoder=None if name == 'none' else minilm.load_encoder(name, progress),
-        decoding=self.config.decoding,
-        max_new_tokens=self.max_new_tokens,
+    )
+    return functools.partial(
+        evaluation.evaluate,
+        scorers=[scorer],
         seed=self.config.seed,
         progress=progress,
-        **words,
-    )
-    return lambda lm, records, **more: longform.evaluate(
-        lm, records, tokenizer, **settings, **more
     )
 
-  def protocol(
-      self, tokenizer: Any, contexts: Sequence[str]
-  ) -> dict[str, Any]:
+  def protocol(self, tokenizer: Any, contexts: Sequence[str]) -> dict[str, Any]:
     """How answers are judged, for results.json."""
     del contexts
     words = self.words(tokenizer)
@@ -337,22 +362,26 @@ class TextTask:
         'not_scored': similarity.missing(),
     }
 
-  def described(self, record: Any) -> dict[str, Any]:
-    """What a record asks to be written, for records.jsonl."""
-    names = ('question', 'answer', 'category', 'case')
-    return {name: getattr(record, name) for name in names}
+  def described(self, request: EditRequest) -> dict[str, Any]:
+    """What a request asks to be written, for records.jsonl."""
+    return {
+        'question': request.prompt,
+        'answer': request.target,
+        'category': request.category,
+        'case': request.case,
+    }
 
-  def show(self, records: Sequence[Any], before: Any, after: Any) -> str:
+  def show(self, requests: Sequence[Any], before: Any, after: Any) -> str:
     """Answers before and after, to print."""
     if not self.max_new_tokens or not self.config.show:
       return ''
-    return longform.excerpts(records, before, after, self.config.show)
+    return report.excerpts(requests, before, after, self.config.show)
 
   def tables(self, evaluations: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics by category, for results.json."""
     found = {
-        name: longform.by_category(evaluation, self.config.seed)
-        for name, evaluation in evaluations.items()
+        name: evaluation.by_category(one, self.config.seed)
+        for name, one in evaluations.items()
     }
     return {'categories': found} if any(found.values()) else {}
 
@@ -361,28 +390,28 @@ Task = FactTask | TextTask
 TASKS = {'fact': FactTask, 'text': TextTask}
 
 
-def first_of_each(records: Sequence[Any], count: int) -> tuple[Any, ...]:
-  """The first records of every category, in their order.
+def first_of_each(
+    requests: Sequence[EditRequest], count: int
+) -> tuple[EditRequest, ...]:
+  """The first requests of every category, in their order.
 
   Args:
-    records: records; those of one case count once and stay together.
-    count: cases of a category, which is that of a case's first record.
+    requests: the edits; those of one case count once and stay together.
+    count: cases of a category, which is that of a case's first request.
   """
-  cases = case_numbers(records)
+  cases = protocols.case_numbers(requests)
   category: dict[int, str] = {}
-  for record, case in zip(records, cases):
-    category.setdefault(case, record.category)
+  for request, case in zip(requests, cases):
+    category.setdefault(case, request.category)
   taken, seen = set(), collections.Counter()
   for case, name in category.items():
     seen[name] += 1
     if seen[name] <= count:
       taken.add(case)
-  return tuple(r for r, case in zip(records, cases) if case in taken)
+  return tuple(r for r, case in zip(requests, cases) if case in taken)
 
 
-def sample_contexts(
-    model: Model, tokenizer: Any, seed: int
-) -> tuple[str, ...]:
+def sample_contexts(model: Model, tokenizer: Any, seed: int) -> tuple[str, ...]:
   """Samples context templates from the model itself, as MEMIT does (top 5).
 
   Args:

@@ -14,19 +14,12 @@ import text_tokenizers
 import torch
 from absl.testing import absltest, parameterized
 
-from jaxedit.deltas import (
-  Dense,
-  Edited,
-  LowRank,
-)
-from jaxedit.edited import algebra
-from jaxedit.edited.lm import UNEDITED
-from jaxedit.eval import perplexity as lib
-from jaxedit.eval.perplexity import perplexity
+from jaxedit.deltas import UNEDITED, Dense, Edited, LowRank
+from jaxedit.edited import algebra, open_model, scoring
+from jaxedit.eval.scorers.perplexity import perplexity
 from jaxedit.models import loading
-from jaxedit.types import (
-  InputError,
-)
+from jaxedit.testing import models
+from jaxedit.types import InputError
 
 TEXTS = (
     'The Eiffel Tower is in Paris. The capital of France is Paris.',
@@ -46,6 +39,12 @@ def pair(family: str):
     hf_oracle.save(model, folder)
     ours = loading.load_model(folder, 'float32')
   return model, ours.spec, ours.params
+
+
+def opened(spec, params, edited=UNEDITED, batch_size=64):
+  return open_model(
+      models.as_model(spec, params), edited, batch_size=batch_size
+  )
 
 
 def ids_of(texts, tokenizer=TOKENIZER):
@@ -81,11 +80,19 @@ def random_delta(spec, layers=(0, 2), rank=2, seed=0) -> LowRank:
 
 class PerplexityTest(parameterized.TestCase):
 
-  def run_ours(self, family='llama', texts=TEXTS, edited=UNEDITED, **settings):
+  def run_ours(
+      self,
+      family='llama',
+      texts=TEXTS,
+      edited=UNEDITED,
+      batch_size=64,
+      **settings,
+  ):
     _, spec, params = pair(family)
     settings = dict(row_tokens=16) | settings
     tokenizer = settings.pop('tokenizer', TOKENIZER)
-    return perplexity(spec, params, edited, texts, tokenizer, **settings)
+    lm = opened(spec, params, edited, batch_size)
+    return perplexity(lm, texts, tokenizer, **settings)
 
   @parameterized.parameters(
       ('llama', 2), ('llama', 7), ('llama', 64), ('mistral', 16), ('gpt2', 16)
@@ -108,22 +115,22 @@ class PerplexityTest(parameterized.TestCase):
 
   @parameterized.parameters(2, 10, 16, 17, 18, 40, 45, 10_000)
   def test_limit(self, limit):
-    got = self.run_ours(limit=limit, batch_rows=1)
+    got = self.run_ours(limit=limit, batch_size=1)
     want, count = oracle(pair('llama')[0], ids_of(TEXTS), 16, limit)
     self.assertEqual(got.tokens, count)
     self.assertLess(got.tokens, limit)
     self.assertAlmostEqual(got.nats, want, delta=2e-5)
 
   @parameterized.parameters(1, 3, 100)
-  def test_batches_and_padding_do_not_count(self, batch_rows):
-    got = self.run_ours(batch_rows=batch_rows)
-    want = self.run_ours(batch_rows=8)
+  def test_batches_and_padding_do_not_count(self, batch_size):
+    got = self.run_ours(batch_size=batch_size)
+    want = self.run_ours(batch_size=8)
     self.assertEqual(got.tokens, want.tokens)
     self.assertAlmostEqual(got.nats, want.nats, delta=1e-6)
 
   def test_the_head_may_run_in_parts(self):
     want = self.run_ours()
-    with absltest.mock.patch.object(lib, '_HEAD_ROWS', 24):
+    with absltest.mock.patch.object(scoring, '_HEAD_ROWS', 24):
       got = self.run_ours()
     self.assertEqual(got.tokens, want.tokens)
     self.assertAlmostEqual(got.nats, want.nats, delta=1e-6)
@@ -153,19 +160,19 @@ class PerplexityTest(parameterized.TestCase):
     edited = Edited((delta,))
     got = self.run_ours(edited=edited)
     merged = algebra.apply(params, edited)
-    want = perplexity(spec, merged, UNEDITED, TEXTS, TOKENIZER, row_tokens=16)
+    want = perplexity(opened(spec, merged), TEXTS, TOKENIZER, row_tokens=16)
     self.assertAlmostEqual(got.nats, want.nats, delta=2e-5)
     self.assertGreater(abs(got.nats - self.run_ours().nats), 1e-2)
 
   def test_one_shape_is_compiled(self):
-    settings = dict(row_tokens=11, batch_rows=2)
-    before = lib._score._cache_size()
+    settings = dict(row_tokens=11, batch_size=2)
+    before = scoring._score._cache_size()
     first = self.run_ours(**settings)
     again = self.run_ours(texts=TEXTS[::-1], **settings)
     self.assertEqual(first.tokens, again.tokens)
-    self.assertEqual(lib._score._cache_size(), before + 1)
+    self.assertEqual(scoring._score._cache_size(), before + 1)
 
-  def test_progress_counts_scored_tokens(self):
+  def test_progress_counts_windows(self):
     seen = []
 
     @contextlib.contextmanager
@@ -173,27 +180,31 @@ class PerplexityTest(parameterized.TestCase):
       seen.append((total, unit))
       yield lambda done: seen.append(done)
 
-    got = self.run_ours(progress=progress, batch_rows=2)
-    self.assertEqual(seen[0], (got.tokens, 'token'))
-    self.assertEqual(sum(seen[1:]), got.tokens)
+    got = self.run_ours(progress=progress, batch_size=2)
+    windows = sum(-(-len(text) // 16) for text in ids_of(TEXTS))
+    self.assertEqual(seen[0], (windows, 'prompt'))
+    self.assertEqual(sum(seen[1:]), windows)
+    self.assertGreater(len(seen), 3)
+    self.assertGreater(got.tokens, windows)
 
   def test_a_model_without_finite_numbers(self):
     _, spec, params = pair('llama')
     broken = dict(params, final_norm={'scale': jnp.full(spec.width, jnp.nan)})
-    got = perplexity(spec, broken, UNEDITED, TEXTS, TOKENIZER, row_tokens=16)
+    got = perplexity(opened(spec, broken), TEXTS, TOKENIZER, row_tokens=16)
     self.assertTrue(np.isnan(got.value))
     huge = dict(params, final_norm={'scale': jnp.full(spec.width, 1e4)})
-    got = perplexity(spec, huge, UNEDITED, TEXTS, TOKENIZER, row_tokens=16)
+    got = perplexity(opened(spec, huge), TEXTS, TOKENIZER, row_tokens=16)
     self.assertEqual(got.value, np.inf)
 
 
 class InputTest(parameterized.TestCase):
 
-  def faults(self, texts=TEXTS, edited=UNEDITED, spec=None, **settings):
-    _, own, params = pair('llama')
+  def faults(self, texts=TEXTS, edited=UNEDITED, vocab=None, **settings):
+    _, spec, params = pair('llama')
+    lm = opened(spec, params, edited)
+    lm.spec = dataclasses.replace(spec, vocab=vocab or spec.vocab)
     with self.assertRaises(InputError) as caught:
-      settings = dict(row_tokens=16) | settings
-      perplexity(spec or own, params, edited, texts, TOKENIZER, **settings)
+      perplexity(lm, texts, TOKENIZER, **(dict(row_tokens=16) | settings))
     return caught.exception.problems
 
   def test_empty_texts(self):
@@ -209,21 +220,22 @@ class InputTest(parameterized.TestCase):
     self.assertIn('two tokens', self.faults(['a', 'a'])[0])
 
   def test_settings_are_refused_at_once(self):
-    _, spec, _ = pair('llama')
-    delta = random_delta(spec)
-    rows = delta.replace(key=delta.key[:, None], value=delta.value[:, None])
-    problems = self.faults(
-        row_tokens=65, limit=1, batch_rows=0, edited=Edited((rows,))
-    )
-    self.assertLen(problems, 4)
-    for problem, words in zip(
-        problems, ('2 to 64', 'at least 2', 'at least 1', 'row to row')
-    ):
+    problems = self.faults(row_tokens=65, limit=1)
+    self.assertLen(problems, 2)
+    for problem, words in zip(problems, ('2 to 64', 'at least 2')):
       self.assertIn(words, problem)
+    _, spec, params = pair('llama')
+    with self.assertRaisesRegex(InputError, 'at least 1'):
+      opened(spec, params, batch_size=0)
+
+  def test_edits_side_by_side(self):
+    delta = random_delta(pair('llama')[1])
+    rows = delta.replace(key=delta.key[:, None], value=delta.value[:, None])
+    (problem,) = self.faults(edited=Edited((rows,), size=1))
+    self.assertIn('side by side', problem)
 
   def test_a_foreign_tokenizer(self):
-    spec = dataclasses.replace(pair('llama')[1], vocab=50)
-    problems = self.faults(TEXTS[:2], spec=spec)
+    problems = self.faults(TEXTS[:2], vocab=50)
     self.assertLen(problems, 2)
     self.assertIn('the model knows 50 tokens', problems[0])
 
