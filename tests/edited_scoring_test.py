@@ -10,7 +10,6 @@ from absl.testing import absltest, parameterized
 
 from jaxedit.deltas import UNEDITED, Edited, LowRank
 from jaxedit.edited import open_model, scoring, select
-from jaxedit.eval import generation
 from jaxedit.models import decode, decoder
 from jaxedit.testing import models
 from jaxedit.types import InputError
@@ -245,87 +244,6 @@ class EncodeTest(absltest.TestCase):
     self.assertEqual(rows[0], scoring.Query((0, *bare('ab')), answers))
     self.assertEqual(rows[1], scoring.Query((0, *bare('x')), answers[:1]))
     self.assertEqual(rows[2].answers, ((),))
-
-
-class GenerationTest(parameterized.TestCase):
-
-  def test_stop_ids(self):
-    tokenizer = text_tokenizers.byte_level(begin=True)
-    found = tokenizer.convert_ids_to_tokens(generation.stop_ids(tokenizer, 999))
-    self.assertContainsSubset(['</s>', '.', 'Ċ'], found)
-    for token in found:
-      self.assertTrue(token == '</s>' or '.' in token or 'Ċ' in token)
-    self.assertEqual(generation.stop_ids(tokenizer, 2), (1,))
-    self.assertEqual(generation.stop_ids(tokenizer, 1), ())
-
-  @parameterized.parameters(
-      ('The  Eiffel-Tower!', ['eiffel', 'tower']),
-      ('a "B" an C\u2019s the', ['b', 'cs']),
-      ('\uff21\uff22\uff11', ['ab1']),
-      ('Zürich\n', ['zürich']),
-      ('...', []),
-  )
-  def test_words(self, text, expected):
-    self.assertEqual(generation.words(text), expected)
-
-  @parameterized.parameters(
-      ('Paris.', 'Paris', True, True),
-      ('the city of Paris and', 'Paris', False, True),
-      ('Parisian', 'Paris', False, False),
-      ('New Delhi, York', 'New York', False, False),
-      ('in New York City', 'New York', False, True),
-      ('United States.', 'the United States', True, True),
-      ('A.', 'A', True, True),
-      ('A and carotene', 'A', False, True),
-      ('carotene', 'A', False, False),
-      ('', '?!', False, False),
-      ('', 'Paris', False, False),
-  )
-  def test_matches(self, text, target, exact, contained):
-    self.assertEqual(generation.exact_match(text, target), exact)
-    self.assertEqual(generation.contains(text, target), contained)
-
-  def test_stops_by_itself_and_reads_the_text(self):
-    tokenizer = text_tokenizers.byte_level(begin=True)
-    spec = models.tiny_spec('llama', vocab=300, layers=3)
-    params = models.random_params(spec, 0)
-    prompts = [[0, 70, 71], [0, 72]]
-    new = decode.generate(spec, params, prompts, max_new_tokens=12)
-    cut = new[0].index(new[0][5])
-    texts = generation.free_generation(
-        open_model(models.as_model(spec, params)),
-        prompts,
-        tokenizer=tokenizer,
-        stop=[new[0][5]],
-        max_new_tokens=12,
-    )
-    kept = [t for t in new[0][: cut + 1] if t > 1]
-    self.assertEqual(texts[0], tokenizer.decode(kept).strip())
-
-  def test_each_prompt_under_its_own_edit(self):
-    tokenizer = text_tokenizers.byte_level(begin=True)
-    spec = models.tiny_spec('llama', vocab=300, layers=3)
-    params = models.random_params(spec, 0)
-    stack = random_stack(spec, 3)
-    prompts = [[0, 9, 8, 7, 6], [0, 5], [0, 9, 8], [0, 5], [0, 1, 2, 3]]
-    edit_ids = [0, 1, 2, 2, 1]
-    model = models.as_model(spec, params)
-    settings = dict(tokenizer=tokenizer, stop=(), max_new_tokens=6)
-    together = generation.free_generation(
-        open_model(model, stack, batch_size=2),
-        prompts,
-        edit_ids=edit_ids,
-        **settings,
-    )
-    alone = [
-        generation.free_generation(
-            open_model(model, select(stack, edit)), prompts, **settings
-        )
-        for edit in range(3)
-    ]
-    alone = [alone[o][i] for i, o in enumerate(edit_ids)]
-    self.assertEqual(together, alone)
-    self.assertNotEqual(together[1], together[3])
 
 
 if __name__ == '__main__':

@@ -229,6 +229,9 @@ class FormatTest(Base):
     loaded = datasets.load_requests(self.path, kinds=kinds)
     self.assertEqual(loaded.format, 'jaxedit')
     self.assertEqual([r.subject for r in loaded.requests], ['Ada', None])
+    self.assertEqual(datasets.kind_of(self.path), 'fact')
+    self.assertEqual(datasets.kind_of('demo'), 'fact')
+    self.assertEqual(datasets.kind_of('demo_passages'), 'text')
     counterfact = _single(requested_rewrite=_without(
         _without(_rewrite(), 'fact_new_uns'), 'unsfact_triplets_GPT'
     ))  # fmt: skip
@@ -239,6 +242,8 @@ class FormatTest(Base):
       pathlib.Path(self.path).write_text(json.dumps(data))
       loaded = datasets.load_requests(self.path, kinds=kinds)
       self.assertEqual(loaded.format, name)
+      kind = 'fact' if name == 'counterfact' else 'text'
+      self.assertEqual(datasets.kind_of(self.path), kind)
     pathlib.Path(self.path).write_text('{"odd": 1}')
     with self.assertRaisesRegex(InputError, 'question and answer, or prompt'):
       datasets.load_requests(self.path, kinds=kinds)

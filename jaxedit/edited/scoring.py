@@ -25,7 +25,7 @@ E edits, M key-value rows.
 Source: the quantities are those of CounterFact (Meng et al. 2022, arXiv
 2202.05262, section 3.4); their code runs every answer as a text of its own.
 
-It knows no records and no metrics (see `harness`, `metrics`).
+It knows no requests and no metrics (see `eval`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from jaxedit.batching.buckets import round_up
 from jaxedit.deltas import SiteDelta
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
-from jaxedit.text.locate import encode_prompts, encode_targets
+from jaxedit.text.token_cache import token_cache
 from jaxedit.types import (
     SHARED,
     Array,
@@ -115,7 +115,7 @@ def encode_queries(
   """Tokenises prompts and their answers.
 
   Args:
-    tokenizer: a fast transformers tokenizer.
+    tokenizer: a fast transformers tokenizer, or its `TokenCache`.
     items: (prompt, answers); an answer is given without leading space.
 
   Returns:
@@ -125,18 +125,13 @@ def encode_queries(
   Raises:
     InputError: the tokenizer gives no character offsets.
   """
-  prompts = list(dict.fromkeys(prompt for prompt, _ in items))
-  answers = list(dict.fromkeys(a for _, given in items for a in given))
-  prompt_ids, answer_ids = (
-      {text: tuple(map(int, ids)) for text, ids in zip(texts, encoded)}
-      for texts, encoded in (
-          (prompts, encode_prompts(tokenizer, prompts)),
-          (answers, encode_targets(tokenizer, answers)),
-      )
-  )
+  tokens = token_cache(tokenizer)
+  prompts = tokens.prompts([prompt for prompt, _ in items])
+  answers = iter(tokens.targets([a for _, given in items for a in given]))
+  ids = lambda row: tuple(row.tolist())
   return [
-      Query(prompt_ids[prompt], tuple(answer_ids[a] for a in given))
-      for prompt, given in items
+      Query(ids(prompt), tuple(ids(next(answers)) for _ in given))
+      for prompt, (_, given) in zip(prompts, items)
   ]
 
 

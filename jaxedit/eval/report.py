@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jaxedit.eval import metrics
-from jaxedit.eval.harness import Evaluation
-from jaxedit.types import Record
+from jaxedit.eval.evaluation import Evaluation
+from jaxedit.types import EditRequest
 
 WIDTH = 100
 _ID = 28
+_EXCERPT = 96
 
 
 def table(pre: Evaluation, post: Evaluation) -> str:
@@ -57,36 +58,69 @@ def _cells(
 
 
 def generations(
-    records: Sequence[Record], pre: Evaluation, post: Evaluation, count: int
+    requests: Sequence[EditRequest],
+    pre: Evaluation,
+    post: Evaluation,
+    count: int,
 ) -> str:
   """Shows what the model says before and after an edit.
 
   Args:
-    records: the records that were evaluated.
+    requests: the facts that were evaluated.
     pre: the unedited model's evaluation of them.
     post: the edited model's.
-    count: how many records to show, from the first on.
+    count: how many to show, from the first on.
 
   Returns:
-    Three lines a record, without a final line break; empty where no texts were
+    Three lines a fact, without a final line break; empty where no texts were
     generated.
   """
   blocks = []
-  for record, old, new in zip(records, pre.per_record, post.per_record):
+  for request, old, new in zip(requests, pre.per_record, post.per_record):
     if len(blocks) == count:
       break
     if old.get('text') is None or new.get('text') is None:
       continue
     # The object matters most: a long prompt is cut instead.
-    wanted = _fit(record.target_new, WIDTH // 3)
-    room = WIDTH - len(f'{record.number}.  -> {wanted}')
+    wanted = _fit(request.target, WIDTH // 3)
+    room = WIDTH - len(f'{request.number}.  -> {wanted}')
     lines = (
-        f'{record.number}. {_fit(record.question, room)} -> {wanted}',
+        f'{request.number}. {_fit(request.question, room)} -> {wanted}',
         f'   before: {_fit(old["text"], WIDTH - 11)}',
         f'   after:  {_fit(new["text"], WIDTH - 11)}',
     )
     blocks.append('\n'.join(lines))
   return '\n'.join(blocks)
+
+
+def excerpts(
+    requests: Sequence[EditRequest],
+    pre: Evaluation,
+    post: Evaluation,
+    count: int,
+) -> str:
+  """Shows how long answers begin before and after an edit.
+
+  Args:
+    requests: the long answers that were evaluated.
+    pre: the unedited model's evaluation of them.
+    post: the edited model's.
+    count: how many to show, from the first on.
+
+  Returns:
+    Four lines a request, without a final line break.
+  """
+  shown = zip(requests[:count], pre.per_record, post.per_record)
+  return '\n'.join(
+      head + _fit(text, _EXCERPT - len(head))
+      for request, old, new in shown
+      for head, text in (
+          (f'{request.number}. ', request.prompt),
+          ('   wanted: ', request.target),
+          ('   before: ', old['text']),
+          ('   after:  ', new['text']),
+      )
+  )
 
 
 def _fit(text: str, width: int) -> str:

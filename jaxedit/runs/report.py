@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from jaxedit import edited as edited_lib
 from jaxedit import io
 from jaxedit.deltas import Edited
-from jaxedit.eval import harness, report
-from jaxedit.eval import perplexity as perplexity_lib
+from jaxedit.eval import report
 from jaxedit.eval.datasets import Loaded
+from jaxedit.eval.evaluation import Evaluation
+from jaxedit.eval.scorers import perplexity as perplexity_lib
 from jaxedit.methods.base import Info
 from jaxedit.runs.clock import Clock
 from jaxedit.runs.config import RunConfig
@@ -103,7 +104,7 @@ def protocol(session: Session, sources: Mapping[str, Any]) -> dict[str, Any]:
           'source': str(loaded.source),
           'format': loaded.format,
           'sha256': loaded.sha256,
-          'records': len(loaded.records),
+          'records': len(loaded.requests),
       },
       'batch_size': config.batch_size,
       'mode': 'independent' if config.reset else 'sequential',
@@ -191,7 +192,7 @@ def work(session: Session, info: Info, kept: int) -> dict[str, Any]:
 def write(
     session: Session,
     info: Info,
-    evaluations: Mapping[str, harness.Evaluation],
+    evaluations: Mapping[str, Evaluation],
     results: Mapping[str, Any],
     clock: Clock,
 ) -> None:
@@ -225,8 +226,8 @@ def write(
 def _records(
     session: Session,
     info: Info,
-    before: harness.Evaluation,
-    after: harness.Evaluation,
+    before: Evaluation,
+    after: Evaluation,
 ) -> list[dict[str, Any]]:
   """One JSON object a request: the edit, how it went, before and after."""
   drop = lambda entry: {
@@ -242,12 +243,12 @@ def _records(
           'before': drop(before.per_record[i]),
           'after': drop(after.per_record[i]),
       }
-      for i, record in enumerate(session.loaded.records)
+      for i, record in enumerate(session.loaded.requests)
   ]
 
 
 def tables(
-    evaluations: Mapping[str, harness.Evaluation],
+    evaluations: Mapping[str, Evaluation],
 ) -> dict[str, dict[str, Any]]:
   """The results of evaluations by name, as plain numbers.
 
@@ -271,7 +272,7 @@ def tables(
   return found
 
 
-def knowledge(evaluation: harness.Evaluation) -> dict[str, float]:
+def knowledge(evaluation: Evaluation) -> dict[str, float]:
   """What the unedited model knows of the facts to be overwritten.
 
   Args:
@@ -293,8 +294,8 @@ def knowledge(evaluation: harness.Evaluation) -> dict[str, float]:
 def lines(
     session: Session,
     info: Info,
-    before: harness.Evaluation,
-    after: harness.Evaluation,
+    before: Evaluation,
+    after: Evaluation,
     fluency: Mapping[str, Any],
     clock: Clock,
 ) -> list[str]:
@@ -323,7 +324,7 @@ def lines(
         ' finite.'
     )
   found += ['', report.table(before, after), '']
-  shown = session.task.show(session.loaded.records, before, after)
+  shown = session.task.show(session.loaded.requests, before, after)
   found += [shown] if shown else []
   if fluency:
     old, new = (fluency[k]['value'] for k in ('pre', 'post'))
@@ -331,7 +332,7 @@ def lines(
         f'perplexity of {session.config.perplexity_text}: {old:.2f} before,'
         f' {new:.2f} after ({fluency["post"]["tokens"]} tokens)'
     )
-  count = len(session.loaded.records)
+  count = len(session.loaded.requests)
   found.append(
       f'\n{count} edits in {clock.seconds["total"]:.0f} s; results in'
       f' {session.config.folder}'

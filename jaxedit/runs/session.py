@@ -31,8 +31,10 @@ from jaxedit.checkpoint import Checkpoint
 from jaxedit.convert import hub
 from jaxedit.deltas import UNEDITED, Dense, Edited
 from jaxedit.edited import files
-from jaxedit.eval import harness
+from jaxedit.eval import evaluation
 from jaxedit.eval.datasets import Loaded
+from jaxedit.eval.evaluation import Evaluation
+from jaxedit.eval.protocols import case_numbers
 from jaxedit.methods import base
 from jaxedit.methods.base import EditBatch, Editor, Info, Need, Run
 from jaxedit.models import loading, saving
@@ -45,10 +47,11 @@ from jaxedit.runs.config import RunConfig, errors
 from jaxedit.runs.method_flags import Chosen
 from jaxedit.runs.output import Output
 from jaxedit.runs.provenance import versions
-from jaxedit.runs.tasks import TASKS, Task, case_numbers
+from jaxedit.runs.tasks import TASKS, Task
 from jaxedit.solve import shaping
 from jaxedit.stats import corpora
 from jaxedit.text.encoding import EncodedEdit
+from jaxedit.text.token_cache import TokenCache
 from jaxedit.types import InputError, Progress, silent
 
 # Memory for the deltas of independent batches that are held at one time.
@@ -64,7 +67,7 @@ class Session:
     chosen: the method.
     task: what the kind of requests differs in.
     model: the unedited model; never changed.
-    tokenizer: its tokenizer.
+    tokens: of its tokenizer.
     loaded: the requests.
     contexts: context templates, the plain '{}' first; of facts.
     encoded: the requests as ids.
@@ -78,7 +81,7 @@ class Session:
   chosen: Chosen
   task: Task
   model: Model
-  tokenizer: Any
+  tokens: TokenCache
   loaded: Loaded
   contexts: tuple[str, ...]
   encoded: tuple[EncodedEdit, ...]
@@ -87,10 +90,15 @@ class Session:
   resources: Mapping[Need, Any]
   meaning: dict[str, Any]
 
+  @property
+  def tokenizer(self) -> Any:
+    """The model's tokenizer."""
+    return self.tokens.tokenizer
+
   @functools.cached_property
   def cases(self) -> tuple[int, ...]:
     """Number of the case of every request."""
-    return case_numbers(self.loaded.records)
+    return case_numbers(self.loaded.requests)
 
   @property
   def alone(self) -> bool:
@@ -199,8 +207,10 @@ def load(
     editor = chosen.method.editor(layout.spec, chosen.config)
     tokenizer = tokenizer_lib.load_tokenizer(folder)
     _check_needs(config, editor)
-    loaded = task.read(task.check(tokenizer, layout.spec, progress))
-    cases = case_numbers(loaded.records)
+    tokens = TokenCache(tokenizer)
+    encoder = task.encoder(tokens, layout.spec)
+    loaded = task.read(task.check(encoder, tokens, layout.spec, progress))
+    cases = case_numbers(loaded.requests)
     batches = batches_of(cases, config.batch_size)
     if config.states and not config.reset and len(batches) > 1:
       raise InputError(
@@ -220,7 +230,9 @@ def load(
   with clock('templates'):
     contexts = task.contexts(model, tokenizer)
     # Requests that are too long under the templates are refused before more runs.
-    encoded = task.encode(model, tokenizer, loaded.records, contexts)
+    encoded = task.encode(
+        encoder, tokens, model.spec, loaded.requests, contexts
+    )
   for one in editor.needs:
     if one not in resources:
       stage = 'moments' if isinstance(one, base.Moments) else 'preserve'
@@ -246,7 +258,7 @@ def load(
       chosen=chosen,
       task=task,
       model=model,
-      tokenizer=tokenizer,
+      tokens=tokens,
       loaded=loaded,
       contexts=contexts,
       encoded=encoded,
@@ -425,7 +437,7 @@ def _work(
   config, task, folder = session.config, session.task, output.folder
   if session.contexts:
     io.write_json(folder / 'templates.json', session.contexts)
-  evaluate = task.evaluate(session.model, session.tokenizer, progress)
+  evaluate = task.evaluate(session.model, session.tokens, progress)
   with clock('factor'):
     state = session.editor.init(session.model, session.resources)
   with clock('evaluate_before'):
@@ -482,10 +494,10 @@ def _edit_parts(
     state: Any,
     kept: tuple[TargetFiles, Output],
     evaluate: Any,
-    before: harness.Evaluation,
+    before: Evaluation,
     clock: Clock,
     progress: Progress,
-) -> tuple[Outcome, harness.Evaluation]:
+) -> tuple[Outcome, Evaluation]:
   """Edits, saves and judges all requests, part by part."""
   parts, done = session.parts(), []
   for number, indices in enumerate(parts, 1):
@@ -496,11 +508,11 @@ def _edit_parts(
     if single:  # where nothing could be written there is nothing to judge
       require_some(outcome.info)
     name = 'delta.safetensors' if single else f'deltas/{number:05}.safetensors'
-    mine = [session.loaded.records[i].number for i in indices]
+    mine = [session.loaded.requests[i].number for i in indices]
     _write_delta(session, outcome, name, mine)
     with clock('evaluate_after'):
-      base_ = harness.select(before, indices)
-      after = judge(part, outcome, evaluate, base=base_)
+      own = evaluation.select(before, indices)
+      after = judge(part, outcome, evaluate, before=own)
     if single:
       return outcome, after
     # Written, and too large to keep.
@@ -508,16 +520,16 @@ def _edit_parts(
   outcomes, afters = zip(*done)
   info = base.join_infos([one.info for one in outcomes])
   require_some(info)
-  joined = harness.join(afters, seed=session.config.seed)
+  joined = evaluation.join(afters, seed=session.config.seed)
   return Outcome(Edited(), None, info), joined
 
 
 def _part(session: Session, indices: Sequence[int]) -> Session:
   """The same session with some of the requests."""
-  records = [session.loaded.records[i] for i in indices]
+  requests = [session.loaded.requests[i] for i in indices]
   return dataclasses.replace(
       session,
-      loaded=dataclasses.replace(session.loaded, records=records),
+      loaded=dataclasses.replace(session.loaded, requests=requests),
       encoded=tuple(session.encoded[i] for i in indices),
   )
 
@@ -660,30 +672,30 @@ def judge(
     outcome: Outcome | None,
     evaluate: Any,
     *,
-    base: harness.Evaluation | None = None,
-) -> harness.Evaluation:
+    before: Evaluation | None = None,
+) -> Evaluation:
   """Evaluates the edited model, or the unedited one.
 
   Args:
     session: what to work on.
     outcome: what editing returned; None for the unedited model.
     evaluate: the task's evaluation.
-    base: the unedited model's evaluation of the same requests.
+    before: the unedited model's evaluation of the same requests.
 
   Returns:
     The evaluation of all requests, each under the edit it belongs to.
   """
-  records, size = session.loaded.records, session.config.eval_batch_size
+  requests, size = session.loaded.requests, session.config.eval_batch_size
   lm = lambda edited: edited_lib.open_model(
       session.model, edited, batch_size=size
   )
   if outcome is None:
-    return evaluate(lm(UNEDITED), records, base=base)
+    return evaluate(lm(UNEDITED), requests, before=before)
   if outcome.edit_ids is None:
-    return evaluate(lm(outcome.edited), records, base=base)
+    return evaluate(lm(outcome.edited), requests, before=before)
   if session.alone:
     return evaluate(
-        lm(outcome.edited), records, base=base, edit_ids=outcome.edit_ids
+        lm(outcome.edited), requests, before=before, edit_ids=outcome.edit_ids
     )
   # A change of many facts a sequence would not fit; the sequences of a batch
   # share one.
@@ -694,11 +706,11 @@ def judge(
     parts.append(
         evaluate(
             lm(edited_lib.select(outcome.edited, number)),
-            [records[i] for i in some],
-            base=harness.select(base, some) if base else None,
+            [requests[i] for i in some],
+            before=evaluation.select(before, some) if before else None,
         )
     )
-  return harness.join(parts, seed=session.config.seed)
+  return evaluation.join(parts, seed=session.config.seed)
 
 
 def require_some(info: Info) -> None:
@@ -728,8 +740,8 @@ def _save_and_judge(
     outcome: Outcome,
     folder: pathlib.Path,
     evaluate: Any,
-    before: harness.Evaluation,
-) -> tuple[dict[str, Any], harness.Evaluation]:
+    before: Evaluation,
+) -> tuple[dict[str, Any], Evaluation]:
   """Writes the merged model, loads it again and evaluates it.
 
   Returns:
@@ -762,4 +774,4 @@ def _save_and_judge(
       'dtypes': sorted({t.dtype for t in saved.tensors.values()}),
   }
   session = dataclasses.replace(session, model=again)
-  return facts, judge(session, None, evaluate, base=before)
+  return facts, judge(session, None, evaluate, before=before)

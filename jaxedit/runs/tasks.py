@@ -1,4 +1,4 @@
-"""What facts and long answers differ in: how they are read, encoded and judged.
+"""What facts and long answers differ in: how they are encoded and judged.
 
 A task is the only part of a run that asks which kind its requests are.
 """
@@ -8,20 +8,19 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxedit.eval import (
-    answers,
-    datasets,
-    generation,
-    harness,
-    longform,
-    minilm,
-    passages,
-    report,
-    similarity,
-)
+from jaxedit.eval import datasets, evaluation, minilm, similarity
+from jaxedit.eval.datasets import Loaded
+from jaxedit.eval.datasets.reading import RequestFile
+from jaxedit.eval.evaluation import Evaluation
+from jaxedit.eval.protocols import case_numbers
+from jaxedit.eval.scorers import generation, long_form
+from jaxedit.eval.scorers.base import Scorer
+from jaxedit.eval.scorers.generation import FreeGeneration
+from jaxedit.eval.scorers.long_form import LongForm
+from jaxedit.eval.scorers.teacher_forced import TeacherForced
 from jaxedit.models import decode
 from jaxedit.models import tokenizer as tokenizer_lib
 from jaxedit.models.loading import Model
@@ -29,21 +28,13 @@ from jaxedit.models.spec import ModelSpec
 from jaxedit.runs.config import RunConfig
 from jaxedit.runs.method_flags import Chosen
 from jaxedit.text import chat as chat_lib
-from jaxedit.text import encoding, templates
-from jaxedit.text import passages as text_passages
-from jaxedit.text.encoding import EncodedEdit
-from jaxedit.types import InputError, Progress
+from jaxedit.text import encoding, passages, templates
+from jaxedit.text.encoding import EncodedEdit, Encoder
+from jaxedit.text.token_cache import TokenCache
+from jaxedit.types import EditRequest, InputError, Progress
 
-Evaluate = Callable[..., harness.Evaluation]
 # Tokens that a sampled context and its full stop may add to a prompt.
 _CONTEXT_TOKENS = 16
-
-
-def case_numbers(records: Sequence[Any]) -> tuple[int, ...]:
-  """Numbers the cases of records; a fact is a case of its own."""
-  numbers: dict[Any, int] = {}
-  keys = (getattr(record, 'case', '') or i for i, record in enumerate(records))
-  return tuple(numbers.setdefault(key, len(numbers)) for key in keys)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +44,17 @@ class FactTask:
   config: RunConfig
   chosen: Chosen
   kind = 'fact'
+
+  @functools.cached_property
+  def file(self) -> RequestFile:
+    """The file of requests, read once."""
+    return datasets.open_requests(
+        self.config.data,
+        kinds=(self.kind,),
+        limit=self.config.num_edits,
+        on_bad_record=self.config.on_bad_record,
+        zsre_target=self.config.zsre_target,
+    )
 
   @property
   def max_new_tokens(self) -> int:
@@ -66,78 +68,59 @@ class FactTask:
     path = self.config.context_templates
     return tuple(templates.load_templates(path)) if path else ()
 
-  def read(self, check: Any = None) -> datasets.Loaded:
-    """Reads the records; `check` finds further errors."""
-    return datasets.load_records(
-        self.config.data,
-        limit=self.config.num_edits,
-        on_bad_record=self.config.on_bad_record,
-        check=check,
-        zsre_target=self.config.zsre_target,
-    )
-
-  def check(
-      self, tokenizer: Any, spec: ModelSpec, progress: Progress
-  ) -> Callable[[Any], list[str]]:
-    """Makes the check of a record: all that editing or judging would refuse.
+  def load(
+      self, tokens: TokenCache, spec: ModelSpec, progress: Progress
+  ) -> Loaded:
+    """Loads the requests that can be edited and judged.
 
     Where contexts are sampled later some tokens are left for them.
     """
     del progress
-    edit = encoding.edit_check(
-        tokenizer,
-        self.given_contexts or (templates.BARE,),
-        max_tokens=spec.max_positions
-        - (0 if self.given_contexts else _CONTEXT_TOKENS),
-        anchor=self.chosen.config.anchor,
-    )
-    evaluation = harness.record_check(
-        spec, tokenizer, max_new_tokens=self.max_new_tokens
-    )
-    # What both find is told once, by the one that says more.
-    return lambda record: edit(record) or evaluation(record)
+    room = 0 if self.given_contexts else _CONTEXT_TOKENS
+    contexts = self.given_contexts or (templates.PLAIN,)
+    encoder = self._encoder(tokens, contexts, spec.max_positions - room)
+    scorers = self.scorers(tokens, spec)
+    return self.file.load(_check(spec, encoder, scorers))
 
-  def contexts(self, model: Model, tokenizer: Any) -> tuple[str, ...]:
+  def _encoder(
+      self, tokens: TokenCache, contexts: Sequence[str], most: int
+  ) -> Encoder:
+    return encoding.fact_encoder(
+        tokens, contexts, max_tokens=most, anchor=self.chosen.config.anchor
+    )
+
+  def contexts(self, model: Model, tokens: TokenCache) -> tuple[str, ...]:
     """The context templates, sampled from the model unless given."""
     return self.given_contexts or sample_contexts(
-        model, tokenizer, self.config.seed
+        model, tokens.tokenizer, self.config.seed
     )
 
   def encode(
       self,
-      model: Model,
-      tokenizer: Any,
-      records: Sequence[Any],
+      spec: ModelSpec,
+      tokens: TokenCache,
+      requests: Sequence[EditRequest],
       contexts: Sequence[str],
   ) -> tuple[EncodedEdit, ...]:
-    """Turns records into ids under the contexts."""
-    return tuple(
-        encoding.encode_edits(
-            tokenizer,
-            records,
-            contexts,
-            max_tokens=model.spec.max_positions,
-            anchor=self.chosen.config.anchor,
-        )
-    )
+    """Turns requests into ids under the contexts."""
+    encoder = self._encoder(tokens, contexts, spec.max_positions)
+    return tuple(encoder.encode(requests))
 
-  def evaluate(
-      self, model: Model, tokenizer: Any, progress: Progress
-  ) -> Evaluate:
-    """The evaluation: (lm, records, base=, edit_ids=) -> Evaluation."""
-    stop = generation.stop_ids(tokenizer, model.spec.vocab)
-    return lambda lm, records, **more: harness.evaluate(
-        lm,
-        records,
-        tokenizer,
-        max_new_tokens=self.max_new_tokens,
-        stop=stop,
-        seed=self.config.seed,
-        progress=progress,
-        **more,
-    )
+  def scorers(
+      self, tokens: TokenCache, spec: ModelSpec, model: Model | None = None
+  ) -> tuple[Scorer, ...]:
+    """What is measured; without a model, enough to check requests."""
+    scorers: tuple[Scorer, ...] = (TeacherForced(tokens),)
+    if not self.max_new_tokens:
+      return scorers
+    stop = ()
+    if model is not None:
+      stop = generation.stop_ids(tokens.tokenizer, spec.vocab)
+    return (*scorers, FreeGeneration(tokens, stop, self.max_new_tokens))
 
-  def protocol(self, tokenizer: Any, contexts: Sequence[str]) -> dict[str, Any]:
+  def protocol(
+      self, tokenizer: Any, contexts: Sequence[str]
+  ) -> dict[str, Any]:
     """How answers are judged, for results.json."""
     del tokenizer
     return {
@@ -146,18 +129,16 @@ class FactTask:
         ' at end of text, a full stop or a line break',
     }
 
-  def described(self, record: Any) -> dict[str, Any]:
-    """What a record asks to be written, for records.jsonl."""
-    names = ('prompt', 'subject', 'target_new', 'target_true')
-    return {name: getattr(record, name) for name in names}
+  def described(self, request: EditRequest) -> dict[str, Any]:
+    """What a request asks to be written, for records.jsonl."""
+    return {
+        'prompt': request.prompt,
+        'subject': request.subject,
+        'target_new': request.target,
+        'target_true': request.target_true,
+    }
 
-  def show(self, records: Sequence[Any], before: Any, after: Any) -> str:
-    """Texts before and after, to print."""
-    if not self.max_new_tokens or not self.config.show:
-      return ''
-    return report.generations(records, before, after, self.config.show)
-
-  def tables(self, evaluations: Mapping[str, Any]) -> dict[str, Any]:
+  def tables(self, evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
     """Further entries of results.json."""
     del evaluations
     return {}
@@ -171,6 +152,17 @@ class TextTask:
   chosen: Chosen
   kind = 'text'
 
+  @functools.cached_property
+  def file(self) -> RequestFile:
+    """The file of requests, read once."""
+    return datasets.open_requests(
+        self.config.data,
+        kinds=(self.kind,),
+        limit=self.config.num_edits,
+        on_bad_record=self.config.on_bad_record,
+        facts=self.config.facts,
+    )
+
   @property
   def max_new_tokens(self) -> int:
     """Length of generated answers."""
@@ -180,12 +172,6 @@ class TextTask:
   @property
   def _parity(self) -> bool:
     return self.chosen.settings['parity'] == 'anyedit'
-
-  @property
-  def _shadowed(self) -> bool:
-    """Whether the published slip of the plain methods is asked for."""
-    plain = self._parity and self.chosen.config.chunks is None
-    return plain and self.chosen.method.name in ('memit', 'alphaedit')
 
   def words(self, tokenizer: Any) -> dict[str, Any]:
     """How questions are asked."""
@@ -198,26 +184,49 @@ class TextTask:
         'double_bos': self._parity,
     }
 
-  def read(self, check: Any = None) -> datasets.Loaded:
-    """Reads the records; `check` finds further errors."""
-    loaded = passages.load_passages(
-        self.config.data,
-        limit=self.config.num_edits,
-        on_bad_record=self.config.on_bad_record,
-        check=check,
-        facts=self.config.facts,
+  def load(
+      self, tokens: TokenCache, spec: ModelSpec, progress: Progress
+  ) -> Loaded:
+    """Loads the requests that can be edited and judged."""
+    # Refused now, as it is needed after the weights only.
+    if self.config.encoder != 'none':
+      minilm.find_encoder(self.config.encoder, progress)
+    edit = self._encoder(tokens, spec)
+    check = _check(spec, edit, self.scorers(tokens, spec))
+    loaded = self.file.load(
+        lambda requests: [
+            self._long(tokens, request, errors)
+            for request, errors in zip(requests, check(requests))
+        ]
     )
     if self.config.per_category:
-      some = first_of_each(loaded.records, self.config.per_category)
-      loaded = dataclasses.replace(loaded, records=some)
-    # Without a check, bad records are still among them.
-    if check is not None and self._shadowed:
-      self._check_schedule(loaded)
+      some = first_of_each(loaded.requests, self.config.per_category)
+      loaded = dataclasses.replace(loaded, requests=some)
+    self._check_schedule(loaded)
     return loaded
 
-  def _check_schedule(self, loaded: datasets.Loaded) -> None:
+  def _long(
+      self, tokens: TokenCache, request: EditRequest, errors: list[str]
+  ) -> list[str]:
+    """Adds that an answer is longer than asked for."""
+    limit = self.config.max_answer_tokens
+    if not limit or errors:
+      return errors
+    ids = tokens.tokenizer(request.target, add_special_tokens=False)
+    count = len(ids['input_ids'])
+    if count <= limit:
+      return errors
+    return [
+        f'its answer takes {count} tokens, more than'
+        f' --max_answer_tokens={limit}; shorten it or raise the limit.'
+    ]
+
+  def _check_schedule(self, loaded: Loaded) -> None:
     """Refuses batches of which the published schedule cannot be had."""
-    cases = case_numbers(loaded.records)
+    plain = self._parity and self.chosen.config.chunks is None
+    if not plain or not hasattr(self.chosen.config, 'schedule_edits'):
+      return
+    cases = case_numbers(loaded.requests)
     slip = (
         '--parity=anyedit: the published schedule depends on the edits a batch'
     )
@@ -232,92 +241,58 @@ class TextTask:
           f' multiple of --batch_size={self.config.batch_size}'
       )
 
-  def check(
-      self, tokenizer: Any, spec: ModelSpec, progress: Progress
-  ) -> Callable[[Any], list[str]]:
-    """Makes the check of a record: all that editing or judging would refuse."""
-    words = self.words(tokenizer)
-    # Both are needed after the weights only, and refuse what they cannot use.
-    answers.end_ids(tokenizer, spec.vocab, words['chat'].end)
-    if self.config.encoder != 'none':
-      minilm.find_encoder(self.config.encoder, progress)
-    edit = text_passages.passage_check(
-        tokenizer,
+  def _encoder(self, tokens: TokenCache, spec: ModelSpec) -> Encoder:
+    return passages.passage_encoder(
+        tokens,
         max_tokens=spec.max_positions,
         chunking=self.chosen.config.chunks,
-        **words,
+        **self.words(tokens.tokenizer),
     )
-    ask = longform.record_check(
-        spec,
-        tokenizer,
-        max_new_tokens=self.max_new_tokens,
-        sub_questions=self.config.sub_questions,
-        **words,
-    )
-    limit = self.config.max_answer_tokens
 
-    def check(passage: Any) -> list[str]:
-      errors = edit(passage) or ask(passage)
-      if limit and not errors:
-        ids = tokenizer(passage.answer, add_special_tokens=False)['input_ids']
-        if len(ids) > limit:
-          errors.append(
-              f'its answer takes {len(ids)} tokens, more than'
-              f' --max_answer_tokens={limit}; shorten it or raise the limit.'
-          )
-      return errors
-
-    return check
-
-  def contexts(self, model: Model, tokenizer: Any) -> tuple[str, ...]:
+  def contexts(self, model: Model, tokens: TokenCache) -> tuple[str, ...]:
     """Long answers are written under no context templates."""
-    del model, tokenizer
+    del model, tokens
     return ()
 
   def encode(
       self,
-      model: Model,
-      tokenizer: Any,
-      records: Sequence[Any],
+      spec: ModelSpec,
+      tokens: TokenCache,
+      requests: Sequence[EditRequest],
       contexts: Sequence[str],
   ) -> tuple[EncodedEdit, ...]:
-    """Turns records into ids."""
+    """Turns requests into ids."""
     del contexts
-    return tuple(
-        text_passages.encode_passages(
-            tokenizer,
-            records,
-            max_tokens=model.spec.max_positions,
-            chunking=self.chosen.config.chunks,
-            **self.words(tokenizer),
-        )
-    )
+    return tuple(self._encoder(tokens, spec).encode(requests))
 
-  def evaluate(
-      self, model: Model, tokenizer: Any, progress: Progress
-  ) -> Evaluate:
-    """The evaluation: (lm, records, base=, edit_ids=) -> Evaluation."""
-    words, name = self.words(tokenizer), self.config.encoder
-    settings = dict(
-        stop=answers.end_ids(
-            tokenizer,
-            model.spec.vocab,
-            words['chat'].end,
-            tokenizer_lib.end_ids(model.folder),
+  def scorers(
+      self, tokens: TokenCache, spec: ModelSpec, model: Model | None = None
+  ) -> tuple[Scorer, ...]:
+    """What is measured; without a model, enough to check requests."""
+    words, encoder = self.words(tokens.tokenizer), None
+    named = () if model is None else tokenizer_lib.end_ids(model.folder)
+    stop = long_form.end_ids(
+        tokens.tokenizer, spec.vocab, words['chat'].end, named
+    )
+    if not self.max_new_tokens:
+      return ()
+    if model is not None and self.config.encoder != 'none':
+      encoder = minilm.load_encoder(self.config.encoder)
+    return (
+        LongForm(
+            tokens,
+            stop_ids=stop,
+            sub_questions=self.config.sub_questions,
+            encoder=encoder,
+            decoding=self.config.decoding,
+            max_new_tokens=self.max_new_tokens,
+            **words,
         ),
-        sub_questions=self.config.sub_questions,
-        encoder=None if name == 'none' else minilm.load_encoder(name, progress),
-        decoding=self.config.decoding,
-        max_new_tokens=self.max_new_tokens,
-        seed=self.config.seed,
-        progress=progress,
-        **words,
-    )
-    return lambda lm, records, **more: longform.evaluate(
-        lm, records, tokenizer, **settings, **more
     )
 
-  def protocol(self, tokenizer: Any, contexts: Sequence[str]) -> dict[str, Any]:
+  def protocol(
+      self, tokenizer: Any, contexts: Sequence[str]
+  ) -> dict[str, Any]:
     """How answers are judged, for results.json."""
     del contexts
     words = self.words(tokenizer)
@@ -333,22 +308,20 @@ class TextTask:
         'not_scored': similarity.missing(),
     }
 
-  def described(self, record: Any) -> dict[str, Any]:
-    """What a record asks to be written, for records.jsonl."""
-    names = ('question', 'answer', 'category', 'case')
-    return {name: getattr(record, name) for name in names}
+  def described(self, request: EditRequest) -> dict[str, Any]:
+    """What a request asks to be written, for records.jsonl."""
+    return {
+        'question': request.prompt,
+        'answer': request.target,
+        'category': request.category,
+        'case': request.case,
+    }
 
-  def show(self, records: Sequence[Any], before: Any, after: Any) -> str:
-    """Answers before and after, to print."""
-    if not self.max_new_tokens or not self.config.show:
-      return ''
-    return longform.excerpts(records, before, after, self.config.show)
-
-  def tables(self, evaluations: Mapping[str, Any]) -> dict[str, Any]:
+  def tables(self, evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
     """Metrics by category, for results.json."""
     found = {
-        name: longform.by_category(evaluation, self.config.seed)
-        for name, evaluation in evaluations.items()
+        name: evaluation.by_category(one, self.config.seed)
+        for name, one in evaluations.items()
     }
     return {'categories': found} if any(found.values()) else {}
 
@@ -357,26 +330,47 @@ Task = FactTask | TextTask
 TASKS = {'fact': FactTask, 'text': TextTask}
 
 
-def first_of_each(records: Sequence[Any], count: int) -> tuple[Any, ...]:
-  """The first records of every category, in their order.
+def _check(spec: ModelSpec, encoder: Encoder, scorers: Sequence[Scorer]) -> Any:
+  """The check of a loader: all that editing or judging would refuse.
+
+  What both find is told once, by the one that says more.
+  """
+
+  def check(requests: Sequence[EditRequest]) -> list[list[str]]:
+    found = encoder.check(requests)
+    fine = [i for i, errors in enumerate(found) if not errors]
+    judged = evaluation.errors(spec, scorers, [requests[i] for i in fine])
+    for i, errors in zip(fine, judged):
+      found[i] = errors
+    return found
+
+  return check
+
+
+def first_of_each(
+    requests: Sequence[EditRequest], count: int
+) -> tuple[EditRequest, ...]:
+  """The first requests of every category, in their order.
 
   Args:
-    records: records; those of one case count once and stay together.
-    count: cases of a category, which is that of a case's first record.
+    requests: those of one case count once and stay together.
+    count: cases of a category, which is that of a case's first request.
   """
-  cases = case_numbers(records)
+  cases = case_numbers(requests)
   category: dict[int, str] = {}
-  for record, case in zip(records, cases):
-    category.setdefault(case, record.category)
+  for request, case in zip(requests, cases):
+    category.setdefault(case, request.category)
   taken, seen = set(), collections.Counter()
   for case, name in category.items():
     seen[name] += 1
     if seen[name] <= count:
       taken.add(case)
-  return tuple(r for r, case in zip(records, cases) if case in taken)
+  return tuple(r for r, case in zip(requests, cases) if case in taken)
 
 
-def sample_contexts(model: Model, tokenizer: Any, seed: int) -> tuple[str, ...]:
+def sample_contexts(
+    model: Model, tokenizer: Any, seed: int
+) -> tuple[str, ...]:
   """Samples context templates from the model itself, as MEMIT does (top 5).
 
   Args:

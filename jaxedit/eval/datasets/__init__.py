@@ -36,7 +36,7 @@ from jaxedit.types import InputError
 
 __all__ = (
     'FACT', 'FORMATS', 'KNOWN', 'TEXT', 'Check', 'Loaded', 'RequestFile',
-    'Skipped', 'first_errors', 'load_requests', 'open_requests',
+    'Skipped', 'first_errors', 'kind_of', 'load_requests', 'open_requests',
 )  # fmt: skip
 
 _FACTS = (
@@ -125,3 +125,12 @@ def open_requests(
       limit=limit,
       on_bad_record=on_bad_record,
   )
+
+
+def kind_of(path_or_name: str | os.PathLike[str]) -> str:
+  """Says whether a file holds facts ('fact') or long answers ('text').
+
+  Raises:
+    InputError: neither, or the file cannot be read.
+  """
+  return open_requests(path_or_name, kinds=(FACT, TEXT)).kind

@@ -109,7 +109,14 @@ class _Converted(NamedTuple):
 
 
 class RequestFile:
-  """A file of requests that is read and converted once, see `open_requests`."""
+  """A file of requests that is read and converted once, see `open_requests`.
+
+  Attributes:
+    source: the path as given, or the name of a demo.
+    sha256: of the file's bytes, in hex.
+    format: the format it is read as.
+    kind: of its requests, where several may be read that of the first.
+  """
 
   def __init__(
       self,
@@ -129,7 +136,9 @@ class RequestFile:
     self.sha256 = hashlib.sha256(blob).hexdigest()
     # A copy of a tee starts anew, and reads and converts nothing twice.
     (self._entries,) = itertools.tee(_entries(_decode(blob, source), source), 1)
-    self.format = self._detect(formats) if format == 'auto' else format
+    told = {one.name: one for one in reversed(formats)}.get(format)
+    told = self._detect(formats) if told is None else told
+    self.format, self.kind = told.name, told.kind
     self._formats = [one for one in formats if one.name == self.format]
     (self._cases,) = itertools.tee(self._convert(), 1)
 
@@ -220,14 +229,14 @@ class RequestFile:
         **name, case=case, requests=requests, errors=fields.errors
     )
 
-  def _detect(self, formats: Sequence[Format]) -> str:
+  def _detect(self, formats: Sequence[Format]) -> Format:
     """Tells the format by the first object with known fields."""
     stranger, errors, empty = None, [], True
     for entry in copy.copy(self._entries):
       empty = False
       if isinstance(entry.data, dict):
         if found := _told(formats, entry.data):
-          return found.name
+          return found
         stranger = stranger or entry
       elif entry.error:
         errors.append(f'{named(entry)}: {entry.error}')

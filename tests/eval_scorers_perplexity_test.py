@@ -16,7 +16,7 @@ from absl.testing import absltest, parameterized
 
 from jaxedit.deltas import UNEDITED, Dense, Edited, LowRank
 from jaxedit.edited import algebra, open_model, scoring
-from jaxedit.eval.perplexity import perplexity
+from jaxedit.eval.scorers.perplexity import perplexity
 from jaxedit.models import loading
 from jaxedit.testing import models
 from jaxedit.types import InputError

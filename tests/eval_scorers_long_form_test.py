@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from unittest import mock
 
@@ -15,12 +16,14 @@ from absl.testing import absltest, parameterized
 from jaxedit import edited as edited_lib
 from jaxedit.deltas import UNEDITED, Dense, Edited, LowRank
 from jaxedit.edited import open_model
-from jaxedit.eval import answers, longform
+from jaxedit.eval import evaluation, report
+from jaxedit.eval.scorers import base, long_form
 from jaxedit.models import decode
 from jaxedit.models.decode import Decoding
 from jaxedit.testing import models
 from jaxedit.text import chat
-from jaxedit.types import InputError, Passage, Probe
+from jaxedit.text.token_cache import TokenCache
+from jaxedit.types import EditRequest, InputError, Probe
 
 PROMPTS = ((0, 9, 8, 7, 6), (0, 5), (0, 9, 8), (0, 5), (0, 1, 2, 3), (0, 5))
 EDIT_IDS = (0, 1, 2, 2, 1, 0)
@@ -63,15 +66,15 @@ class EndsTest(parameterized.TestCase):
 
   def test_end_ids(self):
     tokenizer = text_tokenizers.byte_level(begin=True)
-    self.assertEqual(answers.end_ids(tokenizer, 400), (1,))
-    self.assertEqual(answers.end_ids(tokenizer, 1), ())
+    self.assertEqual(long_form.end_ids(tokenizer, 400), (1,))
+    self.assertEqual(long_form.end_ids(tokenizer, 1), ())
     line = tokenizer.convert_tokens_to_ids('\u010a')
-    self.assertEqual(answers.end_ids(tokenizer, 400, '\n'), (1, line))
-    self.assertEqual(answers.end_ids(tokenizer, 400, '', (7, 400)), (1, 7))
+    self.assertEqual(long_form.end_ids(tokenizer, 400, '\n'), (1, line))
+    self.assertEqual(long_form.end_ids(tokenizer, 400, '', (7, 400)), (1, 7))
     # Only the special ones of several.
-    self.assertEqual(answers.end_ids(tokenizer, 400, '<unk>\n'), (1, 2))
+    self.assertEqual(long_form.end_ids(tokenizer, 400, '<unk>\n'), (1, 2))
     with self.assertRaisesRegex(InputError, "'END END'.*nothing can stop"):
-      answers.end_ids(tokenizer, 400, 'END END')
+      long_form.end_ids(tokenizer, 400, 'END END')
 
 
 class AnswersTest(parameterized.TestCase):
@@ -83,15 +86,16 @@ class AnswersTest(parameterized.TestCase):
     self.params = models.random_params(self.spec, 0)
 
   def write(self, edited=UNEDITED, prompts=PROMPTS, **settings):
-    settings = dict(stop=(), max_new_tokens=8) | settings
+    settings = dict(stop_ids=(), max_new_tokens=8) | settings
     lm = open_model(models.as_model(self.spec, self.params), edited)
-    return answers.answers(lm, prompts, tokenizer=self.tokenizer, **settings)
+    tokens = lm.generate(prompts, **settings)
+    return base.texts(self.tokenizer, tokens, settings['stop_ids'])
 
   def test_text_is_as_written(self):
     lines = ['if x:\n\n    return  1 ,', " don 't . \n", '']
     ids = self.tokenizer(lines, add_special_tokens=False)['input_ids']
     ids[0] = [0, *ids[0], 1]
-    texts = answers.texts(self.tokenizer, ids)
+    texts = base.texts(self.tokenizer, ids)
     self.assertEqual(texts, [line.strip() for line in lines])
 
   def test_stop_token_is_left_out(self):
@@ -99,12 +103,12 @@ class AnswersTest(parameterized.TestCase):
     stop = new[0][4]
     at = new[0].index(stop)
     self.assertGreater(stop, 2)
-    (text,) = self.write(prompts=PROMPTS[:1], stop=[stop])
-    self.assertEqual(text, answers.texts(self.tokenizer, [new[0][:at]])[0])
+    (text,) = self.write(prompts=PROMPTS[:1], stop_ids=[stop])
+    self.assertEqual(text, base.texts(self.tokenizer, [new[0][:at]])[0])
     # A text that ended at its length keeps its last token.
     text, *_ = self.write(max_new_tokens=at + 1)
     kept = new[0][: at + 1]
-    self.assertEqual(text, answers.texts(self.tokenizer, [kept])[0])
+    self.assertEqual(text, base.texts(self.tokenizer, [kept])[0])
 
   @parameterized.parameters(decode.GREEDY, SAMPLED)
   def test_stacks(self, *decoding):
@@ -230,26 +234,38 @@ class LongformTest(parameterized.TestCase):
     self.tokenizer = text_tokenizers.byte_level(begin=True)
     self.spec = models.tiny_spec('llama', vocab=300, max_positions=128)
     self.params = models.random_params(self.spec, 0)
-    same = dict(question='Who?', answer='ab cd')
+    same = dict(prompt='Who?', subject=None, target='ab cd')
+    again = Probe('rephrase', 'Who?', ('ab cd',))
+    sub = Probe('sub_question', 'Who?', ('ab',))
     self.records = [
-        Passage(3, 'a', paraphrases=('Who?',), **same),
-        Passage(8, 'b', sub_questions=(Probe('Who?', 'ab'),), **same),
-        Passage(9, 'c', **same),
+        EditRequest(3, 'a', probes=(again,), **same),
+        EditRequest(8, 'b', probes=(sub,), **same),
+        EditRequest(9, 'c', **same),
     ]
+
+  def scorer(self, **settings):
+    return long_form.LongForm(
+        TokenCache(self.tokenizer),
+        chat.chat_of(self.tokenizer, 'none', ''),
+        **settings,
+    )
 
   def said(self, chosen, edited, batch_size=64, **settings):
     """All texts of some records, record by record."""
     records = [self.records[i] for i in chosen]
     model = models.as_model(self.spec, self.params)
-    evaluation = longform.evaluate(
-        open_model(model, edited, batch_size=batch_size), records,
-        self.tokenizer, chat=chat.chat_of(self.tokenizer, 'none', ''), stop=(),
+    scorer = self.scorer(
+        decoding=Decoding(temperature=1.0), max_new_tokens=8, **settings
+    )
+    found = evaluation.evaluate(
+        open_model(model, edited, batch_size=batch_size),
+        records,
+        [scorer],
         edit_ids=None if edited.size is None else chosen,
-        decoding=Decoding(temperature=1.0), max_new_tokens=8, **settings,
-    )  # fmt: skip
+    )
     return [
         (row['text'], *row['paraphrase_texts'], *row['sub_texts'])
-        for row in evaluation.per_record
+        for row in found.per_record
     ]
 
   @parameterized.parameters(None, low_rank, gate)
@@ -268,11 +284,70 @@ class LongformTest(parameterized.TestCase):
   def test_edit_ids_of_other_records(self):
     model = models.as_model(self.spec, self.params)
     with self.assertRaisesRegex(InputError, '2 entries for 3 records'):
-      longform.evaluate(
-          open_model(model, stack_of(gate(self.spec))), self.records,
-          self.tokenizer, chat=chat.chat_of(self.tokenizer, 'none', ''),
-          stop=(), edit_ids=[0, 1],
-      )  # fmt: skip
+      evaluation.evaluate(
+          open_model(model, stack_of(gate(self.spec))),
+          self.records,
+          [self.scorer()],
+          edit_ids=[0, 1],
+      )
+
+  def test_what_cannot_be_asked_or_compared(self):
+    bad = [
+        EditRequest(1, 'a', 'Who? ' * 30, None, 'ab'),
+        EditRequest(
+            2, 'b', 'Why?', None, 'ab',
+            probes=(Probe('sub_question', 'Who?', ('.',)),),
+        ),
+    ]  # fmt: skip
+    scorer = self.scorer(max_new_tokens=100)
+    long, blank = evaluation.errors(self.spec, [scorer], bad)
+    self.assertLen(long + blank, 2)
+    self.assertRegex(
+        long[0], r"^question 'Who\? .*': its \d+ tokens and 100 gen"
+    )
+    self.assertRegex(blank[0], "^answer '.' has no word to compare")
+    lm = open_model(models.as_model(self.spec, self.params))
+    with self.assertRaises(InputError) as caught:
+      evaluation.evaluate(lm, bad, [scorer])
+    self.assertEqual(
+        caught.exception.problems,
+        ('record 1 (id a), ' + long[0], 'record 2 (id b), ' + blank[0]),
+    )
+    none = self.scorer(max_new_tokens=8, sub_questions=False)
+    self.assertEqual(evaluation.errors(self.spec, [none], bad[1:]), [[]])
+
+  def test_entries_and_excerpts(self):
+    lm = open_model(models.as_model(self.spec, self.params))
+    records = [
+        dataclasses.replace(one, category=name, case=case)
+        for one, name, case in zip(self.records, 'xyx', ('', 'k', 'k'))
+    ]
+    found = evaluation.evaluate(lm, records, [self.scorer(max_new_tokens=4)])
+    first, second, _ = found.per_record
+    self.assertEqual(
+        set(first), {
+            'number', 'id', 'category', 'case', 'metrics', 'text',
+            'paraphrase_texts', 'sub_texts',
+        },
+    )  # fmt: skip
+    self.assertContainsSubset(
+        ['question/bleu_char', 'paraphrase/bleu_char'], first['metrics']
+    )
+    self.assertEqual(
+        {name for name in second['metrics'] if name.startswith('sub/')},
+        {
+            'sub/rouge_1_recall', 'sub/rouge_2_recall', 'sub/rouge_l_recall',
+            'sub/contains',
+        },
+    )  # fmt: skip
+    # The two requests of a case weigh as one.
+    self.assertEqual(found.summary['question/bleu_char']['n'], 2)
+    self.assertEqual(found.preferred, ((), (), ()))
+    self.assertEqual(list(evaluation.by_category(found)), ['x', 'y'])
+    lines = report.excerpts(records, found, found, 2).split('\n')
+    self.assertLen(lines, 8)
+    self.assertEqual(lines[:2], ['3. Who?', '   wanted: ab cd'])
+    self.assertStartsWith(lines[7], '   after:  ')
 
 
 if __name__ == '__main__':
