@@ -33,7 +33,7 @@ from jaxedit.types import InputError, Passage, Progress, Record
 # Contexts of about ten tokens, as MEMIT samples them; fixed, so that a
 # benchmark is the same work every time.
 TEMPLATES = (
-    templates.BARE,
+    templates.PLAIN,
     'The first of them came home in the spring. {}',
     'Therefore it is best to ask someone else first. {}',
     'Because the weather was fine we went outside. {}',

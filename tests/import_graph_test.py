@@ -64,7 +64,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 # What the files of methods/ may import of it: a method never another method.
 SHARED_BY_METHODS = tuple(
     f'methods.{name}'
-    for name in ('base', 'closed_form', 'gradient', 'regression', 'settings')
+    for name in (
+        'base',
+        'closed_form',
+        'gradient',
+        'parity',
+        'regression',
+        'settings',
+    )
 )
 # What every package may import; among themselves `types` and, of `deltas`,
 # `numerics` alone.

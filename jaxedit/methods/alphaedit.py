@@ -24,6 +24,7 @@ from jaxedit.methods.closed_form import (
     closed_form_method,
 )
 from jaxedit.methods.closed_form.editor import for_texts
+from jaxedit.methods.parity import shadowed
 from jaxedit.methods.settings import setting
 from jaxedit.solve.preconditioner import NullSpace
 from jaxedit.targets import TargetConfig
@@ -43,6 +44,7 @@ class AlphaEditConfig(ClosedFormConfig):
       instead (published 0.02).
     ridge: r (L2).
     preserve_previous: preserve the keys of earlier batches.
+    schedule_edits: edits a batch, to reproduce `parity.shadowed`; None not to.
   """
 
   layers: tuple[int, ...] = setting(
@@ -69,6 +71,8 @@ class AlphaEditConfig(ClosedFormConfig):
       True, 'preserve the keys of earlier batches', flag='remember'
   )
 
+  schedule_edits: int | None = None
+
   def recipe(self) -> Recipe:
     """Returns the method as data."""
     if self.null_space_share >= 1 and self.null_space_threshold is None:
@@ -76,7 +80,7 @@ class AlphaEditConfig(ClosedFormConfig):
           f'null_space_share={self.null_space_share:g} leaves no direction that'
           ' may be changed; give a share below 1'
       )
-    return self._recipe(
+    recipe = self._recipe(
         'alphaedit',
         preconditioner=NullSpace(
             self.null_space_share, self.null_space_threshold
@@ -84,6 +88,7 @@ class AlphaEditConfig(ClosedFormConfig):
         ridge=self.ridge,
         preserve_previous=self.preserve_previous,
     )
+    return shadowed(recipe, self.schedule_edits)
 
 
 def _for_texts(config: AlphaEditConfig, chunked: bool) -> AlphaEditConfig:

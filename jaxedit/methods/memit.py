@@ -17,6 +17,7 @@ from jaxedit.methods.closed_form import (
     Recipe,
     closed_form_method,
 )
+from jaxedit.methods.parity import shadowed
 from jaxedit.methods.settings import setting
 from jaxedit.solve.preconditioner import Covariance
 
@@ -27,6 +28,7 @@ class MemitConfig(ClosedFormConfig):
 
   Attributes:
     moment_weight: lambda on the average second moment, tokens.
+    schedule_edits: edits a batch, to reproduce `parity.shadowed`; None not to.
   """
 
   moment_weight: float = setting(
@@ -38,9 +40,13 @@ class MemitConfig(ClosedFormConfig):
       exclusive=True,
   )
 
+  schedule_edits: int | None = None
+
   def recipe(self) -> Recipe:
     """Returns the method as data."""
-    return self._recipe('memit', preconditioner=Covariance(self.moment_weight))
+    weight = Covariance(self.moment_weight)
+    recipe = self._recipe('memit', preconditioner=weight)
+    return shadowed(recipe, self.schedule_edits)
 
 
 METHOD = closed_form_method(

@@ -12,7 +12,7 @@ from jaxedit.solve.preconditioner import NullSpace
 from jaxedit.types import InputError
 
 
-def shadowed(recipe: Recipe, edits: int) -> Recipe:
+def shadowed(recipe: Recipe, edits: int | None) -> Recipe:
   """Gives a recipe the layer schedule of AnyEdit's baselines without chunks.
 
   Their loop over the edits of a batch overwrites the index of the layer, so that
@@ -22,7 +22,7 @@ def shadowed(recipe: Recipe, edits: int) -> Recipe:
 
   Args:
     recipe: MEMIT or AlphaEdit, without chunks.
-    edits: edits a batch.
+    edits: edits a batch; None leaves the recipe as it is.
 
   Returns:
     The recipe.
@@ -33,6 +33,8 @@ def shadowed(recipe: Recipe, edits: int) -> Recipe:
 
   Source: the code of Jiang et al. 2025 (AnyEdit, arXiv 2502.05628).
   """
+  if edits is None:
+    return recipe
   left = len(recipe.layers) - (edits - 1)
   if left < 1:
     raise InputError(

@@ -242,6 +242,8 @@ def from_flags(
     config = dataclasses.replace(config, rect_density=RECT_DENSITY)
   if chunked:
     config = anyedit(config, FLAGS.window, FLAGS.overlap, FLAGS.boundary)
+  elif FLAGS.parity == 'anyedit' and hasattr(config, 'schedule_edits'):
+    config = dataclasses.replace(config, schedule_edits=FLAGS.batch_size)
   return Chosen(method, config, _settings(method, config))
 
 

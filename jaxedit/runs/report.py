@@ -324,8 +324,13 @@ def lines(
         ' finite.'
     )
   found += ['', report.table(before, after), '']
-  shown = session.task.show(session.loaded.requests, before, after)
-  found += [shown] if shown else []
+  if session.task.max_new_tokens and session.config.show:
+    show = (
+        report.generations if session.task.kind == 'fact' else report.excerpts
+    )
+    found.append(
+        show(session.loaded.requests, before, after, session.config.show)
+    )
   if fluency:
     old, new = (fluency[k]['value'] for k in ('pre', 'post'))
     found.append(

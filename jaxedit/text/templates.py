@@ -28,7 +28,7 @@ from jaxedit.types import InputError
 
 Sample = Callable[[list[str], int, int], list[str]]
 
-BARE = PLACEHOLDER
+PLAIN = PLACEHOLDER
 STARTS = ('The', 'Therefore', 'Because', 'I', 'You')
 # The names that tokenizers of the common families give to their own tokens.
 _SPECIAL = re.compile(
@@ -93,7 +93,7 @@ def sample_templates(
         f'sample returned {len(texts)} texts for {len(prompts)} prompts'
     )
   cleaned = (clean(text, special_tokens) for text in texts)
-  return (BARE, *(f'{text}. {PLACEHOLDER}' for text in cleaned))
+  return (PLAIN, *(f'{text}. {PLACEHOLDER}' for text in cleaned))
 
 
 def template_faults(entries: Sequence[object]) -> list[str]:
@@ -140,9 +140,9 @@ def load_templates(path: str | os.PathLike[str]) -> tuple[str, ...]:
   faults = template_faults(entries)
   if faults:
     raise InputError(*(f'{path}: {fault}' for fault in faults))
-  if BARE in entries:
-    entries.remove(BARE)
-  return (BARE, *map(valid_unicode, entries))
+  if PLAIN in entries:
+    entries.remove(PLAIN)
+  return (PLAIN, *map(valid_unicode, entries))
 
 
 def save_templates(
