@@ -23,14 +23,16 @@ from jaxedit.deltas import (
     Edited,
 )
 from jaxedit.edited import scoring
-from jaxedit.eval import answers
+from jaxedit.eval.scorers import long_form
 from jaxedit.types import (
+    LOCALITY,
+    REPHRASE,
+    EditRequest,
     Progress,
-    Record,
 )
 
 
-def items(records: Sequence[Record]) -> list[tuple[str, tuple[str, ...]]]:
+def items(records: Sequence[EditRequest]) -> list[tuple[str, tuple[str, ...]]]:
   """Lists what the evaluation stage scores, each row once.
 
   Args:
@@ -41,11 +43,12 @@ def items(records: Sequence[Record]) -> list[tuple[str, tuple[str, ...]]]:
   """
   found: dict[tuple[str, tuple[str, ...]], None] = {}
   for record in records:
-    texts = tuple(filter(None, (record.target_new, record.target_true)))
-    for prompt in (record.question, *record.paraphrases):
+    texts = tuple(filter(None, (record.target, record.target_true)))
+    rephrases = [probe.prompt for probe in record.probes_of(REPHRASE)]
+    for prompt in (record.question, *rephrases):
       found[prompt, texts] = None
-    for probe in record.neighbours:
-      found[probe.prompt, (probe.answer, record.target_new)] = None
+    for probe in record.probes_of(LOCALITY):
+      found[probe.prompt, (probe.answers[0], record.target)] = None
   return list(found)
 
 
@@ -88,7 +91,7 @@ class Answers:
     self._setup, self._batch = setup, batch_size
     self._most = max_new_tokens
     words, spec = setup.tokenizer, setup.model.spec
-    self._stop = answers.end_ids(
+    self._stop = long_form.end_ids(
         words, spec.vocab, benchmark_passages.chat(words).end
     )
     self.stage = Stage('answer', 'token', 0)

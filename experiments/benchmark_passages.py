@@ -5,16 +5,18 @@ Questions stand in the chat template of the tokenizer. Nothing here measures.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
-from jaxedit.eval import passages
+from jaxedit.eval import datasets
 from jaxedit.models.spec import ModelSpec
 from jaxedit.text import chat as chat_lib
 from jaxedit.text import passages as text_passages
 from jaxedit.text.chat import Chat
 from jaxedit.text.chunking import Chunking
 from jaxedit.text.encoding import EncodedEdit
-from jaxedit.types import Passage
+from jaxedit.types import EditRequest
 
 
 def chat(tokenizer: Any) -> Chat:
@@ -35,46 +37,53 @@ def read(
     limit: int,
     on_bad_record: str,
     max_answer_tokens: int | None,
-) -> tuple[tuple[Passage, ...], list[EncodedEdit]]:
-  """Reads passages that can be edited.
+) -> tuple[tuple[EditRequest, ...], list[EncodedEdit]]:
+  """Reads questions with answers that can be edited.
 
   Args:
-    source: "demo" or a file, see `eval.passages`.
+    source: "demo" or a file, see `eval.datasets`.
     tokenizer: of the model.
     spec: the architecture.
     chunks: how answers are cut.
-    limit: how many passages; of a file with cases, how many cases.
+    limit: how many; of a file with cases, how many cases.
     on_bad_record: 'fail' or 'skip'.
     max_answer_tokens: longest answer, its end left out, or None; a longer one
-      is a faulty record.
+      is a bad record.
 
   Returns:
-    (the passages, their ids).
+    (the requests, their ids).
 
   Raises:
-    InputError: faulty records, or no chat template.
+    InputError: bad records, or no chat template.
   """
-  options = dict(
-      chat=chat(tokenizer), max_tokens=spec.max_positions, chunking=chunks
+  encoder = text_passages.passage_encoder(
+      tokenizer,
+      chat=chat(tokenizer),
+      max_tokens=spec.max_positions,
+      chunking=chunks,
   )
-  check = text_passages.passage_check(tokenizer, **options)
-  found = passages.load_passages(
+  long = functools.partial(_too_long, tokenizer, max_answer_tokens)
+  found = datasets.load_requests(
       source,
+      kinds=(datasets.TEXT,),
       limit=limit,
       on_bad_record=on_bad_record,
-      check=lambda x: check(x) or _too_long(tokenizer, x, max_answer_tokens),
-  ).records
-  edits = text_passages.encode_passages(tokenizer, found, **options)
-  return tuple(found), edits
+      check=datasets.first_errors(encoder.check, long),
+  ).requests
+  return found, encoder.encode(found)
 
 
-def _too_long(tokenizer: Any, passage: Passage, limit: int | None) -> list[str]:
-  """The fault of an answer over the limit."""
-  ids = tokenizer(passage.answer, add_special_tokens=False)['input_ids']
-  if limit is None or len(ids) <= limit:
-    return []
-  return [
-      f'its answer takes {len(ids)} tokens, more than'
-      f' --max_answer_tokens={limit}; shorten it, raise the limit or pass over'
-      ' such records with --on_bad_record=skip.'
-  ]
+def _too_long(
+    tokenizer: Any, limit: int | None, requests: Sequence[EditRequest]
+) -> list[list[str]]:
+  """Lists answers over the limit."""
+  errors: list[list[str]] = [[] for _ in requests]
+  for own, request in zip(errors, requests):
+    ids = tokenizer(request.target, add_special_tokens=False)['input_ids']
+    if limit is not None and len(ids) > limit:
+      own.append(
+          f'its answer takes {len(ids)} tokens, more than'
+          f' --max_answer_tokens={limit}; shorten it, raise the limit or pass'
+          ' over such records with --on_bad_record=skip.'
+      )
+  return errors

@@ -8,10 +8,11 @@ of AnyEdit's code (smollm2 has a rate of its own).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
-from experiments import benchmark_passages, resources, workbench
+from experiments import benchmark_passages, resources
 from experiments.benchmark_presets import (
     PRESETS,
     RandomMoments,
@@ -19,7 +20,8 @@ from experiments.benchmark_presets import (
     scaled,
 )
 from jaxedit.convert import hub
-from jaxedit.eval import datasets
+from jaxedit.eval import datasets, evaluation
+from jaxedit.eval.scorers.teacher_forced import TeacherForced
 from jaxedit.methods import closed_form, memit
 from jaxedit.methods.anyedit import anyedit
 from jaxedit.models import families, loading, tokenizer
@@ -28,7 +30,8 @@ from jaxedit.text import (
     encoding,
     templates,
 )
-from jaxedit.types import InputError, Passage, Progress, Record
+from jaxedit.text.token_cache import TokenCache
+from jaxedit.types import EditRequest, InputError, Progress
 
 # Contexts of about ten tokens, as MEMIT samples them; fixed, so that a
 # benchmark is the same work every time.
@@ -98,7 +101,7 @@ class Setup:
   Attributes:
     model: spec, params, folder, hash, Hugging Face config.
     tokenizer: where the ids are from.
-    records: the facts or passages.
+    records: the facts or long answers.
     edits: their ids, of facts under the contexts.
     recipe: the method.
     moment_weight: lambda, tokens.
@@ -108,7 +111,7 @@ class Setup:
 
   model: loading.Model
   tokenizer: Any
-  records: tuple[Record, ...] | tuple[Passage, ...]
+  records: tuple[EditRequest, ...]
   edits: list[encoding.EncodedEdit]
   recipe: closed_form.Recipe
   moment_weight: float
@@ -187,7 +190,7 @@ def _recipe(config: Config, layers: tuple[int, ...]) -> closed_form.Recipe:
 
 def _edits(
     config: Config, words: Any, spec: ModelSpec, recipe: closed_form.Recipe
-) -> tuple[tuple[Any, ...], list[encoding.EncodedEdit]]:
+) -> tuple[tuple[EditRequest, ...], list[encoding.EncodedEdit]]:
   """Reads the records that can be edited and scored, and encodes them."""
   if len(words) > spec.vocab:
     raise InputError(
@@ -204,14 +207,14 @@ def _edits(
         max_answer_tokens=config.max_answer_tokens,
         **read,
     )
-  check = workbench.record_check(
-      words, spec, contexts=config.contexts, max_new_tokens=0
+  tokens = TokenCache(words)
+  encoder = encoding.fact_encoder(
+      tokens, config.contexts, max_tokens=spec.max_positions
   )
-  records = datasets.load_records(config.data, check=check, **read).records
-  edits = encoding.encode_edits(
-      words, records, config.contexts, max_tokens=spec.max_positions
-  )
-  return tuple(records), edits
+  judge = functools.partial(evaluation.errors, spec, [TeacherForced(tokens)])
+  check = datasets.first_errors(encoder.check, judge)
+  found = datasets.load_requests(config.data, check=check, **read).requests
+  return found, encoder.encode(found)
 
 
 def _moments(

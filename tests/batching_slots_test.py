@@ -23,7 +23,7 @@ from jaxedit.text import encoding
 
 TEMPLATES = ('{}', 'The guitar in Paris. {}', 'You. {}')
 RECORDS = tuple(
-    types.Record(i, f'r{i}', prompt, subject, target)
+    types.EditRequest(i, f'r{i}', prompt, subject, target)
     for i, (prompt, subject, target) in enumerate(
         [
             ('{}, the', 'Toko Yasuda', 'piano'),

@@ -149,10 +149,10 @@ class SetupTest(absltest.TestCase):
 
   def test_package_data(self):
     data = setup_arguments()['package_data']
-    self.assertIn('*.jsonl', data['jaxedit.eval'])
+    self.assertIn('*.jsonl', data['jaxedit.eval.datasets'])
     self.assertIn('flagfiles/*.flags', data['experiments'])
     for name in ('demo_facts.jsonl', 'demo_passages.jsonl'):
-      demo = importlib.resources.files('jaxedit.eval') / name
+      demo = importlib.resources.files('jaxedit.eval.datasets') / name
       lines = demo.read_text('utf-8').splitlines()
       self.assertNotEmpty(lines)
       for line in lines:
@@ -174,7 +174,7 @@ class ImportTest(absltest.TestCase):
         *modules('kernels', 'jaxedit.kernels'),
         *modules('experiments', 'experiments'),
     ]
-    for known in ('jaxedit.models.decoder', 'jaxedit.eval.harness'):
+    for known in ('jaxedit.models.decoder', 'jaxedit.eval.evaluation'):
       self.assertIn(known, names)
     out = run_python(IMPORT_ALL, json.dumps([['torch', *EXTRAS], names]))
     faults = {
