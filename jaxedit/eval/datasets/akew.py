@@ -94,10 +94,10 @@ def _filled(fields: lib.Fields, whole: bool) -> str:
   return prompt.replace(PLACEHOLDER, subject).strip()
 
 
-def _tells(data: Mapping[str, Any]) -> bool:
+def _matches(data: Mapping[str, Any]) -> bool:
   """Tells AKEW from CounterFact, which has no question in its rewrite."""
   rewrite = data.get(_REWRITE)
   return not isinstance(rewrite, dict) or 'fact_new_uns' in rewrite
 
 
-FORMAT = lib.Format('akew', lib.TEXT, (_REWRITE,), read, tells=_tells)
+FORMAT = lib.Format('akew', lib.TEXT, (_REWRITE,), read, matches=_matches)

@@ -132,7 +132,7 @@ class Format(NamedTuple):
       `EditRequest`, of which number and id are the object's unless given, and
       'rephrases', prompts of its rephrase probes.
     finish: (parts, errors) -> parts; finds what is wrong between fields.
-    tells: of formats that share a sign, the first whose `tells` holds is meant.
+    matches: of formats that share a sign, the first that matches is meant.
     case: field with the name of the case that an object is of, '' for none.
   """
 
@@ -141,7 +141,7 @@ class Format(NamedTuple):
   signs: tuple[str, ...]
   read: Callable[[Fields, str, Options], list[Parts]]
   finish: Callable[[Parts, list[str]], Parts] = lambda parts, errors: parts
-  tells: Callable[[Mapping[str, Any]], bool] = lambda data: True
+  matches: Callable[[Mapping[str, Any]], bool] = lambda data: True
   case: str = ''
 
 

@@ -1,0 +1,130 @@
+"""The objects of a file, one by one, and what keeps one from being read."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jaxedit import io
+from jaxedit.text import locate
+from jaxedit.types import InputError
+
+DEMO, DEMO_PASSAGES = 'demo', 'demo_passages'
+_LISTED = 20  # errors reported in full before only their count is
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """One object of the file, or what kept it from being read."""
+
+  number: int
+  data: Any
+  error: str = ''
+
+  @property
+  def id(self) -> str:
+    """The data set's identifier, or the number where it gives none."""
+    if isinstance(self.data, dict):
+      for name in ('id', 'case_id', 'known_id'):
+        value = self.data.get(name)
+        if isinstance(value, str | int) and not isinstance(value, bool):
+          return locate.valid_unicode(str(value))
+    return str(self.number)
+
+
+def named(record: Any) -> str:
+  """Returns the words that point a user to a record or a request."""
+  return f'record {record.number} (id {record.id})'
+
+
+def read(name: str, content: str, *, long: bool) -> bytes:
+  """Reads a file.
+
+  Args:
+    name: its path, or that of a demo.
+    content: what it should hold, in words.
+    long: whether 'demo' are the long answers.
+
+  Returns:
+    Its bytes.
+
+  Raises:
+    InputError: it cannot be read.
+  """
+  if name in (DEMO, DEMO_PASSAGES):
+    long = long or name == DEMO_PASSAGES
+    demo = 'demo_passages.jsonl' if long else 'demo_facts.jsonl'
+    return pathlib.Path(__file__).with_name(demo).read_bytes()
+  try:
+    return pathlib.Path(name).read_bytes()
+  except FileNotFoundError as error:
+    raise InputError(
+        f"{name}: there is no such file; check the path, or use '{DEMO}' for"
+        f' the {content} that come with the package.'
+    ) from error
+  except OSError as error:
+    raise InputError(
+        f'{name}: cannot be read ({error.strerror}); give a file of records.'
+    ) from error
+
+
+def entries(blob: bytes, source: str) -> Iterator[Entry]:
+  """Yields the objects of a list, or of the lines, numbered from 1.
+
+  Args:
+    blob: the file, UTF-8.
+    source: its name, for errors.
+
+  Raises:
+    InputError: no UTF-8, or a list that is no JSON.
+  """
+  text = _decode(blob, source)
+  if text.lstrip()[:1] == '[':
+    try:
+      values = io.parse_json(text)
+    except ValueError as error:
+      line = getattr(error, 'lineno', 1)
+      raise InputError(
+          f'{source}: not JSON at line {line} ({error}); correct the list there.'
+      ) from error
+    yield from (Entry(i, value) for i, value in enumerate(values, 1))
+    return
+  number = 0
+  # Not splitlines: JSON texts may hold U+2028 and its like as they are.
+  for line, piece in enumerate(text.split('\n'), 1):
+    if not piece.strip():
+      continue
+    number += 1
+    try:
+      yield Entry(number, io.parse_json(piece))
+    except ValueError as error:
+      reason = getattr(error, 'msg', error)
+      yield Entry(
+          number,
+          None,
+          f'not JSON at line {line} ({reason}); write one object a line, or'
+          ' one list of objects.',
+      )
+
+
+def shorten(errors: Sequence[str], source: str) -> list[str]:
+  """Leaves out all errors but the first, and says how many there are."""
+  if len(errors) <= _LISTED:
+    return list(errors)
+  return [
+      *errors[:_LISTED],
+      f'{source}: {len(errors)} errors in all, the first {_LISTED} are listed;'
+      ' correct the file, or skip bad records.',
+  ]
+
+
+def _decode(blob: bytes, source: str) -> str:
+  try:
+    return blob.decode('utf-8-sig')
+  except UnicodeDecodeError as error:
+    line = blob.count(b'\n', 0, error.start) + 1
+    raise InputError(
+        f'{source}: line {line} is not UTF-8; save the file as UTF-8.'
+    ) from error
