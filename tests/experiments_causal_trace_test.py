@@ -2,10 +2,8 @@
 
 import functools
 import html.parser
-import pathlib
 import re
 import sys
-import tempfile
 from unittest import mock
 
 import numpy as np
@@ -13,20 +11,12 @@ import programs
 import tiny_model
 from absl.testing import absltest, parameterized
 
-from experiments import (
-    causal_trace,
-    kept,
-    trace_costs,
-    trace_figures,
-    trace_page,
-    trace_plots,
-    trace_results,
-    trace_stages,
-)
+from experiments import causal_trace, kept
 from jaxedit.eval import known_facts
 from jaxedit.models import loading, tokenizer
-from jaxedit.testing import data_path, models
-from jaxedit.trace import causal, effects, kinds
+from jaxedit.testing import data_path
+from jaxedit.trace import causal, fact_trace, facts, figures, plots
+from jaxedit.trace.restoration import NAMES as ALL
 from jaxedit.types import InputError
 
 try:
@@ -34,7 +24,6 @@ try:
 except ImportError:
   matplotlib = None
 
-ALL = tuple(kinds.KINDS)
 PROMPTS = (
     ('In Paris the Danielle is', 'Danielle'),
     ('The mother tongue of Toko Yasuda is in', 'Toko Yasuda'),
@@ -203,12 +192,14 @@ class WholeRunTest(absltest.TestCase):
         {f'{stem}.{ending}' for stem in stems for ending in ('png', 'svg')},
     )
     for name in names:
-      self.assertRegex(name, f'^{trace_plots.NAMES}$')
+      self.assertRegex(name, f'^{plots.NAMES}$')
       size = (self.done.folder / 'plots' / name).stat().st_size
       self.assertBetween(size, 1000, 100_000)
     text = (self.done.folder / 'index.html').read_text()
     self.assertEqual(text.count('<svg role="img" aria-label="'), len(stems))
-    self.assertNotIn(trace_figures.INK, text.replace(trace_page._STYLE, ''))
+    self.assertNotIn(
+        figures.INK, re.sub(r'<style>.*</style>', '', text, flags=re.DOTALL)
+    )
 
 
 class _Balanced(html.parser.HTMLParser):
@@ -301,7 +292,7 @@ class OtherRunsTest(absltest.TestCase):
     with mock.patch.object(kept.Kept, 'save', count):
       done = SETUP.run(**given)
     self.assertEqual(done.code, 0, done.err)
-    self.assertIn('4 traces of a run that was stopped were kept', done.err)
+    self.assertIn('4 traces of an interrupted run were kept', done.err)
     self.assertEqual(done.results['work']['traces_kept'], 4)
     self.assertLen(traced, 2)
     self.assertFalse((folder / 'unfinished').exists())
@@ -338,9 +329,9 @@ class OtherRunsTest(absltest.TestCase):
   def test_first_token_counts_as_completing(self):
     words = tokenizer.load_tokenizer(SETUP.model)
     fact = known_facts.Fact(1, '1', '{} is', 'Ada', 'Paris nowhere')
-    asked = trace_stages.Asked(fact, np.zeros(1, np.int32), (0, 1))
+    asked = facts.EncodedFact(fact, np.zeros(1, np.int32), (0, 1))
     first = words(' Paris')['input_ids'][0]
-    judge = lambda token: trace_stages._judged(words, asked, token).completes
+    judge = lambda token: facts.judged(words, asked, token).completes
     self.assertEqual(judge(first), 'begins')
     self.assertEqual(judge(first + 1), 'misses')
 
@@ -361,20 +352,18 @@ class OtherRunsTest(absltest.TestCase):
     self.assertFalse((done.folder / 'results.json').exists())
 
   def test_facts_without_numbers_are_left_out(self):
-    words = tokenizer.load_tokenizer(SETUP.model)
-    facts = [known_facts.Fact(i, str(i), '{}', 'Ada') for i in (1, 2)]
+    words, label = tokenizer.load_tokenizer(SETUP.model), np.zeros(1, np.int32)
     asked = [
-        trace_stages.Asked(fact, np.zeros(1, np.int32), (0, 1), 3)
-        for fact in facts
+        facts.EncodedFact(
+            known_facts.Fact(i, str(i), '{}', 'Ada'), label, (0, 1), 3
+        )
+        for i in (1, 2)
     ]
-    grid = np.array([[np.nan, 1.0]])
     traced = [
-        causal.Traced(np.zeros(1, np.int32), 0.5, 0.1, {'hidden': grid}),
-        causal.Traced(
-            np.zeros(1, np.int32), 0.5, 0.1, {'hidden': np.ones((1, 2))}
-        ),
+        causal.Traced(label, 0.5, 0.1, {'hidden': np.array([[nan, 1.0]])})
+        for nan in (np.nan, 1.0)
     ]
-    found, missed = trace_stages.collect(words, asked, traced)
+    found, missed = fact_trace.collect(words, asked, traced)
     self.assertEqual([one.fact.number for one in found], [2])
     self.assertEqual([one['number'] for one in missed], [1])
 
@@ -499,66 +488,6 @@ class KnownFactsTest(parameterized.TestCase):
     self.assertGreater(len(loaded.records), 500)
     for fact in loaded.records:
       self.assertEqual(fact.prompt.count('{}'), 1)
-
-
-class PartsTest(parameterized.TestCase):
-
-  @parameterized.parameters(
-      (' Tower', True, 'Tower*'),
-      ('\n', False, '\u23ce'),
-      (' ', False, '\u2423'),
-      ('a' * 30, False, 'a' * 15 + '\u2026'),
-  )
-  def test_token_labels(self, text, inside, wanted):
-    self.assertEqual(trace_figures.token_label(text, inside), wanted)
-
-  def test_texts_of_facts_stay_texts(self):
-    row = {
-        'prompt': '<b>"Ada"</b> is', 'cloze': '<b>"{}"</b> is',
-        'subject': 'Ada', 'answer': '&', 'completes': 'misses',
-        'attribute': '<i>', 'number': 1, 'high': 0.5, 'low': 0.1, 'best': {},
-    }  # fmt: skip
-    text = trace_page._fact(row, 10, {}, '')
-    self.assertNotRegex(text, '<b>|<i>')
-    self.assertIn('&lt;b&gt;&quot;<mark>Ada</mark>', text)
-
-  def test_arithmetic(self):
-    spec = models.tiny_spec('llama', layers=4)
-    fact = known_facts.Fact(1, '1', '{}', 'Ada')
-    traced = causal.Traced(np.zeros(1, np.int32), 1.0, 0.0, {})
-    one = trace_results.Found(
-        fact, np.zeros(1, np.int32), ('a',), (0, 1), 'b', 'unasked', traced
-    )
-    count = trace_costs.work(spec, [one], [kinds.HIDDEN], 3)
-    self.assertEqual(count['cells'], 4)
-    # 4 rows; then a draw has tails of 3, 2, 1 and 0 layers.
-    layers = 4 * 4 + 3 * (3 + 2 + 1)
-    heads = 4 + 3 * 3
-    per_layer = 2 * trace_costs.costs.layer_weights(spec)
-    per_layer += 4 * spec.heads * spec.head_size
-    head = 2 * spec.width * spec.vocab
-    self.assertAlmostEqual(count['flops'], layers * per_layer + heads * head)
-    scratch = 4 * (1 + 4) * (4 * per_layer + head)
-    self.assertAlmostEqual(count['naive_flops'], scratch)
-
-  def test_plots_of_one_fact_and_strange_tokens(self):
-    if matplotlib is None:
-      self.skipTest('needs matplotlib')
-    grid = np.full((2, 3), 0.25)
-    traced = causal.Traced(np.zeros(1, np.int32), 0.5, 0.25, {'mlp': grid})
-    one = trace_results.Found(
-        known_facts.Fact(7, '7', '{}', 'x'), np.arange(2), ('$x^$', '\ud7a3\n'),
-        (0, 2), '$', 'unasked', traced,
-    )  # fmt: skip
-    averages = trace_results.averages([one], ['mlp'])
-    self.assertEqual(averages['mlp'].count.sum(), 3)
-    with tempfile.TemporaryDirectory() as folder:
-      drawn = trace_plots.draw_all(
-          [one], averages, pathlib.Path(folder) / 'plots',
-          window=2, formats=('svg',), facts=1,
-      )  # fmt: skip
-    self.assertIn('$x^$*', drawn['fact_00007_mlp'])
-    self.assertEqual(effects.CLASSES[5], 'last token')
 
 
 if __name__ == '__main__':
