@@ -11,9 +11,10 @@ import programs
 import tiny_model
 from absl.testing import absltest, parameterized
 
-from experiments import causal_trace, kept
+from experiments import causal_trace
 from jaxedit.eval import known_facts
 from jaxedit.models import loading, tokenizer
+from jaxedit.runs import cache
 from jaxedit.testing import data_path
 from jaxedit.trace import causal, fact_trace, facts, figures, plots
 from jaxedit.trace.restoration import NAMES as ALL
@@ -271,7 +272,7 @@ class OtherRunsTest(absltest.TestCase):
   def test_goes_on_where_it_was_stopped(self):
     folder, given = SETUP.path('out'), dict(kinds='hidden,severed_mlp')
     given |= dict(output_dir=folder, keep_wrong=True)
-    save = kept.Kept.save
+    save = cache.TraceFiles.save
     saved = []
 
     def stop(self, arrays, *parts):
@@ -280,7 +281,7 @@ class OtherRunsTest(absltest.TestCase):
       save(self, arrays, *parts)
       saved.append(arrays)
 
-    with mock.patch.object(kept.Kept, 'save', stop):
+    with mock.patch.object(cache.TraceFiles, 'save', stop):
       self.assertEqual(SETUP.run(**given).code, 130)
     self.assertFalse((folder / 'results.json').exists())
     traced = []
@@ -289,7 +290,7 @@ class OtherRunsTest(absltest.TestCase):
       save(self, arrays, *parts)
       traced.append(arrays)
 
-    with mock.patch.object(kept.Kept, 'save', count):
+    with mock.patch.object(cache.TraceFiles, 'save', count):
       done = SETUP.run(**given)
     self.assertEqual(done.code, 0, done.err)
     self.assertIn('4 traces of an interrupted run were kept', done.err)

@@ -11,11 +11,20 @@ import numpy as np
 import programs
 from absl.testing import absltest, parameterized
 
-from experiments import causal_trace, memit_batch, suggest_inputs
-from jaxedit.runs import layer_search
+from experiments import causal_trace, memit_batch
+from jaxedit.models.tokenizer import load_tokenizer
+from jaxedit.runs import (
+  cli,
+  layer_inputs,
+  layer_search,
+  layer_trials,
+  method_flags,
+)
+from jaxedit.runs.config import RunConfig
+from jaxedit.runs.trace_config import TraceRunConfig
 from jaxedit.stats import storage
 from jaxedit.testing import facts
-from jaxedit.types import InputError
+from jaxedit.types import InputError, silent
 
 RECORDS = [
     {
@@ -113,7 +122,7 @@ class ProgramTest(parameterized.TestCase):
     clear = mock.Mock()
     with (
         mock.patch.object(jax, 'clear_caches', clear),
-        mock.patch.object(layer_search, '_ANCHORS', 2),
+        mock.patch.object(layer_trials, '_ANCHORS', 2),
     ):
       done = self.suggest(
           probe='all', probe_widths='1,2', probe_facts=3, probe_skip=1,
@@ -183,29 +192,36 @@ class ProgramTest(parameterized.TestCase):
     self.assertEqual(refused.code, 2)
     self.assertIn('and those that the search has seen', refused.err)
 
+  def read(self, **given):
+    """What the program reads for a search."""
+    with self.setup.parsed(*self.setup.arguments(**(self.given | given))):
+      return layer_inputs.read(
+          cli.read(RunConfig), cli.read(TraceRunConfig),
+          method_flags.from_flags('fact'), model=self.setup.base,
+          tokenizer=load_tokenizer(self.setup.model), clock=None,
+          progress=silent,
+      )  # fmt: skip
+
   def test_moments_bound_the_search(self):
     model, path = self.setup.base, self.setup.path('moments.safetensors')
     found = facts.random_moments(model.spec, (0, 1), seed=0)
     about = {'model': model.hash, 'site': 'mlp/down'}
     storage.save(path, dataclasses.replace(found, provenance=about))
-    given = self.given | dict(suggest_layers=True, moments=path)
-    with self.setup.parsed(*self.setup.arguments(**given)):
-      suggest_inputs.check_moments(model)
-      err = io.StringIO()
-      with contextlib.redirect_stderr(err):
-        tops = [suggest_inputs.bounded(top) for top in (0, 1, 2)]
-      self.assertEqual(tops, [0, 1, 1])
-      self.assertIn(
-          'layers 0 to 2, of which --moments has 0 to 1', err.getvalue()
-      )
-    with self.setup.parsed(*self.setup.arguments(**given, probe='all')):
-      with self.assertRaisesRegex(InputError, 'of layers 0, 1, not of 2'):
-        suggest_inputs.check_moments(model)
+    given = dict(suggest_layers=True, moments=path)
+    chosen = self.read(**given).chosen
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err):
+      tops = [layer_inputs.bounded(path, chosen, top) for top in (0, 1, 2)]
+    self.assertEqual(tops, [0, 1, 1])
+    self.assertIn(
+        'layers 0 to 2, of which --moments has 0 to 1', err.getvalue()
+    )
+    with self.assertRaisesRegex(InputError, 'of layers 0, 1, not of 2'):
+      self.read(**given, probe='all')
     about['model'] = 'another'
     storage.save(path, dataclasses.replace(found, provenance=about))
-    with self.setup.parsed(*self.setup.arguments(**given)):
-      with self.assertRaisesRegex(InputError, "with hash 'another'"):
-        suggest_inputs.check_moments(model)
+    with self.assertRaisesRegex(InputError, "with hash 'another'"):
+      self.read(**given)
 
   @parameterized.parameters(
       (dict(layers='1'), '--layers is what --suggest_layers finds'),

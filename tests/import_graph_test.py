@@ -50,6 +50,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         'batching',
         'checkpoint',
         'convert',
+        'deltas',
         'edited',
         'eval',
         'methods',

@@ -1,5 +1,8 @@
 """Traced facts as numbers, plots and a page."""
 
+import pathlib
+import tempfile
+
 import numpy as np
 from absl.testing import absltest, parameterized
 
@@ -87,8 +90,10 @@ class ReportTest(parameterized.TestCase):
         ('$x^$', '\ud7a3\n'), {'mlp': np.full((2, 3), 0.25)}, answer='$',
     )  # fmt: skip
     self.assertEqual(found.averages['mlp'].count.sum(), 3)
-    files = {}
-    drawn = plots.draw_all(found, files.__setitem__, formats=('svg',), facts=1)
+    with tempfile.TemporaryDirectory() as folder:
+      folder = pathlib.Path(folder)
+      drawn = plots.draw_all(found, folder, formats=('svg',), facts=1)
+      files = [path.name for path in folder.iterdir()]
     self.assertIn('$x^$*', drawn['fact_00007_mlp'])
     self.assertCountEqual(files, [f'{name}.svg' for name in drawn])
 
