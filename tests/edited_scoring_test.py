@@ -10,7 +10,7 @@ from absl.testing import absltest, parameterized
 
 from jaxedit.deltas import UNEDITED, Edited, LowRank
 from jaxedit.edited import open_model, scoring, select
-from jaxedit.models import decode, decoder
+from jaxedit.models import decoder
 from jaxedit.testing import models
 from jaxedit.types import InputError
 

@@ -12,13 +12,13 @@ import tiny_model
 from absl.testing import absltest, parameterized
 
 from experiments import causal_trace
-from jaxedit.eval import known_facts
+from jaxedit.eval import datasets
 from jaxedit.models import loading, tokenizer
 from jaxedit.runs import cache
 from jaxedit.testing import data_path
 from jaxedit.trace import causal, fact_trace, facts, figures, plots
 from jaxedit.trace.restoration import NAMES as ALL
-from jaxedit.types import InputError
+from jaxedit.types import EditRequest, InputError
 
 try:
   import matplotlib
@@ -329,7 +329,7 @@ class OtherRunsTest(absltest.TestCase):
 
   def test_first_token_counts_as_completing(self):
     words = tokenizer.load_tokenizer(SETUP.model)
-    fact = known_facts.Fact(1, '1', '{} is', 'Ada', 'Paris nowhere')
+    fact = EditRequest(1, '1', '{} is', 'Ada', 'Paris nowhere')
     asked = facts.EncodedFact(fact, np.zeros(1, np.int32), (0, 1))
     first = words(' Paris')['input_ids'][0]
     judge = lambda token: facts.judged(words, asked, token).completes
@@ -356,7 +356,7 @@ class OtherRunsTest(absltest.TestCase):
     words, label = tokenizer.load_tokenizer(SETUP.model), np.zeros(1, np.int32)
     asked = [
         facts.EncodedFact(
-            known_facts.Fact(i, str(i), '{}', 'Ada'), label, (0, 1), 3
+            EditRequest(i, str(i), '{}', 'Ada', ''), label, (0, 1), 3
         )
         for i in (1, 2)
     ]
@@ -426,13 +426,15 @@ class RefusalTest(parameterized.TestCase):
 class KnownFactsTest(parameterized.TestCase):
 
   def load(self, *records, **options):
-    return known_facts.load_facts(SETUP.write(*records), **options)
+    return datasets.load_requests(
+        SETUP.write(*records), kinds=('known',), **options
+    )
 
   def test_format(self):
     record = known('Ada lives in Oslo', 'Ada', ' Norway ', 4)
-    (fact,) = self.load(record).records
+    (fact,) = self.load(record).requests
     self.assertEqual(
-        fact, known_facts.Fact(1, '40', '{} lives in Oslo', 'Ada', 'Norway')
+        fact, EditRequest(1, '40', '{} lives in Oslo', 'Ada', 'Norway')
     )
     self.assertEqual(fact.question, 'Ada lives in Oslo')
     self.assertEqual(fact.parts, ('', 'Ada', ' lives in Oslo'))
@@ -440,11 +442,11 @@ class KnownFactsTest(parameterized.TestCase):
   def test_template_says_which_subject(self):
     record = known('Ada or Ada is', 'Ada', 'a', 1)
     record['template'] = 'Ada or {} is'
-    self.assertEqual(self.load(record).records[0].prompt, 'Ada or {} is')
+    self.assertEqual(self.load(record).requests[0].prompt, 'Ada or {} is')
     record['template'] = 'another {} text'
-    self.assertEqual(self.load(record).records[0].prompt, '{} or Ada is')
+    self.assertEqual(self.load(record).requests[0].prompt, '{} or Ada is')
     del record['prompt']
-    self.assertEqual(self.load(record).records[0].question, 'another Ada text')
+    self.assertEqual(self.load(record).requests[0].question, 'another Ada text')
 
   def test_all_faults(self):
     with self.assertRaises(InputError) as caught:
@@ -466,13 +468,13 @@ class KnownFactsTest(parameterized.TestCase):
         known('Ada is', 'Ada', 'a', 2),
         on_bad_record='skip',
     )
-    self.assertLen(loaded.records, 1)
+    self.assertLen(loaded.requests, 1)
     self.assertEqual(loaded.skipped[0].number, 1)
 
   def test_facts_to_edit(self):
-    loaded = known_facts.load_facts('demo')
-    self.assertLen(loaded.records, 100)
-    self.assertEqual(loaded.records[0].attribute, 'Paris')
+    loaded = datasets.load_requests('demo', kinds=('known',))
+    self.assertLen(loaded.requests, 100)
+    self.assertEqual(loaded.requests[0].target, 'Paris')
     with self.assertRaisesRegex(InputError, 'does not say what is true'):
       self.load({'prompt': '{} is', 'subject': 'Ada', 'target_new': 'here'})
 
@@ -484,10 +486,12 @@ class KnownFactsTest(parameterized.TestCase):
         self.load(record)
 
   def test_real_file(self):
-    loaded = known_facts.load_facts(data_path('known_facts.jsonl'))
+    loaded = datasets.load_requests(
+        data_path('known_facts.jsonl'), kinds=('known',)
+    )
     self.assertEqual(loaded.format, 'known')
-    self.assertGreater(len(loaded.records), 500)
-    for fact in loaded.records:
+    self.assertGreater(len(loaded.requests), 500)
+    for fact in loaded.requests:
       self.assertEqual(fact.prompt.count('{}'), 1)
 
 

@@ -14,11 +14,11 @@ from absl.testing import absltest, parameterized
 from experiments import causal_trace, memit_batch
 from jaxedit.models.tokenizer import load_tokenizer
 from jaxedit.runs import (
-  cli,
-  layer_inputs,
-  layer_search,
-  layer_trials,
-  method_flags,
+    cli,
+    layer_inputs,
+    layer_search,
+    layer_trials,
+    method_flags,
 )
 from jaxedit.runs.config import RunConfig
 from jaxedit.runs.trace_config import TraceRunConfig

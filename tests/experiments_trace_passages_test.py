@@ -10,7 +10,7 @@ from jaxedit.text import chat as chat_lib
 from jaxedit.text import chunking
 from jaxedit.text import passages as text_passages
 from jaxedit.trace import passages, reach
-from jaxedit.types import Passage
+from jaxedit.types import EditRequest
 
 RECORDS = [
     {'question': 'The mother tongue of Danielle',
@@ -64,7 +64,8 @@ class PassagesTest(absltest.TestCase):
 
   def test_question_and_chunks(self):
     words = tokenizer_lib.load_tokenizer(self.setup.model)
-    passage = Passage(1, '1', **RECORDS[0])
+    asked, answer = RECORDS[0].values()
+    passage = EditRequest(1, '1', asked, None, answer)
     for kind in ('template', 'none', 'In {} is'):
       end = None if kind == 'template' else ''
       chat = chat_lib.chat_of(words, kind, end)
@@ -73,9 +74,9 @@ class PassagesTest(absltest.TestCase):
           chunking=chunking.Chunking(3, 0, 'window'),
       )  # fmt: skip
       prompt = edit.rows[0]
-      span = passages.question_span(words, chat, passage.question, prompt)
+      span = passages.question_span(words, chat, passage.prompt, prompt)
       said = words.decode(prompt[slice(*span)]).strip()
-      self.assertEqual(said, passage.question)
+      self.assertEqual(said, passage.prompt)
       noise = np.zeros((1, span[1] - span[0], 4), np.float32)
       cases = passages.chunk_cases(edit, span, noise)
       self.assertLen(cases, len(edit.chunks))

@@ -6,12 +6,12 @@ import tempfile
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from jaxedit.eval.known_facts import Fact
 from jaxedit.models.flops import layer_weights
 from jaxedit.testing import models
 from jaxedit.trace import facts, figures, flops, plots, report, results
 from jaxedit.trace.causal import Traced
 from jaxedit.trace.restoration import HIDDEN, restoration
+from jaxedit.types import EditRequest
 
 try:
   import matplotlib
@@ -24,7 +24,7 @@ def traced(config, tokens, scores, answer='b'):
   ids = np.arange(len(tokens), dtype=np.int32)
   result = Traced(np.zeros(1, np.int32), 0.5, 0.25, scores)
   one = results.TracedFact(
-      Fact(7, '7', '{}', 'x'), ids, tokens, (0, len(tokens)), answer,
+      EditRequest(7, '7', '{}', 'x', ''), ids, tokens, (0, len(tokens)), answer,
       'unasked', result,
   )  # fmt: skip
   return results.FactTraces(config, (one,), (), [], [result], 2.0)

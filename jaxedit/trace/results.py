@@ -23,6 +23,7 @@ import numpy as np
 from jaxedit.trace import effects
 from jaxedit.trace.causal import Case, Traced
 from jaxedit.trace.facts import TraceConfig
+from jaxedit.types import EditRequest
 
 LAST_SUBJECT = effects.CLASSES.index('last subject token')
 _LISTED = 5  # facts left out that a note names; results.json has all
@@ -32,7 +33,7 @@ class TracedFact(NamedTuple):
   """A traced fact.
 
   Attributes:
-    fact: number, id, prompt (a cloze), question, subject and attribute.
+    fact: the fact; its target is the attribute.
     ids: [T] int32 tokens of the prompt.
     tokens: their texts.
     span: first token of the subject and one past its last.
@@ -42,7 +43,7 @@ class TracedFact(NamedTuple):
     result: of the trace.
   """
 
-  fact: Any
+  fact: EditRequest
   ids: np.ndarray
   tokens: tuple[str, ...]
   span: tuple[int, int]
@@ -134,7 +135,7 @@ class FactTraces:
             'prompt': one.fact.question,
             'subject': one.fact.subject,
             'cloze': one.fact.prompt,
-            'attribute': one.fact.attribute or None,
+            'attribute': one.fact.target or None,
             'tokens': list(one.tokens),
             'subject_tokens': list(one.span),
             'answer': one.answer,
