@@ -28,7 +28,9 @@ def packages() -> list[str]:
   """Lists the import packages, kernels under their installed name."""
   found = setuptools.find_packages(include=['jaxedit', 'jaxedit.*'])
   kernels = setuptools.find_packages(include=['kernels', 'kernels.*'])
-  experiments = setuptools.find_packages(include=['experiments'])
+  experiments = setuptools.find_packages(
+      include=['experiments', 'experiments.*']
+  )
   return found + [f'jaxedit.{name}' for name in kernels] + experiments
 
 
@@ -52,6 +54,7 @@ setuptools.setup(
     package_dir={'jaxedit.kernels': 'kernels'},
     package_data={
         'jaxedit.eval.datasets': ['*.jsonl'],
+        'jaxedit.trace': ['*.j2'],
         'experiments': ['flagfiles/*.flags'],
     },
     install_requires=[

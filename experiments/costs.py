@@ -21,47 +21,19 @@ arXiv 2502.05628) and its code.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from experiments.benchmark_lengths import Lengths, System, lengths, loads
-from jaxedit.models.spec import ModelSpec, param_shapes
+from jaxedit.models.flops import attention_flops, head_weights, layer_weights
+from jaxedit.models.spec import ModelSpec
 from jaxedit.text.encoding import EncodedEdit
-
-
-def layer_weights(spec: ModelSpec, part: str = '') -> int:
-  """Weights of the maps of a layer (W), or of its part 'attn' or 'mlp'."""
-  return sum(
-      math.prod(shape[1:])
-      for path, shape in param_shapes(spec).items()
-      if path.startswith(f'layers/{part}') and path.endswith('/kernel')
-  )
-
-
-def head_weights(spec: ModelSpec) -> int:
-  """Weights of the head, tied or not."""
-  return spec.width * spec.vocab
 
 
 def above(spec: ModelSpec, layer: int) -> int:
   """Layers above `layer` (U)."""
   return spec.layers - 1 - layer
-
-
-def attention_flops(spec: ModelSpec, pairs: float, layers: int) -> float:
-  """FLOPs of scores and weighted sums.
-
-  Args:
-    spec: the architecture.
-    pairs: pairs of a query and a key column.
-    layers: layers run.
-
-  Returns:
-    4 N H FLOPs a pair and layer, forward alone; backward is twice that.
-  """
-  return 4.0 * spec.heads * spec.head_size * pairs * layers
 
 
 def value_flops(

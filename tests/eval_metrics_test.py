@@ -8,6 +8,7 @@ import math
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from jaxedit import statistics
 from jaxedit.eval import metrics
 
 
@@ -126,8 +127,8 @@ class AggregateTest(absltest.TestCase):
         {'es': float(i % 2), 'ps': float(i % 2), 'ns': float(1 - i % 2)}
         for i in range(10)
     ]
-    drawn = metrics._resample(
-        np.array([list(r.values()) for r in records]), 0, 200
+    drawn = statistics.bootstrap_means(
+        np.array([list(r.values()) for r in records]), resamples=200
     )
     np.testing.assert_allclose(drawn[:, 0] + drawn[:, 2], 1.0)
     np.testing.assert_allclose(drawn[:, 0], drawn[:, 1])
@@ -149,7 +150,7 @@ class AggregateTest(absltest.TestCase):
 
   def test_large_sets_are_drawn_in_parts(self):
     values = np.random.default_rng(1).random((9000, 1))
-    drawn = metrics._resample(values, 0, 1000)
+    drawn = statistics.bootstrap_means(values)
     self.assertEqual(drawn.shape, (1000, 1))
     self.assertAlmostEqual(drawn.mean(), values.mean(), delta=1e-3)
     spread = values.std() / math.sqrt(9000)

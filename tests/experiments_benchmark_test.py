@@ -18,7 +18,6 @@ import tiny_model
 from absl.testing import absltest, parameterized
 
 from experiments import (
-    benchmark,
     benchmark_presets,
     benchmark_report,
     benchmark_setup,
@@ -26,6 +25,7 @@ from experiments import (
     benchmark_torch,
     torch_baseline,
 )
+from experiments.benchmark import __main__ as benchmark
 from jaxedit.models import decoder, families
 from jaxedit.targets import TargetConfig
 from jaxedit.testing import facts, models
@@ -545,8 +545,8 @@ class ProgramTest(parameterized.TestCase):
 
   def test_flags_of_long_answers(self):
     code = (
-        'import sys; from absl import flags; from experiments import benchmark,'
-        ' benchmark_flags; benchmark.define_flags(); flags.FLAGS(sys.argv);'
+        'import sys; from absl import flags; from experiments import benchmark_flags;'
+        ' from experiments.benchmark import __main__ as benchmark; benchmark.define_flags(); flags.FLAGS(sys.argv);'
         ' print(benchmark_flags.config_from_flags())'
     )
     done = subprocess.run(

@@ -2,10 +2,8 @@
 
 import functools
 import html.parser
-import pathlib
 import re
 import sys
-import tempfile
 from unittest import mock
 
 import numpy as np
@@ -13,28 +11,20 @@ import programs
 import tiny_model
 from absl.testing import absltest, parameterized
 
-from experiments import (
-    causal_trace,
-    kept,
-    trace_costs,
-    trace_figures,
-    trace_page,
-    trace_plots,
-    trace_results,
-    trace_stages,
-)
-from jaxedit.eval import known_facts
+from experiments import causal_trace
+from jaxedit.eval import datasets
 from jaxedit.models import loading, tokenizer
-from jaxedit.testing import data_path, models
-from jaxedit.trace import causal, effects, kinds
-from jaxedit.types import InputError
+from jaxedit.runs import cache
+from jaxedit.testing import data_path
+from jaxedit.trace import causal, fact_trace, facts, figures, plots
+from jaxedit.trace.restoration import NAMES as ALL
+from jaxedit.types import EditRequest, InputError
 
 try:
   import matplotlib
 except ImportError:
   matplotlib = None
 
-ALL = tuple(kinds.KINDS)
 PROMPTS = (
     ('In Paris the Danielle is', 'Danielle'),
     ('The mother tongue of Toko Yasuda is in', 'Toko Yasuda'),
@@ -203,12 +193,14 @@ class WholeRunTest(absltest.TestCase):
         {f'{stem}.{ending}' for stem in stems for ending in ('png', 'svg')},
     )
     for name in names:
-      self.assertRegex(name, f'^{trace_plots.NAMES}$')
+      self.assertRegex(name, f'^{plots.NAMES}$')
       size = (self.done.folder / 'plots' / name).stat().st_size
       self.assertBetween(size, 1000, 100_000)
     text = (self.done.folder / 'index.html').read_text()
     self.assertEqual(text.count('<svg role="img" aria-label="'), len(stems))
-    self.assertNotIn(trace_figures.INK, text.replace(trace_page._STYLE, ''))
+    self.assertNotIn(
+        figures.INK, re.sub(r'<style>.*</style>', '', text, flags=re.DOTALL)
+    )
 
 
 class _Balanced(html.parser.HTMLParser):
@@ -280,7 +272,7 @@ class OtherRunsTest(absltest.TestCase):
   def test_goes_on_where_it_was_stopped(self):
     folder, given = SETUP.path('out'), dict(kinds='hidden,severed_mlp')
     given |= dict(output_dir=folder, keep_wrong=True)
-    save = kept.Kept.save
+    save = cache.TraceFiles.save
     saved = []
 
     def stop(self, arrays, *parts):
@@ -289,7 +281,7 @@ class OtherRunsTest(absltest.TestCase):
       save(self, arrays, *parts)
       saved.append(arrays)
 
-    with mock.patch.object(kept.Kept, 'save', stop):
+    with mock.patch.object(cache.TraceFiles, 'save', stop):
       self.assertEqual(SETUP.run(**given).code, 130)
     self.assertFalse((folder / 'results.json').exists())
     traced = []
@@ -298,10 +290,10 @@ class OtherRunsTest(absltest.TestCase):
       save(self, arrays, *parts)
       traced.append(arrays)
 
-    with mock.patch.object(kept.Kept, 'save', count):
+    with mock.patch.object(cache.TraceFiles, 'save', count):
       done = SETUP.run(**given)
     self.assertEqual(done.code, 0, done.err)
-    self.assertIn('4 traces of a run that was stopped were kept', done.err)
+    self.assertIn('4 traces of an interrupted run were kept', done.err)
     self.assertEqual(done.results['work']['traces_kept'], 4)
     self.assertLen(traced, 2)
     self.assertFalse((folder / 'unfinished').exists())
@@ -337,10 +329,10 @@ class OtherRunsTest(absltest.TestCase):
 
   def test_first_token_counts_as_completing(self):
     words = tokenizer.load_tokenizer(SETUP.model)
-    fact = known_facts.Fact(1, '1', '{} is', 'Ada', 'Paris nowhere')
-    asked = trace_stages.Asked(fact, np.zeros(1, np.int32), (0, 1))
+    fact = EditRequest(1, '1', '{} is', 'Ada', 'Paris nowhere')
+    asked = facts.EncodedFact(fact, np.zeros(1, np.int32), (0, 1))
     first = words(' Paris')['input_ids'][0]
-    judge = lambda token: trace_stages._judged(words, asked, token).completes
+    judge = lambda token: facts.judged(words, asked, token).completes
     self.assertEqual(judge(first), 'begins')
     self.assertEqual(judge(first + 1), 'misses')
 
@@ -361,20 +353,18 @@ class OtherRunsTest(absltest.TestCase):
     self.assertFalse((done.folder / 'results.json').exists())
 
   def test_facts_without_numbers_are_left_out(self):
-    words = tokenizer.load_tokenizer(SETUP.model)
-    facts = [known_facts.Fact(i, str(i), '{}', 'Ada') for i in (1, 2)]
+    words, label = tokenizer.load_tokenizer(SETUP.model), np.zeros(1, np.int32)
     asked = [
-        trace_stages.Asked(fact, np.zeros(1, np.int32), (0, 1), 3)
-        for fact in facts
+        facts.EncodedFact(
+            EditRequest(i, str(i), '{}', 'Ada', ''), label, (0, 1), 3
+        )
+        for i in (1, 2)
     ]
-    grid = np.array([[np.nan, 1.0]])
     traced = [
-        causal.Traced(np.zeros(1, np.int32), 0.5, 0.1, {'hidden': grid}),
-        causal.Traced(
-            np.zeros(1, np.int32), 0.5, 0.1, {'hidden': np.ones((1, 2))}
-        ),
+        causal.Traced(label, 0.5, 0.1, {'hidden': np.array([[nan, 1.0]])})
+        for nan in (np.nan, 1.0)
     ]
-    found, missed = trace_stages.collect(words, asked, traced)
+    found, missed = fact_trace.collect(words, asked, traced)
     self.assertEqual([one.fact.number for one in found], [2])
     self.assertEqual([one['number'] for one in missed], [1])
 
@@ -436,13 +426,15 @@ class RefusalTest(parameterized.TestCase):
 class KnownFactsTest(parameterized.TestCase):
 
   def load(self, *records, **options):
-    return known_facts.load_facts(SETUP.write(*records), **options)
+    return datasets.load_requests(
+        SETUP.write(*records), kinds=('known',), **options
+    )
 
   def test_format(self):
     record = known('Ada lives in Oslo', 'Ada', ' Norway ', 4)
-    (fact,) = self.load(record).records
+    (fact,) = self.load(record).requests
     self.assertEqual(
-        fact, known_facts.Fact(1, '40', '{} lives in Oslo', 'Ada', 'Norway')
+        fact, EditRequest(1, '40', '{} lives in Oslo', 'Ada', 'Norway')
     )
     self.assertEqual(fact.question, 'Ada lives in Oslo')
     self.assertEqual(fact.parts, ('', 'Ada', ' lives in Oslo'))
@@ -450,11 +442,11 @@ class KnownFactsTest(parameterized.TestCase):
   def test_template_says_which_subject(self):
     record = known('Ada or Ada is', 'Ada', 'a', 1)
     record['template'] = 'Ada or {} is'
-    self.assertEqual(self.load(record).records[0].prompt, 'Ada or {} is')
+    self.assertEqual(self.load(record).requests[0].prompt, 'Ada or {} is')
     record['template'] = 'another {} text'
-    self.assertEqual(self.load(record).records[0].prompt, '{} or Ada is')
+    self.assertEqual(self.load(record).requests[0].prompt, '{} or Ada is')
     del record['prompt']
-    self.assertEqual(self.load(record).records[0].question, 'another Ada text')
+    self.assertEqual(self.load(record).requests[0].question, 'another Ada text')
 
   def test_all_faults(self):
     with self.assertRaises(InputError) as caught:
@@ -476,13 +468,13 @@ class KnownFactsTest(parameterized.TestCase):
         known('Ada is', 'Ada', 'a', 2),
         on_bad_record='skip',
     )
-    self.assertLen(loaded.records, 1)
+    self.assertLen(loaded.requests, 1)
     self.assertEqual(loaded.skipped[0].number, 1)
 
   def test_facts_to_edit(self):
-    loaded = known_facts.load_facts('demo')
-    self.assertLen(loaded.records, 100)
-    self.assertEqual(loaded.records[0].attribute, 'Paris')
+    loaded = datasets.load_requests('demo', kinds=('known',))
+    self.assertLen(loaded.requests, 100)
+    self.assertEqual(loaded.requests[0].target, 'Paris')
     with self.assertRaisesRegex(InputError, 'does not say what is true'):
       self.load({'prompt': '{} is', 'subject': 'Ada', 'target_new': 'here'})
 
@@ -494,71 +486,13 @@ class KnownFactsTest(parameterized.TestCase):
         self.load(record)
 
   def test_real_file(self):
-    loaded = known_facts.load_facts(data_path('known_facts.jsonl'))
-    self.assertEqual(loaded.format, 'known')
-    self.assertGreater(len(loaded.records), 500)
-    for fact in loaded.records:
-      self.assertEqual(fact.prompt.count('{}'), 1)
-
-
-class PartsTest(parameterized.TestCase):
-
-  @parameterized.parameters(
-      (' Tower', True, 'Tower*'),
-      ('\n', False, '\u23ce'),
-      (' ', False, '\u2423'),
-      ('a' * 30, False, 'a' * 15 + '\u2026'),
-  )
-  def test_token_labels(self, text, inside, wanted):
-    self.assertEqual(trace_figures.token_label(text, inside), wanted)
-
-  def test_texts_of_facts_stay_texts(self):
-    row = {
-        'prompt': '<b>"Ada"</b> is', 'cloze': '<b>"{}"</b> is',
-        'subject': 'Ada', 'answer': '&', 'completes': 'misses',
-        'attribute': '<i>', 'number': 1, 'high': 0.5, 'low': 0.1, 'best': {},
-    }  # fmt: skip
-    text = trace_page._fact(row, 10, {}, '')
-    self.assertNotRegex(text, '<b>|<i>')
-    self.assertIn('&lt;b&gt;&quot;<mark>Ada</mark>', text)
-
-  def test_arithmetic(self):
-    spec = models.tiny_spec('llama', layers=4)
-    fact = known_facts.Fact(1, '1', '{}', 'Ada')
-    traced = causal.Traced(np.zeros(1, np.int32), 1.0, 0.0, {})
-    one = trace_results.Found(
-        fact, np.zeros(1, np.int32), ('a',), (0, 1), 'b', 'unasked', traced
+    loaded = datasets.load_requests(
+        data_path('known_facts.jsonl'), kinds=('known',)
     )
-    count = trace_costs.work(spec, [one], [kinds.HIDDEN], 3)
-    self.assertEqual(count['cells'], 4)
-    # 4 rows; then a draw has tails of 3, 2, 1 and 0 layers.
-    layers = 4 * 4 + 3 * (3 + 2 + 1)
-    heads = 4 + 3 * 3
-    per_layer = 2 * trace_costs.costs.layer_weights(spec)
-    per_layer += 4 * spec.heads * spec.head_size
-    head = 2 * spec.width * spec.vocab
-    self.assertAlmostEqual(count['flops'], layers * per_layer + heads * head)
-    scratch = 4 * (1 + 4) * (4 * per_layer + head)
-    self.assertAlmostEqual(count['naive_flops'], scratch)
-
-  def test_plots_of_one_fact_and_strange_tokens(self):
-    if matplotlib is None:
-      self.skipTest('needs matplotlib')
-    grid = np.full((2, 3), 0.25)
-    traced = causal.Traced(np.zeros(1, np.int32), 0.5, 0.25, {'mlp': grid})
-    one = trace_results.Found(
-        known_facts.Fact(7, '7', '{}', 'x'), np.arange(2), ('$x^$', '\ud7a3\n'),
-        (0, 2), '$', 'unasked', traced,
-    )  # fmt: skip
-    averages = trace_results.averages([one], ['mlp'])
-    self.assertEqual(averages['mlp'].count.sum(), 3)
-    with tempfile.TemporaryDirectory() as folder:
-      drawn = trace_plots.draw_all(
-          [one], averages, pathlib.Path(folder) / 'plots',
-          window=2, formats=('svg',), facts=1,
-      )  # fmt: skip
-    self.assertIn('$x^$*', drawn['fact_00007_mlp'])
-    self.assertEqual(effects.CLASSES[5], 'last token')
+    self.assertEqual(loaded.format, 'known')
+    self.assertGreater(len(loaded.requests), 500)
+    for fact in loaded.requests:
+      self.assertEqual(fact.prompt.count('{}'), 1)
 
 
 if __name__ == '__main__':

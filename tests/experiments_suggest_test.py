@@ -11,10 +11,20 @@ import numpy as np
 import programs
 from absl.testing import absltest, parameterized
 
-from experiments import causal_trace, memit_batch, suggest, suggest_inputs
+from experiments import causal_trace, memit_batch
+from jaxedit.models.tokenizer import load_tokenizer
+from jaxedit.runs import (
+    cli,
+    layer_inputs,
+    layer_search,
+    layer_trials,
+    method_flags,
+)
+from jaxedit.runs.config import RunConfig
+from jaxedit.runs.trace_config import TraceRunConfig
 from jaxedit.stats import storage
 from jaxedit.testing import facts
-from jaxedit.types import InputError
+from jaxedit.types import InputError, silent
 
 RECORDS = [
     {
@@ -38,28 +48,28 @@ RECORDS = [
 def tried(layers, *scores):
   """A try whose records score so in es, ps and ns alike."""
   rows = tuple(dict(es=x, ps=x, ns=x) for x in scores)
-  return suggest.Tried(tuple(layers), rows, 0.0)
+  return layer_search.Trial(tuple(layers), rows, 0.0)
 
 
 class SearchTest(parameterized.TestCase):
 
   def test_windows_end_with_their_anchor(self):
-    found = suggest.windows((0, 4), (1, 5))
+    found = layer_search.windows((0, 4), (1, 5))
     self.assertEqual(found, [(0,), (4,), (0, 1, 2, 3, 4)])
 
   def test_last_layer_that_is_read(self):
-    self.assertEqual(suggest.last_read(np.array([0.1, 0.4, 0.2, 0.1])), 2)
+    self.assertEqual(layer_search.last_read(np.array([0.1, 0.4, 0.2, 0.1])), 2)
     for effect in ([0.0, -0.1], [np.nan, np.nan]):
       with self.assertRaisesRegex(InputError, 'brings no answer back'):
-        suggest.last_read(np.array(effect))
+        layer_search.last_read(np.array(effect))
 
   def test_first_anchors(self):
     hidden = np.array([1.0] * 11 + [0.1] * 9)
     mlp = np.zeros(20)
     mlp[[3, 15]] = 1, 2  # the peak above is past what is read
-    found = suggest.first_anchors(hidden, mlp)
+    found = layer_search.first_anchors(hidden, mlp)
     self.assertEqual(found, [0, 2, 3, 4, 6, 8, 10])
-    self.assertEqual(suggest.first_anchors(hidden[:2], None), [0, 1])
+    self.assertEqual(layer_search.first_anchors(hidden[:2], None), [0, 1])
 
   @parameterized.parameters(0, 3, 7, 11)
   def test_climbs_to_the_best(self, best):
@@ -71,18 +81,20 @@ class SearchTest(parameterized.TestCase):
       score = 1 / (1 + abs(layers[-1] - best) + 0.1 * (len(layers) == 1))
       return tried(layers, score, score)
 
-    found = suggest.search(probe, [0, 5, 11], top=11, max_suffixes=(1, 5))
+    found = layer_search.search(probe, [0, 5, 11], top=11, widths=(1, 5))
     self.assertEqual(found[0].layers[-1], best)
     self.assertEqual({t.layers for t in found}, set(seen))
     self.assertLess(len(seen), 24)
 
   def test_compares_on_the_same_facts(self):
     one, other = tried([1], 0.5, 0.7, 0.9), tried([2], 0.6, 0.8, 1.0)
-    found = suggest.compare(one, other, resamples=200)
+    found = layer_search.compare(one, other, resamples=200)
     self.assertAlmostEqual(found['difference'], 0.1)
     self.assertAlmostEqual(found['low'], 0.1)
     self.assertAlmostEqual(found['high'], 0.1)
-    found = suggest.compare(tried([1], 0, 1), tried([2], 1, 0), resamples=200)
+    found = layer_search.compare(
+        tried([1], 0, 1), tried([2], 1, 0), resamples=200
+    )
     self.assertLess(found['low'], 0)
     self.assertGreater(found['high'], 0)
 
@@ -110,7 +122,7 @@ class ProgramTest(parameterized.TestCase):
     clear = mock.Mock()
     with (
         mock.patch.object(jax, 'clear_caches', clear),
-        mock.patch.object(suggest, '_ANCHORS', 2),
+        mock.patch.object(layer_trials, '_ANCHORS', 2),
     ):
       done = self.suggest(
           probe='all', probe_widths='1,2', probe_facts=3, probe_skip=1,
@@ -180,29 +192,36 @@ class ProgramTest(parameterized.TestCase):
     self.assertEqual(refused.code, 2)
     self.assertIn('and those that the search has seen', refused.err)
 
+  def read(self, **given):
+    """What the program reads for a search."""
+    with self.setup.parsed(*self.setup.arguments(**(self.given | given))):
+      return layer_inputs.read(
+          cli.read(RunConfig), cli.read(TraceRunConfig),
+          method_flags.from_flags('fact'), model=self.setup.base,
+          tokenizer=load_tokenizer(self.setup.model), clock=None,
+          progress=silent,
+      )  # fmt: skip
+
   def test_moments_bound_the_search(self):
     model, path = self.setup.base, self.setup.path('moments.safetensors')
     found = facts.random_moments(model.spec, (0, 1), seed=0)
     about = {'model': model.hash, 'site': 'mlp/down'}
     storage.save(path, dataclasses.replace(found, provenance=about))
-    given = self.given | dict(suggest_layers=True, moments=path)
-    with self.setup.parsed(*self.setup.arguments(**given)):
-      suggest_inputs.check_moments(model)
-      err = io.StringIO()
-      with contextlib.redirect_stderr(err):
-        tops = [suggest_inputs.bounded(top) for top in (0, 1, 2)]
-      self.assertEqual(tops, [0, 1, 1])
-      self.assertIn(
-          'layers 0 to 2, of which --moments has 0 to 1', err.getvalue()
-      )
-    with self.setup.parsed(*self.setup.arguments(**given, probe='all')):
-      with self.assertRaisesRegex(InputError, 'of layers 0, 1, not of 2'):
-        suggest_inputs.check_moments(model)
+    given = dict(suggest_layers=True, moments=path)
+    chosen = self.read(**given).chosen
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err):
+      tops = [layer_inputs.bounded(path, chosen, top) for top in (0, 1, 2)]
+    self.assertEqual(tops, [0, 1, 1])
+    self.assertIn(
+        'layers 0 to 2, of which --moments has 0 to 1', err.getvalue()
+    )
+    with self.assertRaisesRegex(InputError, 'of layers 0, 1, not of 2'):
+      self.read(**given, probe='all')
     about['model'] = 'another'
     storage.save(path, dataclasses.replace(found, provenance=about))
-    with self.setup.parsed(*self.setup.arguments(**given)):
-      with self.assertRaisesRegex(InputError, "with hash 'another'"):
-        suggest_inputs.check_moments(model)
+    with self.assertRaisesRegex(InputError, "with hash 'another'"):
+      self.read(**given)
 
   @parameterized.parameters(
       (dict(layers='1'), '--layers is what --suggest_layers finds'),

@@ -9,8 +9,8 @@ from jaxedit.models import tokenizer as tokenizer_lib
 from jaxedit.text import chat as chat_lib
 from jaxedit.text import chunking
 from jaxedit.text import passages as text_passages
-from jaxedit.trace import reach
-from jaxedit.types import Passage
+from jaxedit.trace import passages, reach
+from jaxedit.types import EditRequest
 
 RECORDS = [
     {'question': 'The mother tongue of Danielle',
@@ -45,15 +45,15 @@ class PassagesTest(absltest.TestCase):
   def test_shares_are_of_means(self):
     # The second passage lost next to nothing, the last is broken.
     rows = [[0.1, 0.3, 0.2, 0.5], [0.0, 0.002, 0.0, 0.001], [np.nan] * 4]
-    found = trace_passages.located(np.array(rows))
+    found = passages.located(np.array(rows))
     self.assertEqual((found['count'], found['layer']), (2, 1))
     np.testing.assert_allclose(
         found['mean'], np.array([0.1, 0.302, 0.2]) / 0.501, rtol=1e-12
     )
     self.assertLess(max(found['half_width_95']), 10)
-    alone = trace_passages.located(np.array(rows[:1]))
+    alone = passages.located(np.array(rows[:1]))
     self.assertEqual(alone['half_width_95'], [None] * 3)
-    nothing = trace_passages.located(np.array([[0.1, 0.1, 0.1, -0.2]]))
+    nothing = passages.located(np.array([[0.1, 0.1, 0.1, -0.2]]))
     self.assertEqual(nothing, {'count': 0})
 
   def test_refuses_all_at_once(self):
@@ -64,7 +64,8 @@ class PassagesTest(absltest.TestCase):
 
   def test_question_and_chunks(self):
     words = tokenizer_lib.load_tokenizer(self.setup.model)
-    passage = Passage(1, '1', **RECORDS[0])
+    asked, answer = RECORDS[0].values()
+    passage = EditRequest(1, '1', asked, None, answer)
     for kind in ('template', 'none', 'In {} is'):
       end = None if kind == 'template' else ''
       chat = chat_lib.chat_of(words, kind, end)
@@ -73,11 +74,11 @@ class PassagesTest(absltest.TestCase):
           chunking=chunking.Chunking(3, 0, 'window'),
       )  # fmt: skip
       prompt = edit.rows[0]
-      span = trace_passages.question_span(words, chat, passage.question, prompt)
+      span = passages.question_span(words, chat, passage.prompt, prompt)
       said = words.decode(prompt[slice(*span)]).strip()
-      self.assertEqual(said, passage.question)
+      self.assertEqual(said, passage.prompt)
       noise = np.zeros((1, span[1] - span[0], 4), np.float32)
-      cases = trace_passages.chunk_cases(edit, span, noise)
+      cases = passages.chunk_cases(edit, span, noise)
       self.assertLen(cases, len(edit.chunks))
       whole = np.concatenate([prompt, edit.target])
       for case, (begin, end) in zip(cases, edit.chunks):
@@ -92,7 +93,7 @@ class PassagesTest(absltest.TestCase):
         reach.Reach(np.zeros(k), np.arange(2.0 * k).reshape(2, k), None)
         for k in (1, 5)
     ]
-    table = trace_passages.by_distance(rows, (0, 4))
+    table = passages.by_distance(rows, (0, 4))
     self.assertEqual([row['count'] for row in table], [2, 1, 1, 1])
     self.assertEqual(table[0]['moved'], {'0': 0.0, '4': 3.0})
     self.assertEqual(table[2]['moved'], {'0': 2.5, '4': 7.5})

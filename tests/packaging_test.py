@@ -37,11 +37,12 @@ print('\\n' + json.dumps(faults))
 # Reads a program and its flagfiles; writes what is wrong with each, if anything.
 # A method's settings are put together too, as they must belong to it.
 PARSE_FLAGS = """
-import importlib, json, sys
+import importlib.util, json, sys
 from absl import flags
 from jaxedit.types import InputError
 name, paths = json.loads(sys.stdin.read())
-program = importlib.import_module(name)
+is_folder = importlib.util.find_spec(name).submodule_search_locations
+program = importlib.import_module(name + '.__main__' * bool(is_folder))
 program.define_flags()
 own = [n for n in flags.FLAGS if n != 'flagfile']
 faults = {}
@@ -150,6 +151,7 @@ class SetupTest(absltest.TestCase):
   def test_package_data(self):
     data = setup_arguments()['package_data']
     self.assertIn('*.jsonl', data['jaxedit.eval.datasets'])
+    self.assertIn('*.j2', data['jaxedit.trace'])
     self.assertIn('flagfiles/*.flags', data['experiments'])
     for name in ('demo_facts.jsonl', 'demo_passages.jsonl'):
       demo = importlib.resources.files('jaxedit.eval.datasets') / name

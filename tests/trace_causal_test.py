@@ -18,7 +18,8 @@ from absl.testing import absltest, parameterized
 from jaxedit import testing
 from jaxedit.models import families, loading
 from jaxedit.models import tokenizer as tokenizer_lib
-from jaxedit.trace import causal, kinds, tail
+from jaxedit.trace import causal, partial_run
+from jaxedit.trace.restoration import NAMES, Restoration, restoration
 
 LAYERS, WIDTH, DRAWS = 4, 32, 2
 CHANGES = {
@@ -50,7 +51,7 @@ PLACES = {
 }
 # Other widths; a prompt of one token, and one that is all subject.
 LENGTHS = ((12, 4, 5), (1, 0, 1), (3, 0, 3))
-SOME = (kinds.attention(3),)
+SOME = (restoration('attn', 3),)
 
 
 @functools.cache
@@ -63,10 +64,9 @@ def model(family: str) -> naive_oracle.Pair:
   return pair._replace(torch=copy.deepcopy(pair.torch).double(), params=params)
 
 
-def all_kinds(family: str) -> tuple[kinds.Kind, ...]:
-  mlps, attentions = WINDOWS[family]
-  some = (kinds.HIDDEN, kinds.mlp(mlps), kinds.attention(attentions))
-  return *some, kinds.severed_mlp(), kinds.severed_attention()
+def everything(family: str) -> tuple[Restoration, ...]:
+  windows = dict(zip(('mlp', 'attn'), WINDOWS[family]))
+  return tuple(restoration(name, windows.get(name, 1)) for name in NAMES)
 
 
 def make_cases(shapes, *, seed=0, width=WIDTH, scale=0.3):
@@ -84,7 +84,11 @@ def trace(family, cases, some=None, **how):
   pair = model(family)
   with jax.enable_x64(family == DOUBLE):
     return causal.trace(
-        pair.spec, pair.params, cases, kinds=some or all_kinds(family), **how
+        pair.spec,
+        pair.params,
+        cases,
+        restorations=some or everything(family),
+        **how,
     )
 
 
@@ -106,13 +110,13 @@ def plain(family):
 
 
 def only(result, some):
-  """A result without the other kinds."""
+  """A result without the other restorations."""
   return result._replace(scores={k.name: result.scores[k.name] for k in some})
 
 
 def check(found, cases, family, some=None, mode='add'):
   """Holds every cell to the oracle; columns right of the first scored are NaN."""
-  some = some or all_kinds(family)
+  some = some or everything(family)
   theirs, atol = model(family).torch, TOLERANCE[family]
   close = functools.partial(np.testing.assert_allclose, rtol=0, atol=atol)
   for result, case in zip(found, cases, strict=True):
@@ -120,14 +124,14 @@ def check(found, cases, family, some=None, mode='add'):
     np.testing.assert_array_equal(result.labels, want.labels)
     close(result.high, want.high)
     close(result.low, want.low)
-    assert list(result.scores) == [kind.name for kind in some]
+    assert list(result.scores) == [one.name for one in some]
     scored = len(case.ids) - len(want.labels)
     cells = list(np.ndindex(scored + 1, LAYERS))
-    for kind in some:
-      got = result.scores[kind.name]
+    for one in some:
+      got = result.scores[one.name]
       assert got.dtype == np.float64
-      table = naive_trace.scores(theirs, case, kind, mode=mode, cells=cells)
-      close(got, table, err_msg=f'{kind} {case.first}')
+      table = naive_trace.scores(theirs, case, one, mode=mode, cells=cells)
+      close(got, table, err_msg=f'{one} {case.first}')
 
 
 def same(found, wanted, atol=2e-7):
@@ -150,10 +154,10 @@ class OracleTest(parameterized.TestCase):
   def test_family(self, family):
     cases, found = plain(family)
     check(found, cases, family)
-    # The kinds differ, and effects are far larger than the tolerance.
+    # Restorations differ, and effects are far larger than the tolerance.
     tables = [
-        np.concatenate([result.scores[kind.name] for result in found])
-        for kind in all_kinds(family)
+        np.concatenate([result.scores[one.name] for result in found])
+        for one in everything(family)
     ]
     for i, table in enumerate(tables):
       self.assertGreater(np.nanmax(table) - np.nanmin(table), 1e-3)
@@ -217,6 +221,14 @@ class PropertyTest(parameterized.TestCase):
         mean = (a.scores[name] + b.scores[name]) / 2
         np.testing.assert_allclose(table, mean, rtol=0, atol=2e-7)
 
+  @parameterized.parameters(1, 2, 3, 10)
+  def test_windows_are_cut_at_the_ends(self, window):
+    for layer in range(LAYERS):
+      below, above = window // 2, -(-window // 2)
+      wanted = {*range(layer - below, layer + above)} & {*range(LAYERS)}
+      found = restoration('mlp', window).layers(layer, LAYERS)
+      self.assertEqual({*range(*found)}, wanted)
+
 
 class BatchTest(absltest.TestCase):
 
@@ -237,18 +249,18 @@ class BatchTest(absltest.TestCase):
     cases, found = plain('llama')
     tokens = [[0, 4], [], [3, 3, 1]]
     wanted = []
-    for result, layout in zip(found, tokens):
+    for result, columns in zip(found, tokens):
       scores = {}
-      for kind in SOME:
-        table = result.scores[kind.name]
-        scores[kind.name] = np.full_like(table, np.nan)
-        scores[kind.name][layout] = table[layout]
+      for one in SOME:
+        table = result.scores[one.name]
+        scores[one.name] = np.full_like(table, np.nan)
+        scores[one.name][columns] = table[columns]
       wanted.append(result._replace(scores=scores))
     same(trace('llama', cases, SOME, tokens=tokens), wanted)
 
   def test_same_shapes_compile_once(self):
     plain('llama')
-    programs = (tail.tables, tail.tails, tail.edge)
+    programs = (partial_run.tables, partial_run.run_cells, partial_run.edge)
     before = [program._cache_size() for program in programs]
     trace('llama', make_cases(PLACES.values(), seed=9))
     self.assertEqual([p._cache_size() for p in programs], before)
@@ -297,9 +309,17 @@ class RefusalTest(parameterized.TestCase):
       (dict(noise=np.zeros((3, 2, 32), np.float32)), {}, 'as many draws'),
       (dict(labels=np.zeros(9, np.int32)), {}, 'more labels'),
       ({}, dict(mode='replace'), "'add', 'set'"),
-      ({}, dict(some=[kinds.mlp(2), kinds.mlp(3)]), 'one name'),
-      ({}, dict(some=[kinds.mlp(0)]), 'window'),
-      ({}, dict(some=[kinds.mlp(2)._replace(sever='attn')]), 'severing'),
+      (
+          {},
+          dict(some=[restoration('mlp', 2), restoration('mlp', 3)]),
+          'one name',
+      ),
+      ({}, dict(some=[restoration('mlp', 0)]), 'window'),
+      (
+          {},
+          dict(some=[restoration('mlp', 2)._replace(sever='attn')]),
+          'severing',
+      ),
       ({}, dict(tokens=[[1]]), 'columns for 1 of 3'),
       ({}, dict(tokens=[[8], [], []]), 'layout'),
       ({}, dict(tokens=[[-1], [], []]), 'layout'),
@@ -335,7 +355,7 @@ class SmolLm2Test(absltest.TestCase):
   def test_sampled_cells(self):
     rng = np.random.default_rng(0)
     spec, cases = self.ours.spec, []
-    some = tuple(make(kinds.WINDOW) for make in kinds.KINDS.values())
+    some = tuple(map(restoration, NAMES))
     for fact in self.facts:
       ids = np.array(self.tokenizer(fact['prompt'])['input_ids'], np.int32)
       # The subject opens the prompt.
@@ -345,7 +365,7 @@ class SmolLm2Test(absltest.TestCase):
     # The first token's activations are huge, its parts' differences as well.
     tokens = [[0], [cases[1].end - 1], [len(cases[2].ids) - 1]]
     found = causal.trace(
-        spec, self.ours.params, cases, kinds=some, tokens=tokens
+        spec, self.ours.params, cases, restorations=some, tokens=tokens
     )
     for result, case, (token,) in zip(found, cases, tokens):
       want = naive_trace.ends(self.theirs, case)
@@ -353,10 +373,10 @@ class SmolLm2Test(absltest.TestCase):
       self.assertAlmostEqual(result.high, want.high, delta=1e-4)
       self.assertAlmostEqual(result.low, want.low, delta=1e-4)
       case = case._replace(labels=want.labels)
-      for kind in some:
+      for one in some:
         cell = token, int(rng.integers(0, spec.layers))
-        table = naive_trace.scores(self.theirs, case, kind, cells=[cell])
-        got = result.scores[kind.name][cell]
+        table = naive_trace.scores(self.theirs, case, one, cells=[cell])
+        got = result.scores[one.name][cell]
         self.assertAlmostEqual(got, table[cell], delta=1e-4)
 
 

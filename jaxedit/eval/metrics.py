@@ -40,8 +40,7 @@ Free generation: what the model says by itself (see `scorers.generation`).
 
 Numbers of the three protocols are not comparable with each other.
 
-Intervals are 95 % percentile bootstrap intervals over records (Efron 1979):
-records are drawn with replacement, all metrics of a record together.
+Intervals are 95 % percentile bootstrap intervals over records (`statistics`).
 
 Sources: Meng et al. 2022 (arXiv 2202.05262) and 2023 (arXiv 2210.07229) for the
 probabilities; Wang et al. 2023 (EasyEdit, arXiv 2308.07269) for token accuracy,
@@ -60,6 +59,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxedit import statistics
 from jaxedit.eval import similarity
 
 # Id -> readable name, in the order of tables. `score` is made by `aggregate`.
@@ -86,7 +86,6 @@ NAMES: Mapping[str, str] = {
 }
 PORTABILITY = 'portability_'
 _SUCCESS = ('es', 'ps', 'ns')
-_CELLS = 2**22  # resamples times records held at one time
 
 
 class Interval(NamedTuple):
@@ -177,13 +176,9 @@ def agreement(
   )
 
 
-def harmonic_mean(values: Sequence[float]) -> float:
-  """Returns the harmonic mean, 0 if a value is 0."""
-  return float(_harmonic(np.asarray(values, np.float64)))
-
-
-def _harmonic(values: np.ndarray) -> np.ndarray:
-  """Harmonic mean over the last axis; 0 where a value is not positive."""
+def harmonic_mean(values: Any) -> np.ndarray:
+  """Returns harmonic means over the last axis, 0 where a value is 0 or less."""
+  values = np.asarray(values, np.float64)
   positive = np.all(values > 0, axis=-1)
   safe = np.where(positive[..., None], values, 1.0)
   mean = values.shape[-1] / np.sum(1 / safe, axis=-1)
@@ -231,7 +226,7 @@ def aggregate(
     resamples: bootstrap samples.
 
   Returns:
-    Preconditioner id -> the fields of `Interval`, in the order of `NAMES`, then by
+    Metric id -> the fields of `Interval`, in the order of `NAMES`, then by
     name. A metric that no record has is absent. `score` is there when es, ps
     and ns are.
   """
@@ -244,45 +239,18 @@ def aggregate(
     return {}
   raw = [[record.get(m) for m in ids] for record in per_record]
   values = np.array(raw, np.float64)  # None becomes NaN
-  drawn = _resample(values, seed, resamples)
+  drawn = statistics.bootstrap_means(values, seed=seed, resamples=resamples)
   present = ~np.isnan(values)
   means = np.nanmean(values, axis=0)
   counts = np.sum(present, axis=0)
   if all(m in ids for m in _SUCCESS):
     three = [ids.index(m) for m in _SUCCESS]
     ids = ['score', *ids]
-    means = np.append(_harmonic(means[three]), means)
+    means = np.append(harmonic_mean(means[three]), means)
     counts = np.append(np.min(counts[three]), counts)
-    drawn = np.column_stack([_harmonic(drawn[:, three]), drawn])
-  low, high = np.nanpercentile(drawn, [2.5, 97.5], axis=0)
+    drawn = np.column_stack([harmonic_mean(drawn[:, three]), drawn])
+  low, high = statistics.percentiles(drawn)
   return {
       m: Interval(float(a), float(b), float(c), int(n))._asdict()
       for m, a, b, c, n in zip(ids, means, low, high, counts)
   }
-
-
-def _resample(values: np.ndarray, seed: int, resamples: int) -> np.ndarray:
-  """Means of bootstrap samples.
-
-  Args:
-    values: [records, metrics], NaN where a record lacks a metric.
-    seed: of the draws.
-    resamples: how many.
-
-  Returns:
-    [resamples, metrics]; NaN where no drawn record has the metric.
-  """
-  rng = np.random.default_rng(seed)
-  records = len(values)
-  present = ~np.isnan(values)
-  both = np.concatenate([np.where(present, values, 0.0), present], axis=1)
-  parts = []
-  step = max(1, _CELLS // records)
-  for first in range(0, resamples, step):
-    size = min(step, resamples - first)
-    # How often each record was drawn stands for the draws themselves.
-    draws = rng.multinomial(records, np.full(records, 1 / records), size)
-    parts.append(draws @ both)
-  total, count = np.split(np.concatenate(parts), 2, axis=1)
-  # No draw of a metric's records leaves 0 / 0.
-  return np.where(count > 0, total / np.maximum(count, 1), np.nan)

@@ -98,3 +98,35 @@ class TargetFiles:
   def _path(self, edit: EncodedEdit) -> pathlib.Path:
     name = digest(self._about, edit_digest(edit))
     return self._folder / f'{name}.safetensors'
+
+
+class TraceFiles:
+  """Traces of facts in a folder, see `trace.fact_trace.Pieces`.
+
+  Attributes:
+    found: how many were there when they were asked for.
+  """
+
+  _KIND = 'jaxedit-trace-1'
+
+  def __init__(self, folder: pathlib.Path, about: Mapping[str, Any]):
+    """Opens a folder, which need not exist.
+
+    Args:
+      folder: where they are.
+      about: what all of them depend on, plain JSON types.
+    """
+    self._folder, self._about, self.found = folder, dict(about), 0
+
+  def load(self, *parts: Any) -> dict[str, np.ndarray] | None:
+    path = self._path(parts)
+    if not path.is_file():
+      return None
+    self.found += 1
+    return io.read_tensors(path, self._KIND, 'delete it')[0]
+
+  def save(self, arrays: Mapping[str, np.ndarray], *parts: Any) -> None:
+    io.write_tensors(self._path(parts), arrays, kind=self._KIND, record={})
+
+  def _path(self, parts: tuple[Any, ...]) -> pathlib.Path:
+    return self._folder / f'{digest(self._about, *parts)}.safetensors'

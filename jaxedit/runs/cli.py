@@ -67,7 +67,9 @@ def define(
     text = f'{details["help"]}{unit}.'
     text = text[0].upper() + text[1:]
     kinds = set(typing.get_args(types[field.name])) or {types[field.name]}
-    if details.get('choices'):
+    if isinstance(default, tuple):
+      flags.DEFINE_list(field.name, ','.join(default), text)
+    elif details.get('choices'):
       flags.DEFINE_enum(field.name, default, details['choices'], text)
     elif bool in kinds:
       flags.DEFINE_bool(field.name, default, text)
@@ -89,9 +91,9 @@ def define(
 def read(config: type) -> Any:
   """Makes a config of the flags that `define` has defined."""
   names = [field.name for field in dataclasses.fields(config)]
-  return config(
-      **{name: flags.FLAGS[name].value for name in names if name in flags.FLAGS}
-  )
+  given = {n: flags.FLAGS[n].value for n in names if n in flags.FLAGS}
+  frozen = lambda x: tuple(x) if isinstance(x, list) else x
+  return config(**{name: frozen(value) for name, value in given.items()})
 
 
 def given() -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxedit.models.spec import ModelSpec
-from jaxedit.trace.kinds import Kind
+from jaxedit.trace.restoration import Restoration
 
 
 class Case(NamedTuple):
@@ -40,7 +40,8 @@ class Traced(NamedTuple):
     labels: [K] int32 what was scored.
     high: score of the clean model.
     low: score with nothing restored, mean over draws.
-    scores: kind -> [T, L] f64 mean over draws; NaN where it was not asked for.
+    scores: name of a restoration -> [T, L] f64 mean over draws; NaN where it
+      was not asked for.
   """
 
   labels: np.ndarray
@@ -50,14 +51,17 @@ class Traced(NamedTuple):
 
 
 def check(
-    spec: ModelSpec, cases: Sequence[Case], kinds: Sequence[Kind], mode: str
+    spec: ModelSpec,
+    cases: Sequence[Case],
+    restorations: Sequence[Restoration],
+    mode: str,
 ) -> None:
   """Refuses what cannot be traced.
 
   Args:
     spec: the architecture.
     cases: prompts with their noise.
-    kinds: what to restore.
+    restorations: what to restore.
     mode: what the noise does.
 
   Raises:
@@ -65,13 +69,13 @@ def check(
   """
   if mode not in ('add', 'set'):
     raise ValueError(f"mode {mode!r}: one of 'add', 'set'")
-  if len({kind.name for kind in kinds}) != len(kinds):
-    raise ValueError('two kinds have one name')
-  for kind in kinds:
-    if kind.window < 1 or kind.window > 1 and kind.part == 'block':
-      raise ValueError(f'{kind}: a window has layers, and a block has one')
-    if kind.sever and kind.part != 'block':
-      raise ValueError(f'{kind}: severing goes with a restored block')
+  if len({one.name for one in restorations}) != len(restorations):
+    raise ValueError('two restorations have one name')
+  for one in restorations:
+    if one.window < 1 or one.window > 1 and one.part == 'block':
+      raise ValueError(f'{one}: a window has layers, and a block has one')
+    if one.sever and one.part != 'block':
+      raise ValueError(f'{one}: severing goes with a restored block')
   draws = {len(case.noise) for case in cases}
   if len(draws) > 1 or 0 in draws:
     raise ValueError('all cases need as many draws of noise, at least one')

@@ -7,9 +7,9 @@ one gives back part of the answer's probability, the indirect effect:
   high = p(answer | clean)    low = mean over draws of p(answer | corrupted)
   score(t, l) = the same, with the activation restored    IE = score - low
 
-Every cell of the grid is a tail of the corrupted run (see `tail`); cells, draws
-and facts lie side by side. Cells that nothing can change are filled in without
-being run: tokens before the corrupted ones score `low`.
+Every grid cell is a partial run of the model (see `partial_run`); cells, draws
+and facts run in one batch. Cells that nothing can change are filled in without
+a run: tokens before the corrupted ones score `low`.
 
 Several tokens can be scored at once, for answers of more than one. The score of
 a draw is then their geometric mean, exp(mean log p), which is the probability
@@ -34,11 +34,11 @@ import numpy as np
 
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
-from jaxedit.trace import tail
+from jaxedit.trace import partial_run
 from jaxedit.trace.cases import Case, Traced, check
 from jaxedit.trace.grids import Grids
 from jaxedit.trace.groups import by_width, groups, padded
-from jaxedit.trace.kinds import Kind
+from jaxedit.trace.restoration import Restoration
 from jaxedit.types import Params, Progress, silent
 
 # Tokens that a device runs at a time; and memory for the tables of a group, whose
@@ -112,7 +112,7 @@ def trace(
     params: Params,
     cases: Sequence[Case],
     *,
-    kinds: Sequence[Kind],
+    restorations: Sequence[Restoration],
     mode: str = 'add',
     tokens: Sequence[Sequence[int]] | None = None,
     places: int | None = None,
@@ -125,7 +125,7 @@ def trace(
     spec: the architecture.
     params: canonical parameters.
     cases: prompts with their noise, all of as many draws.
-    kinds: what to restore.
+    restorations: what to restore.
     mode: 'add' noise to embeddings, or 'set' them to it.
     tokens: the columns to restore in every case, none right of the first
       scored one; None for all of these.
@@ -140,20 +140,20 @@ def trace(
   Raises:
     ValueError: cases that cannot be traced.
   """
-  kinds = tuple(kinds)
-  check(spec, cases, kinds, mode)
+  restorations = tuple(restorations)
+  check(spec, cases, restorations, mode)
   if not cases:
     return []
   cases = _labelled(spec, params, cases)
   wanted = _wanted(cases, tokens)
   places = places or _PLACES.get(jax.default_backend(), _ACCELERATOR_PLACES)
   lengths = np.array([len(case.ids) for case in cases])
-  size = _group_size(spec, params, cases, kinds)
+  size = _group_size(spec, params, cases, restorations)
   results = [Traced(case.labels, np.nan, np.nan, {}) for case in cases]
-  total = len(kinds) * spec.layers * sum(map(len, wanted))
+  total = len(restorations) * spec.layers * sum(map(len, wanted))
   with progress('trace', total, 'cell') as done:
     for same in by_width(groups(lengths, size)):
-      grids = Grids(spec, params, cases, wanted, kinds, mode, places)
+      grids = Grids(spec, params, cases, wanted, restorations, mode, places)
       for index, result in grids.run(same, done):
         results[index] = result
         found(index, result)
@@ -180,24 +180,25 @@ def _wanted(
     return [list(range(len(case.ids) - len(case.labels) + 1)) for case in cases]
   if len(tokens) != len(cases):
     raise ValueError(f'columns for {len(tokens)} of {len(cases)} cases')
-  wanted = [sorted(set(layout)) for layout in tokens]
-  for number, (case, layout) in enumerate(zip(cases, wanted)):
+  wanted = [sorted(set(columns)) for columns in tokens]
+  for number, (case, columns) in enumerate(zip(cases, wanted)):
     last = len(case.ids) - len(case.labels)
-    if layout and not 0 <= layout[0] <= layout[-1] <= last:
+    if columns and not 0 <= columns[0] <= columns[-1] <= last:
       raise ValueError(
-          f'case {number}: columns {layout}; those from 0 to {last} can be'
+          f'case {number}: columns {columns}; those from 0 to {last} can be'
           ' restored, the first scored one'
       )
   return wanted
 
 
 def _group_size(
-    spec: ModelSpec, params: Params, cases: Sequence[Case], kinds: Any
+    spec: ModelSpec, params: Params, cases: Sequence[Case], restorations: Any
 ) -> int:
   """Cases whose tables are held at one time."""
   longest = max(len(case.ids) for case in cases)
   store = params['layers']['attn']['k']['kernel'].dtype.itemsize
-  tables = len(tail.parts_of(kinds)) + any(k.part == 'attn' for k in kinds)
+  tables = len(partial_run.parts_of(restorations))
+  tables += any(one.part == 'attn' for one in restorations)
   column = 4 * spec.width * tables
   column += 2 * store * spec.kv_heads * spec.head_size
   each = len(cases[0].noise) * longest * spec.layers * column

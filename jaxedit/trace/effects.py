@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxedit.statistics import normal_interval
+
 CLASSES = (
     'first subject token',
     'middle subject tokens',
@@ -34,8 +36,6 @@ CLASSES = (
     'further tokens',
     'last token',
 )
-# Of a normal distribution; half of 95 % lies below it.
-_QUANTILE = 1.96
 
 
 class Average(NamedTuple):
@@ -97,11 +97,11 @@ def average(
     layers = effect.shape[1]
     asked = ~np.isnan(effect).all(axis=1)
     length = len(effect) + 1 - len(result.labels)
-    for role, layout in zip(means, token_classes(length, *span)):
-      layout = [t for t in layout if asked[t]]
-      if layout:
-        role.append(effect[layout].mean(axis=0))
-  rows = [interval(np.reshape(role, (-1, layers))) for role in means]
+    for role, columns in zip(means, token_classes(length, *span)):
+      columns = [t for t in columns if asked[t]]
+      if columns:
+        role.append(effect[columns].mean(axis=0))
+  rows = [normal_interval(np.reshape(role, (-1, layers))) for role in means]
   return Average(
       mean=np.stack([mean for mean, _ in rows]),
       half_width=np.stack([half for _, half in rows]),
@@ -119,22 +119,5 @@ def total_effect(traced: Sequence[Any]) -> tuple[float, float]:
     (mean, half of the 95 % interval); NaN below one and two facts.
   """
   effects = np.array([[result.high - result.low] for result in traced])
-  mean, half = interval(effects.reshape(-1, 1))
+  mean, half = normal_interval(effects.reshape(-1, 1))
   return float(mean[0]), float(half[0])
-
-
-def interval(effects: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Averages over facts.
-
-  Args:
-    effects: [F, L].
-
-  Returns:
-    (mean [L], half of its 95 % interval [L]); NaN below one and two facts.
-  """
-  count = len(effects)
-  nothing = np.full(effects.shape[1], np.nan)
-  mean = effects.mean(axis=0) if count else nothing
-  if count < 2:
-    return mean, nothing
-  return mean, _QUANTILE * effects.std(axis=0, ddof=1) / np.sqrt(count)

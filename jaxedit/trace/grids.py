@@ -1,11 +1,11 @@
 """Runs the cells of groups of cases and fills their grids.
 
-What every cell needs is told by `cells`, how it is run by `tail`. Cells that
-nothing can change are filled in:
+`grid_cells` lays cells out, `partial_run` runs them. Cells that nothing can
+change are filled in:
 
   tokens before the corrupted ones         low
   last layer, other than the first scored  low
-  last layer, first scored column          its head alone, `tail.edge`
+  last layer, first scored column          its head alone, `partial_run.edge`
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from jaxedit.models.spec import ModelSpec
-from jaxedit.trace import cells as cells_lib
-from jaxedit.trace import tail
+from jaxedit.trace import grid_cells as cells_lib
+from jaxedit.trace import partial_run
 from jaxedit.trace.cases import Case, Traced
 from jaxedit.trace.groups import Group, padded
-from jaxedit.trace.kinds import Kind
+from jaxedit.trace.restoration import Restoration
 from jaxedit.types import Params
 
 # Tiles that a device has waiting.
@@ -38,7 +38,7 @@ class Grids:
     params: canonical parameters.
     cases: all cases, with labels.
     wanted: the columns to restore in every case.
-    kinds: what to restore.
+    restorations: what to restore.
     mode: what the noise does.
     places: columns run at a time.
   """
@@ -47,7 +47,7 @@ class Grids:
   params: Params
   cases: Sequence[Case]
   wanted: Sequence[Sequence[int]]
-  kinds: tuple[Kind, ...]
+  restorations: tuple[Restoration, ...]
   mode: str
   places: int
 
@@ -67,19 +67,19 @@ class Grids:
     Yields:
       (case, its result).
     """
-    plans = {k.name: self._plan(groups, k) for k in self.kinds}
+    plans = {r.name: self._plan(groups, r) for r in self.restorations}
     for number, group in enumerate(groups):
       found = self._tables(group)
       high, low = np.asarray(found.high), np.asarray(found.low)
       low = low.reshape(group.size, self.draws, -1)
       scores = {}
-      for kind in self.kinds:
-        shape, rows = plans[kind.name]
+      for restoration in self.restorations:
+        shape, rows = plans[restoration.name]
         total, told = self._sum(
-            group, found, kind, (shape, *rows[number]), done
+            group, found, restoration, (shape, *rows[number]), done
         )
-        self._fill(group, found, kind, low=low, total=total)
-        scores[kind.name] = total
+        self._fill(group, found, restoration, low=low, total=total)
+        scores[restoration.name] = total
         cells = sum(len(self.wanted[i]) for i in group.indices)
         done(self.spec.layers * cells - told)
       for i, index in enumerate(group.indices):
@@ -92,7 +92,7 @@ class Grids:
             scores={name: grid[i] for name, grid in scores.items()},
         )
 
-  def _tables(self, group: Group) -> tail.Tables:
+  def _tables(self, group: Group) -> partial_run.Tables:
     """Runs a group clean and corrupted."""
     mine = [self.cases[i] for i in group.indices]
     ids, valid = padded([case.ids for case in mine], group.size, group.width)
@@ -108,7 +108,7 @@ class Grids:
       k = len(case.labels)
       scored[i, :k] = len(case.ids) - k + np.arange(k)
       labels[i, :k] = case.labels
-    return tail.tables(
+    return partial_run.tables(
         self.spec,
         self.params,
         ids,
@@ -118,13 +118,13 @@ class Grids:
         scored=scored,
         labels=labels,
         mode=self.mode,
-        parts=tail.parts_of(self.kinds),
-        entries='attn' in {kind.part for kind in self.kinds},
+        parts=partial_run.parts_of(self.restorations),
+        entries=any(one.part == 'attn' for one in self.restorations),
     )
 
-  def _plan(self, groups: Sequence[Group], kind: Kind) -> Any:
+  def _plan(self, groups: Sequence[Group], restoration: Restoration) -> Any:
     """(shape of all tiles, (rows, tiles) of every group)."""
-    rows = [self._rows(group, kind) for group in groups]
+    rows = [self._rows(group, restoration) for group in groups]
     sizes = [(length, mine.entry) for mine, length in rows]
     places = cells_lib.choose_places(sizes, self.places)
     parts = [
@@ -139,13 +139,17 @@ class Grids:
     )
     return shape, [(mine, part) for (mine, _), part in zip(rows, parts)]
 
-  def _rows(self, group: Group, kind: Kind) -> tuple[cells_lib.Cells, Any]:
+  def _rows(
+      self, group: Group, restoration: Restoration
+  ) -> tuple[cells_lib.GridCells, Any]:
     """The rows of a group that can change, and their lengths."""
     tokens = [
         [t for t in self.wanted[i] if t >= self.cases[i].first]
         for i in group.indices
     ]
-    rows = cells_lib.cells(kind, tokens, self.draws, self.spec.layers)
+    rows = cells_lib.grid_cells(
+        restoration, tokens, self.draws, self.spec.layers
+    )
     rows = rows.take(np.flatnonzero(rows.entry < self.spec.layers - 1))
     lengths = np.array([len(self.cases[i].ids) for i in group.indices])
     return rows, lengths[rows.case] - rows.token
@@ -153,9 +157,9 @@ class Grids:
   def _sum(
       self,
       group: Group,
-      found: tail.Tables,
-      kind: Kind,
-      plan: tuple[cells_lib.Shape, cells_lib.Cells, Sequence[slice]],
+      found: partial_run.Tables,
+      restoration: Restoration,
+      plan: tuple[cells_lib.Shape, cells_lib.GridCells, Sequence[slice]],
       done: Callable[[int], None],
   ) -> tuple[list[np.ndarray], int]:
     """([T, L] scores of the cells that are run, of every case; cells told)."""
@@ -163,7 +167,7 @@ class Grids:
     mine = [self.cases[i] for i in group.indices]
     total = [np.zeros((len(x.ids), self.spec.layers)) for x in mine]
     waiting: collections.deque[tuple[slice, Any]] = collections.deque()
-    how, told = tail.how_of(kind), 0
+    program, told = restoration.program, 0
 
     def add() -> int:
       part, out = waiting.popleft()
@@ -186,7 +190,9 @@ class Grids:
         labels=[case.labels for case in mine],
         draws=self.draws,
     ):
-      out = tail.tails(self.spec, self.params, found, tile, how=how)
+      out = partial_run.run_cells(
+          self.spec, self.params, found, tile, restoration=program
+      )
       waiting.append((part, out))
       if len(waiting) > _AHEAD:
         told += add()
@@ -197,17 +203,17 @@ class Grids:
   def _fill(
       self,
       group: Group,
-      found: tail.Tables,
-      kind: Kind,
+      found: partial_run.Tables,
+      restoration: Restoration,
       *,
       low: np.ndarray,
       total: list[np.ndarray],
   ) -> None:
     """Fills in the cells that were not run."""
     layers = self.spec.layers
-    entry = np.array([kind.layers(i, layers)[0] for i in range(layers)])
+    entry = np.array([restoration.layers(i, layers)[0] for i in range(layers)])
     at_edge = entry == layers - 1
-    edge = self._edge(group, found, kind, low) if at_edge.any() else None
+    edge = self._edge(group, found, restoration, low) if at_edge.any() else None
     for i, index in enumerate(group.indices):
       case, grid = self.cases[index], total[i]
       k = len(case.labels)
@@ -220,7 +226,11 @@ class Grids:
       grid[missing] = np.nan
 
   def _edge(
-      self, group: Group, found: tail.Tables, kind: Kind, low: np.ndarray
+      self,
+      group: Group,
+      found: partial_run.Tables,
+      restoration: Restoration,
+      low: np.ndarray,
   ) -> list[float]:
     """Scores of restoring the first scored column in the last layer."""
     mine = [self.cases[i] for i in group.indices]
@@ -229,9 +239,9 @@ class Grids:
     for i, case in enumerate(mine):
       first[i], label[i] = len(case.ids) - len(case.labels), case.labels[0]
     spread = lambda x: np.repeat(x, self.draws)
-    out = tail.edge(
+    out = partial_run.edge(
         self.spec, self.params, found, spread(first), spread(label),
-        part=kind.part,
+        part=restoration.part,
     )  # fmt: skip
     low = np.array(low)
     low[:, :, 0] = np.asarray(out).reshape(group.size, self.draws)

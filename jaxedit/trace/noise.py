@@ -92,6 +92,15 @@ def parse(text: str) -> Level:
   return Level(kind, size, relative=prefix == 's')
 
 
+def errors(text: str, flag: str) -> list[str]:
+  """What `parse` would refuse, in sentences that name the flag."""
+  try:
+    parse(text)
+  except InputError as error:
+    return [f'{flag}={text}: {problem}' for problem in error.problems]
+  return []
+
+
 def level(text: str, std: float | None = None) -> Noise:
   """Resolves a noise level.
 

@@ -26,11 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxedit.models.spec import ModelSpec
-from jaxedit.trace import cells as cells_lib
-from jaxedit.trace import tail
-from jaxedit.trace.cells import PackedBatch
+from jaxedit.trace import grid_cells as cells_lib
+from jaxedit.trace import partial_run
+from jaxedit.trace.grid_cells import PackedBatch
 from jaxedit.trace.groups import padded
-from jaxedit.trace.kinds import HIDDEN
+from jaxedit.trace.restoration import HIDDEN
 from jaxedit.types import Array, Params, Progress, silent
 
 _STEP = 16
@@ -134,7 +134,7 @@ def _reach(
   tokens, valid = padded([ids], 1, width)
   column = np.minimum(text.start - 1 + np.arange(scored_width), len(ids) - 1)
   wanted = np.pad(labels, (0, scored_width - count))[None]
-  found = tail.tables(
+  found = partial_run.tables(
       spec,
       params,
       tokens,
@@ -144,7 +144,7 @@ def _reach(
       scored=column[None],
       labels=wanted,
       mode='add',
-      parts=tail.parts_of((HIDDEN,)),
+      parts=partial_run.parts_of((HIDDEN,)),
       entries=False,
   )
   shape = cells_lib.Shape(
@@ -154,7 +154,7 @@ def _reach(
   for layer in layers:
     at = np.full(pushes, text.start - 1, np.int32)
     same = np.full(pushes, layer, np.int32)
-    rows = cells_lib.Cells(
+    rows = cells_lib.GridCells(
         np.zeros(pushes, np.int32), np.arange(pushes), at, same, same, same + 1
     )
     ((_, tile),) = cells_lib.tiles(
@@ -177,11 +177,11 @@ def _reach(
 def _pushed(
     spec: ModelSpec,
     params: Params,
-    found: tail.Tables,
+    found: partial_run.Tables,
     tile: PackedBatch,
     push: Array,
 ) -> Array:
   """[K] log-probability of the labels where first columns are pushed."""
   h = found.base['block'][tile.entry, tile.owner, tile.token]
   length = jnp.linalg.norm(h, axis=-1, keepdims=True)
-  return tail.run(spec, params, found, tile, h + length * push)
+  return partial_run.run_rows(spec, params, found, tile, h + length * push)

@@ -14,13 +14,21 @@ their windows have 10 layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 WINDOW = 10
+# Name -> what is restored, and what keeps its corrupted output above.
+_PARTS = {
+    'hidden': ('block', None),
+    'mlp': ('mlp', None),
+    'attn': ('attn', None),
+    'severed_mlp': ('block', 'mlp'),
+    'severed_attn': ('block', 'attn'),
+}
+NAMES = tuple(_PARTS)
 
 
-class Kind(NamedTuple):
+class Restoration(NamedTuple):
   """One way of restoring.
 
   Attributes:
@@ -42,36 +50,16 @@ class Kind(NamedTuple):
     half = self.window // 2
     return max(0, layer - half), min(count, layer + self.window - half)
 
-
-HIDDEN = Kind('hidden', 'block')
-
-
-def mlp(window: int = WINDOW) -> Kind:
-  """Restores the outputs of MLPs."""
-  return Kind('mlp', 'mlp', window)
+  @property
+  def program(self) -> Restoration:
+    """What a compiled run depends on: windows of any size share a program."""
+    return self._replace(name=self.part, window=min(self.window, 2))
 
 
-def attention(window: int = WINDOW) -> Kind:
-  """Restores the outputs of attentions."""
-  return Kind('attn', 'attn', window)
+def restoration(name: str, window: int = WINDOW) -> Restoration:
+  """Returns one of `NAMES`; a block's window is 1 in any case."""
+  part, sever = _PARTS[name]
+  return Restoration(name, part, 1 if part == 'block' else window, sever)
 
 
-def severed_mlp(window: int = WINDOW) -> Kind:
-  """Restores a block's output and holds the MLPs above."""
-  del window  # a block's
-  return Kind('severed_mlp', 'block', sever='mlp')
-
-
-def severed_attention(window: int = WINDOW) -> Kind:
-  """Restores a block's output and holds the attentions above."""
-  del window
-  return Kind('severed_attn', 'block', sever='attn')
-
-
-KINDS: dict[str, Callable[[int], Kind]] = {
-    'hidden': lambda window: HIDDEN,
-    'mlp': mlp,
-    'attn': attention,
-    'severed_mlp': severed_mlp,
-    'severed_attn': severed_attention,
-}
+HIDDEN = restoration('hidden')

@@ -28,7 +28,7 @@ INK, PAPER = '#1b1e24', '#ffffff'
 MAPS = {'hidden': 'Purples', 'mlp': 'Greens', 'attn': 'Reds'}
 _LINES = ('#0072b2', '#56b4e9', '#d55e00', '#e69f00', '#009e73', '#cc79a7')
 _STRONG = (2, 5)  # last subject token, last token
-# Kind -> its name in the plot of severed paths, and its colour.
+# Restoration -> its name in the plot of severed paths, and its colour.
 _SEVERED = {
     'hidden': ('ordinary', '#8f7cc0'),
     'severed_mlp': ('MLPs severed', '#2f9a48'),
@@ -56,8 +56,8 @@ _WIDTH = 4.5  # inches; 432 px, so that a phone shows it at nearly full size
 _LONGEST = 16  # characters of a token that are shown
 
 
-def title(kind: str, window: int) -> str:
-  """Says what a kind restores."""
+def title(name: str, window: int) -> str:
+  """Says what is restored."""
   layers = 'one layer' if window == 1 else f'{window} layers'
   return {
       'hidden': 'Hidden state restored in one layer',
@@ -65,14 +65,7 @@ def title(kind: str, window: int) -> str:
       'attn': f'Attention outputs restored in {layers}',
       'severed_mlp': 'Hidden state restored, MLPs above severed',
       'severed_attn': 'Hidden state restored, attentions above severed',
-  }[kind]
-
-
-def axis(kind: str, window: int) -> str:
-  """Names the layer axis of a kind."""
-  if kind in ('mlp', 'attn') and window > 1:
-    return f'centre of the {window} restored layers'
-  return 'restored layer'
+  }[name]
 
 
 def token_label(text: str, in_subject: bool) -> str:
@@ -88,40 +81,39 @@ def heat_map(
     values: np.ndarray,
     labels: Sequence[str],
     *,
-    kind: str,
+    name: str,
     window: int,
     bar: str,
-    floor: float | None = None,
+    floor: float,
 ) -> Any:
   """Draws one value a token and layer.
 
   Args:
     values: [rows, L]; NaN is left blank.
     labels: what the rows are.
-    kind: chooses colours and titles.
+    name: of the restoration; chooses colours and titles.
     window: layers restored at once.
     bar: what the values are.
-    floor: value of the palest colour; the smallest one unless given.
+    floor: value of the palest colour.
 
   Returns:
     A figure.
   """
   with styled():
     figure, axes = new(1.05 + 0.2 * len(labels))
-    least = float(np.nanmin(values)) if floor is None else floor
     most = float(np.nanmax(values))
     image = axes.imshow(
         np.ma.masked_invalid(values),
-        cmap=MAPS.get(kind, 'Purples'),
-        vmin=least,
-        vmax=most if most > least else least + 1e-6,
+        cmap=MAPS[name],
+        vmin=floor,
+        vmax=most if most > floor else floor + 1e-6,
         aspect='auto',
         interpolation='none',  # the cells themselves go into an SVG
     )
     axes.set_yticks(range(len(labels)), labels)
     axes.tick_params(axis='y', length=0)
     axes.spines[:].set_visible(False)
-    _layers(axes, values.shape[1], kind, window)
+    _layers(axes, values.shape[1], name, window)
     colours = figure.colorbar(image, ax=axes, pad=0.02, aspect=24)
     colours.solids.set_rasterized(True)
     colours.outline.set_visible(False)
@@ -129,20 +121,11 @@ def heat_map(
   return figure
 
 
-def effect_lines(average: effects.Average, *, kind: str, window: int) -> Any:
-  """Draws average indirect effects by layer, a line a role.
-
-  Args:
-    average: of a kind.
-    kind: its name.
-    window: layers restored at once.
-
-  Returns:
-    A figure.
-  """
+def effect_lines(average: effects.Average, *, name: str, window: int) -> Any:
+  """Draws average indirect effects of a restoration by layer, a line a role."""
   with styled():
     figure, axes = new(3.6)
-    for row, name in enumerate(effects.CLASSES):
+    for row, role in enumerate(effects.CLASSES):
       mean, half = average.mean[row], average.half_width[row]
       if np.isnan(mean).all():
         continue
@@ -152,7 +135,7 @@ def effect_lines(average: effects.Average, *, kind: str, window: int) -> Any:
           mean,
           color=_LINES[row],
           linewidth=2 if strong else 1.2,
-          label=f'{name} ({average.count[row]})',
+          label=f'{role} ({average.count[row]})',
       )
       if not np.isnan(half).all():
         axes.fill_between(
@@ -160,7 +143,7 @@ def effect_lines(average: effects.Average, *, kind: str, window: int) -> Any:
         )
     axes.axhline(0, color=INK, linewidth=0.6)
     axes.set_ylabel('average effect')
-    _layers(axes, average.mean.shape[1], kind, window)
+    _layers(axes, average.mean.shape[1], name, window)
     figure.legend(loc='outside lower center', ncols=2, fontsize=8)
   return figure
 
@@ -169,25 +152,25 @@ def severed_bars(averages: Mapping[str, effects.Average]) -> Any:
   """Draws ordinary effects as bars and severed ones as steps before them.
 
   Args:
-    averages: by kind, at the last subject token; 'hidden' is the ordinary one
-      and may be missing.
+    averages: by restoration, at the last subject token; 'hidden' is the ordinary
+      one and may be missing.
 
   Returns:
     A figure.
   """
   row = effects.CLASSES.index('last subject token')
-  shown = {kind: averages[kind] for kind in _SEVERED if kind in averages}
+  shown = {name: averages[name] for name in _SEVERED if name in averages}
   with styled():
     figure, axes = new(3.4)
-    for kind, average in shown.items():
-      name, colour = _SEVERED[kind]
+    for name, average in shown.items():
+      label, colour = _SEVERED[name]
       mean, half = average.mean[row], average.half_width[row]
       x = np.arange(len(mean))
-      if kind == 'hidden':  # its interval would lie over all others
-        axes.bar(x, mean, 0.9, color=colour, alpha=0.45, label=name)
+      if name == 'hidden':  # its interval would lie over all others
+        axes.bar(x, mean, 0.9, color=colour, alpha=0.45, label=label)
         continue
       axes.plot(
-          x, mean, color=colour, label=name, linewidth=2, drawstyle='steps-mid'
+          x, mean, color=colour, label=label, linewidth=2, drawstyle='steps-mid'
       )
       if not np.isnan(half).all():
         low, high = mean - half, mean + half
@@ -219,9 +202,11 @@ def new(height: float, rows: int = 1) -> tuple[Any, Any]:
   return figure, figure.subplots(rows, sharex=True)
 
 
-def _layers(axes: Any, count: int, kind: str, window: int) -> None:
-  axes.set_title(title(kind, window), loc='left')
-  _ticks(axes, count, axis(kind, window))
+def _layers(axes: Any, count: int, name: str, window: int) -> None:
+  several = name in ('mlp', 'attn') and window > 1
+  label = f'centre of the {window} restored layers' if several else None
+  axes.set_title(title(name, window), loc='left')
+  _ticks(axes, count, label or 'restored layer')
 
 
 def _ticks(axes: Any, count: int, label: str) -> None:

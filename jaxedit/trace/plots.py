@@ -1,4 +1,4 @@
-"""Chooses and writes the plots of a trace; `trace_figures` draws them.
+"""Chooses the plots of a trace, and makes files of them; `figures` draws.
 
 average_map_<kind>    average effects by role of a token and layer
 average_<kind>        the same as lines with their 95 % intervals
@@ -14,14 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
-from experiments import trace_figures, trace_results
-from experiments.trace_figures import MAPS
 from jaxedit import io
-from jaxedit.trace import effects
+from jaxedit.trace import effects, figures
+from jaxedit.trace.figures import MAPS
+from jaxedit.trace.results import FactTraces, TracedFact
 from jaxedit.types import InputError, Progress, silent
 
 FORMATS = ('png', 'svg')
-# Files that a run of causal_trace may write.
+# Files of these plots, and of `runs.layer_search`.
 NAMES = r'(average|severed|suggest|fact_\d+)(_\w+)?\.(png|svg)'
 MISSING = (
     'matplotlib is not installed, and plots need it; run `pip install'
@@ -30,11 +30,7 @@ MISSING = (
 
 
 def require() -> None:
-  """Refuses to go on without matplotlib.
-
-  Raises:
-    InputError: it is not installed.
-  """
+  """Raises an InputError where matplotlib is not installed."""
   try:
     import matplotlib  # noqa: F401  pylint: disable=unused-import
   except ImportError:
@@ -42,35 +38,30 @@ def require() -> None:
 
 
 def draw_all(
-    found: Sequence[trace_results.Found],
-    averages: Mapping[str, effects.Average],
+    found: FactTraces,
     folder: pathlib.Path,
     *,
-    window: int,
-    formats: Sequence[str],
     facts: int,
+    formats: Sequence[str] = FORMATS,
     progress: Progress = silent,
 ) -> dict[str, str]:
   """Draws averages, then facts.
 
   Args:
-    found: the facts.
-    averages: by kind.
-    folder: where to write; made if missing.
-    window: layers restored at once by 'mlp' and 'attn'.
-    formats: of `FORMATS`; none to draw nothing.
+    found: what a trace found.
+    folder: where to write.
     facts: the first so many get heat maps.
+    formats: of `FORMATS`.
     progress: told of figures.
 
   Returns:
     Name without ending -> the figure as SVG.
   """
-  if not formats:
-    return {}
-  folder.mkdir(exist_ok=True)
+  window = found.config.window
+  names = [name for name in found.config.names if name in MAPS]
   jobs = {
-      **_average_jobs(averages, window),
-      **_fact_jobs(found[:facts], [k for k in averages if k in MAPS], window),
+      **_average_jobs(found.averages, window),
+      **_fact_jobs(found.facts[:facts], names, window),
   }
   drawn = {}
   with progress('plot', len(jobs), 'figure') as done:
@@ -85,57 +76,58 @@ def _average_jobs(
 ) -> dict[str, Callable[[], Any]]:
   """Name -> what makes the figure, of averages."""
   jobs: dict[str, Callable[[], Any]] = {}
-  for kind in [kind for kind in averages if kind in MAPS]:
-    average = averages[kind]
+  for name in [name for name in averages if name in MAPS]:
+    average = averages[name]
     shown = [i for i, count in enumerate(average.count) if count]
-    jobs[f'average_map_{kind}'] = functools.partial(
-        trace_figures.heat_map,
+    jobs[f'average_map_{name}'] = functools.partial(
+        figures.heat_map,
         average.mean[shown],
         [effects.CLASSES[i] for i in shown],
-        kind=kind,
+        name=name,
         window=window,
         bar='average effect',
         floor=min(0.0, float(average.mean[shown].min())),
     )
-    jobs[f'average_{kind}'] = functools.partial(
-        trace_figures.effect_lines, average, kind=kind, window=window
+    jobs[f'average_{name}'] = functools.partial(
+        figures.effect_lines, average, name=name, window=window
     )
-  if any(kind not in MAPS for kind in averages):
-    jobs['severed'] = functools.partial(trace_figures.severed_bars, averages)
+  if any(name not in MAPS for name in averages):
+    jobs['severed'] = functools.partial(figures.severed_bars, averages)
   return jobs
 
 
 def _fact_jobs(
-    found: Sequence[trace_results.Found], kinds: Sequence[str], window: int
+    found: Sequence[TracedFact], names: Sequence[str], window: int
 ) -> dict[str, Callable[[], Any]]:
   """Name -> what makes the figure, of facts."""
-  jobs: dict[str, Callable[[], Any]] = {}
-  for one in found:
-    inside = range(*one.span)
-    labels = [
-        trace_figures.token_label(x, i in inside)
-        for i, x in enumerate(one.tokens)
-    ]
-    for kind in kinds:
-      jobs[f'fact_{one.fact.number:05}_{kind}'] = functools.partial(
-          trace_figures.heat_map,
-          one.result.scores[kind],
-          labels,
-          kind=kind,
+  return {
+      f'fact_{one.fact.number:05}_{name}': functools.partial(
+          figures.heat_map,
+          one.result.scores[name],
+          [
+              figures.token_label(token, one.span[0] <= i < one.span[1])
+              for i, token in enumerate(one.tokens)
+          ],
+          name=name,
           window=window,
-          bar=f'p({trace_figures.token_label(one.answer, False)})',
+          bar=f'p({figures.token_label(one.answer, False)})',
           floor=one.result.low,
       )
-  return jobs
+      for one in found
+      for name in names
+  }
 
 
 def save(
-    figure: Any, folder: pathlib.Path, name: str, formats: Sequence[str]
+    figure: Any,
+    folder: pathlib.Path,
+    name: str,
+    formats: Sequence[str] = FORMATS,
 ) -> str:
-  """Writes a figure, each file atomically.
+  """Writes a figure of matplotlib.
 
   Args:
-    figure: of matplotlib.
+    figure: the figure.
     folder: where to write.
     name: file name without its ending.
     formats: of `FORMATS`.
@@ -143,13 +135,11 @@ def save(
   Returns:
     The figure as SVG.
   """
-  with trace_figures.styled():
-    drawn = {ending: BytesIO() for ending in {*formats, 'svg'}}
+  options = {'svg': {'metadata': {'Date': None}}, 'png': {'dpi': 150}}
+  drawn = {ending: BytesIO() for ending in dict.fromkeys((*formats, 'svg'))}
+  with figures.styled():
     for ending, out in drawn.items():
-      options = (
-          {'metadata': {'Date': None}} if ending == 'svg' else {'dpi': 150}
-      )
-      figure.savefig(out, format=ending, **options)
+      figure.savefig(out, format=ending, **options[ending])
   for ending in formats:
     io.write_bytes(folder / f'{name}.{ending}', drawn[ending].getvalue())
   return drawn['svg'].getvalue().decode('utf-8')

@@ -1,8 +1,9 @@
-"""Runs what a restored activation can change, and nothing else.
+"""Runs the part of the model that a restored activation can change.
 
-The clean and the corrupted run leave tables of their activations. A cell goes on
-from the corrupted one: its row enters after the first restored layer e with the
-columns from the restored token t on,
+Restoring (token t, layer l) can only affect tokens from t on above layer l, so
+only that part is recomputed. The clean and the corrupted run leave tables of
+their activations. A grid cell continues the corrupted one: its row enters after
+the first restored layer e with the columns from the restored token t on,
 
   h_t = the state that restoring the part at t in layer e gives,   h_j = corrupted
 
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax
 import jax
@@ -31,28 +32,9 @@ import jax.numpy as jnp
 
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
-from jaxedit.trace.cells import PackedBatch
-from jaxedit.trace.kinds import Kind
+from jaxedit.trace.grid_cells import PackedBatch
+from jaxedit.trace.restoration import Restoration
 from jaxedit.types import PADDING, SHARED, Array, Params, Tap, TokenLayout
-
-
-class How(NamedTuple):
-  """What a compiled run depends on of a kind.
-
-  Attributes:
-    part: what is restored.
-    sever: what keeps its corrupted output above, or None.
-    windowed: whether more than one layer is restored.
-  """
-
-  part: str
-  sever: str | None
-  windowed: bool
-
-
-def how_of(kind: Kind) -> How:
-  """Reduces a kind; windows of any size share a program."""
-  return How(kind.part, kind.sever, kind.window > 1)
 
 
 @flax.struct.dataclass
@@ -79,9 +61,12 @@ class Tables:
   low: Array
 
 
-def parts_of(kinds: Sequence[Kind]) -> tuple[str, ...]:
-  """Parts whose outputs the tables of some kinds must hold."""
-  wanted = {'block'} | {k.part for k in kinds} | {k.sever for k in kinds}
+def parts_of(restorations: Sequence[Restoration]) -> tuple[str, ...]:
+  """Parts whose outputs the tables of some restorations must hold."""
+  wanted = {
+      'block',
+      *(part for r in restorations for part in (r.part, r.sever)),
+  }
   return tuple(p for p in ('block', 'mlp', 'attn') if p in wanted)
 
 
@@ -210,52 +195,54 @@ def restored(
   return base['block'] + clean('mlp') - base['mlp']
 
 
-@functools.partial(jax.jit, static_argnames=('spec', 'how'))
-def tails(
+@functools.partial(jax.jit, static_argnames=('spec', 'restoration'))
+def run_cells(
     spec: ModelSpec,
     params: Params,
     found: Tables,
     tile: PackedBatch,
     *,
-    how: How,
+    restoration: Restoration,
 ) -> Array:
-  """Runs a tile of cells.
+  """Runs a tile of grid cells.
 
   Args:
     spec: the architecture.
     params: canonical parameters.
     found: the tables of the tile's group.
     tile: rows that enter after a layer below the last.
-    how: what is restored, static.
+    restoration: what is restored, see `Restoration.program`, static.
 
   Returns:
     [K] log-probability of the labels at scored places, nats.
   """
-  first = restored(found, how.part, tile.entry, tile.owner, tile.token)
-  return run(spec, params, found, tile, first, hold=_holder(found, tile, how))
+  first = restored(found, restoration.part, tile.entry, tile.owner, tile.token)
+  return run_rows(
+      spec, params, found, tile, first, hold=_holder(found, tile, restoration)
+  )
 
 
 def _holder(
-    found: Tables, tile: PackedBatch, how: How
+    found: Tables, tile: PackedBatch, restoration: Restoration
 ) -> tuple[str, Callable[[Array], tuple[Array, Array]]] | None:
   """(part, layer -> ([R, D] its output at t, [R] whether it is set))."""
-  part = how.sever or (how.part if how.windowed else None)
-  if part is None:
+  sever = restoration.sever
+  if not sever and restoration.window == 1:
     return None
-  owner, table = tile.owner, found.base
-  if not how.sever:
+  part, owner, table = sever or restoration.part, tile.owner, found.base
+  if not sever:
     draws = found.low.shape[0] // found.high.shape[0]
     owner, table = tile.owner // draws, found.clean
 
   def values(layer: Array) -> tuple[Array, Array]:
     held = table[part][layer, owner, tile.token]
     always = jnp.ones(owner.shape, bool)
-    return held, always if how.sever else layer < tile.stop
+    return held, always if sever else layer < tile.stop
 
   return part, values
 
 
-def run(
+def run_rows(
     spec: ModelSpec,
     params: Params,
     found: Tables,

@@ -1,9 +1,9 @@
-"""Lays the cells of a trace out for a device.
+"""Lays the grid cells of a trace out for a device.
 
 A cell restores one token t in the layers around one layer. Only columns from t on
 can change, and only above the first restored layer, so a cell is n rows (one a
 draw of noise) of T - t columns that enter after that layer. Rows that enter after
-the same layer lie end to end in a tile (see `types.Ragged`); all tiles of a group
+the same layer lie end to end in a tile (see `types.PackedSequences`); all tiles of a group
 have one shape, chosen so that they hold few empty places.
 
 Axis letters: R rows of a tile, N places, W columns of a row, K scored places.
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import flax
 import numpy as np
 
-from jaxedit.trace.kinds import Kind
+from jaxedit.trace.restoration import Restoration
 from jaxedit.types import (
     PADDING,
     SHARED,
@@ -30,8 +30,8 @@ from jaxedit.types import (
 )
 
 
-class Cells(NamedTuple):
-  """Rows to run, in one order.
+class GridCells(NamedTuple):
+  """Grid cells to run, a row a draw, in one order.
 
   Attributes:
     case: [n] int which case of the group.
@@ -49,9 +49,9 @@ class Cells(NamedTuple):
   entry: np.ndarray
   stop: np.ndarray
 
-  def take(self, index: np.ndarray) -> Cells:
+  def take(self, index: np.ndarray) -> GridCells:
     """Picks rows."""
-    return Cells(*(x[index] for x in self))
+    return GridCells(*(x[index] for x in self))
 
 
 class Shape(NamedTuple):
@@ -93,13 +93,16 @@ class PackedBatch:
   label: Array
 
 
-def cells(
-    kind: Kind, tokens: Sequence[Sequence[int]], draws: int, layers: int
-) -> Cells:
+def grid_cells(
+    restoration: Restoration,
+    tokens: Sequence[Sequence[int]],
+    draws: int,
+    layers: int,
+) -> GridCells:
   """Lists the rows of a group that must be run.
 
   Args:
-    kind: what is restored.
+    restoration: what is restored.
     tokens: the restored columns of every case.
     draws: n.
     layers: L.
@@ -107,20 +110,20 @@ def cells(
   Returns:
     Rows by entry layer, case, token and draw.
   """
-  windows = np.array([kind.layers(i, layers) for i in range(layers)])
+  windows = np.array([restoration.layers(i, layers) for i in range(layers)])
   rows = np.array(
       [
           (windows[layer, 0], case, token, draw, layer, windows[layer, 1])
           for layer in range(layers)
-          for case, layout in enumerate(tokens)
-          for token in layout
+          for case, columns in enumerate(tokens)
+          for token in columns
           for draw in range(draws)
       ],
       np.int32,
   ).reshape(-1, 6)
   rows = rows[np.argsort(rows[:, 0], kind='stable')]
   entry, case, token, draw, layer, stop = rows.T
-  return Cells(case, draw, token, layer, entry, stop)
+  return GridCells(case, draw, token, layer, entry, stop)
 
 
 def pack(lengths: np.ndarray, entry: np.ndarray, places: int) -> list[slice]:
@@ -177,7 +180,7 @@ def choose_places(
 
 
 def tiles(
-    rows: Cells,
+    rows: GridCells,
     parts: Sequence[slice],
     shape: Shape,
     *,
@@ -204,7 +207,7 @@ def tiles(
 
 
 def _tile(
-    mine: Cells,
+    mine: GridCells,
     shape: Shape,
     lengths: np.ndarray,
     labels: Sequence[np.ndarray],

@@ -1,0 +1,212 @@
+"""What to trace: settings, facts as ids, and which of them the model completes.
+
+A fact counts as completed where the model's most probable next token, decoded
+and without white space, is the attribute, or is the first token of it. What is
+scored is that token in any case.
+
+The attribute is the `target` of a fact; '' leaves open what should follow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxedit.models import loading
+from jaxedit.text import locate
+from jaxedit.trace import causal, noise
+from jaxedit.trace.restoration import WINDOW, Restoration
+from jaxedit.types import EditRequest, InputError, Progress, silent
+
+MODES = {'add': 'add', 'replace': 'set'}  # of noise -> of `causal.trace`
+NOT_FINITE = 'has probabilities that are not finite'
+_BATCH = 64  # prompts that are completed at a time, at least
+
+
+@dataclasses.dataclass(frozen=True)
+class TraceConfig:
+  """What to trace.
+
+  Attributes:
+    restorations: what to restore.
+    window: layers restored at once by 'mlp' and 'attn'.
+    level: noise level, as `noise.parse` takes it.
+    mode: 'add' noise to the embeddings, or 'replace' them.
+    draws: of noise a fact.
+    seed: of the noise.
+    last_only: restore the last subject token alone.
+  """
+
+  restorations: tuple[Restoration, ...]
+  window: int = WINDOW
+  level: str = noise.DEFAULT
+  mode: str = 'add'
+  draws: int = 10
+  seed: int = noise.SEED
+  last_only: bool = False
+
+  @property
+  def names(self) -> list[str]:
+    """Of the restorations."""
+    return [one.name for one in self.restorations]
+
+  def alone(self, one: Restoration) -> bool:
+    """Whether that is done at the last subject token alone."""
+    return self.last_only or one.sever is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedFact:
+  """A fact as ids.
+
+  Attributes:
+    fact: the fact.
+    ids: [T] int32 its prompt.
+    span: first token of the subject and one past its last.
+    answer: token that the model holds most probable next; -1 before it is run.
+    completes: see `results.TracedFact`.
+  """
+
+  fact: EditRequest
+  ids: np.ndarray
+  span: tuple[int, int]
+  answer: int = -1
+  completes: str = 'unasked'
+
+
+def encode(tokenizer: Any, facts: Sequence[EditRequest]) -> list[EncodedFact]:
+  """Turns facts into ids; each has passed `checker`."""
+  places = locate.locate_subjects(tokenizer, [fact.parts for fact in facts])
+  return [
+      EncodedFact(fact, ids, (span[0], span[1] + 1))
+      for fact, (ids, span) in zip(facts, places, strict=True)
+  ]
+
+
+def noise_level(
+    config: TraceConfig, model: loading.Model, encoded: Sequence[EncodedFact]
+) -> noise.Noise:
+  """Resolves the noise level by the subjects of all facts, traced or not."""
+  std = None
+  if noise.parse(config.level).relative:
+    ids = np.concatenate([one.ids[slice(*one.span)] for one in encoded])
+    std = noise.embedding_std(model.params, ids)
+  return noise.level(config.level, std)
+
+
+def checker(
+    tokenizer: Any, longest: int
+) -> Callable[[Sequence[EditRequest]], list[list[str]]]:
+  """Finds facts that cannot be traced as ids of `longest` tokens at most."""
+
+  def check(facts: Sequence[EditRequest]) -> list[list[str]]:
+    places = locate.locate_subjects(tokenizer, [fact.parts for fact in facts])
+    return [
+        _errors(fact.subject, len(ids), span is not None, longest)
+        for fact, (ids, span) in zip(facts, places, strict=True)
+    ]
+
+  return check
+
+
+def _errors(subject: str, count: int, located: bool, longest: int) -> list[str]:
+  if not located:
+    return [locate.no_subject(subject)]
+  if count <= longest:
+    return []
+  return [
+      f'the prompt has {count} tokens, and the model takes {longest}; shorten it.'
+  ]
+
+
+def choose(
+    model: loading.Model,
+    tokenizer: Any,
+    encoded: Sequence[EncodedFact],
+    *,
+    count: int | None = None,
+    keep_wrong: bool = False,
+    progress: Progress = silent,
+) -> tuple[list[EncodedFact], list[dict[str, Any]]]:
+  """Picks the facts to trace, in order.
+
+  Args:
+    model: the model.
+    tokenizer: its tokenizer.
+    encoded: the facts.
+    count: how many; all unless given.
+    keep_wrong: whether to keep those that the model does not complete.
+    progress: told of facts.
+
+  Returns:
+    (the facts with the model's answers, those left out and why).
+
+  Raises:
+    InputError: none is left.
+  """
+  wanted = min(count or len(encoded), len(encoded))
+  size = max(_BATCH, 2 * wanted)
+  picked, missed = [], []
+  with progress('complete', len(encoded), 'fact') as done:
+    for begin in range(0, len(encoded), size):
+      part = encoded[begin : begin + size]
+      rows = [one.ids for one in part]
+      found = causal.predict(model.spec, model.params, rows)
+      for one, token, p in zip(part, found.token, found.probability):
+        if len(picked) == wanted:
+          break
+        one = judged(tokenizer, one, int(token))
+        reason = _reason(tokenizer, one, p, keep_wrong)
+        if reason:
+          missed.append(left_out(one.fact, reason))
+        else:
+          picked.append(one)
+      done(len(part))
+      if len(picked) == wanted:
+        break
+  if not picked:
+    raise none_left(len(encoded), missed)
+  return picked, missed
+
+
+def none_left(count: int, missed: Sequence[dict[str, Any]]) -> InputError:
+  """What is raised where none of `count` facts can be traced."""
+  first = missed[0]
+  wrong = any(one['reason'] != NOT_FINITE for one in missed)
+  act = 'give facts that the model knows, or pass --keep_wrong'
+  return InputError(
+      f'none of the {count} facts can be traced; the first (record'
+      f' {first["number"]}) {first["reason"]};'
+      f' {act if wrong else "check the model"}'
+  )
+
+
+def left_out(fact: EditRequest, reason: str) -> dict[str, Any]:
+  """Names a fact, and why it is not traced."""
+  return {'number': fact.number, 'id': fact.id, 'reason': reason}
+
+
+def judged(tokenizer: Any, one: EncodedFact, token: int) -> EncodedFact:
+  """Compares the model's answer with the attribute."""
+  attribute, completes = one.fact.target, 'unasked'
+  if attribute:
+    first = locate.encode_targets(tokenizer, [attribute])[0][:1]
+    completes = 'begins' if token in first else 'misses'
+    if tokenizer.decode([token]).strip() == attribute:
+      completes = 'whole'
+  return dataclasses.replace(one, answer=token, completes=completes)
+
+
+def _reason(
+    tokenizer: Any, one: EncodedFact, p: float, keep_wrong: bool
+) -> str:
+  """Why a fact is not traced, or nothing."""
+  if not np.isfinite(p):
+    return NOT_FINITE
+  if one.completes == 'misses' and not keep_wrong:
+    answer = tokenizer.decode([one.answer]).strip()
+    return f'is completed with {answer!r}, not {one.fact.target!r}'
+  return ''
