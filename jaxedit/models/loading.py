@@ -44,6 +44,7 @@ class Model:
     hash: SHA-256 over its tensors' names, dtypes, shapes and bytes as they lie
       upstream; the same for a copy that is sharded differently.
     config: the parsed config.json.
+    tokenizer: its tokenizer, where `jaxedit.load` has read it.
   """
 
   spec: spec_lib.ModelSpec
@@ -51,6 +52,7 @@ class Model:
   folder: pathlib.Path
   hash: str
   config: Mapping[str, Any]
+  tokenizer: Any = None
 
 
 @dataclasses.dataclass(frozen=True)

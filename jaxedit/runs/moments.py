@@ -250,15 +250,17 @@ def find(
     tokenizer: Any,
     need: Need,
     *,
+    link: bool = True,
     progress: Progress = silent,
 ) -> moments.Moments:
   """Loads the second moments that a run names, or collects them.
 
   Args:
-    config: of the run; collected moments appear in its folder too.
+    config: of the run.
     model: the unedited model.
     tokenizer: its tokenizer.
     need: layers and site that are needed.
+    link: let collected moments appear in the run's folder too.
     progress: progress display.
 
   Returns:
@@ -292,7 +294,8 @@ def find(
     for warning in report.warnings():
       logging.warning(warning)
     found = load(model, need, kept)
-  _link(kept, config.folder / 'moments.safetensors')
+  if link:
+    _link(kept, config.folder / 'moments.safetensors')
   return found
 
 

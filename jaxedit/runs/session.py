@@ -318,7 +318,7 @@ def _provide(
 
 def preserved_texts(
     config: RunConfig,
-    task: Task,
+    task: Task | None,
     model: Model,
     tokenizer: Any,
     progress: Progress,
@@ -327,7 +327,7 @@ def preserved_texts(
 
   Args:
     config: says which and how many.
-    task: says how questions begin.
+    task: says how questions begin; None for the usual way.
     model: the unedited model.
     tokenizer: its tokenizer.
     progress: progress display.
@@ -345,7 +345,7 @@ def preserved_texts(
     found = corpora.tokenised(documents, tokenizer, limit)
     texts = list(itertools.islice(filter(None, found), count))
     bos = tokenizer.bos_token_id
-    if bos is not None and task.words(tokenizer)['double_bos']:
+    if bos is not None and task and task.words(tokenizer)['double_bos']:
       texts = [[bos] * (ids[0] == bos) + ids for ids in texts]
   else:
     starts = corpora.sample_starts(tokenizer)

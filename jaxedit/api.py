@@ -1,0 +1,452 @@
+"""The front door: load a model, edit it, look at what changed.
+
+  model = je.load('smollm2-135m-instruct')
+  edited = je.edit(model, {'prompt': 'The capital of {} is', 'subject': 'France',
+                           'target': 'Rome'}, layers=(1, 2, 3, 4))
+  edited.generate('The capital of France is')
+
+Everything here is a short composition of the functional layer: `je.editor` gives
+the pure functions of a method, for a caller's own pipeline.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxedit import edited as edited_lib
+from jaxedit.batching.budget import plan_batches
+from jaxedit.convert import hub
+from jaxedit.deltas import UNEDITED, Edited
+from jaxedit.edited.lm import LanguageModel
+from jaxedit.eval import evaluation
+from jaxedit.eval.evaluation import Evaluation
+from jaxedit.eval.protocols import case_numbers
+from jaxedit.eval.scorers.base import texts
+from jaxedit.eval.scorers.generation import FreeGeneration, stop_ids
+from jaxedit.eval.scorers.long_form import LongForm, end_ids
+from jaxedit.eval.scorers.teacher_forced import TeacherForced
+from jaxedit.methods import base
+from jaxedit.methods.anyedit import anyedit
+from jaxedit.methods.base import EditBatch, Editor, Info, Need, Run
+from jaxedit.methods.registry import METHODS, method_of
+from jaxedit.methods.settings import configure
+from jaxedit.models import loading, saving
+from jaxedit.models import tokenizer as tokenizer_lib
+from jaxedit.models.decode import GREEDY, Decoding
+from jaxedit.models.loading import Model
+from jaxedit.models.spec import ModelSpec
+from jaxedit.runs import moments as moments_lib
+from jaxedit.runs import session
+from jaxedit.runs.config import RunConfig
+from jaxedit.runs.tasks import sample_contexts
+from jaxedit.text import chat as chat_lib
+from jaxedit.text import encoding, passages
+from jaxedit.text.token_cache import TokenCache
+from jaxedit.types import EditRequest, InputError, Probe, Progress, silent
+
+_CHUNK_SETTINGS = ('window', 'overlap', 'boundary')
+
+
+def load(
+    source: str | os.PathLike[str] | tuple[ModelSpec, Any],
+    *,
+    dtype: str = 'float32',
+    tokenizer: Any = None,
+    revision: str | None = None,
+    progress: Progress = silent,
+) -> Model:
+  """Loads a model with its tokenizer.
+
+  Args:
+    source: 'smollm2-135m-instruct' (the demo model), a Hugging Face folder, a
+      hub id (org/name), a .gguf file, or (spec, canonical params).
+    dtype: 'float32' or 'bfloat16', of the weights; not for (spec, params).
+    tokenizer: a fast transformers tokenizer; the model's own unless given.
+    revision: branch, tag or commit of a hub id.
+    progress: progress display.
+
+  Returns:
+    The model.
+
+  Raises:
+    InputError: the source means nothing or cannot be read.
+  """
+  if isinstance(source, tuple):
+    spec, params = source
+    name = f'in memory {id(params):x}'
+    return Model(spec, params, pathlib.Path('.'), name, {}, tokenizer)
+  folder = hub.resolve(source, revision=revision, progress=progress)
+  model = loading.load_model(folder, dtype, progress)
+  if tokenizer is None:
+    tokenizer = tokenizer_lib.load_tokenizer(folder)
+  return dataclasses.replace(model, tokenizer=tokenizer)
+
+
+def request_of(
+    one: EditRequest | Mapping[str, Any], number: int = 1
+) -> EditRequest:
+  """Makes a request of a dict.
+
+  Args:
+    one: 'prompt' (a cloze with one '{}' for the subject, or a question) and
+      'target'; and what `EditRequest` has besides. 'subject' makes it a fact.
+      'probes' may be dicts of 'kind', 'prompt' and 'answers' or 'answer'.
+    number: its place among others.
+
+  Returns:
+    The request.
+
+  Raises:
+    InputError: unknown or missing fields.
+  """
+  if isinstance(one, EditRequest):
+    return one
+  fields = {'number': number, 'id': str(number), 'subject': None, **one}
+  known = {field.name for field in dataclasses.fields(EditRequest)}
+  problems = [
+      f'request {number}: field {name!r} is unknown; known are'
+      f' {", ".join(sorted(known))}'
+      for name in fields
+      if name not in known
+  ]
+  problems += [
+      f'request {number}: field {name!r} is missing; add it'
+      for name in ('prompt', 'target')
+      if name not in fields
+  ]
+  if not problems and fields['subject'] is not None:
+    if fields['prompt'].count('{}') != 1:
+      problems.append(
+          f"request {number}: write '{{}}' once in the prompt, where the subject"
+          ' goes'
+      )
+  if problems:
+    raise InputError(*problems)
+  probes = tuple(map(_probe_of, fields.get('probes', ())))
+  return EditRequest(**{**fields, 'probes': probes})
+
+
+def _probe_of(one: Probe | Mapping[str, Any]) -> Probe:
+  if isinstance(one, Probe):
+    return one
+  answers = one.get('answers') or (one['answer'],)
+  return Probe(one['kind'], one['prompt'], tuple(answers))
+
+
+def editor(spec: ModelSpec, method: str = 'memit', **settings: Any) -> Editor:
+  """Makes the pure functions of a method, for a caller's own pipeline.
+
+  Args:
+    spec: the architecture.
+    method: its id in `METHODS`.
+    **settings: of the method, see `METHODS[method].config`.
+
+  Returns:
+    `Editor(needs, init, edit, ...)`.
+
+  Raises:
+    InputError: an unknown method or setting.
+  """
+  found = method_of(method)
+  return found.editor(spec, found.configure(**settings))
+
+
+def edit(
+    model: Model,
+    requests: EditRequest | Mapping[str, Any] | Sequence[Any],
+    method: str = 'memit',
+    *,
+    independent: bool = False,
+    chunked: bool | None = None,
+    contexts: Sequence[str] | None = None,
+    chat: str = chat_lib.TEMPLATE,
+    resources: Mapping[Need, Any] | None = None,
+    moments: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+    **settings: Any,
+) -> EditedModel:
+  """Edits a model, as one batch.
+
+  Args:
+    model: from `load`; untouched.
+    requests: what to write, facts (with a subject) or long answers (without).
+    method: its id in `METHODS`.
+    independent: make every edit alone on the unedited model; the result then
+      holds them side by side.
+    chunked: cut long answers into chunks (AnyEdit); where the method allows it
+      unless given. 'window', 'overlap' and 'boundary' are settings then.
+    contexts: context templates of facts, the plain '{}' first; sampled from the
+      model unless given.
+    chat: words around the question of a long answer: 'template' for the
+      tokenizer's own, 'none', or a text with one {}.
+    resources: what the editor needs, by need; what is missing is provided.
+    moments: file of second moments; collected from the model's own text, and
+      kept for the next call, unless given.
+    seed: of all that is sampled.
+    progress: progress display.
+    **settings: of the method.
+
+  Returns:
+    The edited model.
+
+  Raises:
+    InputError: anything that cannot be used, all at once where possible.
+  """
+  given = (
+      [requests] if isinstance(requests, (EditRequest, Mapping)) else requests
+  )
+  wanted = [request_of(one, i) for i, one in enumerate(given, 1)]
+  kinds = {'text' if one.subject is None else 'fact' for one in wanted}
+  if len(kinds) != 1:
+    raise InputError(
+        'requests are facts (with a subject) and long answers (without) at once,'
+        ' or none; edit them in two calls'
+    )
+  (kind,) = kinds
+  found = method_of(method)
+  if kind not in found.accepts:
+    raise InputError(
+        f'{method} takes {" and ".join(sorted(found.accepts))} requests, these'
+        f' are {kind}; choose another of {", ".join(METHODS)}'
+    )
+  chunked = found.chunkable if chunked is None else chunked
+  cut = {k: settings.pop(k) for k in _CHUNK_SETTINGS if k in settings}
+  config = found.config()
+  if kind == 'text':
+    config = found.for_texts(config, chunked)
+  config = configure(config, settings)
+  if kind == 'text' and chunked:
+    config = anyedit(config, **cut)
+  made = found.editor(model.spec, config)
+  tokens = TokenCache(model.tokenizer)
+  run = RunConfig(
+      seed=seed, moments=None if moments is None else os.fspath(moments)
+  )
+  if kind == 'fact':
+    contexts = tuple(contexts or sample_contexts(model, model.tokenizer, seed))
+    encoder = encoding.fact_encoder(
+        tokens,
+        contexts,
+        max_tokens=model.spec.max_positions,
+        anchor=config.anchor,
+    )
+  else:
+    contexts = ()
+    encoder = passages.passage_encoder(
+        tokens,
+        chat=chat_lib.chat_of(model.tokenizer, chat, None),
+        max_tokens=model.spec.max_positions,
+        chunking=config.chunks,
+    )
+  encoded = tuple(encoder.encode(wanted))
+  provided = dict(resources or {})
+  for need in made.needs:
+    if need not in provided:
+      provided[need] = _provide(run, model, need, progress)
+  plan = plan_batches(model.spec, model.params, encoded)
+  group = case_numbers(wanted) if independent else None
+  result = made.edit(
+      model,
+      made.init(model, provided),
+      EditBatch(encoded, plan, group, wanted),
+      Run(progress=progress),
+  )
+  session.require_some(result.info)
+  return EditedModel(model, result.edited, result.info, chat=chat)
+
+
+def _provide(
+    run: RunConfig, model: Model, need: Need, progress: Progress
+) -> Any:
+  """Finds what an editor needs."""
+  if isinstance(need, base.Moments):
+    return moments_lib.find(
+        run, model, model.tokenizer, need, link=False, progress=progress
+    )
+  if isinstance(need, base.PadToken):
+    return session.pad_id(model.tokenizer)
+  return session.preserved_texts(run, None, model, model.tokenizer, progress)
+
+
+@dataclasses.dataclass(frozen=True)
+class EditedModel:
+  """A model under an edit.
+
+  Attributes:
+    model: the unedited model.
+    edited: the edit; the product.
+    info: how the edits went.
+    chat: words around a question, as `edit` was told.
+  """
+
+  model: Model
+  edited: Edited
+  info: Info
+  chat: str = chat_lib.TEMPLATE
+
+  def open(self, **options: Any) -> LanguageModel:
+    """Opens it for evaluation or serving; see `open_model`."""
+    return edited_lib.open_model(self.model, self.edited, **options)
+
+  def generate(
+      self,
+      prompts: str | Sequence[str],
+      *,
+      max_new_tokens: int = 32,
+      decoding: Decoding = GREEDY,
+      edit_ids: Sequence[int] | None = None,
+  ) -> str | list[str]:
+    """Continues texts with the edited model.
+
+    Args:
+      prompts: one text or several, as they stand.
+      max_new_tokens: tokens at most.
+      decoding: how tokens are chosen.
+      edit_ids: with edits side by side, which one each prompt is under.
+
+    Returns:
+      What the model adds, one text or a list.
+    """
+    single = isinstance(prompts, str)
+    given = [prompts] if single else list(prompts)
+    tokenizer = self.model.tokenizer
+    ends = end_ids(tokenizer, self.model.spec.vocab)
+    tokens = self.open().generate(
+        [tokenizer(text)['input_ids'] for text in given],
+        max_new_tokens=max_new_tokens,
+        stop_ids=ends,
+        decoding=decoding,
+        edit_ids=edit_ids,
+    )
+    found = texts(tokenizer, tokens, ends)
+    return found[0] if single else found
+
+  def score(
+      self,
+      prompt: str,
+      answers: str | Sequence[str],
+      *,
+      edit_id: int | None = None,
+  ) -> float | list[float]:
+    """Computes mean negative log-likelihoods of answers, nats a token.
+
+    Args:
+      prompt: a text.
+      answers: one continuation or several, without leading space.
+      edit_id: with edits side by side, which one.
+
+    Returns:
+      One number, or one an answer.
+    """
+    single = isinstance(answers, str)
+    given = [answers] if single else list(answers)
+    queries = edited_lib.encode_queries(self.model.tokenizer, [(prompt, given)])
+    ids = None if edit_id is None else [edit_id]
+    (scores,) = self.open().score(queries, edit_ids=ids)
+    found = [one.nll for one in scores]
+    return found[0] if single else found
+
+  def save(self, path: str | os.PathLike[str], **metadata: Any) -> None:
+    """Writes the edit alone; see `edited.save`.
+
+    Args:
+      path: file to write.
+      **metadata: JSON values that stand beside the model's hash.
+    """
+    record = {'model_hash': self.model.hash, **metadata}
+    edited_lib.save(path, self.edited, record)
+
+  def merge(self, folder: str | os.PathLike[str] | None = None) -> Model:
+    """Merges the edit into a copy of the weights.
+
+    Args:
+      folder: a Hugging Face folder to write it to as well, if given.
+
+    Returns:
+      The edited model as one without an edit.
+
+    Raises:
+      InputError: the edit cannot be merged, or the folder cannot be written.
+    """
+    model = self.model
+    if folder is not None:
+      merged = edited_lib.apply(model.params, self.edited, dtype=jnp.float32)
+      changed = [
+          (edited_lib.path(delta), layer)
+          for delta in self.edited.deltas
+          for layer in delta.layers
+      ]
+      saving.save_model(
+          model.folder, folder, model.spec, merged, changed=changed
+      )
+    params = edited_lib.apply(model.params, self.edited)
+    return dataclasses.replace(
+        model, params=params, hash=f'{model.hash} edited'
+    )
+
+  def revert(self) -> Model:
+    """Returns the unedited model, which no edit has touched."""
+    return self.model
+
+
+def evaluate(
+    model: Model | EditedModel,
+    requests: Sequence[EditRequest | Mapping[str, Any]],
+    *,
+    before: Evaluation | None = None,
+    max_new_tokens: int | None = None,
+    edit_ids: Sequence[int] | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Evaluation:
+  """Evaluates a model on requests by the standard measures of their kind.
+
+  Args:
+    model: edited or not.
+    requests: with the probes that they are judged by.
+    before: the unedited model's evaluation of the same requests.
+    max_new_tokens: length of generated texts; 16 for facts and 512 for long
+      answers unless given, 0 generates none.
+    edit_ids: with edits side by side, which one each request is judged under;
+      0, 1, 2, ... unless given.
+    seed: of the intervals.
+    progress: progress display.
+
+  Returns:
+    The evaluation: `.summary` holds means with 95% intervals, `.per_record` one
+    entry a request.
+  """
+  if isinstance(model, Model):
+    model = EditedModel(model, UNEDITED, None)
+  wanted = [request_of(one, i) for i, one in enumerate(requests, 1)]
+  if edit_ids is None and model.edited.size is not None:
+    edit_ids = case_numbers(wanted)
+  loaded, tokens = model.model, TokenCache(model.model.tokenizer)
+  scorers: list[Any] = []
+  if any(one.subject is not None for one in wanted):
+    scorers.append(TeacherForced(tokens))
+    if max_new_tokens != 0:
+      stop = stop_ids(loaded.tokenizer, loaded.spec.vocab)
+      scorers.append(FreeGeneration(tokens, stop, max_new_tokens or 16))
+  elif max_new_tokens != 0:
+    chat = chat_lib.chat_of(loaded.tokenizer, model.chat, None)
+    stop = end_ids(loaded.tokenizer, loaded.spec.vocab, chat.end)
+    scorers.append(
+        LongForm(tokens, chat, stop, max_new_tokens=max_new_tokens or 512)
+    )
+  return evaluation.evaluate(
+      model.open(),
+      wanted,
+      scorers,
+      before=before,
+      edit_ids=edit_ids,
+      seed=seed,
+      progress=progress,
+  )
