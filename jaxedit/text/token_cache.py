@@ -1,7 +1,7 @@
 """Token ids of texts, each text tokenised once.
 
-What is edited is asked again before and after the edit, and checked before both:
-all of them share one cache.
+What is edited is asked again before and after the edit, and checked before
+both: all of them share one cache.
 """
 
 from __future__ import annotations
