@@ -223,8 +223,8 @@ class EditRequest:
   Attributes:
     number: place in its file, counted from 1; error messages use it.
     id: the data set's own identifier.
-    prompt: of a fact, a cloze with exactly one '{}' where the subject goes; of a
-      long answer, the question as it is edited, without any chat template.
+    prompt: of a fact, a cloze with exactly one '{}' where the subject goes; of
+      a long answer, the question as it is edited, without any chat template.
     subject: the subject's text; None for a long answer.
     target: the text to write; of a fact without leading space, of a long answer
       without end-of-turn token.

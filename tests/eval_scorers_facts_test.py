@@ -295,7 +295,8 @@ class EvaluateTest(absltest.TestCase):
     model, tokenizer = setup()
     request = EditRequest(
         1, 'a', 'Who sings?', None, 'Ada', category='c',
-        probes=probes('portability_locality', ('Ben', 'x')) + probes('odd', ('a', 'b')),
+        probes=probes('portability_locality', ('Ben', 'x'))
+        + probes('odd', ('a', 'b')),
     )  # fmt: skip
     out = evaluate(open_model(model), [request], tokenizer, 0)
     (entry,) = out.per_record

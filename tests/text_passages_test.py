@@ -14,6 +14,7 @@ from jaxedit.text import (
     chunking,
     locate,
     passages,
+    token_cache,
 )
 
 PLAIN = chat.Chat('', '', '', True)
@@ -130,6 +131,22 @@ class EncodeTest(parameterized.TestCase):
       self.assertEqual(
           passages.encode_questions(tokenizer, questions, words, double), rows
       )
+
+  def test_what_was_checked_is_not_tokenised_again(self):
+    inner = text_tokenizers.byte_level(begin=True)
+    tokens = token_cache.TokenCache(inner)
+    options = dict(chat=PLAIN, max_tokens=400, chunking=chunking.Chunking(6, 2))
+    check = passages.passage_encoder(tokens, **options).check
+    self.assertEqual(check(PASSAGES), [[]] * len(PASSAGES))
+    tokens.tokenizer = None
+    again = passages.passage_encoder(tokens, **options).encode(PASSAGES)
+    wanted = passages.encode_passages(inner, PASSAGES, **options)
+    np.testing.assert_equal(list(map(vars, again)), list(map(vars, wanted)))
+    questions = [passage.question for passage in PASSAGES]
+    self.assertEqual(
+        passages.encode_questions(tokens, questions, PLAIN),
+        [edit.rows[0].tolist() for edit in wanted],
+    )
 
   def test_questions_are_lists(self):
     tokenizer = text_tokenizers.byte_level(begin=True)

@@ -30,12 +30,12 @@ class Evaluation:
 
   Attributes:
     per_record: for each request a dict of plain JSON types: 'number', 'id',
-      'metrics' (id -> value), of long answers and where they are given 'category'
-      and 'case', and what scorers add, such as 'text'.
+      'metrics' (id -> value), of long answers and where they are given
+      'category' and 'case', and what scorers add, such as 'text'.
     summary: metric id -> {'mean', 'low', 'high', 'n'}, see `metrics.aggregate`;
       requests of one case weigh as one.
-    preferred: for each request and each of its locality probes the most probable
-      tokens at the right answer; what `before` is read for.
+    preferred: for each request and each of its locality probes the most
+      probable tokens at the right answer; what `before` is read for.
   """
 
   per_record: list[dict[str, Any]]
@@ -197,8 +197,8 @@ def _check_given(
       )
   if edit_ids is not None and len(edit_ids) != len(requests):
     problems.append(
-        f'edit_ids has {len(edit_ids)} entries for {len(requests)} records; give'
-        ' one a record'
+        f'edit_ids has {len(edit_ids)} entries for {len(requests)} records;'
+        ' give one a record'
     )
   if problems:
     raise InputError(*problems)

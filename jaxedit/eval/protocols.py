@@ -1,14 +1,14 @@
 """In what order requests are edited and judged, as values.
 
-  independent(n)      every case alone, each from the unedited model; n of them are
-                      held side by side
-  batches(n)          n cases are one edit, each batch from the unedited model;
-                      with reset=False from the model that the last one left
-  sequence(n)         batches of n cases, each on the model that the last one left,
-                      judged at the end or along the way
+  independent(n)   every case alone, each from the unedited model; n of them are
+                   held side by side
+  batches(n)       n cases are one edit, each batch from the unedited model; with
+                   reset=False from the model that the last one left
+  sequence(n)      batches of n cases, each on the model that the last one left,
+                   judged at the end or along the way
 
-A protocol is asked for its steps over case numbers, see `case_numbers`; cases are
-never cut. It edits nothing.
+A protocol is asked for its steps over case numbers, see `case_numbers`; cases
+are never cut. It edits nothing.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Protocol:
     cases: how many cases a step has; None for all.
     alone: whether each case of a step is an edit of its own.
     reset: whether every step starts from the unedited model.
-    judge_at: 'immediate', every step's requests after it; 'final', all after the
-      last; or numbers of edited cases, after which all that are edited are judged.
+    judge_at: 'immediate', every step's requests after it; 'final', all after
+      the last; or numbers of edited cases, at which all edited ones are.
   """
 
   cases: int | None
@@ -82,7 +82,7 @@ def independent(n: int | None = None) -> Protocol:
 
 
 def batches(n: int, *, reset: bool = True) -> Protocol:
-  """n cases an edit, judged right after it; with `reset` each from the start."""
+  """n cases an edit, judged right after it; with `reset` each starts anew."""
   return Protocol(n, reset=reset)
 
 

@@ -111,17 +111,18 @@ Draft = Callable[[Sequence[EditRequest]], list[Drafted]]
 class Encoder:
   """Encodes requests, each of them once.
 
-  Its `check` is that of a loader; what was checked is encoded already.
+  Its `check` is that of a loader; what was checked is encoded already, also for
+  another encoder of equal settings and the same `TokenCache`.
   """
 
-  def __init__(self, draft: Draft):
+  def __init__(self, draft: Draft, edits: dict[EditRequest, EncodedEdit]):
     """Makes an encoder of a function that tokenises requests in one go.
 
     Args:
       draft: requests -> (edit, errors) of each.
+      edits: what is encoded already; more is added.
     """
-    self._draft = draft
-    self._edits: dict[EditRequest, EncodedEdit] = {}
+    self._draft, self._edits = draft, edits
 
   def check(self, requests: Sequence[EditRequest]) -> list[list[str]]:
     """Lists what `encode` would refuse.
@@ -191,6 +192,7 @@ def fact_encoder(
   """
   _check_options(templates, anchor, kl_template)
   tokens = token_cache(tokenizer)
+  settings = tuple(templates), max_tokens, anchor, kl_template
 
   def draft(requests: Sequence[EditRequest]) -> list[Drafted]:
     drafts = _draft(tokens, requests, templates, (anchor, kl_template))
@@ -199,7 +201,7 @@ def fact_encoder(
         for edit, errors in drafts
     ]
 
-  return Encoder(draft)
+  return Encoder(draft, tokens.known(('facts', settings)))
 
 
 def encode_edits(

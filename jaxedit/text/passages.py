@@ -80,9 +80,10 @@ def passage_encoder(
   """
   if chunking is not None:
     chunking_lib.check_chunking(chunking)
+  tokens = token_cache(tokenizer)
   options = _Options(chat, max_tokens, chunking, double_bos)
   return Encoder(
-      functools.partial(_draft, token_cache(tokenizer), options=options)
+      functools.partial(_draft, tokens, options=options), tokens.known(options)
   )
 
 

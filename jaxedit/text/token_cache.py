@@ -1,12 +1,12 @@
 """Token ids of texts, each text tokenised once.
 
-What is edited is asked again before and after the edit, and checked before both:
-all of them share one cache.
+What is edited is asked again before and after the edit, and checked before
+both: all of them share one cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ class TokenCache:
 
   def __init__(self, tokenizer: Any):
     self.tokenizer = tokenizer
-    self._known: dict[Callable[..., Any], dict[Any, Any]] = {}
+    self._known: dict[Hashable, dict[Any, Any]] = {}
 
   def prompts(self, texts: Sequence[str]) -> list[np.ndarray]:
     """See `locate.encode_prompts`."""
@@ -39,10 +39,14 @@ class TokenCache:
     """See `locate.locate_subjects`."""
     return self._look_up(locate.locate_subjects, cases)
 
+  def known(self, settings: Hashable) -> dict[Any, Any]:
+    """Returns what is kept under some settings, to read and to add to."""
+    return self._known.setdefault(settings, {})
+
   def _look_up(
       self, encode: Callable[[Any, Sequence[Any]], list[Any]], items: Any
   ) -> list[Any]:
-    known = self._known.setdefault(encode, {})
+    known = self.known(encode)
     new = list(dict.fromkeys(item for item in items if item not in known))
     known.update(zip(new, encode(self.tokenizer, new)))
     return [known[item] for item in items]

@@ -87,10 +87,10 @@ def open_requests(
   """Opens a file of requests, to load with one check or another.
 
   Args:
-    path_or_name: a file; 'demo' for the facts that come with the package, or the
-      long answers if those alone are wanted; 'demo_passages' for the latter.
-    kinds: what to read: 'fact', 'text' (long answers) or both; or 'known', facts
-      to trace.
+    path_or_name: a file; 'demo' for the facts that come with the package, or
+      the long answers if those alone are wanted; 'demo_passages' for these.
+    kinds: what to read: 'fact', 'text' (long answers) or both; or 'known',
+      facts to trace.
     format: name of a format, or 'auto' to tell it by the fields.
     limit: most cases to return, where a request without a case counts as one;
       all by default. With 'fail' only so many are looked at, with 'skip' so

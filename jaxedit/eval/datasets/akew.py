@@ -6,8 +6,8 @@
                      all; AnyEdit takes the first alone
     unstructured     `question` -> `fact_new_uns`, a text. With
                      `paraphrase_prompts` (the CounterFact part) the question is
-                     `prompt_full` where it is there, and the first of them is the
-                     paraphrase, as published.
+                     `prompt_full` where it is there, and the first of them is
+                     the paraphrase, as published.
     structured       `prompt` with its subject -> `target_new` {str}
     sub-questions    the first of `unsfact_triplets_GPT`, `prompt` with its
                      subject -> `target`

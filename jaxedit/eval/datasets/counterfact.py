@@ -1,7 +1,7 @@
 """The official CounterFact.
 
-  requested_rewrite     {prompt with '{}', subject, target_new {str}, target_true
-                        {str}}
+  requested_rewrite     {prompt with '{}', subject, target_new {str},
+                        target_true {str}}
   paraphrase_prompts    list of texts or absent
   neighborhood_prompts  list of texts or absent; their right answer is the true
                         object

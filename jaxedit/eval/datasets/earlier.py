@@ -1,4 +1,4 @@
-"""What came before in a file: edits that must not repeat, cases that have ended."""
+"""What came before in a file: edits that must not repeat, cases that ended."""
 
 from __future__ import annotations
 

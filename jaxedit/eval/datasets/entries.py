@@ -87,7 +87,8 @@ def entries(blob: bytes, source: str) -> Iterator[Entry]:
     except ValueError as error:
       line = getattr(error, 'lineno', 1)
       raise InputError(
-          f'{source}: not JSON at line {line} ({error}); correct the list there.'
+          f'{source}: not JSON at line {line} ({error}); correct the list'
+          ' there.'
       ) from error
     yield from (Entry(i, value) for i, value in enumerate(values, 1))
     return

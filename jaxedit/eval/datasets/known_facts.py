@@ -1,4 +1,4 @@
-"""Facts that a model may know, for tracing: a prompt, its subject, what follows.
+"""Facts that a model may know, for tracing: prompt, subject, what follows.
 
   prompt     text with the subject filled in; without one the template is filled
   subject    text
@@ -50,7 +50,7 @@ def finish(parts: lib.Parts, errors: list[str]) -> lib.Parts:
   return {'prompt': cloze, 'subject': subject, 'target': parts['target']}
 
 
-def traced(format: lib.Format) -> lib.Format:  # pylint: disable=redefined-builtin
+def traced(edited: lib.Format) -> lib.Format:
   """Makes the format of facts to trace of one of facts to edit."""
 
   def finish_edited(parts: lib.Parts, errors: list[str]) -> lib.Parts:
@@ -62,8 +62,8 @@ def traced(format: lib.Format) -> lib.Format:  # pylint: disable=redefined-built
     return finish(parts | {'target': parts['target_true']}, errors)
 
   # Facts to edit have an object to write; what has none is a known fact.
-  signs = tuple(sign for sign in format.signs if sign != 'prompt')
-  return format._replace(kind=lib.KNOWN, signs=signs, finish=finish_edited)
+  signs = tuple(sign for sign in edited.signs if sign != 'prompt')
+  return edited._replace(kind=lib.KNOWN, signs=signs, finish=finish_edited)
 
 
 def single(prompt: str, subject: str) -> tuple[EditRequest | None, list[str]]:

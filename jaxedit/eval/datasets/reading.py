@@ -3,13 +3,13 @@
 A file holds one JSON object a line, or one JSON list of objects (UTF-8). The
 first object with fields of a known format tells the format.
 
-Requests of one edit, a case, stand one after another in the file and are taken or
-left as a whole: no limit and no error cuts a case.
+Requests of one edit, a case, stand one after another in the file and are taken
+or left as a whole: no limit and no error cuts a case.
 
 White space around targets and answers and after prompts is dropped, as a target
 brings its own space; the answer of a question may begin with some. Unpaired
-surrogates become U+FFFD. Two facts that edit one (subject, prompt) are an error,
-whether their targets agree or not. So are a question with two answers, and one
+surrogates become U+FFFD. Two facts that edit one (subject, prompt) are an
+error, whether their targets agree or not. So are a question with two answers, and one
 that is asked twice with the same answer, unless in two cases: those are edited
 apart, and AKEW's share facts. White space counts as one space in that
 comparison, and case matters. Facts to trace may repeat.

@@ -1,9 +1,9 @@
 """zsRE as split by MEND.
 
   src, subject, rephrase   texts; `src` is the prompt with its subject
-  alt, answers             the object to write is `alt` (EasyEdit), and the first
-                           of `answers` is true; or that one is written (ROME,
-                           MEMIT), see `Options.zsre_target`
+  alt, answers             the object to write is `alt` (EasyEdit), and the
+                           first of `answers` is true; or that one is written
+                           (ROME, MEMIT), see `Options.zsre_target`
   loc, loc_ans             a neighbour, a NaturalQuestions input
 
 Other fields are passed over. Source: Mitchell et al. 2021, arXiv 2110.11309.

@@ -61,7 +61,7 @@ class Judged:
   Attributes:
     metrics: id -> value, a fraction.
     fields: further entries of its record, plain JSON types.
-    preferred: the most probable tokens at each locality probe, if they were read.
+    preferred: the most probable tokens at each locality probe, if read.
   """
 
   metrics: Mapping[str, float]

@@ -16,9 +16,9 @@ al. 2025, arXiv 2502.05628), whose decoding is close to greedy; here greedy is
 greedy unless `decoding` says otherwise.
 
 A sampled answer is drawn from a stream of its own, which the request's number
-and the place of the question in it give: it depends neither on the requests that
-are evaluated together nor on batches, and before and after an edit the same
-draws are made.
+and the place of the question in it give: it depends neither on the requests
+that are evaluated together nor on batches, and before and after an edit the
+same draws are made.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ class LongForm(base.Scorer):
   def errors(self, request: EditRequest) -> list[str]:
     wanted = dict.fromkeys(answer for *_, answer in self._asked(request))
     return [
-        f'answer {answer[:40]!r} has no word to compare an answer with; write it'
-        ' out or remove its question.'
+        f'answer {answer[:40]!r} has no word to compare an answer with; write'
+        ' it out or remove its question.'
         for answer in wanted
         if not similarity.has_words(answer)
     ]
@@ -154,7 +154,7 @@ def _judge(rows: Iterable[tuple[str, str, str, dict[str, float]]]) -> Judged:
 
 
 def _stream(request: EditRequest, place: int) -> int:
-  """The number of a question's random stream: 31 bits, the same in every run."""
+  """The number of a question's random stream: 31 bits, equal in every run."""
   # Rewrites of one case have one number.
   name = f'{request.number}/{request.id}/{place}'.encode()
   digest = hashlib.blake2b(name, digest_size=4).digest()

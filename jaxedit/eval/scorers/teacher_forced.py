@@ -4,8 +4,8 @@
   locality probes                answers: their own right one, new object
   other probes                   answer: their own
 
-A request without `target_true` has no probability metrics at its edit prompt and
-rephrase probes, as these compare two objects; its accuracies stay.
+A request without `target_true` has no probability metrics at its edit prompt
+and rephrase probes, as these compare two objects; its accuracies stay.
 """
 
 from __future__ import annotations
