@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import benchmark_torch
+from experiments.benchmark import torch_model
 from jaxedit.trace import facts, results
 from jaxedit.trace.causal import Case
 from jaxedit.trace.restoration import Restoration
@@ -110,7 +110,7 @@ def _run(
     progress: Progress,
 ) -> tuple[np.ndarray, np.ndarray]:
   """([n] seconds, [n] scores) of the cells."""
-  torch = benchmark_torch.require()
+  torch = torch_model.require()
   seconds, scores = [], []
   with progress('torch', len(cells), 'cell') as done, torch.no_grad():
     for cell in [*cells[:_WARM], *cells]:
@@ -174,7 +174,7 @@ def run_logits(
     changes: (layer, 'block' | 'mlp' | 'attn') -> changes that output in place.
     mode: 'add' noise to embeddings, or 'set' them to it.
   """
-  torch = benchmark_torch.require()
+  torch = torch_model.require()
   noise = torch.tensor(case.noise, device=model.device)
 
   def corrupt(x: Any) -> None:
@@ -203,7 +203,7 @@ def _hook(change: Callable[[Any], None]) -> Callable[..., None]:
 
 def _part(model: Any, layer: int, part: str) -> Any:
   """The module whose output is 'block', 'mlp' or 'attn'."""
-  block = benchmark_torch.block(model, layer)
+  block = torch_model.block(model, layer)
   if part == 'block':
     return block
   for name in ('mlp',) if part == 'mlp' else _ATTENTION:
