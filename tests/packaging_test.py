@@ -55,7 +55,7 @@ for path in paths:
     if rest:
       raise flags.Error(f'no flags: {rest}')
     if 'method' in own:
-      method_flags.from_flags('text' if 'window' in own else 'fact')
+      method_flags.from_flags('text' if 'anyedit' in own else 'fact')
   except (flags.Error, InputError) as error:
     faults[path] = str(error)
 print('\\n' + json.dumps(faults))

@@ -22,9 +22,8 @@ from experiments.benchmark import torch_model
 from jaxedit.trace import facts, results
 from jaxedit.trace.causal import Case
 from jaxedit.trace.restoration import Restoration
-from jaxedit.types import InputError, Progress
+from jaxedit.types import Progress
 
-_ATTENTION = ('self_attn', 'attn', 'attention')
 _WARM = 2  # cells that are run before the clock starts
 
 
@@ -185,7 +184,7 @@ def run_logits(
   with contextlib.ExitStack() as stack:
     places = {model.get_input_embeddings(): corrupt}
     for (layer, part), change in changes.items():
-      places[_part(model, layer, part)] = change
+      places[torch_model.part(model, layer, part)] = change
     for module, change in places.items():
       handle = module.register_forward_hook(_hook(change))
       stack.callback(handle.remove)
@@ -199,14 +198,3 @@ def _hook(change: Callable[[Any], None]) -> Callable[..., None]:
     change(output[0] if isinstance(output, tuple) else output)
 
   return hook
-
-
-def _part(model: Any, layer: int, part: str) -> Any:
-  """The module whose output is 'block', 'mlp' or 'attn'."""
-  block = torch_model.block(model, layer)
-  if part == 'block':
-    return block
-  for name in ('mlp',) if part == 'mlp' else _ATTENTION:
-    with contextlib.suppress(AttributeError):
-      return block.get_submodule(name)
-  raise InputError(f'{type(model).__name__}: its {part} was not found')
