@@ -25,8 +25,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import benchmark_torch
-from experiments.benchmark import torch_trace
+from experiments.benchmark import torch_model, torch_trace
 from jaxedit.models.loading import Model
 from jaxedit.runs import cli, method_flags, trace_config, tracing
 from jaxedit.runs.config import RunConfig
@@ -59,7 +58,7 @@ def define_flags() -> None:
 
 def baseline(model: Model, found: results.FactTraces) -> dict[str, Any]:
   """Times the published loop on some cells."""
-  torch = benchmark_torch.load(model.folder, FLAGS.dtype)
+  torch = torch_model.load(model.folder, FLAGS.dtype)
   return torch_trace.baseline(
       torch, found, count=FLAGS.baseline_cells, progress=cli.progress_bar
   )
@@ -83,7 +82,7 @@ def main() -> None:
   if problems:
     raise InputError(*problems)
   if timed:
-    benchmark_torch.require()
+    torch_model.require()
   lines = tracing.run(
       config,
       settings,

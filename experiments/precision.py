@@ -6,9 +6,9 @@
 
 Takes the flags of memit_batch. Both runs round the weights to bf16; one then
 computes with them in bf16 (residuals, norms, losses and solves in f32 or wider,
-as always, and activations as --activations says while states are optimised and
+as always, and activations as --activations says while targets are optimised and
 written), the other widens them and computes in f32. Prints how far apart the
-wanted states are and both tables, and writes precision.json to --output_dir.
+targets are and both tables, and writes precision.json to --output_dir.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import (
-    common,
-    editing,
-    job,
-    job_report,
-    judging,
-    memit_batch,
-    timing,
-    workbench,
-)
+from experiments import memit_batch
+from experiments.benchmark.compare import cosines
 from jaxedit import io
-from jaxedit.methods import closed_form
+from jaxedit.runs import cli, method_flags, report
+from jaxedit.runs import config as config_lib
+from jaxedit.runs import session as session_lib
+from jaxedit.runs.clock import Clock
+from jaxedit.runs.config import RunConfig
+from jaxedit.runs.output import Output
+from jaxedit.runs.provenance import versions
 from jaxedit.types import InputError, Targets
-
-FLAGS = flags.FLAGS
 
 _SHOWN = ('es', 'ps', 'ns')
 
-define_flags = memit_batch.define_flags
+
+def define_flags() -> None:
+  """Defines this program's flags, those of memit_batch."""
+  memit_batch.define_flags()
+  flags.adopt_module_key_flags(memit_batch)
 
 
 def agreement(one: Targets, other: Targets) -> dict[str, Any]:
-  """Says how far wanted states are apart.
+  """Says how far targets are apart.
 
   Args:
     one: targets of E edits.
@@ -54,19 +54,14 @@ def agreement(one: Targets, other: Targets) -> dict[str, Any]:
     'compared' edits, which are finite and have moved in both), 'equal_steps',
     'edits'.
   """
-
   moved = np.ones(len(one.steps), bool)
   for targets in (one, other):
     away = np.linalg.norm(targets.z - targets.z0, axis=-1)
     moved &= np.isfinite(away) & (away > 0)
 
   def spread(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
-    if not moved.any():
-      return {'median': 1.0, 'lowest': 1.0}
-    a, b = (x[moved].astype(np.float64) for x in (a, b))
-    length = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-    cosine = np.sum(a * b, axis=-1) / length
-    return {'median': float(np.median(cosine)), 'lowest': float(cosine.min())}
+    found = cosines(a[moved], b[moved]) if moved.any() else np.ones(1)
+    return {'median': float(np.median(found)), 'lowest': float(found.min())}
 
   return {
       'z_cosine': spread(one.z, other.z),
@@ -77,61 +72,67 @@ def agreement(one: Targets, other: Targets) -> dict[str, Any]:
   }
 
 
+def compare(session: session_lib.Session) -> dict[str, Any]:
+  """Edits with both arithmetics.
+
+  Args:
+    session: with weights in bf16.
+
+  Returns:
+    What `agreement` says, and `report.tables` of both.
+  """
+  model = session.model
+  widen = lambda x: x.astype(jnp.float32)
+  wide = dataclasses.replace(model, params=jax.tree.map(widen, model.params))
+  scorers = session.task.scorers(session.tokens, model.spec, model)
+  # Preconditioners hold no weights, so both runs share them.
+  state = session.editor.init(model, session.resources)
+  evaluations, targets = {}, []
+  for name, one in (('bfloat16', model), ('float32', wide)):
+    mine = dataclasses.replace(session, model=one)
+    outcome = session_lib.edit(mine, state, progress=cli.progress_bar)
+    targets.append(outcome.info.targets.targets)
+    evaluations[name] = session_lib.judge(
+        mine, outcome, scorers, progress=cli.progress_bar
+    )
+  return {**agreement(*targets), **report.tables(evaluations)}
+
+
 def main() -> None:
-  recipe, settings = memit_batch.recipe_of_flags()
-  if FLAGS.dtype != 'bfloat16':
-    raise InputError(
-        f'--dtype={FLAGS.dtype}: this program rounds weights to bfloat16; pass'
+  config, chosen = cli.read(RunConfig), method_flags.from_flags('fact')
+  problems = config_lib.errors(config, post=chosen.settings['post'])
+  if config.dtype != 'bfloat16':
+    problems.append(
+        f'--dtype={config.dtype}: this program rounds weights to bfloat16; pass'
         ' --dtype=bfloat16'
     )
-  folder = common.claim_folder(FLAGS.output_dir, FLAGS.overwrite)
-  common.use_compilation_cache(FLAGS.compilation_cache)
-  clock = timing.Clock()
-  task = memit_batch.TASK
-  bench = job.load_bench(task, recipe, clock)
-  bench, moments, source = task.complete(bench, recipe, clock, folder)
-  bench = workbench.shape(bench, None)
-  widen = lambda x: x.astype(jnp.float32)
-  wide = dataclasses.replace(
-      bench.model, params=jax.tree.map(widen, bench.model.params)
-  )
-  judge = memit_batch.judge_of_flags(bench)
-  # Metrics hold no weights, so both runs share them.
-  editor = closed_form.closed_form(bench.model.spec, recipe)
-  state = editor.init(bench.model.params, moments)
-  tables, targets = {}, {}
-  for name, model in (('bfloat16', bench.model), ('float32', wide)):
-    mine = workbench.replace_model(bench, model)
-    outcome = editing.edit_in_sequence(mine, editor, state, common.progress_bar)
-    targets[name] = outcome.info.targets
-    tables[name] = judge(mine, outcome, None)
-  found = agreement(targets['bfloat16'], targets['float32'])
-  io.write_json(
-      folder / 'precision.json',
-      {
-          **found,
-          **judging.metric_tables(tables),
-          'protocol': job_report.protocol(
-              bench,
-              recipe,
-              settings=settings,
-              source=source,
-              scores=task.protocol(bench),
-          ),
-          'versions': common.versions(),
-      },
-  )
+  if problems:
+    raise InputError(*problems)
+  with Output(
+      config.output_dir, cli.given(), overwrite=config.overwrite
+  ) as output:
+    cli.use_compilation_cache(config.compilation_cache)
+    session = session_lib.load(
+        config,
+        chosen,
+        'fact',
+        clock=Clock(),
+        progress=cli.progress_bar,
+        begin=lambda: output.begin(['precision.json']),
+    )
+    found = compare(session)
+    extra = {'protocol': session.meaning, 'versions': versions()}
+    io.write_json(output.folder / 'precision.json', {**found, **extra})
   print(
       f'z cosine {found["z_cosine"]["median"]:.5f} median,'
       f' {found["z_cosine"]["lowest"]:.5f} lowest of {found["edits"]};'
       f' equal step counts for {found["equal_steps"]}'
   )
-  for name, table in tables.items():
-    entries = {k: table.summary[k] for k in _SHOWN if k in table.summary}
-    means = [f'{k} {entry["mean"]:.3f}' for k, entry in entries.items()]
-    print(f'{name:9} {", ".join(means)}')
+  for name, means in found['metrics'].items():
+    shown = [f'{k} {means[k]:.3f}' for k in _SHOWN if k in means]
+    print(f'{name:9} {", ".join(shown)}')
 
 
 if __name__ == '__main__':
   define_flags()
-  common.run(main)
+  cli.run(main)

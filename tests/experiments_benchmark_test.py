@@ -17,16 +17,23 @@ import numpy as np
 import tiny_model
 from absl.testing import absltest, parameterized
 
-from experiments import (
-    benchmark_presets,
-    benchmark_report,
-    benchmark_setup,
-    benchmark_stages,
-    benchmark_torch,
-    torch_baseline,
-)
 from experiments.benchmark import __main__ as benchmark
+from experiments.benchmark import (
+    config as config_lib,
+)
+from experiments.benchmark import (
+    machine,
+    presets,
+    report,
+    torch_baseline,
+    torch_model,
+)
+from experiments.benchmark import setup as setup_lib
+from experiments.benchmark import (
+    stages as stages_lib,
+)
 from jaxedit.models import decoder, families
+from jaxedit.runs.config import RunConfig
 from jaxedit.targets import TargetConfig
 from jaxedit.testing import facts, models
 from jaxedit.types import InputError, silent
@@ -126,7 +133,7 @@ class TorchLoopTest(parameterized.TestCase):
     moments = facts.random_moments(pair.spec, layers, seed=0)
     rng = np.random.default_rng(0)
     z = rng.standard_normal((5, pair.spec.width)).astype(np.float32)
-    before = benchmark_torch.down(pair.torch, 0).weight.clone()
+    before = torch_model.down(pair.torch, 0).weight.clone()
     settings = dict(z=z, grams=list(moments.gram), weight=50.0)
     want, _ = naive_oracle.memit(pair.torch, edits, layers, **settings)
     with mock.patch.object(torch_baseline, '_ROWS', 4):
@@ -134,7 +141,7 @@ class TorchLoopTest(parameterized.TestCase):
     for one, other in zip(got.changes, want):
       scale = np.abs(other).max()
       np.testing.assert_allclose(one, other, atol=1e-5 * scale, rtol=1e-4)
-    after = benchmark_torch.down(pair.torch, 0).weight
+    after = torch_model.down(pair.torch, 0).weight
     self.assertTrue(torch.equal(before, after))
     rows = [len(row) for edit in edits for row in edit.rows]
     plain = [len(edit.rows[0]) for edit in edits]
@@ -142,12 +149,12 @@ class TorchLoopTest(parameterized.TestCase):
 
   @parameterized.parameters('gptj-6b', 'gpt2-xl', 'llama3-8b', 'qwen2.5-7b')
   def test_same_random_weights(self, name):
-    preset = benchmark_presets.PRESETS[name]
-    fields, _ = benchmark_presets.scaled(preset, 0.01, 0.01)
+    preset = presets.PRESETS[name]
+    fields, _ = presets.scaled(preset, 0.01, 0.01)
     fields['vocab_size'] = 101
     spec = families.spec_from_hf(fields)
-    params = benchmark_presets.random_params(spec, 0, 'float32')
-    model = benchmark_torch.from_params(fields, spec, params, 'float32')
+    params = presets.random_params(spec, 0, 'float32')
+    model = torch_model.from_params(fields, spec, params, 'float32')
     torch.set_num_threads(1)
     ids = np.arange(7)
     got = naive_oracle.run(model, ids).detach().numpy()
@@ -165,8 +172,8 @@ class PresetTest(parameterized.TestCase):
       ('gpt2-xl', 1.56e9, 48),
   )
   def test_true_sizes(self, name, parameters, layers):
-    preset = benchmark_presets.PRESETS[name]
-    fields, edited = benchmark_presets.scaled(preset, 1.0, 1.0)
+    preset = presets.PRESETS[name]
+    fields, edited = presets.scaled(preset, 1.0, 1.0)
     self.assertEqual(fields, dict(preset.config))
     self.assertEqual(edited, preset.layers)
     spec = families.spec_from_hf(fields)
@@ -174,19 +181,19 @@ class PresetTest(parameterized.TestCase):
     shapes = models.param_shapes(spec).values()
     found = sum(float(np.prod(shape, dtype=np.float64)) for shape in shapes)
     self.assertBetween(found / parameters, 0.99, 1.01)
-    self.assertEqual(preset.value.threshold, 0)
+    self.assertEqual(preset.target.threshold, 0)
 
   def test_settings_of_long_answers(self):
-    found = benchmark_presets.PRESETS['smollm2'].passage_value
+    found = presets.PRESETS['smollm2'].text_target
     want = (25, 25.0, 1e-3, 4.0, 0.0, 1e-2)
     names = ('steps', 'rate', 'decay', 'clamp', 'kl', 'threshold')
     self.assertEqual(tuple(getattr(found, name) for name in names), want)
-    found = benchmark_presets.PRESETS['llama3-8b'].passage_value
+    found = presets.PRESETS['llama3-8b'].text_target
     self.assertEqual((found.rate, found.threshold), (0.5, 0.0))
 
   def test_scaled(self):
-    preset = benchmark_presets.PRESETS['llama3-8b']
-    fields, edited = benchmark_presets.scaled(preset, 0.25, 0.25)
+    preset = presets.PRESETS['llama3-8b']
+    fields, edited = presets.scaled(preset, 0.25, 0.25)
     spec = families.spec_from_hf(fields)
     self.assertEqual((spec.layers, spec.width, spec.mlp_width), (8, 1024, 3584))
     self.assertEqual((spec.heads, spec.kv_heads, spec.head_size), (8, 2, 128))
@@ -195,7 +202,7 @@ class PresetTest(parameterized.TestCase):
   @parameterized.parameters('float32', 'bfloat16')
   def test_random_params(self, dtype):
     spec = models.tiny_spec('gptj')
-    params = benchmark_presets.random_params(spec, 0, dtype)
+    params = presets.random_params(spec, 0, dtype)
     kernel = params['layers']['mlp']['down']['kernel']
     self.assertEqual(kernel.dtype.name, dtype)
     self.assertEqual(kernel.shape, (3, 128, 32))
@@ -206,7 +213,7 @@ class PresetTest(parameterized.TestCase):
     self.assertEqual(jax.tree.structure(params), want)
 
   def test_random_moments(self):
-    moments = benchmark_presets.RandomMoments(96, 0)
+    moments = presets.RandomMoments(96, 0)
     gram = moments.layer(3)
     self.assertEqual((gram.dtype.name, gram.shape), ('float64', (96, 96)))
     gram = np.asarray(gram)
@@ -219,7 +226,7 @@ class PresetTest(parameterized.TestCase):
 class StageTest(absltest.TestCase):
 
   def test_compile_time_apart(self):
-    stage = benchmark_stages.Stage('a', 'edit', 2, [5.0, 1.0, 3.0, 2.0])
+    stage = stages_lib.Stage('a', 'edit', 2, [5.0, 1.0, 3.0, 2.0])
     stage.flops = {'float32': 4.0, 'float64': 1.0}
     self.assertEqual((stage.median, stage.compile), (2.0, 3.0))
     self.assertEqual(stage.spread, (1.0, 3.0))
@@ -227,20 +234,20 @@ class StageTest(absltest.TestCase):
     self.assertEqual(share, 1.0)
 
   def test_ceilings(self):
-    found = benchmark_stages.ceilings(64)
+    found = machine.ceilings(64)
     self.assertContainsSubset(('bfloat16', 'float32', 'float64'), found)
     self.assertGreater(min(found.values()), 0)
 
   def test_pace(self):
-    self.assertGreater(benchmark_stages.pace('float32', 64), 0)
+    self.assertGreater(machine.pace('float32', 64), 0)
     # The median of half a second, not the best; the first call only says how
     # many products are run together.
     calls = iter([(None, s) for s in (0.9, 0.1, 0.3, 0.2)])
-    with mock.patch.object(benchmark_stages, 'timed', lambda call: next(calls)):
-      self.assertEqual(benchmark_stages.pace('bfloat16', 100), 2e6 / 0.2)
+    with mock.patch.object(machine, 'timed', lambda call: next(calls)):
+      self.assertEqual(machine.pace('bfloat16', 100), 2e6 / 0.2)
 
   def test_peak(self):
-    self.assertGreater(benchmark_stages.peak_bytes(), 2**20)
+    self.assertGreater(machine.peak_bytes(), 2**20)
 
 
 class ReportTest(absltest.TestCase):
@@ -248,19 +255,19 @@ class ReportTest(absltest.TestCase):
   def test_append_keeps_what_was_there(self):
     with tempfile.TemporaryDirectory() as folder:
       path = pathlib.Path(folder) / 'b.md'
-      benchmark_report.append(path, '## One\n')
+      report.append(path, '## One\n')
       self.assertEqual(path.read_text(), '# Benchmarks\n\n## One\n')
-      benchmark_report.append(path, '## Two\n')
+      report.append(path, '## Two\n')
       self.assertEqual(path.read_text(), '# Benchmarks\n\n## One\n\n## Two\n')
       self.assertLen(list(path.parent.iterdir()), 1)
 
   def test_without_matplotlib(self):
     with mock.patch.dict(sys.modules, {'matplotlib': None}):
-      (note,) = benchmark_report.plot({}, pathlib.Path('.'))
+      (note,) = report.plot({}, pathlib.Path('.'))
     self.assertIn('pip install', note)
 
   def test_where_figures_come_from(self):
-    where = benchmark_report.origin(['--preset=gpt2-xl'])
+    where = report.origin(['--preset=gpt2-xl'])
     self.assertEndsWith(where['command'], 'benchmark --preset=gpt2-xl')
     self.assertIn('cores', where['hardware'])
 
@@ -270,7 +277,7 @@ class TorchMissingTest(absltest.TestCase):
   def test_says_what_to_install(self):
     with mock.patch.dict(sys.modules, {'torch': None}):
       with self.assertRaisesRegex(InputError, 'pip install torch'):
-        benchmark_torch.require()
+        torch_model.require()
 
 
 # Suffixes of one length: one shape to compile.
@@ -325,7 +332,7 @@ def chat_model(folder):
   return model
 
 
-TINY = benchmark_presets.Preset(
+TINY = presets.Preset(
     config=dict(
         model_type='llama', num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, hidden_size=32, intermediate_size=48,
@@ -335,9 +342,21 @@ TINY = benchmark_presets.Preset(
     layers=(1, 2),
     moment_weight=5.0,
     # One of the facts is below that from the start, one after a few steps.
-    value=TargetConfig(steps=12, rate=0.3, threshold=6.415),
+    target=TargetConfig(steps=12, rate=0.3, threshold=6.415),
     source='nobody',
 )  # fmt: skip
+
+
+def prepare(model, data, given=(), **settings):
+  """Prepares a benchmark of the tiny preset against the torch loop."""
+  config = RunConfig(
+      str(model), data=str(data), output_dir=str(model), **dict(given)
+  )
+  settings = config_lib.BenchmarkConfig(
+      'tiny', repeat=1, baseline='torch', moments_rows=1, **settings
+  )
+  with mock.patch.dict(presets.PRESETS, tiny=TINY):
+    return setup_lib.prepare(config, settings, silent)
 
 
 @needs_torch
@@ -348,14 +367,10 @@ class BaselineTest(absltest.TestCase):
     self.addCleanup(folder.cleanup)
     folder = pathlib.Path(folder.name)
     model, data = tiny_model.make(folder / 'model'), write_facts(folder)
-    config = benchmark_setup.Config('tiny', str(model), data=str(data))
-    with mock.patch.dict(benchmark_presets.PRESETS, tiny=TINY):
-      setup = benchmark_setup.prepare(config, model, silent)
+    setup = prepare(model, data, baseline_edits=3)
     # Threads cost tiny models far more than they gain.
     with mock.patch.object(os, 'cpu_count', return_value=1):
-      stages, found = benchmark.measure(
-          setup, repeat=1, baseline=3, moments_rows=1
-      )
+      stages, found = benchmark.measure(setup)
     self.assertEqual(found['edits'], 3)
     agree = found['agreement']
     self.assertEqual(agree['steps'], agree['torch_steps'])
@@ -367,12 +382,12 @@ class BaselineTest(absltest.TestCase):
     for name in ('optimize', 'insert', 'both'):
       self.assertGreater(found[name]['flop_ratio'], 1, name)
       self.assertGreater(found[name]['ratio'], 0, name)
-    results = self.results(config, setup, stages, found)
-    section = benchmark_report.section(results)
+    results = self.results(setup, stages, found)
+    section = report.section(results)
     self.assertIn('the published loop in PyTorch', section)
     self.assertNotIn('activations', section)
     results['workload']['dtype'] = 'bfloat16'
-    self.assertIn('two products', benchmark_report.section(results))
+    self.assertIn('two products', report.section(results))
     self.assertIn('equal step counts for 3 of 3 edits', section)
 
   def test_long_answers_agree_with_ours(self):
@@ -380,20 +395,17 @@ class BaselineTest(absltest.TestCase):
     self.addCleanup(folder.cleanup)
     folder = pathlib.Path(folder.name)
     model, data = chat_model(folder), write_passages(folder)
-    config = benchmark_setup.Config(
-        'tiny', str(model), data=str(data), window=5, value_steps=6,
-        max_answer_tokens=24, on_bad_record='skip', num_edits=3,
+    given = dict(max_answer_tokens=24, on_bad_record='skip', num_edits=3)
+    setup = prepare(
+        model, data, given, window=5, value_steps=6, baseline_edits=2,
+        max_new_tokens=4,
     )  # fmt: skip
-    with mock.patch.dict(benchmark_presets.PRESETS, tiny=TINY):
-      setup = benchmark_setup.prepare(config, model, silent)
-    self.assertTrue(setup.apart)
+    self.assertTrue(setup.independent)
     self.assertEqual([edit.number for edit in setup.edits], [1, 2, 4])
     states = [edit.stages for edit in setup.edits]
     self.assertGreater(min(states), 2)
     with mock.patch.object(os, 'cpu_count', return_value=1):
-      stages, found = benchmark.measure(
-          setup, repeat=1, baseline=2, moments_rows=1, max_new_tokens=4
-      )
+      stages, found = benchmark.measure(setup)
     agree = found['agreement']
     self.assertEqual(agree['states'], sum(states[:2]))
     self.assertEqual(agree['steps'], agree['torch_steps'])
@@ -411,37 +423,31 @@ class BaselineTest(absltest.TestCase):
     labels = sum(len(edit.target) for edit in setup.edits)
     self.assertEqual(more['needed'], 6 * labels)
     self.assertEqual(more['states'], sum(states))
-    results = self.results(config, setup, stages, found)
-    section = benchmark_report.section(results)
+    results = self.results(setup, stages, found)
+    section = report.section(results)
     for words in (
         f'equal step counts for {sum(states[:2])} of {sum(states[:2])} chunks',
         'chunks of 5', 'tokens a second', '| both |', 'tiny, 3 long answers',
     ):  # fmt: skip
       self.assertIn(words, section)
     self.assertNotIn('contexts', section)
-    lines = benchmark_report.plot(results, folder)
+    lines = report.plot(results, folder)
     self.assertEqual(
         lines, [f'plot: {folder / name}' for name in ('time.png', 'time.svg')]
     )
     self.assertGreater((folder / 'time.png').stat().st_size, 1000)
 
-  def results(self, config, setup, stages, found):
+  def results(self, setup, stages, found):
     ceilings = dict.fromkeys(('float32', 'float64'), 1e11)
+    with mock.patch.dict(presets.PRESETS, tiny=TINY):
+      workload = benchmark.workload(setup)
     return {
-        'origin': benchmark_report.origin([]),
-        'workload': self.workload(config, setup),
+        'origin': report.origin([]),
+        'workload': workload,
         'ceilings': ceilings,
         'stages': [stage.facts(ceilings) for stage in stages],
         'baseline': found,
     }
-
-  def workload(self, config, setup):
-    flags = mock.Mock(slots=None, repeat=1, cold=False)
-    with (
-        mock.patch.object(benchmark, 'FLAGS', flags),
-        mock.patch.dict(benchmark_presets.PRESETS, tiny=TINY),
-    ):
-      return benchmark.workload(config, setup)
 
 
 class ColdTest(absltest.TestCase):
@@ -489,7 +495,7 @@ class ProgramTest(parameterized.TestCase):
       self.assertEqual(whole['count'], results['workload']['moments_tokens'])
       self.assertGreater(whole['ceiling_share'], 0)
     names = (
-        'moments', 'factor', 'prepare', 'optimize', 'insert', 'merge',
+        'moments', 'factor', 'prefill', 'optimize', 'insert', 'merge',
         'evaluate',
     )  # fmt: skip
     self.assertEqual(tuple(stages), names)
@@ -545,9 +551,12 @@ class ProgramTest(parameterized.TestCase):
 
   def test_flags_of_long_answers(self):
     code = (
-        'import sys; from absl import flags; from experiments import benchmark_flags;'
-        ' from experiments.benchmark import __main__ as benchmark; benchmark.define_flags(); flags.FLAGS(sys.argv);'
-        ' print(benchmark_flags.config_from_flags())'
+        'import sys; from absl import flags; from jaxedit.runs import cli;'
+        ' from experiments.benchmark import __main__ as b, config as c;'
+        ' b.define_flags(); flags.FLAGS(sys.argv);'
+        ' x, y = cli.read(c.RunConfig), cli.read(c.BenchmarkConfig);'
+        ' assert not c.errors(x, y); print([y.window, y.overlap,'
+        ' x.max_answer_tokens, y.edited_layers, y.value_steps])'
     )
     done = subprocess.run(
         [sys.executable, '-c', code, '--preset=gpt2-xl', '--output_dir=o',
@@ -559,10 +568,7 @@ class ProgramTest(parameterized.TestCase):
         timeout=120,
     )  # fmt: skip
     self.assertEqual(done.returncode, 0, done.stderr)
-    config = (
-        'window=6, overlap=1, max_answer_tokens=None, layers=(1, 3), value_'
-    )
-    self.assertIn(config + 'steps=3', done.stdout)
+    self.assertEqual(done.stdout.strip(), '[6, 1, None, (1, 3), 3]')
 
   def test_wrong_flags_are_told_at_once(self):
     done = subprocess.run(

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from experiments import benchmark_lengths, costs
+from experiments.benchmark import costs, lengths
 from jaxedit.models import decoder
 from jaxedit.testing import models
 from jaxedit.text.encoding import EncodedEdit
 
 
-def ids(*lengths):
-  return tuple(np.arange(n, dtype=np.int32) for n in lengths)
+def ids(*sizes):
+  return tuple(np.arange(n, dtype=np.int32) for n in sizes)
 
 
 # Two contexts of 5 and 8 tokens, anchors at 2 and 5, three labels, KL of 4.
@@ -28,7 +28,7 @@ SPEC = models.tiny_spec('llama')  # 3 layers, D 32, F 48, 4 and 2 heads of 8
 class LengthsTest(absltest.TestCase):
 
   def test_hand_count(self):
-    sizes = benchmark_lengths.lengths([EDIT, EDIT])
+    sizes = lengths.lengths([EDIT, EDIT])
     want = dict(
         tokens=7 + 10,
         left=2 + 5,
@@ -49,48 +49,46 @@ class LengthsTest(absltest.TestCase):
         pairs=(3 + 4 + 5 + 6 + 7) + (6 + 7 + 8 + 9 + 10),
         kl=4,
     )
-    loads = benchmark_lengths.loads([EDIT, EDIT])
+    loads = lengths.loads([EDIT, EDIT])
     for name, value in want.items():
       np.testing.assert_array_equal(getattr(loads, name), [value] * 2, name)
 
   def test_chunks(self):
-    sizes = benchmark_lengths.lengths([CHAIN])
+    sizes = lengths.lengths([CHAIN])
     found = [int(x[0]) for x in sizes]
     self.assertEqual(found, [12, 5, 0, 12, 12, 3, 3])
     # With the whole text all of its keys are read, the last token's too.
-    sizes = benchmark_lengths.lengths([CHAIN], texts=True)
+    sizes = lengths.lengths([CHAIN], texts=True)
     found = [int(x[0]) for x in sizes]
     self.assertEqual(found, [12, 5, 0, 13, 12, 13, 3])
-    loads = benchmark_lengths.loads([CHAIN, EDIT])
+    loads = lengths.loads([CHAIN, EDIT])
     np.testing.assert_array_equal(loads.suffix, [3, 3, 1, 10])
     np.testing.assert_array_equal(loads.scored, [3, 3, 1, 6])
     pairs = [6 + 7 + 8, 9 + 10 + 11, 12]
     np.testing.assert_array_equal(loads.pairs[:3], pairs)
     np.testing.assert_array_equal(loads.kl, [0, 0, 0, 4])
     overlap = dataclasses.replace(CHAIN, chunks=((0, 4), (3, 7)))
-    loads = benchmark_lengths.loads([overlap])
+    loads = lengths.loads([overlap])
     np.testing.assert_array_equal(loads.suffix, [4, 4])
 
   def test_systems(self):
-    systems = benchmark_lengths.systems
+    systems = lengths.systems
     self.assertEqual(systems([EDIT, EDIT]), [(2, 0)])
     self.assertEqual(systems([CHAIN, CHAIN], texts=True), [(6, 20)])
-    both = systems([CHAIN, EDIT], apart=True)
+    both = systems([CHAIN, EDIT], independent=True)
     self.assertEqual(both, [(3, 0), (1, 0)])
-    both = systems([CHAIN, CHAIN], texts=True, apart=True)
+    both = systems([CHAIN, CHAIN], texts=True, independent=True)
     self.assertEqual(both, [(3, 10), (3, 10)])
 
   def test_what_edits_share_counts_once(self):
-    sizes = benchmark_lengths.own(
-        benchmark_lengths.lengths([EDIT, EDIT, EDIT]), [1, 4]
-    )
+    sizes = lengths.own(lengths.lengths([EDIT, EDIT, EDIT]), [1, 4])
     self.assertEqual(sizes.tokens.sum(), 3 * 17 - 2 * 5)
     self.assertEqual(sizes.left.sum(), 3 * 7 - 2 * 5)
     self.assertEqual(sizes.reach.sum(), 3 * 9 - 2 * 5)
     self.assertEqual(sizes.plain.sum(), 3 * 3 - 2 * 1)
 
   def test_no_edits(self):
-    empty = (*benchmark_lengths.lengths([]), *benchmark_lengths.loads([]))
+    empty = (*lengths.lengths([]), *lengths.loads([]))
     for array in empty:
       self.assertEqual(array.shape, (0,))
 
@@ -111,25 +109,25 @@ class CostsTest(parameterized.TestCase):
   def test_value_floor(self):
     w, head = costs.layer_weights(SPEC), costs.head_weights(SPEC)
     # One edit, four steps, above layer 0 there are two.
-    floor = costs.value_flops(SPEC, 0, 4 * 10, 4 * 6)
+    floor = costs.target_flops(SPEC, 0, 4 * 10, 4 * 6)
     self.assertEqual(floor, 4 * (4 * 10 * 2 * w + 4 * 6 * head))
     # No backward pass in the last step.
-    strict = floor - costs.value_flops(SPEC, 0, 10, 6) / 2
+    strict = floor - costs.target_flops(SPEC, 0, 10, 6) / 2
     self.assertEqual(strict, (4 * 4 - 2) * (10 * 2 * w + 6 * head))
 
   def test_what_is_prepared(self):
     w = costs.layer_weights(SPEC)
-    sizes, read = benchmark_lengths.lengths([EDIT]), 2 * 32 * 16
+    sizes, read = lengths.lengths([EDIT]), 2 * 32 * 16
     # 17 + 4 tokens up to layer 1, 7 + 3 of them to the keys and values above.
-    got = costs.prepare_flops(SPEC, 1, sizes)
+    got = costs.prefill_flops(SPEC, 1, sizes)
     self.assertEqual(got, 2 * (21 * 2 * w + 10 * read))
-    got = costs.prepare_flops(SPEC, 0, sizes)
+    got = costs.prefill_flops(SPEC, 0, sizes)
     self.assertEqual(got, 2 * (21 * w + 10 * (w + read)))
-    self.assertEqual(costs.prepare_flops(SPEC, 2, sizes), 2 * 21 * 3 * w)
+    self.assertEqual(costs.prefill_flops(SPEC, 2, sizes), 2 * 21 * 3 * w)
 
   def test_insertion(self):
     w = costs.layer_weights(SPEC)
-    got = costs.insert_flops(SPEC, (0, 1), benchmark_lengths.lengths([EDIT]))
+    got = costs.insert_flops(SPEC, (0, 1), lengths.lengths([EDIT]))
     mlp, key = 3 * 32 * 48, 2 * 32 * 48
     self.assertEqual(costs.layer_weights(SPEC, 'mlp'), mlp)
     self.assertEqual(costs.layer_weights(SPEC, 'attn'), w - mlp)
@@ -156,7 +154,7 @@ class CostsTest(parameterized.TestCase):
 
   def test_insertion_of_texts(self):
     w, mlp, down = costs.layer_weights(SPEC), 3 * 32 * 48, 32 * 48
-    sizes = benchmark_lengths.lengths([CHAIN], texts=True)
+    sizes = lengths.lengths([CHAIN], texts=True)
     # All 13 tokens climb and have a key; 12 look ahead, of which 3 are anchors.
     climbs = 13 * (2 * w - mlp) + 13 * (mlp - down)
     looks = 12 * w + 2 * 3 * mlp
@@ -175,7 +173,7 @@ class CostsTest(parameterized.TestCase):
         costs.model_bytes(SPEC, 2, 2, head=True), 2 * (2 * w + 32 * 97)
     )
     self.assertEqual(
-        costs.value_bytes(SPEC, 1, 25, 4), 2 * 25 * 4 * (w + 32 * 97)
+        costs.target_bytes(SPEC, 1, 25, 4), 2 * 25 * 4 * (w + 32 * 97)
     )
 
   def test_published_loop(self):
@@ -195,12 +193,12 @@ class CostsTest(parameterized.TestCase):
     self.assertAlmostEqual(more - dense, 2 * 2 * f * f * 7)
 
   def test_ours_adds_the_kl_row_and_attention(self):
-    sizes, w = benchmark_lengths.lengths([EDIT]), costs.layer_weights(SPEC)
+    sizes, w = lengths.lengths([EDIT]), costs.layer_weights(SPEC)
     got = costs.ours_flops(SPEC, 1, [EDIT], np.array([4]))
     upper = 4 * 4 * (11 * w + 7 * 32 * 97)
     attention = 3 * 4 * 32 * 4 * (25 + 40 + 4)
     self.assertEqual(
-        got, upper + attention + costs.prepare_flops(SPEC, 1, sizes)
+        got, upper + attention + costs.prefill_flops(SPEC, 1, sizes)
     )
 
   def test_chunks_are_a_suffix_each(self):
@@ -210,7 +208,7 @@ class CostsTest(parameterized.TestCase):
     tokens = 3 * 4 + 3 * 2 + 5
     pairs = 4 * (6 + 7 + 8) + 2 * (9 + 10 + 11) + 5 * 12
     want = 4 * tokens * (w + head) + 3 * 4 * 32 * pairs
-    want += costs.prepare_flops(SPEC, 1, benchmark_lengths.lengths([CHAIN]))
+    want += costs.prefill_flops(SPEC, 1, lengths.lengths([CHAIN]))
     self.assertEqual(got, want)
 
 
@@ -248,7 +246,7 @@ class CompilerTest(parameterized.TestCase):
 
     # One layer above, every position scored.
     deep = dataclasses.replace(spec, layers=2)
-    want = costs.value_flops(deep, 0, tokens, tokens)
+    want = costs.target_flops(deep, 0, tokens, tokens)
     want += 3 * costs.attention_flops(spec, tokens * tokens, 1)
     self.check(jax.value_and_grad(loss), h, want)
 

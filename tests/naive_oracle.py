@@ -18,6 +18,7 @@ import hf_oracle
 import numpy as np
 import torch
 
+from experiments.benchmark.torch_model import block, down, part
 from jaxedit.models import loading
 from jaxedit.targets import TargetConfig
 from jaxedit.text.encoding import EncodedEdit
@@ -45,22 +46,6 @@ def pair(family: str, **changes: Any) -> Pair:
   return Pair(model, ours.spec, ours.params)
 
 
-def block(model: Any, layer: int) -> Any:
-  """The module of one transformer block."""
-  for path in ('model.layers', 'transformer.h', 'gpt_neox.layers'):
-    with contextlib.suppress(AttributeError):
-      return model.get_submodule(path)[layer]
-  raise ValueError('unknown layout')
-
-
-def down(model: Any, layer: int) -> Any:
-  """The module of the second MLP matrix of one block."""
-  for name in ('down_proj', 'fc_out', 'c_proj', 'dense_4h_to_h'):
-    with contextlib.suppress(AttributeError):
-      return block(model, layer).mlp.get_submodule(name)
-  raise ValueError('unknown layout')
-
-
 @contextlib.contextmanager
 def hooked(module: Any, function: Any) -> Iterator[None]:
   """Applies a function to the [1, T, D] output of a module while open."""
@@ -86,17 +71,6 @@ def run(model: Any, ids: Sequence[int]) -> torch.Tensor:
 
 # What a change is added to -> the modules whose outputs it is added to.
 SITES = {'block': ('block',), 'mlp': ('mlp',), 'attn+mlp': ('attn', 'mlp')}
-
-
-def part(model: Any, layer: int, site: str) -> Any:
-  """The module whose output is 'block', 'attn' or 'mlp'."""
-  if site == 'block':
-    return block(model, layer)
-  names = {'mlp': ('mlp',), 'attn': ('self_attn', 'attn', 'attention')}
-  for name in names[site]:
-    with contextlib.suppress(AttributeError):
-      return block(model, layer).get_submodule(name)
-  raise ValueError('unknown layout')
 
 
 def changed(

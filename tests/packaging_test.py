@@ -39,6 +39,7 @@ print('\\n' + json.dumps(faults))
 PARSE_FLAGS = """
 import importlib.util, json, sys
 from absl import flags
+from jaxedit.runs import method_flags
 from jaxedit.types import InputError
 name, paths = json.loads(sys.stdin.read())
 is_folder = importlib.util.find_spec(name).submodule_search_locations
@@ -53,8 +54,8 @@ for path in paths:
     rest = flags.FLAGS([name, '--flagfile=' + path])[1:]
     if rest:
       raise flags.Error(f'no flags: {rest}')
-    if hasattr(program, 'recipe_of_flags'):
-      program.recipe_of_flags()
+    if 'method' in own:
+      method_flags.from_flags('text' if 'anyedit' in own else 'fact')
   except (flags.Error, InputError) as error:
     faults[path] = str(error)
 print('\\n' + json.dumps(faults))

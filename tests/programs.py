@@ -22,9 +22,9 @@ import tiny_model
 from absl import flags
 from absl.testing import parameterized
 
-from experiments import common
 from jaxedit import edited as edited_lib
 from jaxedit.models import loading
+from jaxedit.runs import cli
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 _WORDS = (
@@ -149,7 +149,7 @@ class Setup:
   def parsed(self, *arguments: str) -> Iterator[list[str]]:
     """Has the program's flags parsed for a while; tells what is no flag."""
     with defined(self.program):
-      yield common.parse(['program', *arguments])
+      yield cli.parse(['program', *arguments])
 
   def run(self, program: Any = None, **changes: Any) -> Done:
     """Runs a program in this process."""
@@ -162,8 +162,8 @@ class Setup:
       stack.enter_context(contextlib.redirect_stdout(out))
       stack.enter_context(contextlib.redirect_stderr(err))
       try:
-        rest = common.parse(['program', *arguments])
-        code = common.attempt(program.main, rest)
+        rest = cli.parse(['program', *arguments])
+        code = cli.attempt(program.main, rest)
       except SystemExit as end:
         code = end.code
     return Done(code, out.getvalue(), err.getvalue(), folder)

@@ -18,13 +18,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import benchmark_torch
+from experiments.benchmark import torch_model
 from jaxedit.trace import facts, results
 from jaxedit.trace.causal import Case
 from jaxedit.trace.restoration import Restoration
-from jaxedit.types import InputError, Progress
+from jaxedit.types import Progress
 
-_ATTENTION = ('self_attn', 'attn', 'attention')
 _WARM = 2  # cells that are run before the clock starts
 
 
@@ -110,7 +109,7 @@ def _run(
     progress: Progress,
 ) -> tuple[np.ndarray, np.ndarray]:
   """([n] seconds, [n] scores) of the cells."""
-  torch = benchmark_torch.require()
+  torch = torch_model.require()
   seconds, scores = [], []
   with progress('torch', len(cells), 'cell') as done, torch.no_grad():
     for cell in [*cells[:_WARM], *cells]:
@@ -174,7 +173,7 @@ def run_logits(
     changes: (layer, 'block' | 'mlp' | 'attn') -> changes that output in place.
     mode: 'add' noise to embeddings, or 'set' them to it.
   """
-  torch = benchmark_torch.require()
+  torch = torch_model.require()
   noise = torch.tensor(case.noise, device=model.device)
 
   def corrupt(x: Any) -> None:
@@ -185,7 +184,7 @@ def run_logits(
   with contextlib.ExitStack() as stack:
     places = {model.get_input_embeddings(): corrupt}
     for (layer, part), change in changes.items():
-      places[_part(model, layer, part)] = change
+      places[torch_model.part(model, layer, part)] = change
     for module, change in places.items():
       handle = module.register_forward_hook(_hook(change))
       stack.callback(handle.remove)
@@ -199,14 +198,3 @@ def _hook(change: Callable[[Any], None]) -> Callable[..., None]:
     change(output[0] if isinstance(output, tuple) else output)
 
   return hook
-
-
-def _part(model: Any, layer: int, part: str) -> Any:
-  """The module whose output is 'block', 'mlp' or 'attn'."""
-  block = benchmark_torch.block(model, layer)
-  if part == 'block':
-    return block
-  for name in ('mlp',) if part == 'mlp' else _ATTENTION:
-    with contextlib.suppress(AttributeError):
-      return block.get_submodule(name)
-  raise InputError(f'{type(model).__name__}: its {part} was not found')

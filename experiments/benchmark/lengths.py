@@ -1,6 +1,6 @@
-"""Measures edits for `costs`: tokens, labels, states and systems to solve.
+"""Measures edits for `costs`: tokens, labels, targets and systems to solve.
 
-An edit has one state, or one for every chunk of its target, which stands on the
+An edit has one target, or one for every chunk of its target, which stands on the
 token before it. Axis letters as in `jaxedit.types`; M states of all edits.
 Nothing here knows a model.
 """
@@ -24,9 +24,9 @@ class Lengths(NamedTuple):
     kl: tokens of the KL row.
     reach: tokens that take part in insertion: up to the last anchors, these
       included, or with their texts all of them.
-    plain: those of the bare prompt up to its last anchor.
+    plain: those of the plain prompt up to its last anchor.
     keys: tokens whose keys are read: the anchors, or all.
-    states: states, and anchors of the bare prompt.
+    states: targets, and anchors of the plain prompt.
   """
 
   tokens: np.ndarray
@@ -71,7 +71,7 @@ def lengths(edits: Sequence[EncodedEdit], texts: bool = False) -> Lengths:
 
   Args:
     edits: E edits.
-    texts: insertion runs whole texts, whose other tokens' keys are held.
+    texts: insertion runs whole texts, whose other tokens' keys are preserved.
 
   Returns:
     Their lengths, in order.
@@ -124,14 +124,17 @@ def loads(edits: Sequence[EncodedEdit]) -> Loads:
 
 
 def systems(
-    edits: Sequence[EncodedEdit], *, texts: bool = False, apart: bool = False
+    edits: Sequence[EncodedEdit],
+    *,
+    texts: bool = False,
+    independent: bool = False,
 ) -> list[System]:
   """Lists what is solved for in a layer.
 
   Args:
     edits: E edits.
-    texts: the other tokens of their texts are held.
-    apart: every edit is solved for alone.
+    texts: the other tokens of their texts are preserved.
+    independent: every edit is solved for alone.
 
   Returns:
     A system an edit, or one of all.
@@ -140,7 +143,7 @@ def systems(
   preserved = (
       sizes.keys - sizes.states if texts else np.zeros_like(sizes.states)
   )
-  if apart:
+  if independent:
     return [System(int(m), int(p)) for m, p in zip(sizes.states, preserved)]
   return [System(int(sizes.states.sum()), int(preserved.sum()))]
 

@@ -9,58 +9,51 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experiments import benchmark_passages, costs
-from experiments.benchmark_setup import Setup
-from experiments.benchmark_stages import (
-    Stage,
-    dtype_of,
-    itemsize,
-    peak_bytes,
-    timed,
-)
+from experiments.benchmark import costs
+from experiments.benchmark.machine import peak_bytes, timed
+from experiments.benchmark.setup import Setup
+from experiments.benchmark.stages import Stage, dtype_of, itemsize
 from jaxedit import edited as edited_lib
-from jaxedit.deltas import (
-    Edited,
-)
+from jaxedit.deltas import Edited
 from jaxedit.edited import scoring
 from jaxedit.eval.scorers import long_form
-from jaxedit.types import (
-    LOCALITY,
-    REPHRASE,
-    EditRequest,
-    Progress,
-)
+from jaxedit.types import LOCALITY, REPHRASE, EditRequest, Progress
 
 
-def items(records: Sequence[EditRequest]) -> list[tuple[str, tuple[str, ...]]]:
-  """Lists what the evaluation stage scores, each row once.
+def queries(
+    requests: Sequence[EditRequest],
+) -> list[tuple[str, tuple[str, ...]]]:
+  """Lists what the evaluation stage scores, each once.
 
   Args:
-    records: the facts.
+    requests: the facts.
 
   Returns:
     (prompt, answers) of edit prompts, paraphrases and neighbours.
   """
   found: dict[tuple[str, tuple[str, ...]], None] = {}
-  for record in records:
-    texts = tuple(filter(None, (record.target, record.target_true)))
-    rephrases = [probe.prompt for probe in record.probes_of(REPHRASE)]
-    for prompt in (record.question, *rephrases):
+  for request in requests:
+    texts = tuple(filter(None, (request.target, request.target_true)))
+    rephrases = [probe.prompt for probe in request.probes_of(REPHRASE)]
+    for prompt in (request.question, *rephrases):
       found[prompt, texts] = None
-    for probe in record.probes_of(LOCALITY):
-      found[probe.prompt, (probe.answers[0], record.target)] = None
+    for probe in request.probes_of(LOCALITY):
+      found[probe.prompt, (probe.answers[0], request.target)] = None
   return list(found)
 
 
 class Evaluation:
   """The stage of facts: edit prompts, paraphrases and neighbours scored."""
 
-  def __init__(self, setup: Setup, batch_size: int):
-    self._setup, self._batch = setup, batch_size
+  def __init__(self, setup: Setup):
+    self._setup = setup
+    self._batch = setup.config.eval_batch_size
     spec = setup.model.spec
-    self._rows = scoring.encode_queries(setup.tokenizer, items(setup.records))
-    tokens = sum(row.tokens for row in self._rows)
-    scored = sum(row.scored for row in self._rows)
+    self._queries = scoring.encode_queries(
+        setup.tokenizer, queries(setup.requests)
+    )
+    tokens = sum(query.tokens for query in self._queries)
+    scored = sum(query.scored for query in self._queries)
     self.stage = Stage('evaluate', 'edit', len(setup.edits))
     self.stage.flops = {
         dtype_of(setup): costs.score_flops(spec, tokens, scored)
@@ -68,13 +61,13 @@ class Evaluation:
     self.stage.bytes = costs.model_bytes(
         spec, spec.layers, itemsize(setup), head=True
     )
-    self.stage.more = {'rows': len(self._rows), 'tokens': tokens}
+    self.stage.more = {'rows': len(self._queries), 'tokens': tokens}
 
   def __call__(self, edited: Edited, progress: Progress) -> None:
-    """Scores all rows under a change, and times it."""
+    """Scores all queries under a delta, and times it."""
     whole = Edited(deltas=tuple(map(edited_lib.compact, edited.deltas)))
     lm = edited_lib.open_model(self._setup.model, whole, batch_size=self._batch)
-    _, seconds = timed(lambda: lm.score(self._rows, progress=progress))
+    _, seconds = timed(lambda: lm.score(self._queries, progress=progress))
     self.stage.seconds.append(seconds)
     self.stage.peak = peak_bytes()
 
@@ -87,12 +80,12 @@ class Answers:
   longest answer, and once more for the questions.
   """
 
-  def __init__(self, setup: Setup, batch_size: int, max_new_tokens: int):
-    self._setup, self._batch = setup, batch_size
-    self._most = max_new_tokens
-    words, spec = setup.tokenizer, setup.model.spec
+  def __init__(self, setup: Setup):
+    self._setup = setup
+    self._batch = setup.config.eval_batch_size
+    chat = setup.task.words(setup.tokenizer)['chat']
     self._stop = long_form.end_ids(
-        words, spec.vocab, benchmark_passages.chat(words).end
+        setup.tokenizer, setup.model.spec.vocab, chat.end
     )
     self.stage = Stage('answer', 'token', 0)
 
@@ -105,7 +98,7 @@ class Answers:
     texts, seconds = timed(
         lambda: lm.generate(
             [edit.rows[0].tolist() for edit in edits],
-            max_new_tokens=self._most,
+            max_new_tokens=self._setup.settings.max_new_tokens,
             stop_ids=self._stop,
             edit_ids=range(len(edits)),
             progress=progress,
@@ -133,16 +126,6 @@ class Answers:
     stage.more = {'texts': len(written), 'question_tokens': asked}
 
 
-def judge(
-    setup: Setup, batch_size: int, max_new_tokens: int
-) -> Evaluation | Answers:
-  """Chooses the stage.
-
-  Args:
-    setup: what it runs on.
-    batch_size: rows, or questions, a batch.
-    max_new_tokens: longest answer.
-  """
-  if setup.apart:
-    return Answers(setup, batch_size, max_new_tokens)
-  return Evaluation(setup, batch_size)
+def judge(setup: Setup) -> Evaluation | Answers:
+  """Chooses the stage of facts, or of long answers."""
+  return (Answers if setup.independent else Evaluation)(setup)

@@ -19,6 +19,7 @@ from jaxedit.models.spec import ModelSpec
 from jaxedit.types import InputError, Params
 
 _BLOCKS = ('model.layers', 'transformer.h', 'gpt_neox.layers')
+_ATTENTION = ('self_attn', 'attn', 'attention')
 _DOWN = ('down_proj', 'fc_out', 'c_proj', 'dense_4h_to_h')
 
 
@@ -133,3 +134,13 @@ def down(model: Any, layer: int) -> Any:
     with contextlib.suppress(AttributeError):
       return block(model, layer).mlp.get_submodule(name)
   raise InputError(f'{type(model).__name__}: its MLP was not found')
+
+
+def part(model: Any, layer: int, site: str) -> Any:
+  """The module whose output is 'block', 'mlp' or 'attn'."""
+  if site == 'block':
+    return block(model, layer)
+  for name in ('mlp',) if site == 'mlp' else _ATTENTION:
+    with contextlib.suppress(AttributeError):
+      return block(model, layer).get_submodule(name)
+  raise InputError(f'{type(model).__name__}: its {site} was not found')

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.benchmark_torch import block, down, require
+from experiments.benchmark.torch_model import block, down, require
 from jaxedit.targets import TargetConfig
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import Progress, silent
@@ -109,7 +109,7 @@ def optimize(
   """Optimises the output of one block at the anchors of one edit, in turn.
 
   Args:
-    model: of `benchmark_torch.load`.
+    model: of `torch_model.load`.
     edit: rows, anchors, target, chunks and KL row as ids.
     layer: block whose output is changed.
     config: settings, of every state.
@@ -230,7 +230,7 @@ def insert(
   """Writes wanted states into the model, and puts its weights back.
 
   Args:
-    model: of `benchmark_torch.load`.
+    model: of `torch_model.load`.
     edits: E edits with M states.
     layers: layers to edit, ascending.
     z: [M, D] wanted output of the last of them at the anchors.

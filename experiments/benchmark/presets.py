@@ -20,15 +20,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import anyedit_batch
+from jaxedit.methods.closed_form.recipe import TEXT_TARGET
 from jaxedit.models import loading
 from jaxedit.models.spec import ModelSpec, param_shapes
 from jaxedit.targets import TargetConfig
 from jaxedit.types import Array, Params
 
-# Rate of the states of long answers at width 576, where the published one, of
+# Rate of the targets of long answers at width 576, where the published one, of
 # width 4,096, crawls.
-_PASSAGE_RATE = 25.0
+_TEXT_RATE = 25.0
 # Rank of what random moments add to the identity.
 _RANK = 64
 
@@ -41,22 +41,22 @@ class Preset:
     config: Hugging Face config fields; empty for a real model.
     layers: edited layers.
     moment_weight: lambda, tokens.
-    value: settings of the value optimisation.
+    target: settings of the optimisation of targets.
     source: where the settings are from.
   """
 
   config: Mapping[str, Any]
   layers: tuple[int, ...]
   moment_weight: float
-  value: TargetConfig
+  target: TargetConfig
   source: str
 
   @property
-  def passage_value(self) -> TargetConfig:
-    """Settings for the states of long answers."""
+  def text_target(self) -> TargetConfig:
+    """Settings for the targets of long answers."""
     if self.config:
-      return anyedit_batch.VALUE._replace(threshold=_FIXED.threshold)
-    return anyedit_batch.VALUE._replace(rate=_PASSAGE_RATE)
+      return TEXT_TARGET._replace(threshold=_FIXED.threshold)
+    return TEXT_TARGET._replace(rate=_TEXT_RATE)
 
 
 # Fields that hold layers, heads, key and value heads, width and MLP width.
@@ -75,7 +75,7 @@ PRESETS: dict[str, Preset] = {
         config={},
         layers=(1, 2, 3, 4),
         moment_weight=100,
-        value=TargetConfig(rate=5.0, clamp=0.65),
+        target=TargetConfig(rate=5.0, clamp=0.65),
         source='flagfiles/counterfact_smollm2.flags',
     ),
     'gptj-6b': Preset(
@@ -86,7 +86,7 @@ PRESETS: dict[str, Preset] = {
         ),
         layers=(3, 4, 5, 6, 7, 8),
         moment_weight=15000,
-        value=_FIXED,
+        target=_FIXED,
         source='Meng et al. 2022b, appendix B',
     ),
     'llama3-8b': Preset(
@@ -98,7 +98,7 @@ PRESETS: dict[str, Preset] = {
         ),
         layers=(4, 5, 6, 7, 8),
         moment_weight=15000,
-        value=_FIXED._replace(rate=0.1),
+        target=_FIXED._replace(rate=0.1),
         source='Fang et al. 2024 (AlphaEdit), its MEMIT settings',
     ),
     'qwen2.5-7b': Preset(
@@ -110,7 +110,7 @@ PRESETS: dict[str, Preset] = {
         ),
         layers=(4, 5, 6, 7, 8),
         moment_weight=15000,
-        value=_FIXED._replace(decay=1e-3, clamp=4.0),
+        target=_FIXED._replace(decay=1e-3, clamp=4.0),
         source='EasyEdit, its MEMIT settings',
     ),
     'gpt2-xl': Preset(
@@ -120,7 +120,7 @@ PRESETS: dict[str, Preset] = {
         ),
         layers=(13, 14, 15, 16, 17),
         moment_weight=20000,
-        value=_FIXED,
+        target=_FIXED,
         source='Meng et al. 2022b, but 25 steps for 20',
     ),
 }  # fmt: skip

@@ -12,42 +12,25 @@ operating system's mark can be set back.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import resource
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import benchmark_lengths, costs
-from experiments.benchmark_setup import Setup
+from experiments.benchmark import costs, lengths
+from experiments.benchmark.machine import peak_bytes, timed
+from experiments.benchmark.setup import Setup
 from jaxedit import edited as edited_lib
 from jaxedit.batching.plan import BatchPlan
-from jaxedit.deltas import (
-    Edited,
-    LowRank,
-)
-from jaxedit.methods.base import (
-    Editor,
-    Info,
-)
+from jaxedit.deltas import Edited, LowRank
+from jaxedit.methods.base import Info
 from jaxedit.stats import moments as moments_lib
 from jaxedit.stats import packing
-from jaxedit.types import (
-    SHARED,
-    Progress,
-)
+from jaxedit.types import SHARED, Progress
 
-# Columns of the products that give the ceiling.
-_SIZES = {'cpu': 2048, 'gpu': 8192, 'tpu': 8192}
-_TRIES = 5
-# Seconds for which `pace` runs products, about.
-_PACE = 0.5
-# Tokens of a row of text; moments are collected from such rows.
+# Tokens of a sequence that moments are collected from.
 _TEXT = 512
 
 
@@ -61,7 +44,7 @@ class Stage:
     count: units a call.
     seconds: wall time of every call, the first one compiles.
     flops: dtype of the ceiling -> FLOPs that the stage cannot do without.
-    bytes: bytes of weights and metrics that it reads at least.
+    bytes: bytes of weights and preconditioners that it reads at least.
     peak: peak memory of the process after it, bytes.
     more: further counts, by name.
     whole: of the last stage of an edit, wall time from its beginning.
@@ -110,101 +93,6 @@ class Stage:
     }
 
 
-def peak_bytes() -> int:
-  """Peak memory of the process so far: the device's, or on CPU the host's."""
-  device = jax.devices()[0]
-  stats = device.memory_stats() or {}
-  if device.platform != 'cpu' and 'peak_bytes_in_use' in stats:
-    return int(stats['peak_bytes_in_use'])
-  # Linux counts in KiB.
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def timed(call: Callable[[], Any]) -> tuple[Any, float]:
-  """Calls a function and waits for its arrays; returns both."""
-  begin = time.perf_counter()
-  result = jax.block_until_ready(call())
-  return result, time.perf_counter() - begin
-
-
-def ceilings(size: int | None = None) -> dict[str, float]:
-  """Measures large square products.
-
-  Args:
-    size: rows and columns, or None for what fits the platform.
-
-  Returns:
-    'bfloat16', 'float32' (precision 'highest'), 'float64' and, where products
-    of f32 may be rounded to TF32, 'tf32': FLOPs a second, the best of a few.
-  """
-  platform = jax.devices()[0].platform
-  size = _ceiling_size(size)
-  found = {
-      'bfloat16': _rate(size, jnp.bfloat16, None),
-      'float32': _rate(size, jnp.float32, 'highest'),
-  }
-  if platform == 'gpu':
-    found['tf32'] = _rate(size, jnp.float32, 'tensorfloat32')
-  with jax.enable_x64(True):
-    found['float64'] = _rate(size, jnp.float64, 'highest')
-  return found
-
-
-def pace(dtype: str, size: int | None = None) -> float:
-  """Measures at what rate large square products run now.
-
-  A machine that others share is now faster, now slower; to be taken right
-  before and after what is compared with it.
-
-  Args:
-    dtype: 'float32' (precision 'highest') or 'bfloat16'.
-    size: rows and columns, or None for what fits the platform.
-
-  Returns:
-    FLOPs a second, the median over half a second or so.
-  """
-  size = _ceiling_size(size)
-  product = _product(size, dtype, 'highest' if dtype == 'float32' else None)
-  many, seconds = _many(timed(product)[1]), []
-  while sum(seconds) < _PACE:
-    seconds.append(timed(lambda: [product() for _ in range(many)])[1])
-  return many * 2 * size**3 / statistics.median(seconds)
-
-
-def _many(seconds: float) -> int:
-  """How many products to run together: a short one waits for its launch."""
-  return max(1, min(16, round(0.02 / seconds)))
-
-
-def _ceiling_size(size: int | None) -> int:
-  """Rows and columns of the products that give the ceiling."""
-  return size or _SIZES.get(jax.devices()[0].platform, 8192)
-
-
-def _product(
-    size: int, dtype: Any, precision: str | None
-) -> Callable[[], jax.Array]:
-  """A product of two [size, size] matrices, compiled."""
-  product = jax.jit(functools.partial(jnp.matmul, precision=precision))
-  one, two = (
-      jax.random.normal(key, (size, size), dtype)
-      for key in jax.random.split(jax.random.key(0))
-  )
-  jax.block_until_ready(product(one, two))
-  return lambda: product(one, two)
-
-
-def _rate(size: int, dtype: Any, precision: str | None) -> float:
-  """FLOPs a second of [size, size] products, the best of a few."""
-  product = _product(size, dtype, precision)
-  seconds = [timed(product)[1] for _ in range(_TRIES)]
-  many = _many(min(seconds))
-  for _ in range(_TRIES if many > 1 else 0):
-    together = timed(lambda: [product() for _ in range(many)])[1]
-    seconds.append(together / many)
-  return 2 * size**3 / min(seconds)
-
-
 def dtype_of(setup: Setup) -> str:
   """Dtype of the weights, which names their ceiling."""
   return setup.model.params['embed']['embedding'].dtype.name
@@ -215,21 +103,18 @@ def itemsize(setup: Setup) -> int:
   return setup.model.params['embed']['embedding'].dtype.itemsize
 
 
-def time_moments(
-    setup: Setup, *, rows: int, repeat: int, progress: Progress
-) -> Stage:
-  """Times second moments on rows of random tokens.
+def time_moments(setup: Setup, progress: Progress) -> Stage:
+  """Times second moments on sequences of random tokens.
 
   Args:
     setup: what to run on.
-    rows: rows a batch.
-    repeat: warm calls.
     progress: progress display.
 
   Returns:
     The stage, by the token.
   """
   spec, layers = setup.model.spec, setup.recipe.layers
+  rows, calls = setup.settings.moments_rows, 1 + setup.settings.repeat
   batch = packing.stack(list(_random_rows(setup, rows)), rows)
   size = moments_lib.key_width(spec, setup.recipe.site)
   total = jnp.zeros((len(layers), size, size), jnp.float32)
@@ -237,8 +122,8 @@ def time_moments(
   stage.flops = _moment_flops(setup, stage.count)
   stage.bytes = costs.model_bytes(spec, layers[-1] + 1, itemsize(setup))
   stage.bytes += 2.0 * total.nbytes
-  with progress('moments', 1 + repeat, 'call') as advance:
-    for _ in range(1 + repeat):
+  with progress('moments', calls, 'call') as advance:
+    for _ in range(calls):
       total, seconds = timed(
           lambda total=total: moments_lib.add_batch(
               total,
@@ -255,21 +140,18 @@ def time_moments(
   return stage
 
 
-def time_collection(
-    setup: Setup, *, rows: int, tokens: int, progress: Progress
-) -> Stage:
+def time_collection(setup: Setup, progress: Progress) -> Stage:
   """Times second moments as a whole: all batches, sums in f64, averages.
 
   Args:
-    setup: what to run on.
-    rows: rows a batch, as `time_moments` has compiled them.
-    tokens: random tokens to collect them from.
+    setup: what to run on; batches are those that `time_moments` has compiled.
     progress: progress display.
 
   Returns:
     The stage, by the token, called once.
   """
-  spec, recipe = setup.model.spec, setup.recipe
+  spec, recipe, settings = setup.model.spec, setup.recipe, setup.settings
+  rows, tokens = settings.moments_rows, settings.moments_tokens
   width = min(_TEXT, spec.max_positions)
   moments, seconds = timed(
       lambda: moments_lib.collect(
@@ -294,7 +176,7 @@ def time_collection(
 
 
 def _random_rows(setup: Setup, count: int) -> Iterator[packing.Row]:
-  """Rows of text of random tokens."""
+  """Sequences of random tokens."""
   width = min(_TEXT, setup.model.spec.max_positions)
   rng = np.random.default_rng(0)
   for _ in range(count):
@@ -320,10 +202,8 @@ def _flops(*parts: tuple[str, float]) -> dict[str, float]:
   return found
 
 
-def time_factor(
-    setup: Setup, editor: Editor, *, repeat: int, progress: Progress
-) -> tuple[Stage, Any]:
-  """Times the factors of the metrics.
+def time_factor(setup: Setup, progress: Progress) -> tuple[Stage, Any]:
+  """Times the factors of the preconditioners.
 
   Returns:
     (the stage, by the layer; the editor's state).
@@ -333,11 +213,12 @@ def time_factor(
   stage.flops = {'float64': costs.factor_flops(spec, layers)}
   stage.bytes = 16.0 * layers * spec.mlp_width**2
   state = None
-  with progress('factor', 1 + repeat, 'call') as advance:
-    for _ in range(1 + repeat):
+  calls = 1 + setup.settings.repeat
+  with progress('factor', calls, 'call') as advance:
+    for _ in range(calls):
       state = None  # one at a time is in memory
       state, seconds = timed(
-          lambda: editor.init(setup.model.params, setup.moments)
+          lambda: setup.editor.init(setup.model, setup.resources)
       )
       stage.seconds.append(seconds)
       advance(1)
@@ -354,25 +235,25 @@ def edit_stages(setup: Setup, plan: BatchPlan) -> dict[str, Stage]:
   """
   spec, layers = setup.model.spec, setup.recipe.layers
   count, dtype, last = len(setup.edits), dtype_of(setup), layers[-1]
-  held = dict(texts=setup.recipe.texts)
   shared_prefix = [len(shared) for shared in plan.shared_prefix]
-  sizes = benchmark_lengths.lengths(setup.edits, **held)
-  shared = benchmark_lengths.own(sizes, shared_prefix)
-  solved = benchmark_lengths.systems(setup.edits, apart=setup.apart, **held)
-  lower = Stage('prepare', 'edit', count)
-  lower.flops = {dtype: costs.prepare_flops(spec, last, shared)}
-  lower.bytes = costs.model_bytes(spec, spec.layers, itemsize(setup))
+  texts, independent = setup.recipe.texts, setup.independent
+  sizes = lengths.lengths(setup.edits, texts)
+  shared = lengths.own(sizes, shared_prefix)
+  solved = lengths.systems(setup.edits, texts=texts, independent=independent)
+  prefill = Stage('prefill', 'edit', count)
+  prefill.flops = {dtype: costs.prefill_flops(spec, last, shared)}
+  prefill.bytes = costs.model_bytes(spec, spec.layers, itemsize(setup))
   optimize = Stage('optimize', 'edit', count)
   insert = Stage('insert', 'edit', count)
-  # Edits that are made alone share nothing from the first edited layer on.
-  climbing = sizes if setup.apart else shared
+  # Independent edits share nothing from the first edited layer on.
+  climbing = sizes if independent else shared
   insert.flops = _flops(
       (dtype, costs.insert_flops(spec, layers, climbing)),
       ('float64', costs.solve_flops(spec, len(layers), solved)),
   )
   insert.bytes = costs.model_bytes(spec, last + 1, itemsize(setup))
   insert.bytes += 8.0 * len(layers) * spec.mlp_width**2
-  return {stage.name: stage for stage in (lower, optimize, insert)}
+  return {stage.name: stage for stage in (prefill, optimize, insert)}
 
 
 def add_merge(
@@ -413,18 +294,18 @@ def add_edit(setup: Setup, stages: dict[str, Stage], info: Info) -> None:
     stage.seconds.append(seconds[name])
     stage.peak = peak_bytes()
   stage, dtype = stages['optimize'], dtype_of(setup)
-  floor = costs.value_flops(spec, last, work.needed, work.scored)
-  last_steps = costs.value_flops(spec, last, work.last, work.last_scored)
+  floor = costs.target_flops(spec, last, work.needed, work.scored)
+  last_steps = costs.target_flops(spec, last, work.last, work.last_scored)
   stage.flops = {dtype: floor}
-  stage.bytes = costs.value_bytes(spec, last, work.steps, itemsize(setup))
+  stage.bytes = costs.target_bytes(spec, last, work.steps, itemsize(setup))
   stage.more = {
       'strict_flops': floor - last_steps / 2,
-      'computed_flops': costs.value_flops(
+      'computed_flops': costs.target_flops(
           spec, last, work.computed, work.scored_computed
       ),
       'pool_steps': work.steps,
-      'steps_a_state': float(np.mean(info.targets.steps)),
-      'states': len(info.targets.steps),
+      'steps_a_state': float(np.mean(info.targets.targets.steps)),
+      'states': len(info.targets.targets.steps),
       'needed': work.needed,
       'computed': work.computed,
       'scored': work.scored,

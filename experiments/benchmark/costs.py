@@ -2,7 +2,7 @@
 
 A product of n tokens with a map of W weights is 2 n W FLOPs; its gradient with
 respect to the tokens is as much again, and weights here have no gradient. So a
-step of value optimisation costs
+step of target optimisation costs
 
   4 (suffix tokens * U * W + scored positions * weights of the head)
 
@@ -25,7 +25,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experiments.benchmark_lengths import Lengths, System, lengths, loads
+from experiments.benchmark.lengths import Lengths, System, lengths, loads
 from jaxedit.models.flops import attention_flops, head_weights, layer_weights
 from jaxedit.models.spec import ModelSpec
 from jaxedit.text.encoding import EncodedEdit
@@ -36,10 +36,10 @@ def above(spec: ModelSpec, layer: int) -> int:
   return spec.layers - 1 - layer
 
 
-def value_flops(
+def target_flops(
     spec: ModelSpec, layer: int, tokens: float, scored: float
 ) -> float:
-  """FLOPs of value optimisation, forward and backward; see the module.
+  """FLOPs of target optimisation, forward and backward; see the module.
 
   Args:
     spec: the architecture.
@@ -51,7 +51,7 @@ def value_flops(
   return 4.0 * (upper + scored * head_weights(spec))
 
 
-def value_bytes(
+def target_bytes(
     spec: ModelSpec, layer: int, steps: float, itemsize: int
 ) -> float:
   """Bytes of weights that `steps` steps read, forward and backward.
@@ -66,8 +66,8 @@ def value_bytes(
   return 2.0 * steps * (upper + head_weights(spec)) * itemsize
 
 
-def prepare_flops(spec: ModelSpec, layer: int, sizes: Lengths) -> float:
-  """FLOPs of all that stays constant while values are optimised.
+def prefill_flops(spec: ModelSpec, layer: int, sizes: Lengths) -> float:
+  """FLOPs of all that stays constant while targets are optimised.
 
   All tokens go through the layers up to `layer`, those left of their anchor
   through the rest too, as far as the keys and values of the last layer; the KL
@@ -116,9 +116,9 @@ def insert_flops(
 def solve_flops(
     spec: ModelSpec, layers: int, solved: Sequence[System]
 ) -> float:
-  """FLOPs of the closed forms, on factored metrics.
+  """FLOPs of the closed forms, on factored preconditioners.
 
-  For M states and P held rows: a triangular solve of F for every row and one
+  For M targets and P preserved keys: a triangular solve of F for every row and one
   more for every state, the products of either, their Cholesky factors, held
   rows taken off the states', and two solves for the residuals; with more rows
   than F one system of F x F, see `solve.ridge`.
@@ -142,7 +142,7 @@ def solve_flops(
 
 
 def factor_flops(spec: ModelSpec, layers: int) -> float:
-  """FLOPs of the Cholesky factors of F x F metrics, once a model."""
+  """FLOPs of the Cholesky factors of F x F preconditioners, once a model."""
   return layers * float(spec.mlp_width) ** 3 / 3
 
 
@@ -186,7 +186,7 @@ def ours_flops(
     edits: Sequence[EncodedEdit],
     steps: np.ndarray,
 ) -> float:
-  """FLOPs that value optimisation needs, KL row and attention included.
+  """FLOPs that target optimisation needs, KL row and attention included.
 
   Args:
     spec: the architecture.
@@ -200,12 +200,12 @@ def ours_flops(
   sizes = loads(edits)
   kl = (sizes.kl > 0).astype(np.int64)  # one token of suffix, one scored
   every = lambda count: float((count * steps).sum())
-  flops = value_flops(
+  flops = target_flops(
       spec, layer, every(sizes.suffix + kl), every(sizes.scored + kl)
   )
   pairs = every(sizes.pairs + sizes.kl)
   flops += 3 * attention_flops(spec, pairs, above(spec, layer))
-  return flops + prepare_flops(spec, layer, lengths(edits))
+  return flops + prefill_flops(spec, layer, lengths(edits))
 
 
 def loop_flops(

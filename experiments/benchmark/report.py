@@ -18,8 +18,8 @@ from typing import Any
 
 import jax
 
-from experiments import common
 from jaxedit import io
+from jaxedit.runs import provenance
 
 _GIGA = 1e9
 NO_PLOT = (
@@ -27,7 +27,7 @@ NO_PLOT = (
 )
 _ARTICLES = {'edit': 'an edit', 'token': 'a token', 'layer': 'a layer'}
 # Stages that every edit pays for, in the order in which they run.
-_PER_EDIT = ('prepare', 'optimize', 'insert', 'merge', 'evaluate', 'answer')
+_PER_EDIT = ('prefill', 'optimize', 'insert', 'merge', 'evaluate', 'answer')
 
 
 def hardware() -> str:
@@ -58,7 +58,7 @@ def _processor() -> str:
 
 def commit() -> str | None:
   """The short commit of this source tree, '+' where files are changed."""
-  root = pathlib.Path(__file__).resolve().parents[1]
+  root = pathlib.Path(__file__).resolve().parents[2]
 
   def git(*arguments: str) -> str:
     return subprocess.run(
@@ -88,7 +88,7 @@ def origin(arguments: Sequence[str]) -> dict[str, Any]:
       'hardware': hardware(),
       'load': os.getloadavg()[0],
       'date': datetime.date.today().isoformat(),
-      'versions': common.versions(),
+      'versions': provenance.versions(),
   }
 
 

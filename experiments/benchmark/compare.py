@@ -7,7 +7,7 @@ these few have the share that they have in the FLOPs that all need. Insertion of
 the few is one batch on both sides; edits that are made alone torch inserts one
 at a time, and we side by side.
 
-Agreement is told apart by cause: wanted states where both took equally many
+Agreement is told apart by cause: targets where both took equally many
 steps, changes from each side's own states, and changes from torch's states on
 both sides, which differ by the linear algebra alone.
 """
@@ -16,23 +16,19 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments import (
-    benchmark_lengths,
-    benchmark_torch,
-    costs,
-    torch_baseline,
-)
-from experiments.benchmark_setup import Setup
-from experiments.benchmark_stages import Stage, dtype_of
-from jaxedit import targets as targets_lib
+from experiments.benchmark import costs, lengths, torch_baseline, torch_model
+from experiments.benchmark.machine import timed
+from experiments.benchmark.setup import Setup
+from experiments.benchmark.stages import Stage, dtype_of
+from jaxedit.batching.budget import plan_batches
 from jaxedit.methods import closed_form
+from jaxedit.methods.base import EditBatch
 from jaxedit.solve.ridge import LowRankUpdate
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import Progress, Targets
@@ -46,7 +42,7 @@ class Comparison:
     setup: what both run on.
     model: the torch model.
     count: edits compared, the first of all.
-    found: torch's wanted states of every turn, those of an edit in order.
+    found: torch's targets of every turn, those of an edit in order.
     inserted: torch's changes of every turn, a batch each.
     changes: ours, each [F, D], from our own states; all layers of a batch, then
       the next.
@@ -91,14 +87,15 @@ class Comparison:
                 self.model,
                 edit,
                 layer=recipe.layers[-1],
-                config=recipe.value,
+                config=recipe.target,
             )
         )
         advance(1)
     self.found.append([state for states in found for state in states])
-    grams = [np.array(self.setup.moments.layer(n)) for n in recipe.layers]
+    (moments,) = self.setup.resources.values()
+    grams = [np.array(moments.layer(n)) for n in recipe.layers]
     batches = [(self.edits, self.found[-1])]
-    if self.setup.apart:
+    if self.setup.independent:
       batches = [([edit], states) for edit, states in zip(self.edits, found)]
     self.inserted.append(
         [
@@ -108,7 +105,7 @@ class Comparison:
                 layers=recipe.layers,
                 z=np.stack([state.z for state in states]),
                 grams=grams,
-                weight=self.setup.moment_weight,
+                weight=recipe.preconditioner.weight,
                 texts=recipe.texts,
                 progress=progress,
             )
@@ -141,8 +138,8 @@ class Comparison:
         'insert': self._insertion(),
     }
     return {
-        'torch': benchmark_torch.require().__version__,
-        'torch_tf32': benchmark_torch.tf32(),
+        'torch': torch_model.require().__version__,
+        'torch_tf32': torch_model.tf32(),
         'edits': self.count,
         **parts,
         'both': _both(*parts.values()),
@@ -170,7 +167,7 @@ class Comparison:
     )
     # These edits may need more steps or fewer than the others.
     share = ours / needed(self.setup.edits, None) / self.count
-    parts = [stages['prepare'], stages['optimize']]
+    parts = [stages['prefill'], stages['optimize']]
     warm = share * sum(stage.median for stage in parts)
     first = share * sum(stage.seconds[0] for stage in parts)
     turns = [sum(one.seconds for one in turn) for turn in self.found]
@@ -190,11 +187,11 @@ class Comparison:
     warm = statistics.median(self.insert_seconds[1:] or self.insert_seconds)
     turns = [sum(one.seconds for one in turn) for turn in self.inserted]
     torch = statistics.median(turns)
-    solved = benchmark_lengths.systems(
-        self.edits, texts=texts, apart=setup.apart
+    solved = lengths.systems(
+        self.edits, texts=texts, independent=setup.independent
     )
     ours = costs.insert_flops(
-        spec, layers, benchmark_lengths.lengths(self.edits, texts)
+        spec, layers, lengths.lengths(self.edits, texts)
     ) + costs.solve_flops(spec, len(layers), solved)
     tokens = sum(one.tokens for one in self.inserted[-1])
     theirs = sum(costs.loop_insert_flops(spec, len(layers), tokens, solved))
@@ -217,11 +214,11 @@ def build(setup: Setup, count: int) -> Comparison:
   """
   model, dtype = setup.model, dtype_of(setup)
   if setup.random:
-    torch = benchmark_torch.from_params(
+    torch = torch_model.from_params(
         model.config, model.spec, model.params, dtype
     )
   else:
-    torch = benchmark_torch.load(model.folder, dtype)
+    torch = torch_model.load(model.folder, dtype)
   return Comparison(setup, torch, min(count, len(setup.edits)))
 
 
@@ -255,25 +252,25 @@ def _insert(
 ) -> tuple[list[np.ndarray], float]:
   """Our insertion of the compared edits: the changes, and seconds."""
   setup, count = comparison.setup, comparison.count
-  plan = targets_lib.plan_batches(
-      setup.model.spec, setup.model.params, comparison.edits
+  model, group = (setup.model.spec, setup.model.params), None
+  if setup.independent:
+    group = range(count)
+  batch = EditBatch(
+      comparison.edits, plan_batches(*model, comparison.edits), group
   )
-  begin = time.perf_counter()
-  written = closed_form.insert(
-      setup.model.spec,
-      setup.model.params,
-      setup.recipe,
-      state,
-      comparison.edits,
-      targets=targets,
-      active=np.ones(comparison.states, bool),
-      group=np.arange(count) if setup.apart else None,
-      plan=plan,
-      progress=progress,
+  written, seconds = timed(
+      lambda: closed_form.insert(
+          *model,
+          setup.recipe,
+          state,
+          batch,
+          targets=targets,
+          active=np.ones(comparison.states, bool),
+          progress=progress,
+      )
   )
-  solved = jax.block_until_ready(written.changes)
-  seconds = time.perf_counter() - begin
-  if not setup.apart:
+  solved = written.deltas
+  if not setup.independent:
     return list(map(_matrix, solved)), seconds
   one = lambda change, group: LowRankUpdate(*(x[group] for x in change))
   changes = [_matrix(one(x, group)) for group in range(count) for x in solved]
@@ -299,7 +296,7 @@ def difference(
 def agreement(
     targets: Targets, found: Sequence[torch_baseline.Found]
 ) -> dict[str, Any]:
-  """Compares wanted states.
+  """Compares targets.
 
   Args:
     targets: ours; the first are compared.
@@ -318,24 +315,18 @@ def agreement(
       'steps': mine.tolist(),
       'torch_steps': steps.tolist(),
   }
-  pairs = {
-      'z': [(targets.z[i], found[i].z) for i in equal],
-      'd': [
-          (targets.z[i] - targets.z0[i], found[i].z - found[i].z0)
-          for i in equal
-      ],
-  }
-  for name, both in pairs.items():
-    cosines = [_cosine(a, b) for a, b in both]
-    facts[f'{name}_cosine_min'] = min(cosines, default=None)
-    facts[f'{name}_cosine_median'] = (
-        statistics.median(cosines) if cosines else None
-    )
+  z, z0 = (np.stack([getattr(one, x) for one in found]) for x in ('z', 'z0'))
+  ours, ours0 = targets.z[: len(found)], targets.z0[: len(found)]
+  for name, both in {'z': (ours, z), 'd': (ours - ours0, z - z0)}.items():
+    some = cosines(*both)[equal].tolist()
+    facts[f'{name}_cosine_min'] = min(some, default=None)
+    facts[f'{name}_cosine_median'] = statistics.median(some) if some else None
   return facts
 
 
-def _cosine(a: Any, b: Any) -> float:
-  """Cosine in f64; 1 for two zeros."""
+def cosines(a: Any, b: Any) -> np.ndarray:
+  """Cosines of the rows of two [M, D] arrays, in f64; 1 for two zeros."""
   a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-  size = np.linalg.norm(a) * np.linalg.norm(b)
-  return float(a @ b / size) if size else 1.0
+  size = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+  product = np.sum(a * b, axis=-1)
+  return np.divide(product, size, out=np.ones_like(size), where=size > 0)
