@@ -58,7 +58,7 @@ def draw_all(
     Name without ending -> the figure as SVG.
   """
   window = found.config.window
-  names = [name for name in found.config.names if name in MAPS]
+  names = [name for name in found.config.kinds if name in MAPS]
   jobs = {
       **_average_jobs(found.averages, window),
       **_fact_jobs(found.facts[:facts], names, window),

@@ -143,7 +143,7 @@ class FactTraces:
             'completes': one.completes,
             'high': one.result.high,
             'low': one.result.low,
-            'best': {name: _best_cell(one, name) for name in self.config.names},
+            'best': {name: _best_cell(one, name) for name in self.config.kinds},
         }
         for one in self.facts
     ]
