@@ -23,8 +23,8 @@ def traced(config, tokens, scores, answer='b'):
   ids = np.arange(len(tokens), dtype=np.int32)
   result = Traced(np.zeros(1, np.int32), 0.5, 0.25, scores)
   one = results.TracedFact(
-      EditRequest(7, '7', '{}', 'x', ''), ids, tokens, (0, len(tokens)), answer,
-      'unasked', result,
+      fact=EditRequest(7, '7', '{}', 'x', ''), ids=ids,
+      span=(0, len(tokens)), tokens=tokens, said=answer, result=result,
   )  # fmt: skip
   return results.FactTraces(config, (one,), (), [], [result], 2.0)
 

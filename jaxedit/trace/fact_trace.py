@@ -181,16 +181,10 @@ def collect(
     if not results.finite(result):
       missed.append(facts.left_out(one.fact, facts.NOT_FINITE))
       continue
-    texts = [tokenizer.decode([token]) for token in (*one.ids, one.answer)]
+    *tokens, said = (tokenizer.decode([x]) for x in (*one.ids, one.answer))
     found.append(
         results.TracedFact(
-            fact=one.fact,
-            ids=one.ids,
-            tokens=tuple(texts[:-1]),
-            span=one.span,
-            answer=texts[-1],
-            completes=one.completes,
-            result=result,
+            **vars(one), tokens=tuple(tokens), said=said, result=result
         )
     )
   if not found:

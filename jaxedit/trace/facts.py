@@ -91,7 +91,8 @@ class EncodedFact:
     ids: [T] int32 its prompt.
     span: first token of the subject and one past its last.
     answer: token that the model holds most probable next; -1 before it is run.
-    completes: see `results.TracedFact`.
+    completes: 'whole' if that is the attribute, 'begins' if it is its first
+      token, 'misses' if neither, 'unasked' if there is no attribute.
   """
 
   fact: EditRequest

@@ -110,7 +110,7 @@ def _fact_jobs(
           ],
           name=name,
           window=window,
-          bar=f'p({figures.token_label(one.answer, False)})',
+          bar=f'p({figures.token_label(one.said, False)})',
           floor=one.result.low,
       )
       for one in found
