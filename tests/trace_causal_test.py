@@ -321,8 +321,8 @@ class RefusalTest(parameterized.TestCase):
           'severing',
       ),
       ({}, dict(tokens=[[1]]), 'columns for 1 of 3'),
-      ({}, dict(tokens=[[8], [], []]), 'layout'),
-      ({}, dict(tokens=[[-1], [], []]), 'layout'),
+      ({}, dict(tokens=[[8], [], []]), 'columns'),
+      ({}, dict(tokens=[[-1], [], []]), 'columns'),
   )
   def test_says_what_is_wrong(self, changes, how, words):
     first, *others = make_cases(PLACES.values())

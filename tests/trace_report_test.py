@@ -10,7 +10,6 @@ from jaxedit.models.flops import layer_weights
 from jaxedit.testing import models
 from jaxedit.trace import facts, figures, flops, plots, report, results
 from jaxedit.trace.causal import Traced
-from jaxedit.trace.restoration import HIDDEN, restoration
 from jaxedit.types import EditRequest
 
 try:
@@ -24,8 +23,8 @@ def traced(config, tokens, scores, answer='b'):
   ids = np.arange(len(tokens), dtype=np.int32)
   result = Traced(np.zeros(1, np.int32), 0.5, 0.25, scores)
   one = results.TracedFact(
-      EditRequest(7, '7', '{}', 'x', ''), ids, tokens, (0, len(tokens)), answer,
-      'unasked', result,
+      fact=EditRequest(7, '7', '{}', 'x', ''), ids=ids,
+      span=(0, len(tokens)), tokens=tokens, said=answer, result=result,
   )  # fmt: skip
   return results.FactTraces(config, (one,), (), [], [result], 2.0)
 
@@ -71,7 +70,7 @@ class ReportTest(parameterized.TestCase):
   def test_arithmetic(self):
     spec = models.tiny_spec('llama', layers=4)
     count = flops.work(
-        spec, traced(facts.TraceConfig((HIDDEN,), draws=3), ('a',), {})
+        spec, traced(facts.TraceConfig(('hidden',), draws=3), ('a',), {})
     )
     self.assertEqual(count['cells'], 4)
     # 4 rows; then a draw has partial runs of 3, 2, 1 and 0 layers.
@@ -86,7 +85,7 @@ class ReportTest(parameterized.TestCase):
   @absltest.skipIf(matplotlib is None, 'needs matplotlib')
   def test_plots_of_one_fact_and_strange_tokens(self):
     found = traced(
-        facts.TraceConfig((restoration('mlp', 2),), window=2),
+        facts.TraceConfig(('mlp',), window=2),
         ('$x^$', '\ud7a3\n'), {'mlp': np.full((2, 3), 0.25)}, answer='$',
     )  # fmt: skip
     self.assertEqual(found.averages['mlp'].count.sum(), 3)

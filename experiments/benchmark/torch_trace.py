@@ -69,7 +69,7 @@ def baseline(
     case, token = columns[kind][rng.integers(len(columns[kind]))]
     layer = int(rng.integers(layers))
     cells.append(GridCell(case, config.restorations[kind], token, layer))
-  mode = facts.MODES[config.mode]
+  mode = facts.MODES[config.noise_mode]
   spent, scores = _run(model, cases, cells, mode, progress)
   grids = [found.traced[c.case].scores[c.restoration.name] for c in cells]
   ours = np.array([grid[c.token, c.layer] for grid, c in zip(grids, cells)])

@@ -101,7 +101,7 @@ class TargetFiles:
 
 
 class TraceFiles:
-  """Traces of facts in a folder, see `trace.fact_trace.Pieces`.
+  """Traces of facts in a folder, for `trace.fact_trace`.
 
   Attributes:
     found: how many were there when they were asked for.
@@ -119,6 +119,7 @@ class TraceFiles:
     self._folder, self._about, self.found = folder, dict(about), 0
 
   def load(self, *parts: Any) -> dict[str, np.ndarray] | None:
+    """Reads what was saved for these parts: arrays, and plain JSON types."""
     path = self._path(parts)
     if not path.is_file():
       return None
@@ -126,6 +127,7 @@ class TraceFiles:
     return io.read_tensors(path, self._KIND, 'delete it')[0]
 
   def save(self, arrays: Mapping[str, np.ndarray], *parts: Any) -> None:
+    """Writes arrays; see `load`."""
     io.write_tensors(self._path(parts), arrays, kind=self._KIND, record={})
 
   def _path(self, parts: tuple[Any, ...]) -> pathlib.Path:

@@ -7,10 +7,10 @@ from __future__ import annotations
 import dataclasses
 
 from jaxedit.methods.settings import setting
-from jaxedit.trace import facts
-from jaxedit.trace import noise as noise_lib
+from jaxedit.trace import noise
+from jaxedit.trace.facts import TraceConfig
 from jaxedit.trace.plots import FORMATS
-from jaxedit.trace.restoration import NAMES, WINDOW, restoration
+from jaxedit.trace.restoration import NAMES
 
 # Those of `RunConfig` that a tracing run has as well.
 RUN_FIELDS = (
@@ -25,8 +25,8 @@ RUN_FIELDS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class TraceRunConfig:
-  """Settings of a tracing run; help, units and choices stand with the fields."""
+class TraceRunConfig(TraceConfig):
+  """Settings of a tracing run."""
 
   # The facts.
   data: str = setting(
@@ -51,38 +51,6 @@ class TraceRunConfig:
       'trace facts that the model does not complete, too. What is scored is its'
       ' own most probable next token in any case',
   )
-
-  # What is corrupted and what is restored.
-  kinds: tuple[str, ...] = setting(
-      ('hidden', 'mlp', 'attn'),
-      f'what to restore, of {", ".join(NAMES)}. hidden: the output of a block;'
-      ' mlp, attn: the outputs of that part in --window layers; severed_*: as'
-      ' hidden, while that part keeps its corrupted output above, at the last'
-      ' subject token alone',
-  )
-  tokens: str = setting(
-      'all',
-      'restore every token, or the last one of the subject alone, which takes a'
-      ' fraction of the time and is all that --suggest_layers needs',
-      choices=('all', 'subject_last'),
-  )
-  window: int = setting(
-      WINDOW,
-      'layers that mlp and attn restore at once (default of ROME)',
-      low=1,
-  )
-  noise: str = setting(
-      noise_lib.DEFAULT,
-      's3: gaussian, 3 standard deviations of the embeddings of all subjects in'
-      ' the file (default of ROME); 0.1: gaussian of that deviation; u0.1:'
-      ' uniform between -0.1 and 0.1',
-  )
-  noise_mode: str = setting(
-      'add',
-      'add noise to the embeddings, or put it in their place',
-      choices=tuple(facts.MODES),
-  )
-  draws: int = setting(10, 'corrupted copies of a prompt (ROME: 10)', low=1)
 
   # The search for layers.
   suggest_layers: bool = setting(
@@ -118,18 +86,6 @@ class TraceRunConfig:
   formats: tuple[str, ...] = setting(FORMATS, 'of plot files: png, svg')
   fact_plots: int = setting(30, 'facts with heat maps of their own', low=0)
 
-  def trace(self, seed: int) -> facts.TraceConfig:
-    """What is restored and how, with noise of that seed."""
-    return facts.TraceConfig(
-        tuple(restoration(name, self.window) for name in self.kinds),
-        window=self.window,
-        level=self.noise,
-        mode=self.noise_mode,
-        draws=self.draws,
-        seed=seed,
-        last_only=self.tokens == 'subject_last',
-    )
-
 
 def errors(config: TraceRunConfig) -> list[str]:
   """Finds settings that cannot be used; messages."""
@@ -143,4 +99,4 @@ def errors(config: TraceRunConfig) -> list[str]:
       problems.append(f'{given}: give some of {", ".join(known)}')
     elif len(set(names)) < len(names):
       problems.append(f'{given}: names something twice')
-  return problems + noise_lib.errors(config.noise, '--noise')
+  return problems + noise.errors(config.noise, '--noise')

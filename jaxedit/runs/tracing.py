@@ -223,9 +223,8 @@ def _trace(
     progress: Progress,
 ) -> tuple[results.FactTraces, dict[str, Any]]:
   """Chooses facts and traces them: (what was found, results.json of it)."""
-  trace = settings.trace(config.seed)
   encoded = facts.encode(tokenizer, loaded.requests)
-  level = facts.noise_level(trace, model, encoded)
+  level = facts.noise_level(settings, model, encoded)
   with clock('complete'):
     picked, missed = facts.choose(
         model, tokenizer, encoded, count=settings.num_facts,
@@ -234,11 +233,11 @@ def _trace(
   missed = [vars(one) for one in loaded.skipped] + missed
   _tell(results.notes(settings.num_facts, len(picked), missed, loaded.source))
   output.begin(_stale(output.folder))
-  about = {**fact_trace.about(trace, model), 'versions': versions()}
+  about = {**fact_trace.about(settings, model), 'versions': versions()}
   pieces = TraceFiles(output.unfinished, about)
   with clock('trace'):
     found = fact_trace.trace_facts(
-        trace, model, tokenizer, picked, level,
+        settings, model, tokenizer, picked, level,
         pieces=pieces, progress=progress,
         timer=lambda: time.monotonic() - clock.seconds['compile'],
     )  # fmt: skip

@@ -25,6 +25,7 @@ all corrupted runs are the same.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ from jaxedit.models.spec import ModelSpec
 from jaxedit.trace import partial_run
 from jaxedit.trace.cases import Case, Traced, check
 from jaxedit.trace.grids import Grids
-from jaxedit.trace.groups import by_width, groups, padded
+from jaxedit.trace.groups import groups, padded
 from jaxedit.trace.restoration import Restoration
 from jaxedit.types import Params, Progress, silent
 
@@ -152,9 +153,10 @@ def trace(
   results = [Traced(case.labels, np.nan, np.nan, {}) for case in cases]
   total = len(restorations) * spec.layers * sum(map(len, wanted))
   with progress('trace', total, 'cell') as done:
-    for same in by_width(groups(lengths, size)):
+    # Sorted by width already.
+    for _, same in itertools.groupby(groups(lengths, size), lambda g: g.width):
       grids = Grids(spec, params, cases, wanted, restorations, mode, places)
-      for index, result in grids.run(same, done):
+      for index, result in grids.run(list(same), done):
         results[index] = result
         found(index, result)
   return results

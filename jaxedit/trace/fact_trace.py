@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -18,16 +18,6 @@ from jaxedit.types import Progress, silent
 _GRID = 'scores/'  # before the name, among the arrays of a result
 
 
-class Pieces(Protocol):
-  """Keeps the result of every fact, so that an interrupted run can resume."""
-
-  def load(self, *parts: Any) -> dict[str, np.ndarray] | None:
-    """Reads what was saved for these parts: arrays, and plain JSON types."""
-
-  def save(self, arrays: Mapping[str, np.ndarray], *parts: Any) -> None:
-    """Writes arrays."""
-
-
 def trace_facts(
     config: TraceConfig,
     model: loading.Model,
@@ -35,7 +25,7 @@ def trace_facts(
     picked: Sequence[EncodedFact],
     level: noise.Noise,
     *,
-    pieces: Pieces,
+    pieces: Any,
     timer: Callable[[], float] = time.monotonic,
     progress: Progress = silent,
 ) -> results.FactTraces:
@@ -47,8 +37,8 @@ def trace_facts(
     tokenizer: its tokenizer.
     picked: facts with the model's answers, which are scored.
     level: of the noise.
-    pieces: results of an earlier run that was interrupted, and a place for
-      these.
+    pieces: keeps the traces of each fact, so that an interrupted run can resume,
+      such as `runs.cache.TraceFiles`.
     timer: tells seconds.
     progress: told of cells.
 
@@ -69,7 +59,7 @@ def trace_facts(
         model.spec,
         model.params,
         restorations=restorations,
-        mode=facts.MODES[config.mode],
+        mode=facts.MODES[config.noise_mode],
         progress=progress,
     )
     tokens = [(case.end - 1,) for case in cases] if alone else None
@@ -94,7 +84,7 @@ def _resumed(
     names: Sequence[str],
     cases: Sequence[Case],
     tokens: Sequence[Sequence[int]] | None,
-    pieces: Pieces,
+    pieces: Any,
     timer: Callable[[], float],
 ) -> tuple[list[Traced], float]:
   """Traces what was not saved before, and saves it; see `trace_facts`."""
@@ -132,7 +122,7 @@ def about(config: TraceConfig, model: loading.Model) -> dict[str, Any]:
       'model': model.hash,
       'dtype': str(dtype),
       'kinds': [list(one) for one in config.restorations],
-      'mode': config.mode,
+      'mode': config.noise_mode,
   }
 
 
@@ -191,16 +181,10 @@ def collect(
     if not results.finite(result):
       missed.append(facts.left_out(one.fact, facts.NOT_FINITE))
       continue
-    texts = [tokenizer.decode([token]) for token in (*one.ids, one.answer)]
+    *tokens, said = (tokenizer.decode([x]) for x in (*one.ids, one.answer))
     found.append(
         results.TracedFact(
-            fact=one.fact,
-            ids=one.ids,
-            tokens=tuple(texts[:-1]),
-            span=one.span,
-            answer=texts[-1],
-            completes=one.completes,
-            result=result,
+            **vars(one), tokens=tuple(tokens), said=said, result=result
         )
     )
   if not found:

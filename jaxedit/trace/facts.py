@@ -17,8 +17,9 @@ import numpy as np
 
 from jaxedit.models import loading
 from jaxedit.text import locate
-from jaxedit.trace import causal, noise
-from jaxedit.trace.restoration import WINDOW, Restoration
+from jaxedit.trace import causal
+from jaxedit.trace import noise as noise_lib
+from jaxedit.trace.restoration import NAMES, WINDOW, Restoration, restoration
 from jaxedit.types import EditRequest, InputError, Progress, silent
 
 MODES = {'add': 'add', 'replace': 'set'}  # of noise -> of `causal.trace`
@@ -26,32 +27,55 @@ NOT_FINITE = 'has probabilities that are not finite'
 _BATCH = 64  # prompts that are completed at a time, at least
 
 
+def _setting(default: Any, help: str, **details: Any) -> Any:  # pylint: disable=redefined-builtin
+  return dataclasses.field(default=default, metadata={'help': help, **details})
+
+
 @dataclasses.dataclass(frozen=True)
 class TraceConfig:
-  """What to trace.
+  """What to trace; help and choices stand with the fields, which are flags."""
 
-  Attributes:
-    restorations: what to restore.
-    window: layers restored at once by 'mlp' and 'attn'.
-    level: noise level, as `noise.parse` takes it.
-    mode: 'add' noise to the embeddings, or 'replace' them.
-    draws: of noise a fact.
-    seed: of the noise.
-    last_only: restore the last subject token alone.
-  """
-
-  restorations: tuple[Restoration, ...]
-  window: int = WINDOW
-  level: str = noise.DEFAULT
-  mode: str = 'add'
-  draws: int = 10
-  seed: int = noise.SEED
-  last_only: bool = False
+  kinds: tuple[str, ...] = _setting(
+      ('hidden', 'mlp', 'attn'),
+      f'what to restore, of {", ".join(NAMES)}. hidden: the output of a block;'
+      ' mlp, attn: the outputs of that part in --window layers; severed_*: as'
+      ' hidden, while that part keeps its corrupted output above, at the last'
+      ' subject token alone',
+  )
+  tokens: str = _setting(
+      'all',
+      'restore every token, or the last one of the subject alone, which takes a'
+      ' fraction of the time and is all that --suggest_layers needs',
+      choices=('all', 'subject_last'),
+  )
+  window: int = _setting(
+      WINDOW,
+      'layers that mlp and attn restore at once (default of ROME)',
+      low=1,
+  )
+  noise: str = _setting(
+      noise_lib.DEFAULT,
+      's3: gaussian, 3 standard deviations of the embeddings of all subjects in'
+      ' the file (default of ROME); 0.1: gaussian of that deviation; u0.1:'
+      ' uniform between -0.1 and 0.1',
+  )
+  noise_mode: str = _setting(
+      'add',
+      'add noise to the embeddings, or put it in their place',
+      choices=tuple(MODES),
+  )
+  draws: int = _setting(10, 'corrupted copies of a prompt (ROME: 10)', low=1)
+  seed: int = noise_lib.SEED
 
   @property
-  def names(self) -> list[str]:
-    """Of the restorations."""
-    return [one.name for one in self.restorations]
+  def restorations(self) -> tuple[Restoration, ...]:
+    """What is restored."""
+    return tuple(restoration(name, self.window) for name in self.kinds)
+
+  @property
+  def last_only(self) -> bool:
+    """Whether the last subject token alone is restored."""
+    return self.tokens == 'subject_last'
 
   def alone(self, one: Restoration) -> bool:
     """Whether that is done at the last subject token alone."""
@@ -67,7 +91,8 @@ class EncodedFact:
     ids: [T] int32 its prompt.
     span: first token of the subject and one past its last.
     answer: token that the model holds most probable next; -1 before it is run.
-    completes: see `results.TracedFact`.
+    completes: 'whole' if that is the attribute, 'begins' if it is its first
+      token, 'misses' if neither, 'unasked' if there is no attribute.
   """
 
   fact: EditRequest
@@ -88,13 +113,13 @@ def encode(tokenizer: Any, facts: Sequence[EditRequest]) -> list[EncodedFact]:
 
 def noise_level(
     config: TraceConfig, model: loading.Model, encoded: Sequence[EncodedFact]
-) -> noise.Noise:
+) -> noise_lib.Noise:
   """Resolves the noise level by the subjects of all facts, traced or not."""
   std = None
-  if noise.parse(config.level).relative:
+  if noise_lib.parse(config.noise).relative:
     ids = np.concatenate([one.ids[slice(*one.span)] for one in encoded])
-    std = noise.embedding_std(model.params, ids)
-  return noise.level(config.level, std)
+    std = noise_lib.embedding_std(model.params, ids)
+  return noise_lib.level(config.noise, std)
 
 
 def checker(

@@ -95,9 +95,6 @@ def heat_map(
     window: layers restored at once.
     bar: what the values are.
     floor: value of the palest colour.
-
-  Returns:
-    A figure.
   """
   with styled():
     figure, axes = new(1.05 + 0.2 * len(labels))
@@ -137,27 +134,15 @@ def effect_lines(average: effects.Average, *, name: str, window: int) -> Any:
           linewidth=2 if strong else 1.2,
           label=f'{role} ({average.count[row]})',
       )
-      if not np.isnan(half).all():
-        axes.fill_between(
-            x, mean - half, mean + half, color=_LINES[row], alpha=0.18, lw=0
-        )
-    axes.axhline(0, color=INK, linewidth=0.6)
-    axes.set_ylabel('average effect')
+      _band(axes, mean, half, color=_LINES[row])
+    _effects(axes)
     _layers(axes, average.mean.shape[1], name, window)
     figure.legend(loc='outside lower center', ncols=2, fontsize=8)
   return figure
 
 
 def severed_bars(averages: Mapping[str, effects.Average]) -> Any:
-  """Draws ordinary effects as bars and severed ones as steps before them.
-
-  Args:
-    averages: by restoration, at the last subject token; 'hidden' is the ordinary
-      one and may be missing.
-
-  Returns:
-    A figure.
-  """
+  """Draws ordinary effects as bars and severed ones as steps before them."""
   row = effects.CLASSES.index('last subject token')
   shown = {name: averages[name] for name in _SEVERED if name in averages}
   with styled():
@@ -172,17 +157,24 @@ def severed_bars(averages: Mapping[str, effects.Average]) -> Any:
       axes.plot(
           x, mean, color=colour, label=label, linewidth=2, drawstyle='steps-mid'
       )
-      if not np.isnan(half).all():
-        low, high = mean - half, mean + half
-        axes.fill_between(
-            x, low, high, color=colour, alpha=0.18, lw=0, step='mid'
-        )
-    axes.axhline(0, color=INK, linewidth=0.6)
-    axes.set_ylabel('average effect')
+      _band(axes, mean, half, color=colour, step='mid')
+    _effects(axes)
     axes.set_title('Last subject token, ordinary and severed', loc='left')
     _ticks(axes, len(mean), 'restored layer')
     figure.legend(loc='outside lower center', ncols=len(shown), fontsize=8)
   return figure
+
+
+def _band(axes: Any, mean: np.ndarray, half: np.ndarray, **look: Any) -> None:
+  """Draws intervals, if there are any."""
+  if not np.isnan(half).all():
+    x = np.arange(len(mean))
+    axes.fill_between(x, mean - half, mean + half, alpha=0.18, lw=0, **look)
+
+
+def _effects(axes: Any) -> None:
+  axes.axhline(0, color=INK, linewidth=0.6)
+  axes.set_ylabel('average effect')
 
 
 def new(height: float, rows: int = 1) -> tuple[Any, Any]:

@@ -13,7 +13,7 @@ It holds numpy arrays only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax
@@ -49,7 +49,7 @@ class GridCells(NamedTuple):
   entry: np.ndarray
   stop: np.ndarray
 
-  def take(self, index: np.ndarray) -> GridCells:
+  def take(self, index: np.ndarray | slice) -> GridCells:
     """Picks rows."""
     return GridCells(*(x[index] for x in self))
 
@@ -179,56 +179,39 @@ def choose_places(
   return min(min(sizes, key=padded) + slack, max(totals))
 
 
-def tiles(
-    rows: GridCells,
-    parts: Sequence[slice],
+def tile(
+    mine: GridCells,
     shape: Shape,
     *,
     lengths: np.ndarray,
     labels: Sequence[np.ndarray],
     draws: int,
-) -> Iterator[tuple[slice, PackedBatch]]:
-  """Builds tiles.
+) -> PackedBatch:
+  """Builds a tile.
 
   Args:
-    rows: the rows.
-    parts: the rows of every tile, see `pack`.
+    mine: its rows, see `pack`.
     shape: of all tiles.
     lengths: [cases] tokens of a case.
     labels: the tokens scored in every case.
     draws: n.
 
-  Yields:
-    (which rows, the tile); its scored places come in the order of the rows.
+  Returns:
+    The tile; its scored places come in the order of the rows.
   """
-  for part in parts:
-    mine = rows.take(np.arange(part.start, part.stop))
-    yield part, _tile(mine, shape, lengths, labels, draws)
-
-
-def _tile(
-    mine: GridCells,
-    shape: Shape,
-    lengths: np.ndarray,
-    labels: Sequence[np.ndarray],
-    draws: int,
-) -> PackedBatch:
-  size, n = shape.rows, shape.places
-  pad = lambda x: np.pad(np.asarray(x, np.int32), (0, size - len(x)))
-  token = pad(mine.token)
-  length = pad(lengths[mine.case] - mine.token)
-  column = np.arange(shape.width, dtype=np.int32)
-  inside = column < length[:, None]
-  start = np.cumsum(length) - length
-  index = np.where(inside, start[:, None] + column, n).astype(np.int32)
-  layout = TokenLayout(
-      positions=token[:, None] + column,
-      segment_ids=np.where(inside, SHARED, PADDING).astype(np.int32),
-  )
-  rows = PackedSequences(layout, index, *_places(index, n))
+  pad = lambda x: np.pad(np.asarray(x, np.int32), (0, shape.rows - len(x)))
+  token, length = pad(mine.token), pad(lengths[mine.case] - mine.token)
+  rows = _packed(token, length, shape.width, shape.places)
   wanted = [labels[case] for case in mine.case]
   count = pad([len(x) for x in wanted])
-  label = np.zeros(size * shape.scored, np.int32)
+  size = shape.rows * shape.scored
+  asked = _packed(token + length - count, count, shape.scored, size)
+  row, column = np.nonzero(asked.index < size)
+  kept = np.full(size, shape.places, np.int32)
+  kept[asked.index[row, column]] = rows.index[
+      row, (length - count)[row] + column
+  ]
+  label = np.zeros(size, np.int32)
   label[: count.sum()] = np.concatenate(wanted)
   return PackedBatch(
       entry=np.int32(mine.entry[0]),
@@ -236,46 +219,23 @@ def _tile(
       token=token,
       stop=pad(mine.stop),
       rows=rows,
-      outputs=_kept(rows, length - count, count, shape),
+      outputs=OutputTokens(kept, asked),
       label=label,
   )
 
 
-def _places(index: np.ndarray, places: int) -> tuple[np.ndarray, np.ndarray]:
-  """(row, column) of every place; as many rows as there are where it is empty."""
-  row = np.full(places, len(index), np.int32)
-  column = np.zeros(places, np.int32)
-  where = np.nonzero(index < places)
-  row[index[where]], column[index[where]] = where
-  return row, column
-
-
-def _kept(
-    rows: PackedSequences, start: np.ndarray, count: np.ndarray, shape: Shape
-) -> OutputTokens:
-  """The scored columns of every row, as rows of their own.
-
-  Args:
-    rows: R rows.
-    start: [R] first scored column.
-    count: [R] scored columns.
-    shape: of the tile.
-
-  Returns:
-    R * scored places, those of a row behind those of the row before.
-  """
-  ask = np.arange(shape.scored, dtype=np.int32)
-  inside = ask < count[:, None]
-  column = np.where(inside, start[:, None] + ask, 0)
-  first = np.cumsum(count) - count
-  index = np.where(inside, first[:, None] + ask, inside.size).astype(np.int32)
-  kept = np.full(inside.size, shape.places, np.int32)
-  place = np.take_along_axis(rows.index, column, axis=1)
-  kept[index[inside]] = place[inside]
-  layout = TokenLayout(
-      positions=np.take_along_axis(rows.layout.positions, column, axis=1),
-      segment_ids=np.where(inside, SHARED, PADDING).astype(np.int32),
-  )
-  return OutputTokens(
-      kept, PackedSequences(layout, index, *_places(index, inside.size))
+def _packed(
+    first: np.ndarray, length: np.ndarray, width: int, places: int
+) -> PackedSequences:
+  """Rows of so many columns from a position on, end to end."""
+  column = np.arange(width, dtype=np.int32)
+  inside = column < length[:, None]
+  start = np.cumsum(length) - length
+  index = np.where(inside, start[:, None] + column, places).astype(np.int32)
+  back = np.full(places, len(index), np.int32), np.zeros(places, np.int32)
+  for to, where in zip(back, np.nonzero(inside)):
+    to[index[inside]] = where
+  segments = np.where(inside, SHARED, PADDING).astype(np.int32)
+  return PackedSequences(
+      TokenLayout(first[:, None] + column, segments), index, *back
   )

@@ -166,13 +166,15 @@ class Grids:
     shape, rows, parts = plan
     mine = [self.cases[i] for i in group.indices]
     total = [np.zeros((len(x.ids), self.spec.layers)) for x in mine]
-    waiting: collections.deque[tuple[slice, Any]] = collections.deque()
+    lengths = np.array([len(case.ids) for case in mine])
+    labels = [case.labels for case in mine]
+    waiting: collections.deque[tuple[cells_lib.GridCells, Any]]
+    waiting = collections.deque()
     program, told = restoration.program, 0
 
     def add() -> int:
-      part, out = waiting.popleft()
-      here = rows.take(np.arange(part.start, part.stop))
-      counts = np.array([len(mine[case].labels) for case in here.case])
+      here, out = waiting.popleft()
+      counts = np.array([len(labels[case]) for case in here.case])
       out = np.asarray(out, np.float64)[: counts.sum()]
       means = np.add.reduceat(out, np.cumsum(counts) - counts) / counts
       for case in np.unique(here.case):
@@ -182,18 +184,15 @@ class Grids:
       done(len(counts) // self.draws)
       return len(counts) // self.draws
 
-    for part, tile in cells_lib.tiles(
-        rows,
-        parts,
-        shape,
-        lengths=np.array([len(case.ids) for case in mine]),
-        labels=[case.labels for case in mine],
-        draws=self.draws,
-    ):
+    for part in parts:
+      here = rows.take(part)
+      tile = cells_lib.tile(
+          here, shape, lengths=lengths, labels=labels, draws=self.draws
+      )
       out = partial_run.run_cells(
           self.spec, self.params, found, tile, restoration=program
       )
-      waiting.append((part, out))
+      waiting.append((here, out))
       if len(waiting) > _AHEAD:
         told += add()
     while waiting:

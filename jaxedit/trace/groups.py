@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -49,12 +49,6 @@ def groups(lengths: np.ndarray, size: int) -> list[Group]:
       indices = tuple(int(i) for i in mine[begin : begin + each])
       found.append(Group(indices, int(w), each))
   return found
-
-
-def by_width(groups: Sequence[Group]) -> Iterator[list[Group]]:
-  """Yields groups that share their width."""
-  for width in sorted({group.width for group in groups}):
-    yield [group for group in groups if group.width == width]
 
 
 def padded(

@@ -170,21 +170,10 @@ def _attend_clean(
   return jax.lax.scan(body, h, xs)[1]
 
 
-def restored(
+def _restored(
     found: Tables, part: str, layer: Array, owner: Array, token: Array
 ) -> Array:
-  """The block's output where a part is restored.
-
-  Args:
-    found: the tables.
-    part: 'block', 'mlp' or 'attn'.
-    layer: [] the layer.
-    owner: [R] corrupted rows.
-    token: [R] the restored column.
-
-  Returns:
-    [R, D].
-  """
+  """[R, D] block's output where a part is restored at [R] tokens of [R] rows."""
   draws = found.low.shape[0] // found.high.shape[0]
   clean = lambda name: found.clean[name][layer, owner // draws, token]
   if part == 'block':
@@ -216,7 +205,7 @@ def run_cells(
   Returns:
     [K] log-probability of the labels at scored places, nats.
   """
-  first = restored(found, restoration.part, tile.entry, tile.owner, tile.token)
+  first = _restored(found, restoration.part, tile.entry, tile.owner, tile.token)
   return run_rows(
       spec, params, found, tile, first, hold=_holder(found, tile, restoration)
   )
@@ -335,5 +324,5 @@ def edge(
     [R0] its log-probability, nats.
   """
   owner = jnp.arange(len(token))
-  h = restored(found, part, jnp.int32(spec.layers - 1), owner, token)
+  h = _restored(found, part, jnp.int32(spec.layers - 1), owner, token)
   return decoder.label_logprob(spec, params, h, labels)[0]

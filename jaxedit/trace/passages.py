@@ -89,26 +89,17 @@ def noisy_cases(
     draws: int,
     seed: int,
 ) -> tuple[list[list[causal.Case]], noise.Noise]:
-  """Corrupts the questions of passages.
-
-  Args:
-    model: the model.
-    edits: passages as ids.
-    spans: the tokens of their questions.
-    level: of the noise, as `noise.parse` takes it.
-    draws: n.
-    seed: of the noise.
-
-  Returns:
-    (the cases of every passage, one a chunk; the noise).
-  """
+  """(cases of every passage, one a chunk; the noise that corrupts questions)."""
   asked = [edit.rows[0][slice(*span)] for edit, span in zip(edits, spans)]
   std = noise.embedding_std(model.params, np.concatenate(asked))
   found = noise.level(level, std)
-  cases = []
-  for edit, span in zip(edits, spans):
-    shape = (draws, span[1] - span[0], model.spec.width)
-    cases.append(chunk_cases(edit, span, noise.draw(found, shape, seed)))
+  draw = lambda tokens: noise.draw(
+      found, (draws, tokens, model.spec.width), seed
+  )
+  cases = [
+      chunk_cases(edit, span, draw(span[1] - span[0]))
+      for edit, span in zip(edits, spans)
+  ]
   return cases, found
 
 

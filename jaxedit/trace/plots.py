@@ -58,7 +58,7 @@ def draw_all(
     Name without ending -> the figure as SVG.
   """
   window = found.config.window
-  names = [name for name in found.config.names if name in MAPS]
+  names = [name for name in found.config.kinds if name in MAPS]
   jobs = {
       **_average_jobs(found.averages, window),
       **_fact_jobs(found.facts[:facts], names, window),
@@ -110,7 +110,7 @@ def _fact_jobs(
           ],
           name=name,
           window=window,
-          bar=f'p({figures.token_label(one.answer, False)})',
+          bar=f'p({figures.token_label(one.said, False)})',
           floor=one.result.low,
       )
       for one in found

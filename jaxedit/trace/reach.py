@@ -157,13 +157,8 @@ def _reach(
     rows = cells_lib.GridCells(
         np.zeros(pushes, np.int32), np.arange(pushes), at, same, same, same + 1
     )
-    ((_, tile),) = cells_lib.tiles(
-        rows,
-        [slice(0, pushes)],
-        shape,
-        lengths=np.array([len(ids)]),
-        labels=[labels],
-        draws=pushes,
+    tile = cells_lib.tile(
+        rows, shape, lengths=np.array([len(ids)]), labels=[labels], draws=pushes
     )
     outs.append(_pushed(spec, params, found, tile, draw))
   logprob = np.asarray(found.high, np.float64)[0, :count]

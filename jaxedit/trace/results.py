@@ -16,39 +16,30 @@ import dataclasses
 import functools
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from jaxedit.trace import effects
 from jaxedit.trace.causal import Case, Traced
-from jaxedit.trace.facts import TraceConfig
-from jaxedit.types import EditRequest
+from jaxedit.trace.facts import EncodedFact, TraceConfig
 
 LAST_SUBJECT = effects.CLASSES.index('last subject token')
 _LISTED = 5  # facts left out that a note names; results.json has all
 
 
-class TracedFact(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TracedFact(EncodedFact):
   """A traced fact.
 
   Attributes:
-    fact: the fact; its target is the attribute.
-    ids: [T] int32 tokens of the prompt.
-    tokens: their texts.
-    span: first token of the subject and one past its last.
-    answer: text of the token that was scored.
-    completes: 'whole' if that is the attribute, 'begins' if it is its first
-      token, 'misses' if neither, 'unasked' if there is no attribute.
+    tokens: texts of the prompt's tokens.
+    said: text of the answer, the token that was scored.
     result: of the trace.
   """
 
-  fact: EditRequest
-  ids: np.ndarray
   tokens: tuple[str, ...]
-  span: tuple[int, int]
-  answer: str
-  completes: str
+  said: str
   result: Traced
 
 
@@ -138,12 +129,12 @@ class FactTraces:
             'attribute': one.fact.target or None,
             'tokens': list(one.tokens),
             'subject_tokens': list(one.span),
-            'answer': one.answer,
-            'answer_token': int(one.result.labels[0]),
+            'answer': one.said,
+            'answer_token': one.answer,
             'completes': one.completes,
             'high': one.result.high,
             'low': one.result.low,
-            'best': {name: _best_cell(one, name) for name in self.config.names},
+            'best': {name: _best_cell(one, name) for name in self.config.kinds},
         }
         for one in self.facts
     ]
@@ -154,7 +145,7 @@ class FactTraces:
     found = [one.result for one in self.facts]
     arrays = {
         'numbers': np.array(numbers, np.int32),
-        'answers': np.array([one.labels[0] for one in found], np.int32),
+        'answers': np.array([one.answer for one in self.facts], np.int32),
         'high': np.array([one.high for one in found], np.float64),
         'low': np.array([one.low for one in found], np.float64),
     }
