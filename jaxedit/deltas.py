@@ -42,7 +42,7 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     'gelu': lambda x: jax.nn.gelu(x, approximate=False),
     'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
 }
-REPLACE = ('last', 'prompt', 'all')
+REPLACEMENTS = ('last', 'prompt', 'all')
 
 
 class SiteDelta(Protocol):
@@ -193,7 +193,7 @@ class Codebook:
     values: [n, C, out].
     radii: [n, C]; a negative radius is never matched.
     count: [n] int32, how many entries are in use.
-    replace: which outputs become the value: 'last' (of the last token of the
+    replacement: which outputs become the value: 'last' (of the last token of the
       prompt), 'prompt' (those before it) or 'all' (of every token, also of
       generated ones), static.
   """
@@ -204,7 +204,7 @@ class Codebook:
   values: Array
   radii: Array
   count: Array
-  replace: str = _static(default='last')
+  replacement: str = _static(default='last')
   axes: ClassVar[Mapping[str, str]] = {
       'keys': 'C in', 'values': 'C out', 'radii': 'C', 'count': ''
   }  # fmt: skip
@@ -226,9 +226,9 @@ class Codebook:
   def __call__(self, x, y, choice, prompt):
     del x
     tokens = jnp.arange(len(y))
-    if self.replace == 'all':
+    if self.replacement == 'all':
       replaced = jnp.ones_like(prompt)
-    elif self.replace == 'prompt':
+    elif self.replacement == 'prompt':
       replaced = prompt & (tokens < _last(prompt))
     else:
       replaced = prompt & (tokens == _last(prompt))

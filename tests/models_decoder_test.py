@@ -11,6 +11,7 @@ import functools
 import itertools
 import re
 
+import edits
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -580,8 +581,11 @@ class DtypeTest(parameterized.TestCase):
       score, best = decoder.label_logprob(spec, params, h, tokens)
       return dict(wide=(h, seen, logits, score), kv=kv, best=best)
 
+    *inputs, deltas = self.inputs(spec, dtype)
+    draw = edits.Draw(spec, dtype=dtype)
+    deltas += (draw.neurons(), draw.codebook('attn'), draw.routed('mlp/up'))
     program, out = jax.make_jaxpr(everything, return_shape=True)(
-        params, *self.inputs(spec, dtype)
+        params, *inputs, deltas
     )
     self.assertEqual(out['best'].dtype, jnp.int32)
     return str(program), out

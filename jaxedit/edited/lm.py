@@ -20,8 +20,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-import jax.numpy as jnp
-
 from jaxedit import deltas as deltas_lib
 from jaxedit.deltas import UNEDITED, Dense, Edited, SiteDelta
 from jaxedit.edited import algebra, scoring
@@ -201,7 +199,8 @@ def enter(
     first).
   """
   for delta in filter(_is_small, deltas):
-    params = algebra.apply(params, Edited((delta,)), dtype=jnp.float32)
+    dtype = wide(_leaf(params, delta).dtype)
+    params = algebra.apply(params, Edited((delta,)), dtype=dtype)
   rest = [d for d in deltas if not _is_small(d)]
   return params, tuple(sorted(rest, key=lambda d: not d.mergeable))
 
