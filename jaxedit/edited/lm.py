@@ -20,8 +20,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-import jax.numpy as jnp
-
 from jaxedit import deltas as deltas_lib
 from jaxedit.deltas import UNEDITED, Dense, Edited, SiteDelta
 from jaxedit.edited import algebra, scoring
@@ -200,8 +198,9 @@ def enter(
     wider so that nothing is rounded; the other deltas, changes of weights
     first).
   """
+  dtype = wide(params['embed']['embedding'].dtype)
   for delta in filter(_is_small, deltas):
-    params = algebra.apply(params, Edited((delta,)), dtype=jnp.float32)
+    params = algebra.apply(params, Edited((delta,)), dtype=dtype)
   rest = [d for d in deltas if not _is_small(d)]
   return params, tuple(sorted(rest, key=lambda d: not d.mergeable))
 
