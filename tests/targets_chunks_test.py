@@ -25,7 +25,7 @@ from jaxedit import (
     testing,
 )
 from jaxedit.batching import plan as plan_lib
-from jaxedit.eval import passages
+from jaxedit.eval import datasets
 from jaxedit.models import loading, tokenizer
 from jaxedit.testing import facts
 from jaxedit.text import (
@@ -91,13 +91,12 @@ def naive(family, kind, contexts, config=PLAIN, layer=LAYER):
 
 
 def run(pair, some, shapes, config=PLAIN, layer=LAYER, **options):
-  found, _ = targets_lib.autoregressive(
+  found, _ = targets_lib.optimize(
       pair.spec,
       pair.params,
       some,
-      layer=layer,
-      config=config,
       plan=shapes,
+      objective=targets_lib.Objective(layer, config),
       **options,
   )
   return found
@@ -193,17 +192,8 @@ class OracleTest(OracleCase):
     got = run(pair, edits('one', 2), plan(2))
     self._check(got, naive('llama', 'one', 2))
     bare = [dataclasses.replace(edit, chunks=()) for edit in edits('one', 2)]
-    whole, _ = targets_lib.optimize(
-        pair.spec,
-        pair.params,
-        bare,
-        layer=LAYER,
-        config=PLAIN,
-        plan=plan(2),
-    )
-    for i, targets in enumerate(got):
-      for a, b in zip(jax.tree.leaves(targets), jax.tree.leaves(whole)):
-        np.testing.assert_array_equal(a[0], b[i])
+    whole = run(pair, bare, plan(2))
+    jax.tree.map(np.testing.assert_array_equal, got, whole)
 
   def test_early_stops(self):
     every = [f.losses[-1] for edit in naive('llama', 'mixed', 2) for f in edit]
@@ -271,7 +261,9 @@ class SmolLm2Test(OracleCase):
     folder = testing.demo_model()
     model = loading.load_model(folder, 'float32')
     words = tokenizer.load_tokenizer(folder)
-    record = passages.load_passages('demo', limit=1).records
+    record = datasets.load_requests(
+        'demo_passages', kinds=[datasets.TEXT], limit=1
+    ).requests
     (edit,) = text_passages.encode_passages(
         words, record, chat=chat.chat_of(words, 'template'), max_tokens=2048
     )
@@ -286,10 +278,8 @@ class SmolLm2Test(OracleCase):
     )
     naive.eval().requires_grad_(False)
     want = naive_oracle.chain(naive, edit, 8, config)
-    (got,), _ = targets_lib.autoregressive(
-        model.spec, model.params, [edit], layer=8, config=config
-    )
-    self._check([got], [want], 1e-4)
+    got = run(model, [edit], plan_lib.plan_shapes([edit]), config, layer=8)
+    self._check(got, [want], 1e-4)
 
 
 class FiniteTest(absltest.TestCase):

@@ -71,14 +71,12 @@ def plan(slots: int = 4) -> plan_lib.BatchPlan:
 
 def run(pair, some, output, config=PLAIN, *, layer=LAYER, **shape):
   """Targets of every edit, and what was run."""
-  return targets_lib.autoregressive(
+  return targets_lib.optimize(
       pair.spec,
       pair.params,
       some,
-      layer=layer,
-      config=config,
-      output=output,
       plan=plan(**shape),
+      objective=targets_lib.Objective(layer, config, output),
   )
 
 

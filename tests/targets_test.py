@@ -16,6 +16,7 @@ from jaxedit import targets as targets_lib
 from jaxedit.batching import budget
 from jaxedit.batching import plan as plan_lib
 from jaxedit.targets import engine
+from jaxedit.targets import run as run_lib
 from jaxedit.testing import facts
 from jaxedit.text import encoding
 
@@ -44,15 +45,19 @@ def edits(kind: str = 'plain') -> tuple[encoding.EncodedEdit, ...]:
 def optimize(pair, some, config, layer=LAYER, **shape):
   """Targets of edits in a frame of their own."""
   plan = plan_lib.plan_shapes(some, **{'slots': SLOTS, **shape})
-  found, _ = targets_lib.optimize(
+  return run(pair, some, config, layer, plan=plan)[0]
+
+
+def run(pair, some, config=PLAIN, layer=LAYER, **options):
+  """(targets of all edits end to end, what was run)."""
+  found, work = targets_lib.optimize(
       pair.spec,
       pair.params,
       some,
-      layer=layer,
-      config=config,
-      plan=plan,
+      objective=targets_lib.Objective(layer, config),
+      **options,
   )
-  return found
+  return jax.tree.map(lambda *x: np.concatenate(x), *found), work
 
 
 @functools.cache
@@ -149,11 +154,11 @@ class OracleTest(parameterized.TestCase):
     self._check('llama', kind='short', layer=2)
 
 
-class TargetCache:
-  """Remembers states by the number of their edit."""
+class Cache:
+  """A `targets.TargetCache` in memory, by the number of an edit."""
 
-  def __init__(self):
-    self.known, self.told = {}, []
+  def __init__(self, exact=False):
+    self.exact, self.known, self.told = exact, {}, []
 
   def get(self, edit):
     return self.known.get(edit.number)
@@ -193,14 +198,7 @@ class InvarianceTest(parameterized.TestCase):
     plan = plan_lib.plan_shapes(
         [*edits(), *facts.random_edits(9, seed=5, contexts=2)], slots=3
     )
-    got, _ = targets_lib.optimize(
-        self.pair.spec,
-        self.pair.params,
-        edits()[:2],
-        layer=LAYER,
-        config=PLAIN,
-        plan=plan,
-    )
+    got, _ = run(self.pair, edits()[:2], plan=plan)
     self._same(got, jax.tree.map(lambda x: x[:2], self.base))
 
   def _long(self, count, chunked):
@@ -211,15 +209,7 @@ class InvarianceTest(parameterized.TestCase):
     if chunked:
       cut = lambda n: tuple((i, min(i + 2, n)) for i in range(0, n, 2))
       some = [dataclasses.replace(e, chunks=cut(len(e.target))) for e in some]
-    run = functools.partial(
-        targets_lib.autoregressive,
-        self.pair.spec,
-        self.pair.params,
-        some,
-        layer=LAYER,
-        config=PLAIN,
-    )
-    return some, run
+    return some, functools.partial(run, self.pair, some)
 
   # Chunked edits end one after the other, the others together.
   @parameterized.parameters((9, False, [4]), (7, False, [2]), (9, True, [4, 2]))
@@ -232,25 +222,48 @@ class InvarianceTest(parameterized.TestCase):
     self.assertEqual(moves, slots)
     want, _ = run(plan=plan_lib.plan_shapes(some, slots=1))
     self.assertLess(work.computed, work.steps * plan.shapes[0].token_budget)
-    for a, b in zip(got, want):
-      self._same(a, b)
+    self._same(got, want)
 
   @parameterized.parameters(False, True)
-  def test_what_is_remembered_is_not_run_again(self, chunked):
+  def test_targets_in_the_cache_are_not_optimised_again(self, chunked):
     some, run = self._long(4, chunked)
     run = functools.partial(run, plan=plan_lib.plan_shapes(some, slots=2))
-    memory = TargetCache()
-    want, whole = run(memory=memory)
-    self.assertCountEqual(memory.known, [edit.number for edit in some])
-    del memory.known[some[1].number], memory.known[some[2].number]
-    got, part = run(memory=memory)
+    cache = Cache()
+    want, whole = run(cache=cache)
+    self.assertCountEqual(cache.known, [edit.number for edit in some])
+    del cache.known[some[1].number], cache.known[some[2].number]
+    got, part = run(cache=cache)
     self.assertBetween(part.needed, 1, whole.needed - 1)
-    self.assertLen(memory.told, 6)
-    for a, b in zip(got, want):
-      self._same(a, b)
-    again, none = run(memory=memory)
+    self.assertLen(cache.told, 6)
+    self._same(got, want)
+    again, none = run(cache=cache)
     self.assertEqual(none.steps, 0)
     jax.tree.map(np.testing.assert_array_equal, again, got)
+
+  def test_an_exact_cache_is_used_by_whole_rounds(self):
+    some, run = self._long(9, False)
+    plan = plan_lib.plan_shapes(some, slots=2)
+    with mock.patch.object(run_lib, 'ROUND_FILLS', 1):
+      load = sum(int(plan_lib.edit_load(edit)[0]) for edit in some)
+      rounds = np.array_split(
+          [edit.number for edit in some], load // plan.shapes[0].token_budget
+      )
+      self.assertBetween(len(rounds), 3, 5)
+      cache = Cache(exact=True)
+      want, _ = run(plan=plan, cache=cache)
+      lost = rounds[1][-1]  # every round but this one is complete
+      del cache.known[lost]
+      cache.told.clear()
+      got, _ = run(plan=plan, cache=cache)
+      self.assertCountEqual(cache.told, rounds[1])
+      jax.tree.map(np.testing.assert_array_equal, got, want)
+      cache.told.clear()
+      run(plan=plan, cache=cache)
+      self.assertEmpty(cache.told)
+      cache.exact = False
+      del cache.known[lost]
+      run(plan=plan, cache=cache)
+      self.assertEqual(cache.told, [lost])
 
   def test_order(self):
     order = np.array([2, 0, 3, 1])
@@ -285,15 +298,7 @@ class InvarianceTest(parameterized.TestCase):
     first, others = edits(), facts.random_edits(EDITS, seed=7, contexts=2)
     mixed = [first[0], *others[1:]]
     plan = plan_lib.plan_shapes([*first, *mixed], slots=slots, share=False)
-    run = functools.partial(
-        targets_lib.optimize,
-        self.pair.spec,
-        self.pair.params,
-        layer=LAYER,
-        config=PLAIN,
-        plan=plan,
-    )
-    (before, _), (after, _) = run(first), run(mixed)
+    before, after = (run(self.pair, x, plan=plan)[0] for x in (first, mixed))
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after)):
       np.testing.assert_array_equal(a[0], b[0])
     changed = np.any(np.asarray(before.z) != np.asarray(after.z), axis=-1)
@@ -307,14 +312,7 @@ class InvarianceTest(parameterized.TestCase):
 
   def test_work_is_counted(self):
     plan = plan_lib.plan_shapes(edits(), slots=2)
-    _, work = targets_lib.optimize(
-        self.pair.spec,
-        self.pair.params,
-        edits(),
-        layer=LAYER,
-        config=PLAIN,
-        plan=plan,
-    )
+    _, work = run(self.pair, edits(), plan=plan)
     suffix = sum(
         len(row) + len(edit.target) - 1 - anchor
         for edit in edits()
@@ -334,7 +332,7 @@ class MemoryTest(absltest.TestCase):
     pair = model('llama')
     some = facts.random_edits(count, seed=5, contexts=2)
     with mock.patch.object(budget, '_free_bytes', lambda device: free):
-      plan = targets_lib.plan_batches(
+      plan = budget.plan_batches(
           pair.spec, pair.params, some, batch=batch, memory=memory
       )
     return plan.shapes[0]

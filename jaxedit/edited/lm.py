@@ -198,8 +198,8 @@ def enter(
     wider so that nothing is rounded; the other deltas, changes of weights
     first).
   """
+  dtype = wide(params['embed']['embedding'].dtype)
   for delta in filter(_is_small, deltas):
-    dtype = wide(_leaf(params, delta).dtype)
     params = algebra.apply(params, Edited((delta,)), dtype=dtype)
   rest = [d for d in deltas if not _is_small(d)]
   return params, tuple(sorted(rest, key=lambda d: not d.mergeable))
