@@ -58,7 +58,7 @@ from jaxedit import io
 from jaxedit.batching.budget import plan_batches
 from jaxedit.methods.base import EditBatch, Run
 from jaxedit.models.spec import param_shapes
-from jaxedit.runs import cli
+from jaxedit.runs import cli, method_flags
 from jaxedit.runs.config import RunConfig
 from jaxedit.runs.output import Output
 from jaxedit.types import InputError, Progress, silent
@@ -69,7 +69,7 @@ _RESULTS = ('results.json', 'section.md', 'time.png', 'time.svg')
 def define_flags() -> None:
   """Defines this program's flags."""
   config_lib.define_flags()
-  for module in (cli, config_lib):
+  for module in (cli, method_flags):
     flags.adopt_module_key_flags(module)
 
 

@@ -155,15 +155,17 @@ def errors(config: RunConfig, settings: BenchmarkConfig) -> list[str]:
       for name, given in alone.items()
       if given and not settings.window
   ]
-  try:
-    if config.context_templates:
-      templates.load_templates(config.context_templates)
-    _ = settings.edited_layers
-    if settings.baseline == 'torch':
-      torch_model.require()
-    if settings.window:
-      chunks = chunking.Chunking(settings.window, settings.overlap)
-      chunking.check_chunking(chunks)
-  except InputError as error:
-    problems += error.problems
+  chunks = chunking.Chunking(settings.window, settings.overlap)
+  checks = (
+      lambda: settings.edited_layers,
+      lambda: settings.window and chunking.check_chunking(chunks),
+      lambda: settings.baseline == 'torch' and torch_model.require(),
+      lambda: config.context_templates
+      and templates.load_templates(config.context_templates),
+  )
+  for check in checks:
+    try:
+      check()
+    except InputError as error:
+      problems += error.problems
   return problems
