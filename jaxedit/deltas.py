@@ -347,11 +347,11 @@ class Edited:
           ' them'
       )
     kinds = {type(d).__name__ for d in self.deltas if not d.mergeable}
-    held = [f'{kind} deltas' for kind in sorted(kinds)] + self.rules
-    if not held:
+    parts = [f'{kind} deltas' for kind in sorted(kinds)] + self.rules
+    if not parts:
       return ''
     return (
-        f'it has {" and ".join(held)}, which are no change of weights; keep it'
+        f'it has {" and ".join(parts)}, which are no change of weights; keep it'
         ' beside the model'
     )
 

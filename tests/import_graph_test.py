@@ -61,6 +61,16 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         'text',
         'trace',
     ),
+    'api': (
+        'batching',
+        'convert',
+        'edited',
+        'eval',
+        'methods',
+        'models',
+        'runs',
+        'text',
+    ),
     'testing': ('convert', 'models', 'stats.storage', 'text.encoding'),
 }
 # What the files of methods/ may import of it: a method never another method.
@@ -182,8 +192,10 @@ def _fault(module: str, name: str) -> str:
 
 def _own_fault(module: str, row: str, target: str) -> str:
   """Says what is wrong with an import of ours, or nothing."""
+  if row == 'jaxedit' and target == '?':
+    return ''  # its public names, loaded when they are first used
   if row == 'jaxedit' or target == 'jaxedit':
-    return 'the package itself stays empty'
+    return 'the package itself imports nothing'
   within = lambda allowed: any(
       target == part or target.startswith(f'{part}.') for part in allowed
   )
@@ -261,7 +273,7 @@ class ImportGraphTest(parameterized.TestCase):
           'from jaxedit.models_old import x',
           'may import kernels',
       ),
-      ('models.decoder', 'import jaxedit', 'stays empty'),
+      ('models.decoder', 'import jaxedit', 'imports nothing'),
       ('convert.hub', 'if x:\n  import torch.nn as nn', 'needs torch'),
       ('convert.hub', 'def f():\n  from torch import nn', 'needs torch'),
       ('convert.hub', "import_module('torch')", 'needs torch'),

@@ -12,8 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # Classes, functions, modules, fields and variables; see docs/glossary.md for the
 # words that took their place.
-RETIRED = frozenset(
-    """
+RETIRED = frozenset("""
     Schedule Metric Room Frame frame_for Tile row_tiles key_tiles Seating Seats
     Pool Ready Ragged Columns trunk trunks Keep Sight mix_layer write_layer
     to_places to_rows Climb climb climbing halt halted foresee fold folds
@@ -22,8 +21,7 @@ RETIRED = frozenset(
     States Memory recall Record Passage faults fault told places room rooms
     tile tiles seat seats seating frame frames evict shared_metric UNEDITED_
     adaptor autoregressive
-    """.split()
-)
+    """.split())
 # Where such a word is somebody else's, or means what it means everywhere.
 ALLOWED = {
     'kernels': {'tiles', 'tile'},

@@ -46,7 +46,7 @@ class SampleTest(absltest.TestCase):
     self.assertEqual(got[0], '{}')
     self.assertEqual(got[1], 'The  go  on 0. {}')
     self.assertLen(got, 5)
-    self.assertEqual(templates.template_faults(got), [])
+    self.assertEqual(templates.template_errors(got), [])
 
   def test_defaults_are_those_of_memit(self):
     def sample(prompts, seed, length):

@@ -242,7 +242,7 @@ class BatchTest(absltest.TestCase):
 
   def test_places_do_not_matter(self):
     cases, found = plain('llama')
-    got = trace('llama', cases, SOME, places=1)
+    got = trace('llama', cases, SOME, token_budget=1)
     same(got, [only(result, SOME) for result in found])
 
   def test_some_tokens(self):

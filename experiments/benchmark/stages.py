@@ -246,9 +246,9 @@ def edit_stages(setup: Setup, plan: BatchPlan) -> dict[str, Stage]:
   optimize = Stage('optimize', 'edit', count)
   insert = Stage('insert', 'edit', count)
   # Independent edits share nothing from the first edited layer on.
-  climbing = sizes if independent else shared
+  own_sizes = sizes if independent else shared
   insert.flops = _flops(
-      (dtype, costs.insert_flops(spec, layers, climbing)),
+      (dtype, costs.insert_flops(spec, layers, own_sizes)),
       ('float64', costs.solve_flops(spec, len(layers), solved)),
   )
   insert.bytes = costs.model_bytes(spec, last + 1, itemsize(setup))

@@ -150,8 +150,8 @@ def _optimize_state(
       start = h[0, columns[0]].detach().float().clone()
       delta = torch.zeros_like(start, requires_grad=True)
     h = h.clone()
-    for places, change in earlier:  # where there are, there is no KL row
-      h[every, places] += change.to(h.dtype)
+    for tokens_at, change in earlier:  # where there are, there is no KL row
+      h[every, tokens_at] += change.to(h.dtype)
     h[every, anchors] += delta.to(h.dtype)
     return (h, *output[1:]) if isinstance(output, tuple) else h
 

@@ -182,10 +182,10 @@ def run_logits(
 
   ids = torch.tensor(case.ids.astype(np.int64), device=model.device)
   with contextlib.ExitStack() as stack:
-    places = {model.get_input_embeddings(): corrupt}
+    tokens_at = {model.get_input_embeddings(): corrupt}
     for (layer, part), change in changes.items():
-      places[torch_model.part(model, layer, part)] = change
-    for module, change in places.items():
+      tokens_at[torch_model.part(model, layer, part)] = change
+    for module, change in tokens_at.items():
       handle = module.register_forward_hook(_hook(change))
       stack.callback(handle.remove)
     rows = ids.repeat(len(case.noise) + 1, 1)

@@ -160,15 +160,15 @@ def _first_format(
   It does not tell how many edits lie side by side: their axis does.
   """
   del record
-  places: dict[tuple[str, str], dict[int, dict[str, np.ndarray]]] = {}
+  found_at: dict[tuple[str, str], dict[int, dict[str, np.ndarray]]] = {}
   for name, tensor in tensors.items():
     site, layer, field = name.rsplit('/', 2)
     kind = '' if field in ('key', 'value') else field
-    layers = places.setdefault((site, kind), {})
+    layers = found_at.setdefault((site, kind), {})
     layers.setdefault(int(layer), {})[field] = tensor
   deltas: list[SiteDelta] = []
   size = None
-  for (site, leaf), found in sorted(places.items()):
+  for (site, leaf), found in sorted(found_at.items()):
     layers = tuple(sorted(found))
     stacked = {
         field: jnp.asarray(np.stack([found[layer][field] for layer in layers]))

@@ -170,7 +170,7 @@ def find_encoder(
 def load_encoder(
     source: str | os.PathLike[str] = ENCODER,
     progress: Progress = silent,
-    **places: str | os.PathLike[str] | None,
+    **options: str | os.PathLike[str] | None,
 ) -> Encoder:
   """Loads a sentence encoder.
 
@@ -186,7 +186,7 @@ def load_encoder(
     InputError: it cannot be had, or is no BERT encoder with mean pooling; all
       faults of a folder at once.
   """
-  folder = find_encoder(source, progress, **places)
+  folder = find_encoder(source, progress, **options)
   config = minilm_files.read_config(folder)
   params, digest = minilm_files.read_params(
       config, _shapes(config), folder, progress=progress

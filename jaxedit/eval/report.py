@@ -83,9 +83,9 @@ def generations(
       continue
     # The object matters most: a long prompt is cut instead.
     wanted = _fit(request.target, WIDTH // 3)
-    room = WIDTH - len(f'{request.number}.  -> {wanted}')
+    width = WIDTH - len(f'{request.number}.  -> {wanted}')
     lines = (
-        f'{request.number}. {_fit(request.question, room)} -> {wanted}',
+        f'{request.number}. {_fit(request.question, width)} -> {wanted}',
         f'   before: {_fit(old["text"], WIDTH - 11)}',
         f'   after:  {_fit(new["text"], WIDTH - 11)}',
     )

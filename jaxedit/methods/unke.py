@@ -421,8 +421,8 @@ def _tight(n: int) -> int:
 
 def _broken(h: Array, texts: Texts) -> list[int]:
   """Texts with a state [1, N, D] that is not finite."""
-  places = ~np.isfinite(np.asarray(h)[0]).all(-1) & texts.counted
-  return sorted({int(r) for r in texts.rows.row[places]})
+  broken_tokens = ~np.isfinite(np.asarray(h)[0]).all(-1) & texts.counted
+  return sorted({int(r) for r in texts.rows.row[broken_tokens]})
 
 
 def _jobs(

@@ -105,12 +105,12 @@ def refuse_faulty(
         f'random stream {absent[0]} does not exist; they are numbered from 0'
         f' to {_STREAMS - 1}'
     )
-  room = spec.max_positions - max_new_tokens
+  left = spec.max_positions - max_new_tokens
   for i, prompt in enumerate(prompts):
-    if not 1 <= len(prompt) <= room:
+    if not 1 <= len(prompt) <= left:
       problems.append(
           f'prompt {i} has {len(prompt)} tokens; with {max_new_tokens} new ones'
-          f' the model takes 1 to {room}: shorten it or ask for fewer new'
+          f' the model takes 1 to {left}: shorten it or ask for fewer new'
           ' tokens'
       )
     # Inside jit such an id would be read as another one without a word.

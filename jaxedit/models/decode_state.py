@@ -299,8 +299,8 @@ def resize(state: DecodeState, kept: Array, width: int) -> DecodeState:
 
   def tokens(x: Array) -> Array:
     x = take(x[:, :, :, :width], axis=1)
-    room = width - x.shape[3]
-    return jnp.pad(x, (*((0, 0),) * 3, (0, room), (0, 0)))
+    left = width - x.shape[3]
+    return jnp.pad(x, (*((0, 0),) * 3, (0, left), (0, 0)))
 
   rows = jax.tree.map(functools.partial(take, axis=0), state.rows)
   choices = jax.tree.map(functools.partial(take, axis=1), state.choices)

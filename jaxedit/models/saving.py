@@ -191,9 +191,9 @@ class _Writer:
     # A stored copy of a tied head follows its embedding.
     slots.update({copy: slots[name] for copy, name in layout.copies.items()})
     self._slots = {
-        name: places
-        for name, places in slots.items()
-        if any((slot.path, slot.layer) in pairs for slot in places)
+        name: leaves
+        for name, leaves in slots.items()
+        if any((slot.path, slot.layer) in pairs for slot in leaves)
     }
     self.reports: dict[str, TensorReport] = {}
     self.problems: list[str] = []

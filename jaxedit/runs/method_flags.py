@@ -77,8 +77,8 @@ def define_flags(kind: str) -> None:
   names = list(methods_for(kind))
   lines = '; '.join(f'{n}: {METHODS[n].summary}' for n in names)
   flags.DEFINE_enum('method', 'memit', names, f'The method. {lines}.')
-  for name, owners in _known(kind).items():
-    _define(name, owners)
+  for name, by_method in _known(kind).items():
+    _define(name, by_method)
   bundles = sorted({b for n in names for b in METHODS[n].parity} | {'anyedit'})
   flags.DEFINE_enum(
       'parity',
@@ -118,12 +118,12 @@ def _define_chunk_flags() -> None:
   )
 
 
-def _define(name: str, owners: Mapping[str, Setting]) -> None:
+def _define(name: str, by_method: Mapping[str, Setting]) -> None:
   """Defines the flag of one setting; unset unless given."""
-  first = next(iter(owners.values()))
+  first = next(iter(by_method.values()))
   text = first.help[0].upper() + first.help[1:]
   defaults: dict[str, list[str]] = {}
-  for method, setting in owners.items():
+  for method, setting in by_method.items():
     defaults.setdefault(_written(setting.default), []).append(method)
   shown = '; '.join(
       f'{", ".join(who)} {value}' for value, who in defaults.items()
@@ -131,7 +131,7 @@ def _define(name: str, owners: Mapping[str, Setting]) -> None:
   unit = f', {first.unit}' if first.unit else ''
   text = f'{text}{unit}. Default: {shown}.'
   kind = next(
-      (s.default for s in owners.values() if s.default is not None), 0.0
+      (s.default for s in by_method.values() if s.default is not None), 0.0
   )
   if first.choices:
     flags.DEFINE_enum(name, None, first.choices, text)
@@ -269,11 +269,11 @@ def _problems(method: Method, kind: str) -> list[str]:
   """Finds flags that do not go with the chosen method."""
   problems = []
   known = settings_of(method.config)
-  for name, owners in _known(kind).items():
+  for name, by_method in _known(kind).items():
     if FLAGS[name].value is not None and name not in known:
       problems.append(
           f'--{name} is no setting of {method.name}; it belongs to'
-          f' {" and ".join(owners)}: leave it out or change --method'
+          f' {" and ".join(by_method)}: leave it out or change --method'
       )
   if FLAGS.activations == 'bfloat16' and FLAGS.dtype == 'float32':
     problems.append(
@@ -283,12 +283,12 @@ def _problems(method: Method, kind: str) -> list[str]:
   # With texts, AnyEdit's bundle concerns how questions are asked as well.
   shared = kind == 'text' and FLAGS.parity == 'anyedit'
   if FLAGS.parity not in ('none', *method.parity) and not shared:
-    owners = [
+    by_method = [
         n for n, m in methods_for(kind).items() if FLAGS.parity in m.parity
     ]
     problems.append(
         f'--parity={FLAGS.parity} sets nothing for {method.name}, but for'
-        f' {" and ".join(owners) or "long texts"}: leave it out'
+        f' {" and ".join(by_method) or "long texts"}: leave it out'
     )
   if kind == 'text' and FLAGS.kl_weight is not None:
     problems.append(

@@ -114,7 +114,7 @@ class Session:
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class SessionResult:
   """What editing returned.
 
   Attributes:
@@ -496,7 +496,7 @@ def _edit_parts(
     before: Evaluation,
     clock: Clock,
     progress: Progress,
-) -> tuple[Outcome, Evaluation]:
+) -> tuple[SessionResult, Evaluation]:
   """Edits, saves and judges all requests, part by part."""
   parts, done = session.parts(), []
   for number, indices in enumerate(parts, 1):
@@ -520,7 +520,7 @@ def _edit_parts(
   info = base.join_infos([one.info for one in outcomes])
   require_some(info)
   joined = evaluation.join(afters, seed=session.config.seed)
-  return Outcome(Edited(), None, info), joined
+  return SessionResult(Edited(), None, info), joined
 
 
 def _part(session: Session, indices: Sequence[int]) -> Session:
@@ -538,7 +538,7 @@ def edit(
     state: Any,
     kept: tuple[TargetFiles, Output] | None = None,
     progress: Progress = silent,
-) -> Outcome:
+) -> SessionResult:
   """Makes all edits of a session, by its protocol.
 
   Args:
@@ -559,13 +559,13 @@ def edit(
   return outcome
 
 
-def _edit_independent(session: Session, state: Any, run: Run) -> Outcome:
+def _edit_independent(session: Session, state: Any, run: Run) -> SessionResult:
   """Edits batches that know nothing of each other."""
   editor, model, plan = session.editor, session.model, session.plan
   if session.alone:
     batch = EditBatch(session.encoded, plan, session.cases)
     result = editor.edit(model, state, batch, run)
-    return Outcome(result.edited, session.cases, result.info)
+    return SessionResult(result.edited, session.cases, result.info)
   batches = batches_of(session.cases, session.config.batch_size)
   results = [
       editor.edit(
@@ -573,7 +573,7 @@ def _edit_independent(session: Session, state: Any, run: Run) -> Outcome:
       )
       for some in batches
   ]
-  return Outcome(
+  return SessionResult(
       edited_lib.stack([one.edited for one in results]),
       tuple(b for b, some in enumerate(batches) for _ in some),
       base.join_infos([one.info for one in results]),
@@ -585,7 +585,7 @@ def _edit_in_sequence(
     state: Any,
     kept: tuple[TargetFiles, Output] | None,
     progress: Progress,
-) -> Outcome:
+) -> SessionResult:
   """Edits batch after batch, each on the model that the last one left."""
   config, model = session.config, session.model
   batches = batches_of(session.cases, config.batch_size)
@@ -623,7 +623,9 @@ def _edit_in_sequence(
         checkpoint.save(number, *_packed(total, state, start, infos))
     earlier = digest(earlier, *map(edit_digest, encoded))
   deltas = tuple(map(edited_lib.compact, total.deltas))
-  return Outcome(total.replace(deltas=deltas), None, base.join_infos(infos))
+  return SessionResult(
+      total.replace(deltas=deltas), None, base.join_infos(infos)
+  )
 
 
 def _packed(
@@ -651,7 +653,7 @@ def _unpacked(
   return Edited(files.unpacked(arrays, record['deltas'])), state, infos
 
 
-def _prune(session: Session, outcome: Outcome) -> Outcome:
+def _prune(session: Session, outcome: SessionResult) -> SessionResult:
   """Lowers the singular values of a sequence's change (PRUNE)."""
   pruned = []
   for delta in outcome.edited.deltas:
@@ -668,7 +670,7 @@ def _prune(session: Session, outcome: Outcome) -> Outcome:
 
 def judge(
     session: Session,
-    outcome: Outcome | None,
+    outcome: SessionResult | None,
     scorers: Sequence[Scorer],
     *,
     before: Evaluation | None = None,
@@ -732,7 +734,7 @@ def require_some(info: Info) -> None:
 
 
 def _write_delta(
-    session: Session, outcome: Outcome, name: str, records: Sequence[int]
+    session: Session, outcome: SessionResult, name: str, records: Sequence[int]
 ) -> None:
   """Writes the edit with what it was made for."""
   metadata = {
@@ -745,7 +747,7 @@ def _write_delta(
 
 def _save_and_judge(
     session: Session,
-    outcome: Outcome,
+    outcome: SessionResult,
     folder: pathlib.Path,
     scorers: Sequence[Scorer],
     before: Evaluation,

@@ -76,9 +76,9 @@ class FactTask:
     Where contexts are sampled later some tokens are left for them.
     """
     del progress
-    room = 0 if self.given_contexts else _CONTEXT_TOKENS
+    reserve = 0 if self.given_contexts else _CONTEXT_TOKENS
     contexts = self.given_contexts or (templates.PLAIN,)
-    encoder = self._encoder(tokens, contexts, spec.max_positions - room)
+    encoder = self._encoder(tokens, contexts, spec.max_positions - reserve)
     scorers = self.scorers(tokens, spec)
     return self.file.load(_check(spec, encoder, scorers))
 

@@ -382,8 +382,8 @@ def sample(
         f'cannot sample {tokens} tokens in {batch_rows} rows of {length} from'
         f' {len(starts)} starts: every number must be at least 1'
     )
-  room = spec.max_positions - max(map(len, starts))
-  length = min(length, max(room, 1))
+  free = spec.max_positions - max(map(len, starts))
+  length = min(length, max(free, 1))
   identity = dict(
       model=model, dtype=params['embed']['embedding'].dtype.name, seed=seed,
       starts=[list(map(int, start)) for start in starts],

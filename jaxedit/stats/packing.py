@@ -98,24 +98,24 @@ def pack(
         f' number of open rows {open_rows} must be at least 1'
     )
   waiting: list[list[Sequence[int]]] = []
-  room: list[int] = []
+  free: list[int] = []
   for text in texts:
     text = text[:limit]
     if not len(text):
       continue
-    place = next((i for i, r in enumerate(room) if r >= len(text)), None)
+    place = next((i for i, r in enumerate(free) if r >= len(text)), None)
     if place is None:
       if len(waiting) == open_rows:
-        fullest = room.index(min(room))
-        room.pop(fullest)
+        fullest = free.index(min(free))
+        free.pop(fullest)
         yield _close(waiting.pop(fullest), width)
       waiting.append([])
-      room.append(width)
+      free.append(width)
       place = len(waiting) - 1
     waiting[place].append(text)
-    room[place] -= len(text)
-    if not room[place]:
-      room.pop(place)
+    free[place] -= len(text)
+    if not free[place]:
+      free.pop(place)
       yield _close(waiting.pop(place), width)
   for row in waiting:
     yield _close(row, width)

@@ -84,7 +84,7 @@ _QUOTED = re.compile(
 _ENVIRONMENT = re.compile(r'\\(begin|end)\{([^}]*)\}')
 # Formulas and code inside a line. An amount of money is no formula: a closing
 # dollar follows no space and stands before no digit.
-_HELD = re.compile(
+_PROTECTED = re.compile(
     r'(?s)\\\[(?:(?!\n\s*\n).)*?\\\]'
     r'|\\\((?:(?!\n\s*\n).)*?\\\)'
     r'|\$\$(?:(?!\n\s*\n).)+?\$\$'
@@ -231,11 +231,11 @@ def chunk(
     return spans(len(ids), window, overlap)
   if not len(ids):
     return ()
-  ends, held = cuts(text)
+  ends, protected = cuts(text)
   starts = list(itertools.accumulate((a for a, _ in offsets), max))
   stops = list(itertools.accumulate((b for _, b in offsets), max))
   whole = []
-  for first, last in held:
+  for first, last in protected:
     begin = bisect.bisect_right(stops, first)
     end = bisect.bisect_left(starts, last)
     if end - begin <= window:
@@ -284,13 +284,13 @@ def cuts(text: str) -> tuple[list[int], list[Span]]:
   """
   lines = _lines(text)
   fenced = _fenced(text, lines)
-  held = _outermost(
+  protected = _outermost(
       _environments(text),
       (
           match.span()
           for begin, end, inside in fenced
           if not inside
-          for match in _HELD.finditer(text, begin, end)
+          for match in _PROTECTED.finditer(text, begin, end)
       ),
   )
   ends = set()
@@ -300,13 +300,13 @@ def cuts(text: str) -> tuple[list[int], list[Span]]:
       if not whole:
         ends.update(_sentences(text, begin, end))
   stop = len(text.rstrip())
-  firsts = [begin for begin, _ in held]
+  firsts = [begin for begin, _ in protected]
 
   def inside(end: int) -> bool:
     at = bisect.bisect_left(firsts, end) - 1
-    return at >= 0 and end < held[at][1]
+    return at >= 0 and end < protected[at][1]
 
-  return sorted(e for e in ends if 0 < e < stop and not inside(e)), held
+  return sorted(e for e in ends if 0 < e < stop and not inside(e)), protected
 
 
 def _environments(text: str) -> Iterator[Span]:

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxedit.text import locate
-from jaxedit.text.templates import template_faults
+from jaxedit.text.templates import template_errors
 from jaxedit.text.token_cache import TokenCache, token_cache
 from jaxedit.types import EditRequest, InputError
 
@@ -217,7 +217,7 @@ def encode_edits(
 def _check_options(
     templates: Sequence[str], anchor: str, kl_template: str | None
 ) -> None:
-  problems = template_faults(templates)
+  problems = template_errors(templates)
   if not templates:
     problems.append("no context templates were given; give at least '{}'.")
   if anchor not in ANCHORS:
@@ -225,7 +225,7 @@ def _check_options(
         f'anchor {anchor!r} is unknown; use {" or ".join(ANCHORS)}.'
     )
   if kl_template is not None:
-    problems.extend(f'KL {fault}' for fault in template_faults([kl_template]))
+    problems.extend(f'KL {error}' for error in template_errors([kl_template]))
   if problems:
     raise InputError(*problems)
 

@@ -285,9 +285,9 @@ def encode_targets(tokenizer: Any, targets: Sequence[str]) -> list[np.ndarray]:
 
 def _doubles_space(tokenizer: Any) -> bool:
   """Whether the tokenizer adds a space even where the text begins with one."""
-  bare, spaced = _tokenize(tokenizer, ['a', ' a'], False)['input_ids']
-  first = tokenizer.convert_ids_to_tokens(bare[:1])
-  return bare != spaced and bool(first) and str(first[0]).startswith('\u2581')
+  plain, spaced = _tokenize(tokenizer, ['a', ' a'], False)['input_ids']
+  first = tokenizer.convert_ids_to_tokens(plain[:1])
+  return plain != spaced and bool(first) and str(first[0]).startswith('\u2581')
 
 
 def encode_target(tokenizer: Any, target: str) -> np.ndarray:

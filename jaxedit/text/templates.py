@@ -96,7 +96,7 @@ def sample_templates(
   return (PLAIN, *(f'{text}. {PLACEHOLDER}' for text in cleaned))
 
 
-def template_faults(entries: Sequence[object]) -> list[str]:
+def template_errors(entries: Sequence[object]) -> list[str]:
   """Lists what is wrong with templates, one sentence each.
 
   Args:
@@ -105,20 +105,20 @@ def template_faults(entries: Sequence[object]) -> list[str]:
   Returns:
     Sentences that name entries by their place, counted from 1.
   """
-  faults = []
+  errors = []
   for number, entry in enumerate(entries, 1):
     if not isinstance(entry, str):
-      faults.append(
+      errors.append(
           f'template {number} is {type(entry).__name__}, not text; write a'
           " string with one '{}'."
       )
     elif entry.count(PLACEHOLDER) != 1:
-      faults.append(
+      errors.append(
           f"template {number}, {entry!r}, has '{{}}'"
           f' {entry.count(PLACEHOLDER)} times; write it once, where the prompt'
           ' goes.'
       )
-  return faults
+  return errors
 
 
 def load_templates(path: str | os.PathLike[str]) -> tuple[str, ...]:
@@ -137,9 +137,9 @@ def load_templates(path: str | os.PathLike[str]) -> tuple[str, ...]:
   """
   remedy = "give a JSON list of strings, each with one '{}'"
   entries = io.read_json(path, list, remedy=remedy)
-  faults = template_faults(entries)
-  if faults:
-    raise InputError(*(f'{path}: {fault}' for fault in faults))
+  errors = template_errors(entries)
+  if errors:
+    raise InputError(*(f'{path}: {error}' for error in errors))
   if PLAIN in entries:
     entries.remove(PLAIN)
   return (PLAIN, *map(valid_unicode, entries))
@@ -158,7 +158,7 @@ def save_templates(
     InputError: a template has not exactly one '{}', or the file cannot be
       written.
   """
-  faults = template_faults(templates)
-  if faults:
-    raise InputError(*faults)
+  errors = template_errors(templates)
+  if errors:
+    raise InputError(*errors)
   io.write_json(path, list(templates))

@@ -80,8 +80,8 @@ def check(
   if len(draws) > 1 or 0 in draws:
     raise ValueError('all cases need as many draws of noise, at least one')
   for number, case in enumerate(cases):
-    for fault in _faults(spec, case):
-      raise ValueError(f'case {number}: {fault}')
+    for error in _faults(spec, case):
+      raise ValueError(f'case {number}: {error}')
 
 
 def _faults(spec: ModelSpec, case: Case) -> Iterator[str]:

@@ -44,8 +44,8 @@ from jaxedit.types import Params, Progress, silent
 
 # Tokens that a device runs at a time; and memory for the tables of a group, whose
 # results are told together: on a slow device groups are smaller.
-_PLACES = {'cpu': 1024}
-_ACCELERATOR_PLACES = 8192
+_TOKENS = {'cpu': 1024}
+_ACCELERATOR_TOKENS = 8192
 _TABLE_BYTES = {'cpu': 2**29}
 _ACCELERATOR_TABLE_BYTES = 2 * 2**30
 
@@ -116,7 +116,7 @@ def trace(
     restorations: Sequence[Restoration],
     mode: str = 'add',
     tokens: Sequence[Sequence[int]] | None = None,
-    places: int | None = None,
+    token_budget: int | None = None,
     progress: Progress = silent,
     found: Callable[[int, Traced], None] = lambda index, result: None,
 ) -> list[Traced]:
@@ -130,7 +130,7 @@ def trace(
     mode: 'add' noise to embeddings, or 'set' them to it.
     tokens: the columns to restore in every case, none right of the first
       scored one; None for all of these.
-    places: columns run at a time; chosen for the device unless given.
+    token_budget: columns run at a time; chosen for the device unless given.
     progress: told of cells.
     found: told of every result as soon as there is one: (index of its case,
       result).
@@ -147,7 +147,9 @@ def trace(
     return []
   cases = _labelled(spec, params, cases)
   wanted = _wanted(cases, tokens)
-  places = places or _PLACES.get(jax.default_backend(), _ACCELERATOR_PLACES)
+  token_budget = token_budget or _TOKENS.get(
+      jax.default_backend(), _ACCELERATOR_TOKENS
+  )
   lengths = np.array([len(case.ids) for case in cases])
   size = _group_size(spec, params, cases, restorations)
   results = [Traced(case.labels, np.nan, np.nan, {}) for case in cases]
@@ -155,7 +157,9 @@ def trace(
   with progress('trace', total, 'cell') as done:
     # Sorted by width already.
     for _, same in itertools.groupby(groups(lengths, size), lambda g: g.width):
-      grids = Grids(spec, params, cases, wanted, restorations, mode, places)
+      grids = Grids(
+          spec, params, cases, wanted, restorations, mode, token_budget
+      )
       for index, result in grids.run(list(same), done):
         results[index] = result
         found(index, result)
@@ -166,10 +170,10 @@ def _labelled(
     spec: ModelSpec, params: Params, cases: Sequence[Case]
 ) -> list[Case]:
   """Gives cases without labels the clean model's answer."""
-  bare = [i for i, case in enumerate(cases) if not len(case.labels)]
-  found = predict(spec, params, [cases[i].ids for i in bare]).token
+  plain = [i for i, case in enumerate(cases) if not len(case.labels)]
+  found = predict(spec, params, [cases[i].ids for i in plain]).token
   cases = list(cases)
-  for i, token in zip(bare, found):
+  for i, token in zip(plain, found):
     cases[i] = cases[i]._replace(labels=np.array([token], np.int32))
   return cases
 
@@ -204,5 +208,5 @@ def _group_size(
   column = 4 * spec.width * tables
   column += 2 * store * spec.kv_heads * spec.head_size
   each = len(cases[0].noise) * longest * spec.layers * column
-  room = _TABLE_BYTES.get(jax.default_backend(), _ACCELERATOR_TABLE_BYTES)
-  return max(1, room // each)
+  budget = _TABLE_BYTES.get(jax.default_backend(), _ACCELERATOR_TABLE_BYTES)
+  return max(1, budget // each)

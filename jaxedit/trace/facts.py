@@ -104,10 +104,10 @@ class EncodedFact:
 
 def encode(tokenizer: Any, facts: Sequence[EditRequest]) -> list[EncodedFact]:
   """Turns facts into ids; each has passed `checker`."""
-  places = locate.locate_subjects(tokenizer, [fact.parts for fact in facts])
+  located = locate.locate_subjects(tokenizer, [fact.parts for fact in facts])
   return [
       EncodedFact(fact, ids, (span[0], span[1] + 1))
-      for fact, (ids, span) in zip(facts, places, strict=True)
+      for fact, (ids, span) in zip(facts, located, strict=True)
   ]
 
 
@@ -128,10 +128,10 @@ def checker(
   """Finds facts that cannot be traced as ids of `longest` tokens at most."""
 
   def check(facts: Sequence[EditRequest]) -> list[list[str]]:
-    places = locate.locate_subjects(tokenizer, [fact.parts for fact in facts])
+    located = locate.locate_subjects(tokenizer, [fact.parts for fact in facts])
     return [
         _errors(fact.subject, len(ids), span is not None, longest)
-        for fact, (ids, span) in zip(facts, places, strict=True)
+        for fact, (ids, span) in zip(facts, located, strict=True)
     ]
 
   return check

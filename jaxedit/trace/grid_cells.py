@@ -59,13 +59,13 @@ class Shape(NamedTuple):
 
   Attributes:
     rows: R.
-    places: N.
+    token_budget: N.
     width: W.
     scored: scored columns of a row.
   """
 
   rows: int
-  places: int
+  token_budget: int
   width: int
   scored: int
 
@@ -76,7 +76,7 @@ class PackedBatch:
 
   Attributes:
     entry: [] int32 that layer.
-    owner: [R] int32 corrupted row (case * draws + draw) that a row goes on from.
+    cell_ids: [R] int32 corrupted row (case * draws + draw) that a row goes on from.
     token: [R] int32 its first column t.
     stop: [R] int32 one past the last layer restored at t.
     rows: the columns from t on.
@@ -85,7 +85,7 @@ class PackedBatch:
   """
 
   entry: Array
-  owner: Array
+  cell_ids: Array
   token: Array
   stop: Array
   rows: PackedSequences
@@ -126,20 +126,22 @@ def grid_cells(
   return GridCells(case, draw, token, layer, entry, stop)
 
 
-def pack(lengths: np.ndarray, entry: np.ndarray, places: int) -> list[slice]:
+def pack(
+    lengths: np.ndarray, entry: np.ndarray, token_budget: int
+) -> list[slice]:
   """Cuts rows into tiles.
 
   Args:
     lengths: [n] columns of a row.
     entry: [n] ascending entry layers; a tile has one.
-    places: N.
+    token_budget: N.
 
   Returns:
     The rows of every tile.
   """
   found, begin, used = [], 0, 0
   for i, length in enumerate(lengths):
-    if i > begin and (used + length > places or entry[i] != entry[begin]):
+    if i > begin and (used + length > token_budget or entry[i] != entry[begin]):
       found.append(slice(begin, i))
       begin, used = i, 0
     used += length
@@ -148,7 +150,7 @@ def pack(lengths: np.ndarray, entry: np.ndarray, places: int) -> list[slice]:
   return found
 
 
-def choose_places(
+def choose_budget(
     groups: Sequence[tuple[np.ndarray, np.ndarray]], most: int
 ) -> int:
   """Finds the number of places that leaves fewest empty.
@@ -179,7 +181,7 @@ def choose_places(
   return min(min(sizes, key=padded) + slack, max(totals))
 
 
-def tile(
+def packed(
     mine: GridCells,
     shape: Shape,
     *,
@@ -201,13 +203,13 @@ def tile(
   """
   pad = lambda x: np.pad(np.asarray(x, np.int32), (0, shape.rows - len(x)))
   token, length = pad(mine.token), pad(lengths[mine.case] - mine.token)
-  rows = _packed(token, length, shape.width, shape.places)
+  rows = _packed(token, length, shape.width, shape.token_budget)
   wanted = [labels[case] for case in mine.case]
   count = pad([len(x) for x in wanted])
   size = shape.rows * shape.scored
   asked = _packed(token + length - count, count, shape.scored, size)
   row, column = np.nonzero(asked.index < size)
-  kept = np.full(size, shape.places, np.int32)
+  kept = np.full(size, shape.token_budget, np.int32)
   kept[asked.index[row, column]] = rows.index[
       row, (length - count)[row] + column
   ]
@@ -215,7 +217,7 @@ def tile(
   label[: count.sum()] = np.concatenate(wanted)
   return PackedBatch(
       entry=np.int32(mine.entry[0]),
-      owner=pad(mine.case * draws + mine.draw),
+      cell_ids=pad(mine.case * draws + mine.draw),
       token=token,
       stop=pad(mine.stop),
       rows=rows,
@@ -225,14 +227,18 @@ def tile(
 
 
 def _packed(
-    first: np.ndarray, length: np.ndarray, width: int, places: int
+    first: np.ndarray, length: np.ndarray, width: int, token_budget: int
 ) -> PackedSequences:
   """Rows of so many columns from a position on, end to end."""
   column = np.arange(width, dtype=np.int32)
   inside = column < length[:, None]
   start = np.cumsum(length) - length
-  index = np.where(inside, start[:, None] + column, places).astype(np.int32)
-  back = np.full(places, len(index), np.int32), np.zeros(places, np.int32)
+  index = np.where(inside, start[:, None] + column, token_budget).astype(
+      np.int32
+  )
+  back = np.full(token_budget, len(index), np.int32), np.zeros(
+      token_budget, np.int32
+  )
   for to, where in zip(back, np.nonzero(inside)):
     to[index[inside]] = where
   segments = np.where(inside, SHARED, PADDING).astype(np.int32)

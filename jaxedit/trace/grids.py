@@ -40,7 +40,7 @@ class Grids:
     wanted: the columns to restore in every case.
     restorations: what to restore.
     mode: what the noise does.
-    places: columns run at a time.
+    token_budget: columns run at a time.
   """
 
   spec: ModelSpec
@@ -49,7 +49,7 @@ class Grids:
   wanted: Sequence[Sequence[int]]
   restorations: tuple[Restoration, ...]
   mode: str
-  places: int
+  token_budget: int
 
   @property
   def draws(self) -> int:
@@ -75,13 +75,13 @@ class Grids:
       scores = {}
       for restoration in self.restorations:
         shape, rows = plans[restoration.name]
-        total, told = self._sum(
+        total, reported = self._sum(
             group, found, restoration, (shape, *rows[number]), done
         )
         self._fill(group, found, restoration, low=low, total=total)
         scores[restoration.name] = total
         cells = sum(len(self.wanted[i]) for i in group.indices)
-        done(self.spec.layers * cells - told)
+        done(self.spec.layers * cells - reported)
       for i, index in enumerate(group.indices):
         case = self.cases[index]
         k = len(case.labels)
@@ -126,14 +126,15 @@ class Grids:
     """(shape of all tiles, (rows, tiles) of every group)."""
     rows = [self._rows(group, restoration) for group in groups]
     sizes = [(length, mine.entry) for mine, length in rows]
-    places = cells_lib.choose_places(sizes, self.places)
+    token_budget = cells_lib.choose_budget(sizes, self.token_budget)
     parts = [
-        cells_lib.pack(length, mine.entry, places) for mine, length in rows
+        cells_lib.pack(length, mine.entry, token_budget)
+        for mine, length in rows
     ]
     most = max((p.stop - p.start for part in parts for p in part), default=1)
     shape = cells_lib.Shape(
         rows=most,
-        places=places,
+        token_budget=token_budget,
         width=max((int(x.max()) for x, _ in sizes if len(x)), default=1),
         scored=max(len(case.labels) for case in self.cases),
     )
@@ -170,7 +171,7 @@ class Grids:
     labels = [case.labels for case in mine]
     waiting: collections.deque[tuple[cells_lib.GridCells, Any]]
     waiting = collections.deque()
-    program, told = restoration.program, 0
+    program, reported = restoration.program, 0
 
     def add() -> int:
       here, out = waiting.popleft()
@@ -186,18 +187,18 @@ class Grids:
 
     for part in parts:
       here = rows.take(part)
-      tile = cells_lib.tile(
+      packed = cells_lib.packed(
           here, shape, lengths=lengths, labels=labels, draws=self.draws
       )
       out = partial_run.run_cells(
-          self.spec, self.params, found, tile, restoration=program
+          self.spec, self.params, found, packed, restoration=program
       )
       waiting.append((here, out))
       if len(waiting) > _AHEAD:
-        told += add()
+        reported += add()
     while waiting:
-      told += add()
-    return total, told
+      reported += add()
+    return total, reported
 
   def _fill(
       self,

@@ -171,16 +171,16 @@ def _attend_clean(
 
 
 def _restored(
-    found: Tables, part: str, layer: Array, owner: Array, token: Array
+    found: Tables, part: str, layer: Array, cell_ids: Array, token: Array
 ) -> Array:
   """[R, D] block's output where a part is restored at [R] tokens of [R] rows."""
   draws = found.low.shape[0] // found.high.shape[0]
-  clean = lambda name: found.clean[name][layer, owner // draws, token]
+  clean = lambda name: found.clean[name][layer, cell_ids // draws, token]
   if part == 'block':
     return clean('block')
   if part == 'attn':
-    return found.entry['attn'][layer, owner, token]
-  base = {name: found.base[name][layer, owner, token] for name in found.base}
+    return found.entry['attn'][layer, cell_ids, token]
+  base = {name: found.base[name][layer, cell_ids, token] for name in found.base}
   return base['block'] + clean('mlp') - base['mlp']
 
 
@@ -189,7 +189,7 @@ def run_cells(
     spec: ModelSpec,
     params: Params,
     found: Tables,
-    tile: PackedBatch,
+    packed: PackedBatch,
     *,
     restoration: Restoration,
 ) -> Array:
@@ -199,34 +199,41 @@ def run_cells(
     spec: the architecture.
     params: canonical parameters.
     found: the tables of the tile's group.
-    tile: rows that enter after a layer below the last.
+    packed: rows that enter after a layer below the last.
     restoration: what is restored, see `Restoration.program`, static.
 
   Returns:
     [K] log-probability of the labels at scored places, nats.
   """
-  first = _restored(found, restoration.part, tile.entry, tile.owner, tile.token)
+  first = _restored(
+      found, restoration.part, packed.entry, packed.cell_ids, packed.token
+  )
   return run_rows(
-      spec, params, found, tile, first, hold=_holder(found, tile, restoration)
+      spec,
+      params,
+      found,
+      packed,
+      first,
+      hold=_holder(found, packed, restoration),
   )
 
 
 def _holder(
-    found: Tables, tile: PackedBatch, restoration: Restoration
+    found: Tables, packed: PackedBatch, restoration: Restoration
 ) -> tuple[str, Callable[[Array], tuple[Array, Array]]] | None:
   """(part, layer -> ([R, D] its output at t, [R] whether it is set))."""
   sever = restoration.sever
   if not sever and restoration.window == 1:
     return None
-  part, owner, table = sever or restoration.part, tile.owner, found.base
+  part, cell_ids, table = sever or restoration.part, packed.cell_ids, found.base
   if not sever:
     draws = found.low.shape[0] // found.high.shape[0]
-    owner, table = tile.owner // draws, found.clean
+    cell_ids, table = packed.cell_ids // draws, found.clean
 
   def values(layer: Array) -> tuple[Array, Array]:
-    held = table[part][layer, owner, tile.token]
-    always = jnp.ones(owner.shape, bool)
-    return held, always if sever else layer < tile.stop
+    restored = table[part][layer, cell_ids, packed.token]
+    always = jnp.ones(cell_ids.shape, bool)
+    return restored, always if sever else layer < packed.stop
 
   return part, values
 
@@ -235,7 +242,7 @@ def run_rows(
     spec: ModelSpec,
     params: Params,
     found: Tables,
-    tile: PackedBatch,
+    packed: PackedBatch,
     first: Array,
     *,
     hold: Any = None,
@@ -246,7 +253,7 @@ def run_rows(
     spec: the architecture.
     params: canonical parameters.
     found: the tables.
-    tile: the rows.
+    packed: the rows.
     first: [R, D] state of their first columns after the entry layer.
     hold: (part, layer -> ([R, D] its output at the first column, [R] whether it
       is set there)), or None.
@@ -254,14 +261,14 @@ def run_rows(
   Returns:
     [K] log-probability of the labels at scored places, nats.
   """
-  rows, last = tile.rows, spec.layers - 1
+  rows, last = packed.rows, spec.layers - 1
   pick = lambda x, row: jnp.take(x, row, axis=0, mode='clip')
-  column = pick(tile.token, rows.row) + rows.column
+  column = pick(packed.token, rows.row) + rows.column
   base = found.base['block']
-  h = base[tile.entry, pick(tile.owner, rows.row), column]
+  h = base[packed.entry, pick(packed.cell_ids, rows.row), column]
   head = lambda row, column: ((column == 0) & (row < len(first)))[..., None]
   h = jnp.where(head(rows.row, rows.column), pick(first, rows.row), h)[None]
-  before = _before(tile, base.shape[2])
+  before = _before(packed, base.shape[2])
 
   def layer(h: Array, number: Array, outputs=None) -> Array:
     row, at = rows.row, rows.column
@@ -276,7 +283,7 @@ def run_rows(
       here = head(row, at) & pick(active, row)[..., None]
       return jnp.where(here, pick(value, row).astype(x.dtype), x)
 
-    kv = [x[number, tile.owner] for x in (found.key, found.value)]
+    kv = [x[number, packed.cell_ids] for x in (found.key, found.value)]
     return decoder.run_layer(
         spec,
         params,
@@ -288,15 +295,15 @@ def run_rows(
         outputs=outputs,
     )[0]
 
-  h = jax.lax.fori_loop(tile.entry + 1, last, lambda i, h: layer(h, i), h)
-  h = layer(h, jnp.int32(last), tile.outputs)
-  return decoder.label_logprob(spec, params, h[0], tile.label)[0]
+  h = jax.lax.fori_loop(packed.entry + 1, last, lambda i, h: layer(h, i), h)
+  h = layer(h, jnp.int32(last), packed.outputs)
+  return decoder.label_logprob(spec, params, h[0], packed.label)[0]
 
 
-def _before(tile: PackedBatch, width: int) -> TokenLayout:
+def _before(packed: PackedBatch, width: int) -> TokenLayout:
   """The columns left of the first one, of the corrupted run."""
-  positions = jnp.broadcast_to(jnp.arange(width), (len(tile.token), width))
-  seen = positions < tile.token[:, None]
+  positions = jnp.broadcast_to(jnp.arange(width), (len(packed.token), width))
+  seen = positions < packed.token[:, None]
   return TokenLayout(positions, jnp.where(seen, SHARED, PADDING))
 
 
@@ -323,6 +330,6 @@ def edge(
   Returns:
     [R0] its log-probability, nats.
   """
-  owner = jnp.arange(len(token))
-  h = _restored(found, part, jnp.int32(spec.layers - 1), owner, token)
+  cell_ids = jnp.arange(len(token))
+  h = _restored(found, part, jnp.int32(spec.layers - 1), cell_ids, token)
   return decoder.label_logprob(spec, params, h, labels)[0]

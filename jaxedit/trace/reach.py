@@ -157,10 +157,10 @@ def _reach(
     rows = cells_lib.GridCells(
         np.zeros(pushes, np.int32), np.arange(pushes), at, same, same, same + 1
     )
-    tile = cells_lib.tile(
+    packed = cells_lib.packed(
         rows, shape, lengths=np.array([len(ids)]), labels=[labels], draws=pushes
     )
-    outs.append(_pushed(spec, params, found, tile, draw))
+    outs.append(_pushed(spec, params, found, packed, draw))
   logprob = np.asarray(found.high, np.float64)[0, :count]
   size = pushes * count
   pushed = np.stack([np.asarray(out, np.float64)[:size] for out in outs])
@@ -173,10 +173,10 @@ def _pushed(
     spec: ModelSpec,
     params: Params,
     found: partial_run.Tables,
-    tile: PackedBatch,
+    packed: PackedBatch,
     push: Array,
 ) -> Array:
   """[K] log-probability of the labels where first columns are pushed."""
-  h = found.base['block'][tile.entry, tile.owner, tile.token]
+  h = found.base['block'][packed.entry, packed.cell_ids, packed.token]
   length = jnp.linalg.norm(h, axis=-1, keepdims=True)
-  return partial_run.run_rows(spec, params, found, tile, h + length * push)
+  return partial_run.run_rows(spec, params, found, packed, h + length * push)

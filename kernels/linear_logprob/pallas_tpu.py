@@ -249,8 +249,8 @@ def _step(x_ref, head_ref, labels_ref, *refs, vocabulary, tied, has_bias):
   if mean_ref:
     if vocabulary % size:
       # What is read beyond the vocabulary may be anything, NaN too.
-      places = jax.lax.broadcasted_iota(jnp.int32, head.shape, axis)
-      head = jnp.where(places < count, head, jnp.zeros_like(head))
+      rows_of = jax.lax.broadcasted_iota(jnp.int32, head.shape, axis)
+      head = jnp.where(rows_of < count, head, jnp.zeros_like(head))
     added = _dot(share.astype(x.dtype), head, 1 - axis, top_ref.dtype)
     mean_ref[0][...] = rescale * mean_ref[0][...] + added
 

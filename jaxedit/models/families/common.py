@@ -290,7 +290,7 @@ def _scaling(
     )
     return None
   names = wanted[kind]
-  faults = [
+  errors = [
       f'rotary scaling {kind!r} needs the field {key!r}'
       for key in names
       if key not in numbers
@@ -299,8 +299,8 @@ def _scaling(
       for key in numbers
       if key not in names
   ]
-  fields.problems += faults
-  if faults or not names:
+  fields.problems += errors
+  if errors or not names:
     return None
   values = {names[key]: float(value) for key, value in numbers.items()}
   if 'original_max_positions' in values:
