@@ -1,18 +1,11 @@
-"""A delta is applied, added, stacked, saved and refused as it says."""
+"""An edit is applied, added, stacked and reverted as it says."""
 
 from __future__ import annotations
 
-import json
-import os
-import pathlib
-import stat
-import tempfile
-import zlib
-
+import edits
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from absl.testing import absltest, parameterized
 
 from jaxedit import edited as edited_lib
@@ -203,6 +196,77 @@ class AddTest(Base):
     with self.assertRaises(ValueError):
       edited_lib.add(low_rank(1), two)
 
+  def test_other_kinds_stand_after_changes_of_weights(self):
+    draw = edits.Draw(SPEC)
+    one, two = low_rank(1), low_rank(2)
+    # At the site whose weights change, at another, and beside it.
+    codebook, neurons, routed = (
+        draw.codebook('mlp/down'), draw.neurons(), draw.routed('mlp/down')
+    )  # fmt: skip
+    first = Edited((codebook, *one.deltas))
+    second = Edited((neurons, *two.deltas, routed))
+    both = edited_lib.add(first, second)
+    self.assertEqual(
+        [type(d).__name__ for d in both.deltas],
+        ['LowRank', 'Codebook', 'Neurons', 'Routed'],
+    )
+    self.assertEqual(both.deltas[0].key.shape, (2, 6, F))
+    merged = edited_lib.apply(edited_lib.apply(self.params, one), two)
+    rest = Edited((codebook, neurons, routed))
+    want = self.logits(merged, rest)
+    np.testing.assert_allclose(self.logits(self.params, both), want, atol=1e-4)
+    self.assertGreater(np.abs(want - self.logits(merged)).max(), 0.1)
+    for some in (edited_lib.add(rest, one), edited_lib.add(one, rest)):
+      self.assertEqual(some.deltas, (*one.deltas, *rest.deltas))
+
+  def test_the_later_codebook_sees_what_the_earlier_returns(self):
+    first, second = (
+        edits.Draw(SPEC, seed=seed).codebook('mlp', 'all') for seed in (0, 1)
+    )
+    always = second.replace(radii=jnp.full_like(second.radii, 1e3))
+    never = second.replace(count=jnp.zeros_like(second.count))
+    alone = lambda delta: self.logits(self.params, Edited((delta,)))
+    for second, want in ((always, alone(always)), (never, alone(first))):
+      both = edited_lib.add(Edited((first,)), Edited((second,)))
+      np.testing.assert_array_equal(self.logits(self.params, both), want)
+
+
+class RevertTest(Base):
+
+  @parameterized.parameters('float32', 'bfloat16')
+  def test_base_comes_back(self, dtype):
+    params = jax.tree.map(lambda x: x.astype(dtype), self.params)
+    draw = edits.Draw(SPEC)
+    change = Edited(
+        (draw.low_rank(), draw.dense(), draw.dense('mlp_norm', 'scale'))
+    )
+    for edited in (change, low_rank(1), Edited()):
+      for wide in (None, jnp.float32):
+        merged = edited_lib.apply(params, edited, wide)
+        back = edited_lib.revert(merged, params, edited)
+        for a, b in zip(
+            jax.tree.leaves(back), jax.tree.leaves(params), strict=True
+        ):
+          self.assertIs(a, b)
+
+  def test_another_edit_stays(self):
+    first, second = low_rank(1), low_rank(2, site='attn/out')
+    one = edited_lib.apply(self.params, first)
+    both = edited_lib.apply(one, second)
+    back = edited_lib.revert(both, self.params, second)
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(one), strict=True):
+      np.testing.assert_array_equal(a, b)
+
+  def test_nothing_was_merged_of_other_kinds(self):
+    draw = edits.Draw(SPEC)
+    held = (draw.neurons(), draw.codebook('block'), draw.routed())
+    change = low_rank(1)
+    edited = Edited((*held, *change.deltas))
+    merged = edited_lib.apply(self.params, change)
+    back = edited_lib.revert(merged, self.params, edited)
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(self.params)):
+      self.assertIs(a, b)
+
 
 class StackTest(Base):
 
@@ -340,157 +404,6 @@ class LeafTest(parameterized.TestCase):
     for delta in whole_block(1).deltas:
       self.assertIs(edited_lib.compact(delta), delta)
       self.assertIs(edited_lib.full(delta), delta.value)
-
-
-class FileTest(Base):
-
-  def setUp(self):
-    super().setUp()
-    folder = tempfile.TemporaryDirectory()
-    self.addCleanup(folder.cleanup)
-    self.folder = pathlib.Path(folder.name)
-    self.path = self.folder / 'delta.safetensors'
-    self.metadata = {'model_hash': 'ab' * 32, 'method': 'memit', 'n': [1, 2]}
-
-  def _save(self, edited):
-    edited_lib.save(self.path, edited, self.metadata)
-
-  def test_round_trip(self):
-    dense = Dense(LAYERS, 'attn/out', jnp.ones((2, D, D), jnp.float32) / 3)
-    # More than ten layers: names sort otherwise than numbers.
-    many = low_rank(1, layers=tuple(range(12)))
-    stacked = edited_lib.stack([low_rank(0), low_rank(1)])
-    *first, last = whole_block(2).deltas
-    mixed = Edited(deltas=(*first, *low_rank(1).deltas, last))
-    for edited in (
-        low_rank(1),
-        Edited(deltas=(dense, *many.deltas)),
-        stacked,
-        whole_block(1),
-        whole_block(1, edits=3),
-        mixed,
-        Edited(),
-    ):
-      self._save(edited)
-      got, metadata = edited_lib.load(self.path, model_hash='ab' * 32)
-      self.assertEqual(metadata, self.metadata)
-      self.assertEqual(jax.tree.structure(got), jax.tree.structure(edited))
-      for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(edited)):
-        self.assertEqual(a.dtype, b.dtype)
-        np.testing.assert_array_equal(a, b)
-
-  def test_file_is_whole_and_of_normal_mode(self):
-    self._save(low_rank(1))
-    self._save(low_rank(2))
-    self.assertEqual(os.listdir(self.folder), ['delta.safetensors'])
-    self.assertEqual(stat.S_IMODE(self.path.stat().st_mode), 0o644)
-
-  def test_failed_save_leaves_what_was(self):
-    self._save(low_rank(1))
-    before = self.path.read_bytes()
-    self.metadata['method'] = object()
-    with self.assertRaises(TypeError):
-      self._save(low_rank(2))
-    self.assertEqual(os.listdir(self.folder), ['delta.safetensors'])
-    self.assertEqual(self.path.read_bytes(), before)
-
-  def test_place_that_cannot_be_written(self):
-    (self.folder / 'missing').write_text('a file')
-    self.path = self.folder / 'missing' / 'delta.safetensors'
-    with self.assertRaisesRegex(InputError, 'missing.*cannot be written'):
-      self._save(low_rank(1))
-
-  def _refused(self, pattern, **options):
-    with self.assertRaisesRegex(InputError, pattern) as caught:
-      edited_lib.load(self.path, **options)
-    self.assertIn(str(self.path), str(caught.exception))
-
-  def test_other_model_is_refused(self):
-    self._save(low_rank(1))
-    self._refused('made for model abab.*given cdcd', model_hash='cd' * 32)
-    self.assertLen(edited_lib.load(self.path)[0].deltas, 1)
-
-  def test_missing_file_is_refused(self):
-    self._refused('no such file')
-
-  def test_folder_is_refused(self):
-    self.path = self.folder
-    self._refused('no safetensors file')
-
-  @parameterized.parameters(0, 5, 100, -1)
-  def test_cut_file_is_refused(self, size):
-    self._save(low_rank(1))
-    self.path.write_bytes(self.path.read_bytes()[:size])
-    self._refused('cut short or damaged')
-
-  @parameterized.parameters(3, -5)
-  def test_altered_file_is_refused(self, place):
-    self._save(low_rank(1))
-    data = bytearray(self.path.read_bytes())
-    data[place] ^= 0x40
-    self.path.write_bytes(data)
-    self._refused('copy or make it again')
-
-  @parameterized.named_parameters(
-      ('no_header', None, "is not a file of 'jaxedit-delta-2'"),
-      (
-          'other_format',
-          {'format': 'other'},
-          "is not a file of 'jaxedit-delta-2'",
-      ),
-      ('no_metadata', {'format': 'jaxedit-delta-1'}, 'damaged'),
-      (
-          'metadata_cut',
-          {'format': 'jaxedit-delta-1', 'jaxedit': '{', 'crc32': '{}'},
-          'damaged',
-      ),
-      (
-          'no_hash',
-          {'format': 'jaxedit-delta-1', 'jaxedit': '{}', 'crc32': '{}'},
-          'damaged',
-      ),
-  )
-  def test_other_files_are_refused(self, header, pattern):
-    tensors = {'mlp/down/0/key': np.zeros((1, F), np.float32)}
-    safetensors.numpy.save_file(tensors, self.path, header)
-    self._refused(pattern, model_hash='ab' * 32)
-
-  def test_first_format(self):
-    (delta,) = low_rank(1, layers=(2, 10)).deltas
-    tensors = {
-        f'{delta.site}/{layer}/{name}': np.asarray(getattr(delta, name)[i])
-        for i, layer in enumerate(delta.layers)
-        for name in ('key', 'value')
-    }
-    tensors['norm_mlp/3/scale'] = np.arange(D, dtype=np.float32)
-    sums = {name: zlib.crc32(array) for name, array in tensors.items()}
-    header = {
-        'format': 'jaxedit-delta-1',
-        'jaxedit': json.dumps(self.metadata),
-        'crc32': json.dumps(sums),
-    }
-    safetensors.numpy.save_file(tensors, self.path, header)
-    got, metadata = edited_lib.load(self.path, model_hash='ab' * 32)
-    self.assertEqual(metadata, self.metadata)
-    dense = Dense(
-        (3,), 'norm_mlp', jnp.arange(D, dtype=jnp.float32)[None], 'scale'
-    )
-    jax.tree.map(
-        np.testing.assert_array_equal, got, Edited(deltas=(delta, dense))
-    )
-
-  def test_no_written_edit(self):
-    self._save(low_rank(1, rank=0))
-    got, _ = edited_lib.load(self.path)
-    self.assertEqual(got.deltas[0].key.shape, (2, 0, F))
-
-  def test_half_precision(self):
-    edited = jax.tree.map(lambda x: x.astype(jnp.bfloat16), low_rank(1))
-    self._save(edited)
-    got, _ = edited_lib.load(self.path)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(edited)):
-      self.assertEqual(a.dtype, jnp.bfloat16)
-      np.testing.assert_array_equal(a, b)
 
 
 if __name__ == '__main__':

@@ -46,9 +46,9 @@ class Draw:
       return (self._spec.width,) * 2
     return param_shapes(self._spec)[f'layers/{site}/kernel'][1:]
 
-  def low_rank(self, site='mlp/down'):
+  def low_rank(self, site='mlp/down', rank=2):
     fan_in, fan_out = self.widths(site)
-    key, value = self.normal(2, fan_in), self.normal(2, fan_out)
+    key, value = self.normal(rank, fan_in), self.normal(rank, fan_out)
     return LowRank(self.layers, site, 0.3 * key, 0.3 * value)
 
   def dense(self, site='mlp/gate', leaf='kernel'):
@@ -67,7 +67,8 @@ class Draw:
     fan_in, fan_out = self.widths(site)
     radii = np.broadcast_to([1e3, -1, 1e3, 1e3, 1e3, 1e3], (*self.lead, 6))
     return Codebook(
-        self.layers, site, self.normal(6, fan_in), self.normal(6, fan_out),
+        self.layers, site, self.normal(6, fan_in, scale=0.5),
+        self.normal(6, fan_out),
         jnp.asarray(radii, self._dtype), jnp.full(self.lead, 4, jnp.int32),
         replacement,
     )  # fmt: skip
