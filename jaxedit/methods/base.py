@@ -224,7 +224,8 @@ def join_infos(infos: Sequence[Info]) -> Info:
   reports = [info.targets for info in infos]
   targets = None
   if None not in reports:
-    before = np.cumsum([0] + [len(info.written) for info in infos])
+    sizes = [0, *(len(info.written) for info in infos)]
+    before = np.cumsum(sizes, dtype=np.int32)
     targets = TargetReport(
         jax.tree.map(
             lambda *x: np.concatenate(x), *(r.targets for r in reports)

@@ -196,7 +196,8 @@ def unke(spec: ModelSpec, config: UnkeConfig) -> Editor:
     )
     targets = jax.tree.map(lambda *x: np.concatenate(x), *found)
     middle = time.monotonic()
-    number = np.repeat(np.arange(len(edits)), [e.stages for e in edits])
+    stages = [edit.stages for edit in edits]
+    number = np.repeat(np.arange(len(edits), dtype=np.int32), stages)
     written = np.ones(len(edits), bool)
     np.logical_and.at(written, number, targets.finite)
     fitting = _Fitting(spec, model.params, config, state, targets, len(jobs))

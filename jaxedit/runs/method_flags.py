@@ -78,7 +78,7 @@ def define_flags(kind: str) -> None:
   lines = '; '.join(f'{n}: {METHODS[n].summary}' for n in names)
   flags.DEFINE_enum('method', 'memit', names, f'The method. {lines}.')
   for name, by_method in _known(kind).items():
-    _define(name, by_method)
+    _define(name, by_method, kind)
   bundles = sorted({b for n in names for b in METHODS[n].parity} | {'anyedit'})
   flags.DEFINE_enum(
       'parity',
@@ -118,28 +118,22 @@ def _define_chunk_flags() -> None:
   )
 
 
-def _define(name: str, by_method: Mapping[str, Setting]) -> None:
+def _define(name: str, by_method: Mapping[str, Setting], kind: str) -> None:
   """Defines the flag of one setting; unset unless given."""
   first = next(iter(by_method.values()))
   text = first.help[0].upper() + first.help[1:]
-  defaults: dict[str, list[str]] = {}
-  for method, setting in by_method.items():
-    defaults.setdefault(_written(setting.default), []).append(method)
-  shown = '; '.join(
-      f'{", ".join(who)} {value}' for value, who in defaults.items()
-  )
   unit = f', {first.unit}' if first.unit else ''
-  text = f'{text}{unit}. Default: {shown}.'
-  kind = next(
+  text = f'{text}{unit}. Default: {_defaults(by_method, kind)}.'
+  example = next(
       (s.default for s in by_method.values() if s.default is not None), 0.0
   )
   if first.choices:
     flags.DEFINE_enum(name, None, first.choices, text)
-  elif isinstance(kind, bool):
+  elif isinstance(example, bool):
     flags.DEFINE_bool(name, None, text)
-  elif isinstance(kind, tuple):
+  elif isinstance(example, tuple):
     flags.DEFINE_list(name, None, text)
-  elif isinstance(kind, int):
+  elif isinstance(example, int):
     flags.DEFINE_integer(name, None, text, lower_bound=first.low)
   else:
     define_number(name, None, text, positive=first.exclusive)
@@ -189,6 +183,16 @@ def layer_list(names: Sequence[str] | None, flag: str) -> tuple[int, ...]:
   return layers
 
 
+def _defaults(by_method: Mapping[str, Setting], kind: str) -> str:
+  """The defaults of a setting, methods with the same one together."""
+  found: dict[str, list[str]] = {}
+  for method, setting in by_method.items():
+    found.setdefault(_written(setting.default), []).append(method)
+  if len(found) == 1 and len(by_method) == len(methods_for(kind)):
+    return f'all {next(iter(found))}'
+  return '; '.join(f'{", ".join(who)} {value}' for value, who in found.items())
+
+
 def _written(value: Any) -> str:
   """A default as help shows it."""
   if isinstance(value, tuple):
@@ -196,6 +200,40 @@ def _written(value: Any) -> str:
   if isinstance(value, float):
     return f'{value:g}'
   return 'none' if value is None else str(value)
+
+
+def table() -> str:
+  """Writes the methods and their settings as Markdown, for docs/methods.md."""
+  kinds = {'fact': 'facts', 'text': 'long answers'}
+  lines = [
+      '| `--method` | what it does | edits | source |',
+      '|---|---|---|---|',
+  ]
+  for name, method in METHODS.items():
+    edits = ', '.join(v for k, v in kinds.items() if k in method.accepts)
+    paper = method.source.removeprefix('arXiv ')
+    link = f'[{method.source}](https://arxiv.org/abs/{paper})'
+    lines.append(
+        f'| [`{name}`](#{name}) | {method.summary} | {edits} | {link} |'
+    )
+  lines += [
+      '',
+      '| setting | meaning | default, facts | default, long answers | from |',
+      '|---|---|---|---|---|',
+  ]
+  known = {kind: _known(kind) for kind in kinds}
+  for name in sorted(known['fact'] | known['text']):
+    by_method = {kind: known[kind].get(name, {}) for kind in kinds}
+    every = [one for some in by_method.values() for one in some.values()]
+    first = every[0]
+    # A bar would end the cell.
+    meaning = first.help.replace('|', r'\|')
+    meaning += f', {first.unit}' if first.unit else ''
+    sources = sorted({one.source for one in every if one.source})
+    cells = [_defaults(some, kind) for kind, some in by_method.items()]
+    cells.append('; '.join(sources))
+    lines.append(f'| `--{name}` | {meaning} | {" | ".join(cells)} |')
+  return '\n'.join(lines) + '\n'
 
 
 def from_flags(

@@ -209,7 +209,7 @@ class _Call:
     )
     self._targets = jax.tree.map(lambda *x: np.concatenate(x), *found)
     stages = [edit.stages for edit in batch.encoded]
-    self._edit = np.repeat(np.arange(len(stages)), stages)
+    self._edit = np.repeat(np.arange(len(stages), dtype=np.int32), stages)
     self.finite = all_targets(self._edit, self._targets.finite)
     self._seconds = {'optimize': time.monotonic() - begin}
 
