@@ -316,6 +316,39 @@ class ModelTest(Base):
     with self.assertRaisesRegex(ValueError, 'per sequence'):
       self.run_packed((draw.codebook(site),), OutputTokens(index, rows))
 
+  def test_gradients(self):
+    # A distance and a change of zero have no slope of their own.
+    spec, params = model('llama')
+    draw = edits.Draw(spec, dtype=jnp.float64, layers=(1,))
+    tokens = np.array([self.texts[0]])
+    layout = decoder.token_layout(tokens > 0)
+    _, seen = oracle(spec, params, self.texts[0])
+    codebook, routed = draw.codebook('mlp', 'last'), draw.routed('attn/out')
+    codebook = codebook.replace(
+        keys=codebook.keys.at[0, 2].set(seen[1]['mlp/up'][-1])
+    )
+    routed = routed.replace(
+        shards=routed.shards.at[0, 0].set(0), thresholds=0 * routed.thresholds
+    )
+
+    @jax.jit
+    def slopes(params, deltas):
+      run = lambda params, deltas: jnp.sum(
+          jnp.sin(apply_model(spec, params, Edited(deltas), tokens, layout))
+      )
+      return jax.grad(run, (0, 1), allow_int=True)(params, deltas)
+
+    for deltas in ((codebook, draw.neurons()), (routed, draw.neurons())):
+      own, (chosen, neurons) = slopes(params, deltas)
+      for leaf in jax.tree.leaves((own, chosen, neurons)):
+        if leaf.dtype != jax.dtypes.float0:
+          self.assertTrue(np.isfinite(leaf).all())
+      for leaf in (neurons.key, neurons.bias, neurons.value):
+        self.assertGreater(np.abs(leaf).max(), 1e-3)
+      values = chosen.values if deltas[0] is codebook else chosen.shards
+      largest = np.abs(values[0]).reshape(len(values[0]), -1).max(axis=1)
+      self.assertLen(np.flatnonzero(largest), 1)
+
   def test_texts_packed_in_one_sequence_have_no_prompt(self):
     spec, params = model('llama')
     draw = edits.Draw(spec, dtype=jnp.float64)

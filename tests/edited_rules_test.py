@@ -11,6 +11,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from edits import KINDS, LENGTHS, SPEC, deltas_of, model, random_queries
 
+from jaxedit import api
 from jaxedit import edited as edited_lib
 from jaxedit.deltas import UNEDITED, Edited
 from jaxedit.edited import Query, apply_model, open_model
@@ -144,6 +145,18 @@ class RuleTest(parameterized.TestCase):
         edited_lib.stack([edited, edited])
       with self.assertRaisesRegex(ValueError, f'both edits have a {rule} rule'):
         edited_lib.add(edited, edited)
+      front = api.EditedModel(model(), edited, None)
+      with self.assertRaisesRegex(
+          InputError, f'merged: .*a {rule} rule, which'
+      ):
+        front.merge()
+      with self.assertRaisesRegex(
+          InputError, f'merged: .*a {rule} rule, which'
+      ):
+        front.merge(folder / 'merged')
+      with self.assertRaisesRegex(InputError, f'has a {rule} rule, which no'):
+        front.save(folder / 'x')
+      self.assertEmpty([*folder.iterdir()])
       both = edited_lib.add(edited, Edited(neurons))
       self.assertIs(getattr(both, rule), rules[rule])
 
