@@ -44,19 +44,21 @@ class EmmetConfig(ClosedFormConfig):
       exclusive=True,
   )
   ridge: float = setting(
-      0.1, 'ridge of the solve, of one fact alone 0', source='EMMET', low=0
+      0.1,
+      'ridge of the solve, of one fact alone 0 unless given',
+      source='EMMET',
+      low=0,
+      implies={'single_edit_ridge': None},
   )
   single_edit_ridge: float | None = 0.0
 
   def recipe(self) -> Recipe:
     """Returns the method as data."""
-    # A ridge that is asked for holds for one fact, too.
-    asked = self.ridge != type(self).ridge
     return self._recipe(
         'emmet',
         preconditioner=Covariance(self.moment_weight),
         ridge=self.ridge,
-        single_edit_ridge=None if asked else self.single_edit_ridge,
+        single_edit_ridge=self.single_edit_ridge,
     )
 
 

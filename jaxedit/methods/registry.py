@@ -40,8 +40,8 @@ def method_of(name: str) -> Method:
   """
   if name not in METHODS:
     near = difflib.get_close_matches(name, METHODS, 1)
-    hint = f'; did you mean {near[0]!r}?' if near else ''
+    hint = f'; did you mean {near[0]!r}' if near else ''
     raise InputError(
-        f'method {name!r} is unknown{hint} Known are {", ".join(METHODS)}'
+        f'method {name!r} is unknown{hint}; known are {", ".join(METHODS)}'
     )
   return METHODS[name]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import types
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ class Setting(NamedTuple):
     choices: allowed values, () for any.
     low: least allowed number; None for any.
     exclusive: whether `low` itself is refused.
+    implies: field -> value that a given value sets too.
   """
 
   name: str
@@ -40,6 +42,7 @@ class Setting(NamedTuple):
   choices: tuple[str, ...] = ()
   low: float | None = None
   exclusive: bool = False
+  implies: Mapping[str, Any] = types.MappingProxyType({})
 
 
 def setting(default: Any, help: str, **details: Any) -> Any:  # pylint: disable=redefined-builtin
@@ -48,8 +51,8 @@ def setting(default: Any, help: str, **details: Any) -> Any:  # pylint: disable=
   Args:
     default: the default.
     help: what it means.
-    **details: `unit`, `source`, `choices`, `low`, `exclusive` of `Setting`, and
-      `flag`, its name as a flag where that differs from the field's.
+    **details: `unit` and what follows it in `Setting`, and `flag`, its name as a
+      flag where that differs from the field's.
 
   Returns:
     The field.
@@ -90,12 +93,15 @@ def configure(config: Any, given: Mapping[str, Any]) -> Any:
   """
   known, problems = settings_of(type(config)), []
   fields = {field.name for field in dataclasses.fields(config)}
-  changed, target = {}, {}
+  by_field = {one.path[0]: one for one in known.values() if len(one.path) == 1}
+  changed, target, implied = {}, {}, {}
   for name, value in given.items():
-    if name in known:
-      problems += errors(known[name], value)
-      *outer, leaf = known[name].path
+    found = known.get(name) or by_field.get(name)
+    if found is not None:
+      problems += errors(found, value, name)
+      *outer, leaf = found.path
       (target if outer else changed)[leaf] = value
+      implied |= found.implies
     elif name in fields:
       changed[name] = value
     else:
@@ -109,14 +115,14 @@ def configure(config: Any, given: Mapping[str, Any]) -> Any:
   if target:
     base: TargetConfig = changed.get('target', config.target)
     changed['target'] = base._replace(**target)
-  return dataclasses.replace(config, **changed)
+  return dataclasses.replace(config, **{**implied, **changed})
 
 
-def errors(setting: Setting, value: Any) -> list[str]:
-  """Says why a value is out of a setting's range, in messages."""
+def errors(setting: Setting, value: Any, name: str = '') -> list[str]:
+  """Says why a value is out of a setting's range, in messages by its name."""
   if value is None:
     return []
-  name, low = setting.name, setting.low
+  name, low = name or setting.name, setting.low
   if setting.choices and value not in setting.choices:
     return [f'{name} is {value!r}; use {" or ".join(setting.choices)}']
   if low is not None:

@@ -1,4 +1,4 @@
-"""The program that collects second moments."""
+"""Second moments of a run: collected, kept for the next run, given and refused."""
 
 import dataclasses
 import os
@@ -11,10 +11,13 @@ from unittest import mock
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from experiments import collect_moments
+from jaxedit.methods.base import Moments as Need
 from jaxedit.models import decode, loading
+from jaxedit.runs import moments as runs_moments
+from jaxedit.runs.config import RunConfig
+from jaxedit.runs.moments import MomentsConfig
 from jaxedit.stats import moments
-from jaxedit.testing import models
+from jaxedit.testing import facts, models
 from jaxedit.types import InputError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -32,7 +35,7 @@ class Tokenizer:
     return {'input_ids': [self(one)['input_ids'][:16] for one in text]}
 
 
-class ProgramTest(parameterized.TestCase):
+class Case(parameterized.TestCase):
 
   def setUp(self):
     super().setUp()
@@ -42,18 +45,25 @@ class ProgramTest(parameterized.TestCase):
     spec = models.tiny_spec('llama', mlp_width=8)
     params = models.random_params(spec, 0)
     self.model = loading.Model(spec, params, self.folder, 'abc', {})
-    text = self.folder / 'text.txt'
-    text.write_text('\n'.join(f'{i} is followed by {i + 1}' for i in range(40)))
-    self.config = collect_moments.Config(
+    self.text = self.folder / 'text.txt'
+    lines = (f'{i} is followed by {i + 1}' for i in range(40))
+    self.text.write_text('\n'.join(lines))
+
+
+class CollectTest(Case):
+
+  def setUp(self):
+    super().setUp()
+    self.config = MomentsConfig(
         layers=(0, 2),
         out=self.folder / 'out' / 'm.safetensors',
-        corpus=f'file:{text}',
+        corpus=f'file:{self.text}',
         width=16,
     )
 
   def collect(self, **changes):
     config = dataclasses.replace(self.config, **changes)
-    return collect_moments.collect(config, self.model, Tokenizer())
+    return runs_moments.collect(config, self.model, Tokenizer())
 
   def test_writes_what_can_be_loaded(self):
     report = self.collect()
@@ -121,7 +131,7 @@ class ProgramTest(parameterized.TestCase):
   def test_condition_of_known_moments(self):
     gram = np.diag([1.0, 2.0, 50.0])[None]
     found = moments.Moments((0,), gram, 9, {})
-    self.assertEqual(collect_moments.condition(found), '5.00e+01')
+    self.assertEqual(runs_moments.condition(found), '5.00e+01')
 
   def test_wrong_flags_are_told_at_once(self):
     done = subprocess.run(
@@ -136,6 +146,97 @@ class ProgramTest(parameterized.TestCase):
     self.assertIn('error: --layers=', done.stderr)
     self.assertIn('error: --out: name the file to write', done.stderr)
     self.assertNotIn('Traceback', done.stderr)
+
+
+class FindTest(Case):
+  """What a run that needs moments does."""
+
+  def setUp(self):
+    super().setUp()
+    cache = {'JAXEDIT_CACHE': str(self.folder / 'cache')}
+    self.enter_context(mock.patch.dict(os.environ, cache))
+    self.need = Need((0, 2), 'mlp/down')
+    wrapped = mock.Mock(wraps=runs_moments.collect)
+    self.collect = self.enter_context(
+        mock.patch.object(runs_moments, 'collect', wrapped)
+    )
+
+  def find(self, need=None, model=None, **changes):
+    config = RunConfig(
+        moments_corpus=f'file:{self.text}',
+        moments_tokens=100,
+        output_dir=str(self.folder),
+    )
+    return runs_moments.find(
+        dataclasses.replace(config, **changes),
+        model or self.model,
+        Tokenizer(),
+        need or self.need,
+    )
+
+  def kept(self):
+    (config, *_), _ = self.collect.call_args
+    return config.out
+
+  def test_they_are_collected_once(self):
+    one, other = self.find(), self.find()
+    np.testing.assert_array_equal(one.gram, other.gram)
+    self.assertEqual(self.collect.call_count, 1)
+    linked = moments.load(self.folder / 'moments.safetensors')
+    np.testing.assert_array_equal(linked.gram, one.gram)
+    self.assertTrue(self.kept().is_relative_to(self.folder / 'cache'))
+
+  def test_whatever_they_depend_on_has_them_collected_anew(self):
+    self.find()
+    self.find(seed=1)
+    self.find(moments_tokens=101)
+    self.find(Need((0,), 'mlp/down'))
+    self.find(Need((0, 2), 'attn/out'))
+    self.find(model=dataclasses.replace(self.model, hash='def'))
+    self.text.write_text(self.text.read_text() + '\nTower of Sydney')
+    self.find()
+    self.assertEqual(self.collect.call_count, 7)
+
+  def test_a_damaged_file_is_replaced(self):
+    want = self.find()
+    blob = bytearray(self.kept().read_bytes())
+    blob[-3] ^= 1
+    self.kept().unlink()  # the run's folder has a link to it
+    self.kept().write_bytes(blob)
+    np.testing.assert_array_equal(self.find().gram, want.gram)
+    self.assertEqual(self.collect.call_count, 2)
+
+  def test_a_cache_that_cannot_be_written(self):
+    with mock.patch.dict(os.environ, {'JAXEDIT_CACHE': str(self.text)}):
+      with self.assertRaisesRegex(
+          InputError, 'cannot be kept there .*let JAXEDIT_CACHE'
+      ):
+        self.find()
+
+  def test_given_ones_are_used(self):
+    path = self.folder / 'given.safetensors'
+    want = facts.random_moments(self.model.spec, (0, 2), seed=0)
+    provenance = {**want.provenance, 'model': 'abc'}
+    moments.save(path, dataclasses.replace(want, provenance=provenance))
+    found = self.find(moments=str(path))
+    np.testing.assert_array_equal(found.gram, want.gram)
+    self.collect.assert_not_called()
+    self.assertFalse((self.folder / 'moments.safetensors').exists())
+    for check in (runs_moments.check, self._load):
+      with self.assertRaisesRegex(InputError, 'of layers 0, 2, not of 1; coll'):
+        check(str(path), Need((0, 1), 'mlp/down'))
+    with self.assertRaisesRegex(InputError, "hash 'abc', not of 'x.*; collect"):
+      runs_moments.check(str(path), self.need, 'x')
+
+  def _load(self, path, need):
+    return runs_moments.load(self.model, need, path)
+
+  def test_a_folder_without_published_archives(self):
+    runs_moments.check(str(self.folder), self.need)  # needs the model's width
+    with self.assertRaises(InputError) as caught:
+      self._load(self.folder, self.need)
+    for i, problem in zip((0, 2), caught.exception.problems, strict=True):
+      self.assertIn(f'0 archives of mlp/down in layer {i} (', problem)
 
 
 if __name__ == '__main__':
