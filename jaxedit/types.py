@@ -1,15 +1,21 @@
 """Pytrees and plain records that cross module borders, and the axis letters.
 
-Axis letters, used in every docstring of the library:
+Axis letters, one meaning each, used in every docstring of the library:
 
-  E edits            C contexts an edit     K chunks an edit
-  B rows (E * C)     T tokens (columns)     P prefix columns   S suffix columns
-  L layers           U layers above the edited one
-  D width            F MLP inner (key) width
-  N query heads      G key/value heads      H head size
-  V vocabulary       M key-value rows of one solve
+  E edits (or slots)        C contexts an edit     K chunks an edit
+  B sequences of a batch    T tokens of a sequence
+  N packed tokens (all sequences end to end)
+  P prefix tokens           S suffix tokens        O output tokens (scored)
+  L layers                  U layers above the edited one
+  n edited layers           D width                F MLP inner (key) width
+  Q query heads             G key/value heads      H head size
+  V vocabulary              M pairs (key and residual) of one solve
+  J preserved keys
 
-Nothing here computes: functions over these types live in the packages that own
+A prime marks another number of the same kind, e.g. T' keys beside T queries.
+Other axes are named by a word, e.g. `groups` or `half`.
+
+Nothing here computes: functions over these types live in the packages that use
 them.
 """
 
@@ -26,17 +32,18 @@ import jax
 Array = jax.Array
 Params = Mapping[str, Any]
 
-# Segment ids of `TokenLayout`. Padding is seen by nobody; the trunk is seen by every
-# later column of its row; any other id is seen by columns of the same id alone.
+# Segment ids of `TokenLayout`. No token attends to padding; every later token
+# of a sequence attends to its shared prefix; any other segment is visible to
+# its own tokens only.
 PADDING = 0
 SHARED = 1
 
 
 class InputError(ValueError):
-  """Input that cannot be used, told in sentences a user can act on.
+  """Input that cannot be used, with messages that say what to do.
 
   Attributes:
-    problems: one sentence a fault. Several faults are collected and raised
+    problems: one message an error. Several errors are collected and raised
       once; programs print them and exit with code 2.
   """
 
@@ -65,12 +72,12 @@ def silent(
 
 @flax.struct.dataclass
 class TokenLayout:
-  """What each column of a token array is; attention follows from it alone.
+  """Positions and segments of tokens; attention follows from them alone.
 
-  A query column sees a key column of its row when the key's position is not
-  after its own and the key's segment is `SHARED` or its own. So left padding,
-  right padding, packed texts (segments 2, 3, ...) and answers that branch from
-  one shared prompt (trunk, then branches 2, 3, ...) are the same computation.
+  A token attends to a token of its sequence whose position is not after its own
+  and whose segment is `SHARED` or its own. So left padding, right padding,
+  packed texts (segments 2, 3, ...) and answers that branch from one shared
+  prefix (segments 2, 3, ...) are the same computation.
 
   Attributes:
     positions: [B, T] int32, rotary or learned position of the token.
@@ -83,17 +90,17 @@ class TokenLayout:
 
 @flax.struct.dataclass
 class PackedSequences:
-  """Rows of different lengths, end to end on one axis of N places.
+  """Sequences of different lengths, end to end on one axis of N tokens.
 
-  What works on each token alone (linear maps, norms) runs on the places, so a
-  short row costs nothing for the sake of a long one; attention alone looks at
-  rows. Stands wherever `TokenLayout` do, for activations of shape [1, N, ...].
+  Linear maps and norms run on the packed axis, so short sequences are not
+  padded to long ones; only attention sees sequences. Takes the place of a
+  `TokenLayout` for activations of shape [1, N, ...].
 
   Attributes:
-    layout: [R, T] columns of the rows.
-    index: [R, T] int32 place of a column; N (no place) where there is no token.
-    row: [N] int32 row of a place; R where the place is empty.
-    column: [N] int32 column of a place in its row.
+    layout: [B, T] layout of the sequences, padded.
+    index: [B, T] int32 index into the packed axis; N at padding.
+    row: [N] int32 sequence of a packed token; B where there is no token.
+    column: [N] int32 index of a packed token in its sequence.
   """
 
   layout: TokenLayout
@@ -104,13 +111,14 @@ class PackedSequences:
 
 @flax.struct.dataclass
 class OutputTokens:
-  """Places at which the last layer of a run is wanted.
+  """Tokens at which the last layer's output is needed.
 
-  The layer then computes keys and values for all places, all else for these.
+  That layer computes keys and values for all tokens, everything else for these.
 
   Attributes:
-    index: [K] int32 kept places; N where none.
-    rows: the kept places as rows of their own, [R, Q] with R as before.
+    index: [O] int32 index into the packed axis; N where there is none.
+    rows: the output tokens as packed sequences, O tokens of the same B
+      sequences.
   """
 
   index: Array
@@ -119,12 +127,12 @@ class OutputTokens:
 
 @flax.struct.dataclass
 class KV:
-  """Keys and values of earlier columns for a run of layers.
+  """Keys and values of prefix tokens in consecutive layers.
 
   Attributes:
-    key: [n, B, G, P, H] rotated keys of n consecutive layers.
-    value: [n, B, G, P, H].
-    layout: the P columns they stand for.
+    key: [L', B, G, P, H] rotated keys of L' consecutive layers.
+    value: [L', B, G, P, H].
+    layout: [B, P] layout of the prefix tokens.
   """
 
   key: Array
@@ -134,13 +142,13 @@ class KV:
 
 @flax.struct.dataclass
 class Patch:
-  """One intervention on activations: one column a row, in one layer.
+  """One intervention on activations: one token of each sequence, in one layer.
 
   Attributes:
     site: 'block', 'attn' or 'mlp' (the output of that part), static.
     mode: 'add' or 'set', static.
     layer: [] int32; traced, so that a sweep over layers compiles once.
-    column: [B] int32 column of the run's own tokens.
+    column: [B] int32 index of the token among those of the run.
     value: [B, D].
   """
 
@@ -153,15 +161,15 @@ class Patch:
 
 @dataclasses.dataclass(frozen=True)
 class Tap:
-  """One observation: what to keep of an activation as the layers run.
+  """One observation: an activation to return from a run.
 
   Attributes:
     site: 'block', 'attn', 'mlp' (outputs, [B, T, D]), 'kv' (keys and values,
       a pair of [B, G, T, H]), or the path of a linear map, e.g. 'mlp/down' (its
       input, [B, T, F]).
     layers: layers to observe.
-    read: reduces the activation before it is stacked over layers, e.g. picks
-      the anchor column or forms a Gram matrix.
+    read: reduces the activation before it is stacked over layers, e.g. selects
+      the anchor token or forms a Gram matrix.
   """
 
   site: str
@@ -174,8 +182,8 @@ class Targets:
   """Optimised hidden states.
 
   Attributes:
-    z: [E, D] wanted state at the anchor, f32 or wider.
-    z0: [E, D] state of the unedited model there.
+    z: [E, D] target at the anchor, f32 or wider.
+    z0: [E, D] hidden state of the unedited model there.
     loss: [E] loss at z, in nats (likelihood, KL and decay terms together).
     likelihood: [E] mean negative log-likelihood a target token at z, in nats.
     steps: [E] int32 losses evaluated.
@@ -190,7 +198,7 @@ class Targets:
   finite: Array
 
 
-# Kinds of probes; others are carried, and reported under their own name.
+# Kinds of probes. Others are accepted and reported under their own name.
 REPHRASE = 'rephrase'  # asks for the target in other words
 LOCALITY = 'locality'  # asks for something else, which should stay as it is
 ALIAS = 'alias'  # names the subject in another way
@@ -221,7 +229,7 @@ class EditRequest:
   """One edit, a fact or a long answer, with what it is judged by.
 
   Attributes:
-    number: place in its file, counted from 1; error messages use it.
+    number: position in its file, counted from 1; error messages use it.
     id: the data set's own identifier.
     prompt: of a fact, a cloze with exactly one '{}' where the subject goes; of
       a long answer, the question as it is edited, without any chat template.

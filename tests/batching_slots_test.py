@@ -487,7 +487,7 @@ class Model:
     asking = assigned.outputs.rows.row < len(assigned.outputs.rows.index)
     np.testing.assert_array_equal(kept, asking)
     held = [s in self.at for s in range(batch_shape.slots)]
-    case.assertEqual([x is not None for x in self.slots.held], held)
+    case.assertEqual([x is not None for x in self.slots.assigned], held)
     free_slot = held.index(False) if not all(held) else None
     case.assertEqual(self.slots.free_slot, free_slot)
     for slot in range(batch_shape.slots):

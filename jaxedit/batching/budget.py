@@ -1,4 +1,4 @@
-"""Chooses how many edits a device optimises side by side."""
+"""Chooses the token budget of a run from the device and its free memory."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from jaxedit.models.spec import ModelSpec
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import Params
 
-# Suffix tokens that keep the matrix units busy; more only lengthen the tail in
-# which the last edits leave places empty. A CPU copies each layer's weights once
-# a step; a larger room spreads that over more tokens, and a second, smaller tail
-# keeps its end short. Both pay where a batch fills the room so many times.
+# Suffix tokens a step that keep the matrix units busy; a larger budget only
+# lengthens the phase in which the last edits leave it partly unused. A CPU
+# copies each layer's weights once a step; a larger budget spreads that over
+# more tokens, and a second compaction shortens the last phase. Both pay off
+# where a batch fills the budget `_ROUNDS` times.
 _TOKENS_CPU = 256
 _TOKENS_CPU_MANY = 512
 _ROUNDS = 2
 _TOKENS_ACCELERATOR = 2048
 _TOKENS_LEAST = 16
-# Of the free memory, what the optimiser may plan with.
+# Share of the free memory that the optimiser may use.
 _MEMORY_SHARE = 0.6
 
 
@@ -42,14 +43,14 @@ def plan_batches(
     spec: the architecture.
     params: canonical parameters.
     edits: all edits of the run.
-    slots: edits optimised side by side; None for as many as are of use and have
-      room in memory.
+    slots: edits optimised side by side; None for as many as are useful and fit
+      in memory.
     batch: edits a batch at most; None if all are one batch.
-    memory: bytes of the device's memory to plan with, weights included; None
-      for all that is free.
+    memory: bytes of device memory to use, weights included; None for all that
+      is free.
 
   Returns:
-    The frame.
+    The plan.
   """
   device = jax.devices()[0]
   token_budget, compactions = _TOKENS_ACCELERATOR, 1
@@ -62,9 +63,9 @@ def plan_batches(
   free = [x for x in free if x is not None]
   if free:
     share = _MEMORY_SHARE * min(free)
-    batch_shape = max(_TOKENS_LEAST, int(share // _token_bytes(spec)))
+    affordable = max(_TOKENS_LEAST, int(share // _token_bytes(spec)))
     # A power of two, so that a little more or less memory changes no shape.
-    token_budget = min(token_budget, 2 ** int(np.log2(batch_shape)))
+    token_budget = min(token_budget, 2 ** int(np.log2(affordable)))
   return plan_lib.plan_shapes(
       edits,
       slots=slots,
@@ -75,18 +76,18 @@ def plan_batches(
 
 
 def _cpu_tokens(edits: Sequence[EncodedEdit], batch: int) -> tuple[int, int]:
-  """(places, tails) of a CPU's room, for batches of that many of the edits."""
+  """(token budget, compactions) of a CPU, for batches of `batch` edits."""
   load = sum(int(plan_lib.edit_load(edit)[0]) for edit in edits)
   fills = load * batch >= len(edits) * _ROUNDS * _TOKENS_CPU_MANY
   return (_TOKENS_CPU_MANY, 2) if fills else (_TOKENS_CPU, 1)
 
 
 def _token_bytes(spec: ModelSpec) -> int:
-  """TargetCache that one suffix token takes, at most.
+  """Bytes of memory that one suffix token takes, at most.
 
-  The backward pass keeps the results of weight products, in f32; an earlier
-  column's keys and values, f32 as well, are counted eight times, once for every
-  column that a suffix token has before it on average.
+  The backward pass keeps the results of weight products, in f32. Keys and
+  values of prefix tokens, f32 too, are counted as eight prefix tokens a suffix
+  token, the average.
   """
   heads = spec.head_size * (spec.heads + 2 * spec.kv_heads)
   products = heads + 3 * spec.width + (2 + spec.gated) * spec.mlp_width
@@ -95,7 +96,7 @@ def _token_bytes(spec: ModelSpec) -> int:
 
 
 def _free_bytes(device: jax.Device) -> int | None:
-  """Free memory of a device, or None where nothing tells."""
+  """Free memory of a device, or None where it is unknown."""
   stats = device.memory_stats() or {}
   if 'bytes_limit' in stats:
     return stats['bytes_limit'] - stats['bytes_in_use']

@@ -1,6 +1,7 @@
-"""Fills tiles: own columns of some edits, end to end, in one static shape.
+"""Lays the sequences of edits end to end in packed batches of one static shape.
 
-Axis letters as in `shapes`: E slots, R rows, N places, K states of an edit.
+Axis letters as in `jaxedit.types`: E slots, B sequences, N packed tokens, K
+chunks an edit, P' prefix tokens of all sequences, O output tokens.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ from jaxedit.types import (
 
 @flax.struct.dataclass
 class PackedBatch:
-  """Own columns of some edits, end to end.
+  """Tokens of some edits after their shared prefixes, end to end.
 
   Attributes:
     edit: [E] int32 index of the edit in a slot, or -1.
-    context: [R] int32 number of a row's context, and of its trunk.
+    context: [B] int32 context of a sequence, which is also its shared prefix.
     tokens: [1, N] int32.
-    rows: R = E * rows rows.
-    anchor: [E, rows] int32 place of the first anchor, in `pack_prompts` [R, K] of
-      every state's; N where there is none.
-    prefix: the places left of the anchor, as rows of their own; None where they
-      are not needed apart.
+    rows: the sequences, B = E * (sequences an edit).
+    anchor: [E, sequences an edit] int32 packed index of the first anchor; of
+      `pack_prompts` [B, K], of every chunk's anchor; N where there is none.
+    prefix: the tokens before the anchor as packed sequences; None where they
+      are not needed separately.
   """
 
   edit: Array
@@ -50,50 +51,50 @@ class PackedBatch:
 
 
 class Packer:
-  """Rows that are being laid out."""
+  """Packed sequences under construction."""
 
-  def __init__(self, rows: int, width: int, places: int):
-    self.index = np.full([rows, width], places, np.int32)
+  def __init__(self, rows: int, width: int, token_budget: int):
+    self.index = np.full([rows, width], token_budget, np.int32)
     self.positions = np.zeros([rows, width], np.int32)
     self.segment_ids = np.full([rows, width], PADDING, np.int32)
-    self.row = np.full([places], rows, np.int32)
-    self.column = np.zeros([places], np.int32)
+    self.row = np.full([token_budget], rows, np.int32)
+    self.column = np.zeros([token_budget], np.int32)
 
-  def put(self, row: int, places: np.ndarray, start: int) -> None:
-    """Lets a row consist of these places, from a position on."""
-    layout = np.arange(len(places), dtype=np.int32)
-    self.index[row, : len(places)] = places
-    self.positions[row, : len(places)] = start + layout
-    self.segment_ids[row, : len(places)] = SHARED
-    self.row[places] = row
-    self.column[places] = layout
+  def put(self, row: int, index: np.ndarray, start: int) -> None:
+    """Makes a sequence of the packed tokens `index`, from position `start`."""
+    column = np.arange(len(index), dtype=np.int32)
+    self.index[row, : len(index)] = index
+    self.positions[row, : len(index)] = start + column
+    self.segment_ids[row, : len(index)] = SHARED
+    self.row[index] = row
+    self.column[index] = column
 
   def clear(self, row: int) -> np.ndarray:
-    """Empties a row and returns its places."""
+    """Removes a sequence and returns the packed indices of its tokens."""
     used = self.segment_ids[row] != PADDING
-    places = self.index[row, used]
+    index = self.index[row, used]
     self.index[row] = len(self.row)
     self.positions[row] = 0
     self.segment_ids[row] = PADDING
-    self.row[places] = len(self.index)
-    self.column[places] = 0
-    return places
+    self.row[index] = len(self.index)
+    self.column[index] = 0
+    return index
 
   def packing(self) -> PackedSequences:
-    """The rows as they are now."""
+    """A copy of the sequences as they are now."""
     layout = TokenLayout(self.positions.copy(), self.segment_ids.copy())
     copies = (x.copy() for x in (self.index, self.row, self.column))
     return PackedSequences(layout, *copies)
 
 
 def pack_shared_prefix(plan: BatchPlan) -> tuple[np.ndarray, TokenLayout]:
-  """The trunks as rows; the KL row's is empty.
+  """Makes sequences of the shared prefixes; that of the KL prompt is empty.
 
   Args:
     plan: of the run.
 
   Returns:
-    ([rows, s] int32 tokens, their columns).
+    ([sequences an edit, P] int32 tokens, their layout).
   """
   tokens = np.zeros([plan.rows, plan.shared], np.int32)
   segment_ids = np.full(tokens.shape, PADDING, np.int32)
@@ -110,13 +111,16 @@ def pack_edits(
     plan: BatchPlan,
     batch_shape: BatchShape,
 ) -> Iterator[PackedBatch]:
-  """Yields tiles of whole rows, in order.
+  """Packs whole sequences of edits, in order.
 
   Args:
     edits: the batch.
     order: those to lay out, as indices.
     plan: of the run.
-    batch_shape: which the edits belong to.
+    batch_shape: of the plan, the one that the edits belong to.
+
+  Yields:
+    Packed batches.
   """
   spans = {
       i: list(plan_lib.sequence_spans(edits[i], plan.shared_prefix))
@@ -128,7 +132,7 @@ def pack_edits(
       sum(cut for _, _, cut in spans[i]),
   )
   for chosen in _groups(order, load, batch_shape.prefill_shape[0], limits):
-    yield _tile(
+    yield _packed_batch(
         [(i, spans[i]) for i in chosen],
         plan.rows,
         batch_shape.prefill_shape,
@@ -143,13 +147,16 @@ def pack_prompts(
     plain: bool,
     text: bool = False,
 ) -> Iterator[PackedBatch]:
-  """Yields tiles of columns up to the last anchor, a slot a row, no KL rows.
+  """Packs prompts up to the last anchor, one sequence a slot, no KL prompts.
 
   Args:
     edits: the batch.
     plan: of the run.
-    plain: the first context alone, or all others.
-    text: go on to the end of the target.
+    plain: the plain prompts, or those of all other contexts.
+    text: continue to the end of the target text.
+
+  Yields:
+    Packed batches.
   """
   rows = [
       (i, c, plan_lib.prompt_ids(edit, c, text))
@@ -165,13 +172,13 @@ def pack_prompts(
       start = len(plan.shared_prefix[c])
       chosen.append((i, [(ids[start:], start, 0)]))
       context[slot] = c
-    packed = _tile(chosen, 1, shape, None)
+    packed = _packed_batch(chosen, 1, shape, None)
     anchor = np.full([shape[0], plan.stages], shape[1], np.int32)
     for slot, r in enumerate(group):
       i, c, _ = rows[r]
-      layout = [edits[i].stage(k, c).anchor for k in range(edits[i].stages)]
-      layout = np.array(layout) - len(plan.shared_prefix[c])
-      anchor[slot, : len(layout)] = packed.rows.index[slot, layout]
+      anchors = [edits[i].stage(k, c).anchor for k in range(edits[i].stages)]
+      anchors = np.array(anchors) - len(plan.shared_prefix[c])
+      anchor[slot, : len(anchors)] = packed.rows.index[slot, anchors]
     yield packed.replace(context=context, anchor=anchor)
 
 
@@ -195,18 +202,18 @@ def _groups(
     yield group
 
 
-def _tile(
+def _packed_batch(
     chosen: Sequence[tuple[int, list]],
     width: int,
     shape: tuple[int, int, int],
     left: tuple[int, int] | None,
 ) -> PackedBatch:
-  """Fills one tile; `width` is the rows of an edit."""
-  slots, places, layout = shape
-  rows = Packer(slots * width, layout, places)
-  tokens = np.zeros([1, places], np.int32)
+  """Makes one packed batch; `width` is the number of sequences an edit."""
+  slots, token_budget, length = shape
+  rows = Packer(slots * width, length, token_budget)
+  tokens = np.zeros([1, token_budget], np.int32)
   edit = np.full([slots], -1, np.int32)
-  anchor = np.full([slots, width], places, np.int32)
+  anchor = np.full([slots, width], token_budget, np.int32)
   cuts = []
   at = 0
   for e, (i, spans) in enumerate(chosen):
@@ -218,19 +225,21 @@ def _tile(
       anchor[e, c] = at + cut
       cuts.append((e * width + c, here[:cut], start))
       at += len(ids)
-  outputs = None if left is None else _cut(cuts, places, slots * width, left)
-  context = np.tile(np.arange(width, dtype=np.int32), slots)
+  outputs = None
+  if left is not None:
+    outputs = _cut(cuts, token_budget, slots * width, left)
+  context = np.arange(slots * width, dtype=np.int32) % width
   return PackedBatch(edit, context, tokens, rows.packing(), anchor, outputs)
 
 
 def _cut(
     cuts: Sequence[tuple[int, np.ndarray, int]],
-    places: int,
+    token_budget: int,
     count: int,
     shape: tuple[int, int],
 ) -> OutputTokens:
-  """Makes rows of their own of some places: (row, places, first position)."""
-  kept = np.full([shape[0]], places, np.int32)
+  """Makes sequences of the cuts (sequence, packed indices, first position)."""
+  kept = np.full([shape[0]], token_budget, np.int32)
   rows = Packer(count, shape[1], shape[0])
   at = 0
   for row, here, start in cuts:

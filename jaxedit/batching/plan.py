@@ -1,24 +1,24 @@
-"""Chooses the few static shapes in which rows of ids go to a device, end to end.
+"""Chooses the few static shapes in which token ids go to a device.
 
-Rows of an edit are its C contexts and, last, its KL row. What all edits share at
-the head of a context (the context itself, as a rule) is its trunk and is run
-once. The rest of a row is the edit's own: own columns left of the anchor, then
-the suffix:
+The sequences of an edit are its C contexts and, last, its KL prompt. What all
+edits have in common at the start of a context (usually the context itself) is
+its shared prefix and is run once. The rest of a sequence belongs to the edit:
+tokens before the anchor A, then the suffix from the anchor on:
 
-  trunk            own
+  shared prefix     prefix  suffix
   t t t t t t t t | t t t | A t t t y y y
 
-A tile (`tiles`) holds own columns of some edits. A room, filled by `slots`, is where
-suffixes are optimised: a fixed number of slots (edits), places (tokens) and scored
-places. An edit that is done leaves, and another takes its slot and any free
-places; so rooms need no padding, and one compiled shape serves edits of any length
-up to the room's width. Edits much longer than others get a room of their own, as
-attention does pad rows to the width.
+A packed batch (`packer`) holds prefix and suffix of some edits. Suffixes are
+optimised by continuous batching: a batch has a fixed number of slots, a token
+budget and a logit budget; a finished edit frees them for the next (`slots`). So
+there is no padding, and one compiled shape serves edits of any length up to the
+longest suffix of the shape. Edits that are much longer than others get a batch
+shape of their own, as attention does pad sequences.
 
-Axis letters: E slots, C contexts, R rows, N places, W columns of a suffix, P
-columns before it, K scored places, n labels of a row.
+Axis letters as in `jaxedit.types`: E slots, C contexts, B sequences, N token
+budget, S suffix tokens, P prefix tokens, O logit budget.
 
-This file, `tiles` and `slots` hold numpy arrays only and know nothing of models.
+This file, `packer` and `slots` use numpy arrays only and do not import models.
 """
 
 from __future__ import annotations
@@ -36,29 +36,30 @@ from jaxedit.text.encoding import (
     Stage,
 )
 
-# Suffix lengths up to which edits share a room.
+# Suffix lengths up to which edits share a batch shape.
 MAX_SUFFIXES = (16, 64, 256, 1024)
-# A room has this many slots for every edit that fills its places on average, so
-# that short edits do not leave places empty.
+# Slots for each edit that fits the token budget on average, so that short edits
+# do not leave tokens unused.
 _SPARE = 1.2
-# Once nobody waits, the last edits move to a room this many times smaller.
+# When no edit is waiting, the last ones move to a batch shape this many times
+# smaller.
 _COMPACTION = 2
 
 
 class BatchShape(NamedTuple):
-  """Static shapes of one room, and of the tiles that fill it.
+  """Static shapes of one running batch, and of the packed batches that feed it.
 
   Attributes:
-    max_suffix: longest suffix that comes here, tokens.
+    max_suffix: longest suffix of its edits, tokens.
     slots: E.
     token_budget: N, suffix tokens at a time.
-    length: W.
-    logit_budget: K, scored tokens at a time.
-    labels: n, most labels of a row.
-    grow: columns for the chunks of an edit that are done.
-    prefill_shape: (slots, places, width) of a tile of whole rows.
-    prefix_shape: (places, width) of a tile's columns left of the anchor.
-    compactions: how often the last edits move to a smaller room.
+    length: S, rounded up.
+    logit_budget: O, scored tokens at a time.
+    labels: most labels of a sequence.
+    grow: prefix tokens for the finished chunks of an edit.
+    prefill_shape: (slots, tokens, length) of a packed batch of whole sequences.
+    prefix_shape: (tokens, length) of its tokens before the anchors.
+    compactions: how often the last edits move to a smaller batch shape.
   """
 
   max_suffix: int
@@ -74,7 +75,7 @@ class BatchShape(NamedTuple):
 
   @property
   def compacted(self) -> BatchShape | None:
-    """A smaller room, for the last edits; None if this one is small enough."""
+    """A smaller shape for the last edits; None if this one is small enough."""
     if not self.compactions or self.slots < 2 * _COMPACTION:
       return None
     token_budget, logit_budget = -(-self.token_budget // _COMPACTION), -(
@@ -89,11 +90,11 @@ class BatchShape(NamedTuple):
 
 
 class PromptShapes(NamedTuple):
-  """(rows, places, width) of a tile of own columns.
+  """(sequences, tokens, length) of a packed batch of prompts.
 
   Attributes:
     upto: up to the last anchor.
-    text: to the end of the target.
+    text: to the end of the target text.
   """
 
   upto: tuple[int, int, int]
@@ -105,14 +106,14 @@ class BatchPlan:
   """The static shapes of a run, which all its batches share.
 
   Attributes:
-    shared_prefix: the shared head of every context, C arrays [s] int32.
-    kl: whether edits have a KL row.
-    shapes: by ascending limit.
+    shared_prefix: the shared prefix of every context, C arrays [P] int32.
+    kl: whether edits have a KL prompt.
+    shapes: batch shapes by ascending longest suffix.
     batch: edits a batch at most.
-    stages: states an edit at most.
-    states: states a batch at most.
+    stages: chunks an edit at most.
+    states: targets a batch at most.
     prompts: shapes of `pack_prompts`.
-    unshared_prompts: same, where nothing is shared.
+    unshared_prompts: the same without shared prefixes.
   """
 
   shared_prefix: tuple[np.ndarray, ...]
@@ -125,9 +126,9 @@ class BatchPlan:
   unshared_prompts: PromptShapes
 
   def independent(self) -> BatchPlan:
-    """The frame for edits that share nothing, as their models differ.
+    """The plan without shared prefixes, for edits whose models differ.
 
-    It serves `pack_prompts`; what comes before editing can be shared in any case.
+    It serves `pack_prompts`; runs of the unedited model share prefixes always.
     """
     nothing = (np.zeros(0, np.int32),) * self.contexts
     return dataclasses.replace(
@@ -141,23 +142,23 @@ class BatchPlan:
 
   @property
   def rows(self) -> int:
-    """Rows an edit."""
+    """Sequences an edit."""
     return self.contexts + self.kl
 
   @property
   def shared(self) -> int:
-    """Tokens of the longest trunk."""
+    """Tokens of the longest shared prefix."""
     return max(map(len, self.shared_prefix))
 
   def shape_of(self, edit: EncodedEdit) -> int:
-    """Number of the room an edit belongs to."""
+    """Number of the batch shape that an edit belongs to."""
     suffix = _suffix(edit)
     for number, shape in enumerate(self.shapes):
       if suffix <= shape.max_suffix:
         return number
     raise ValueError(
         f'edit {edit.number} has a suffix of {suffix} tokens, longer than any'
-        ' that this frame was made for'
+        ' that this plan was made for'
     )
 
 
@@ -174,18 +175,20 @@ def plan_shapes(
   """Chooses the shapes for a run.
 
   Args:
-    edits: all edits of the run, at least one, with one number of contexts.
-    slots: edits optimised side by side; None for as many as fill `token_budget`.
+    edits: all edits of the run, at least one, with the same number of contexts.
+    slots: edits optimised side by side; None for as many as fill
+      `token_budget`.
     batch: edits a batch at most; more slots than that are never made.
-    token_budget: suffix tokens optimised side by side where `slots` does not say.
-    compactions: how often the last edits move to a smaller room, which compiles for
-      it.
-    share: run what all edits share once. It must be off where edits differ in
+    token_budget: suffix tokens optimised side by side where `slots` is None.
+    compactions: how often the last edits move to a smaller batch shape; each is
+      compiled for.
+    share: run shared prefixes once. It must be off where edits differ in
       weights.
-    max_suffixes: suffix lengths up to which edits share a room, ascending.
+    max_suffixes: suffix lengths up to which edits share a batch shape,
+      ascending.
 
   Returns:
-    The frame.
+    The plan.
 
   Raises:
     ValueError: no edits, no slots, edits with differing numbers of contexts, or
@@ -195,7 +198,7 @@ def plan_shapes(
     if given is not None and given < 1:
       raise ValueError(f'at least one {name} is needed, got {given}')
   if not edits:
-    raise ValueError('a frame is made for at least one edit')
+    raise ValueError('a plan is made for at least one edit')
   for edit in edits:
     for (a, b), (c, d) in itertools.pairwise(edit.chunks):
       if not a < c <= b < d:
@@ -236,7 +239,7 @@ def plan_shapes(
 
 
 def _shared_prefix(edits: Sequence[EncodedEdit], c: int) -> np.ndarray:
-  """The head that one context has in all edits, left of all anchors."""
+  """The common start of one context in all edits, before all anchors."""
   first = edits[0].rows[c]
   length = min(edit.anchors[c] for edit in edits)
   for edit in edits:
@@ -251,7 +254,7 @@ def _prompt_shapes(
     shared_prefix: Sequence[np.ndarray],
     token_budget: int,
 ) -> PromptShapes:
-  """Shapes of `pack_prompts`, of about `token_budget` columns each."""
+  """Shapes of `pack_prompts`, of about `token_budget` tokens each."""
 
   def shape(text: bool) -> tuple[int, int, int]:
     sizes = np.array(
@@ -274,7 +277,7 @@ def _batch_shape(
     amount: tuple[int | None, int, int],
     compactions: int,
 ) -> BatchShape:
-  """Chooses the shapes of a room for the edits that belong there."""
+  """Chooses the batch shape for the edits that belong to it."""
   slots, token_budget, most = amount
   loads = np.array([edit_load(edit) for edit in members])
   if slots is None:
@@ -312,13 +315,13 @@ def _batch_shape(
 
 
 def _budget_for(sizes: Sequence[int], count: float, step: int = 16) -> int:
-  """Places that hold `count` average edits, or the largest one."""
+  """Budget that holds `count` average edits, or the largest one."""
   wanted = min(np.mean(sizes) * count, np.sum(sizes))
   return -(-int(max(np.ceil(wanted), np.max(sizes))) // step) * step
 
 
 def _suffix(edit: EncodedEdit) -> int:
-  """Tokens of the longest suffix of any stage."""
+  """Tokens of the longest suffix of any chunk."""
   stages = _stages(edit)
   return max(stage.end - stage.anchor for _, stage in stages)
 
@@ -330,20 +333,20 @@ def _stages(edit: EncodedEdit) -> Iterator[tuple[int, Stage]]:
 
 
 def stage_load(edit: EncodedEdit, k: int) -> tuple[int, int]:
-  """(tokens, scored tokens) of a stage, its KL token with the first."""
+  """(tokens, scored tokens) of a chunk; the first one has the KL token too."""
   token_budget, logit_budget = edit.load(k)
   return token_budget + (k == 0 and len(edit.kl) > 0), logit_budget
 
 
 def edit_load(edit: EncodedEdit) -> np.ndarray:
-  """(tokens, scored tokens) that serve every stage of an edit."""
+  """(tokens, scored tokens) that are enough for every chunk of an edit."""
   return np.max([stage_load(edit, k) for k in range(edit.stages)], axis=0)
 
 
 def sequence_spans(
     edit: EncodedEdit, shared_prefix: Sequence[np.ndarray]
 ) -> Iterator[tuple[np.ndarray, int, int]]:
-  """Own columns of every row: (ids, first position, how many left of A)."""
+  """Tokens of every sequence: (ids, first position, how many before A)."""
   for c, head in enumerate(shared_prefix):
     start = len(head)
     yield edit.text(c)[start:], start, edit.anchors[c] - start
@@ -352,7 +355,7 @@ def sequence_spans(
 
 
 def prompt_ids(edit: EncodedEdit, c: int, text: bool) -> np.ndarray:
-  """What keys are read from: a row up to its last anchor, or to its end."""
+  """Ids from which keys are read: up to the last anchor, or to the end."""
   if text:
     return np.concatenate([edit.rows[c], edit.target])
   return edit.text(c)[: edit.stage(edit.stages - 1, c).anchor + 1]

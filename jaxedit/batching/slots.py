@@ -1,7 +1,8 @@
-"""Keeps track of who sits where in a room.
+"""Allocates the slots, tokens and logits of a running batch to edits.
 
-Axis letters as in `shapes`: E slots, C contexts, R rows, N places, P columns before
-a suffix, K scored places, n labels of a row.
+Axis letters as in `jaxedit.types`: E slots, C contexts, B sequences, N token
+budget, P prefix tokens, S suffix tokens, O logit budget, O' labels of a
+sequence.
 """
 
 from __future__ import annotations
@@ -36,16 +37,18 @@ from jaxedit.types import (
 
 @flax.struct.dataclass
 class SlotLayout:
-  """Who sits where in a room.
+  """Which edit has which slot, and how its tokens lie in the batch.
 
   Attributes:
-    rows: suffix columns, R rows on N places.
-    before: [R, P] columns of earlier keys and values: trunk, own, done chunks.
-    outputs: the K scored places, then one a slot for its KL row.
-    anchor: [E, rows] int32 place of the anchor; N where there is none.
-    pick: [E, C, n] int32 scored place of a label; K where there is none.
-    label: [K] int32 token that should follow a scored place.
-    live: [E] bool, slots whose edit has its places.
+    rows: the suffixes, B sequences on N packed tokens.
+    before: [B, P] layout of the prefix: shared prefix, own tokens, finished
+      chunks.
+    outputs: the O scored tokens, then one a slot for its KL prompt.
+    anchor: [E, sequences an edit] int32 packed index of the anchor; N where
+      there is none.
+    pick: [E, C, O'] int32 scored token of a label; O where there is none.
+    label: [O] int32 token that should follow a scored one.
+    live: [E] bool, slots whose edit has tokens assigned.
   """
 
   rows: PackedSequences
@@ -58,12 +61,12 @@ class SlotLayout:
 
 
 class Compaction(NamedTuple):
-  """How everybody moves to another room.
+  """How the edits move to a smaller batch shape.
 
   Attributes:
     allocator: of the new shape.
     slots: [E] int32 old slot of a new one; past the end for a free one.
-    tokens: [N] int32 old token of a new one, likewise.
+    tokens: [N] int32 old packed index of a new one, likewise.
   """
 
   allocator: SlotAllocator
@@ -72,28 +75,28 @@ class Compaction(NamedTuple):
 
 
 class SlotAllocator:
-  """Keeps track of who sits where in one room.
+  """Allocates the slots, tokens and logits of one batch shape.
 
   Attributes:
-    held: (edit, stage) in every slot, or None.
+    assigned: (edit, number of its chunk) of every slot, or None.
   """
 
   def __init__(self, plan: BatchPlan, batch_shape: BatchShape):
     slots, rows = batch_shape.slots, plan.rows
     count = slots * rows
     self._plan, self._batch_shape = plan, batch_shape
-    self.held: list[tuple[EncodedEdit, int] | None] = [None] * slots
-    self._places = list(range(batch_shape.token_budget))[::-1]
+    self.assigned: list[tuple[EncodedEdit, int] | None] = [None] * slots
+    self._tokens = list(range(batch_shape.token_budget))[::-1]
     self._scored = list(range(batch_shape.logit_budget))[::-1]
     self._rows = packer.Packer(
         count, batch_shape.length, batch_shape.token_budget
     )
-    # Scored places come first, then one a slot for its KL row.
+    # Scored tokens come first, then one a slot for its KL prompt.
     kept = batch_shape.logit_budget + (slots if plan.kl else 0)
     self._keep = np.full([kept], batch_shape.token_budget, np.int32)
     self._asking = packer.Packer(count, batch_shape.labels, kept)
-    layout = plan.shared + batch_shape.prefix_shape[1] + batch_shape.grow
-    self._before = np.zeros([2, count, layout], np.int32)
+    length = plan.shared + batch_shape.prefix_shape[1] + batch_shape.grow
+    self._before = np.zeros([2, count, length], np.int32)
     self._anchor = np.full([slots, rows], batch_shape.token_budget, np.int32)
     self._pick = np.full(
         [slots, plan.contexts, batch_shape.labels],
@@ -106,26 +109,27 @@ class SlotAllocator:
   @property
   def free_slot(self) -> int | None:
     """A free slot, if there is one."""
-    return self.held.index(None) if None in self.held else None
+    return self.assigned.index(None) if None in self.assigned else None
 
   def fits(self, edit: EncodedEdit, k: int = 0) -> bool:
-    """Says whether a stage finds enough places."""
-    places, scored = plan_lib.stage_load(edit, k)
-    return places <= len(self._places) and scored <= len(self._scored)
+    """Says whether a chunk fits the free tokens and logits."""
+    tokens, scored = plan_lib.stage_load(edit, k)
+    return tokens <= len(self._tokens) and scored <= len(self._scored)
 
   def assign(self, slot: int, edit: EncodedEdit, k: int) -> np.ndarray:
-    """Assigns a stage of an edit.
+    """Assigns a chunk of an edit to a slot.
 
     Args:
       slot: a free one.
       edit: the edit; it must fit.
-      k: number of the stage.
+      k: number of the chunk.
 
     Returns:
-      [rows, W] int32 places of its columns from the anchor on; N elsewhere.
+      [sequences an edit, S] int32 packed indices of its tokens from the anchor
+      on; N elsewhere.
     """
     plan = self._plan
-    self.held[slot] = (edit, k)
+    self.assigned[slot] = (edit, k)
     base = slot * plan.rows
     for c in range(plan.contexts):
       stage = edit.stage(k, c)
@@ -133,10 +137,10 @@ class SlotAllocator:
       self._assign_outputs(slot, c, stage)
     if plan.kl and k == 0:
       self._assign_sequence(slot, plan.contexts, len(edit.kl) - 1, 1)
-      place = len(self._label) + slot
-      self._keep[place] = self._anchor[slot, -1]
+      output = len(self._label) + slot
+      self._keep[output] = self._anchor[slot, -1]
       self._asking.put(
-          base + plan.contexts, np.array([place]), len(edit.kl) - 1
+          base + plan.contexts, np.array([output]), len(edit.kl) - 1
       )
     if k == 0:
       self._grown[slot] = 0
@@ -144,13 +148,13 @@ class SlotAllocator:
     return self._rows.index[base : base + plan.rows].copy()
 
   def _assign_sequence(self, slot: int, c: int, start: int, count: int) -> None:
-    """Takes places for one row."""
-    places = np.array([self._places.pop() for _ in range(count)], np.int32)
-    self._rows.put(slot * self._plan.rows + c, places, start)
-    self._anchor[slot, c] = places[0]
+    """Takes tokens for one sequence."""
+    index = np.array([self._tokens.pop() for _ in range(count)], np.int32)
+    self._rows.put(slot * self._plan.rows + c, index, start)
+    self._anchor[slot, c] = index[0]
 
   def _assign_outputs(self, slot: int, c: int, stage: Stage) -> None:
-    """Takes scored places for the labels of one row."""
+    """Takes logits for the labels of one sequence."""
     row = slot * self._plan.rows + c
     count = len(stage.labels)
     kept = np.array([self._scored.pop() for _ in range(count)], np.int32)
@@ -161,7 +165,7 @@ class SlotAllocator:
     self._pick[slot, c, :count] = kept
 
   def _note_prefix(self, slot: int, edit: EncodedEdit) -> None:
-    """Notes which earlier columns the rows of a new edit see."""
+    """Sets the prefix layout of a new edit's sequences."""
     plan = self._plan
     for c in range(plan.rows):
       positions, segment_ids = self._before[:, slot * plan.rows + c]
@@ -175,17 +179,17 @@ class SlotAllocator:
         segment_ids[at : at + end - begin] = SHARED
 
   def next_chunk(self, slot: int) -> int:
-    """Ends a stage whose edit has another one.
+    """Ends a chunk of an edit that has another one.
 
-    The columns before the next anchor become earlier columns of the row.
+    The tokens before the next anchor join the prefix of their sequence.
 
     Args:
-      slot: where the edit sits; its next stage can be seated there.
+      slot: the edit's; its next chunk can be assigned there.
 
     Returns:
-      The column of earlier keys and values from which this stage's belong.
+      Index in the prefix cache at which this chunk's keys and values start.
     """
-    edit, k = self.held[slot]
+    edit, k = self.assigned[slot]
     plan = self._plan
     offset = plan.shared + self._batch_shape.prefix_shape[1] + self._grown[slot]
     counts = []
@@ -200,17 +204,17 @@ class SlotAllocator:
     return offset
 
   def free(self, slot: int) -> None:
-    """Frees a slot and its places."""
+    """Frees a slot with its tokens and logits."""
     self._release(slot)
     for c in range(self._plan.rows):
       self._before[:, slot * self._plan.rows + c] = 0
-    self.held[slot] = None
+    self.assigned[slot] = None
 
   def _release(self, slot: int) -> None:
     plan, batch_shape = self._plan, self._batch_shape
     for c in range(plan.rows):
       row = slot * plan.rows + c
-      self._places += self._rows.clear(row).tolist()
+      self._tokens += self._rows.clear(row).tolist()
       kept = self._asking.clear(row)
       self._keep[kept] = batch_shape.token_budget
       self._scored += [int(i) for i in kept if i < batch_shape.logit_budget]
@@ -218,32 +222,32 @@ class SlotAllocator:
     self._pick[slot] = batch_shape.logit_budget
 
   def compact(self, batch_shape: BatchShape) -> Compaction | None:
-    """Assigns everybody in a smaller room, if all their stages fit there.
+    """Assigns all edits to a smaller batch shape, if all their chunks fit.
 
     Args:
       batch_shape: `BatchShape.compacted`.
 
     Returns:
-      The new seating and where its slots and places come from, or None.
+      The new allocator and where its slots and tokens come from, or None.
     """
-    seated = [slot for slot, held in enumerate(self.held) if held is not None]
+    active = [slot for slot, one in enumerate(self.assigned) if one is not None]
     loads = np.array(
-        [plan_lib.edit_load(self.held[slot][0]) for slot in seated]
+        [plan_lib.edit_load(self.assigned[slot][0]) for slot in active]
     )
-    places, scored = loads.sum(axis=0) if seated else (0, 0)
+    tokens, scored = loads.sum(axis=0) if active else (0, 0)
     if (
-        len(seated) > batch_shape.slots
-        or places > batch_shape.token_budget
+        len(active) > batch_shape.slots
+        or tokens > batch_shape.token_budget
         or scored > batch_shape.logit_budget
     ):
       return None
     other, rows = SlotAllocator(self._plan, batch_shape), self._plan.rows
-    slots = np.full([batch_shape.slots], len(self.held), np.int32)
+    slots = np.full([batch_shape.slots], len(self.assigned), np.int32)
     source = np.full(
         [batch_shape.token_budget], self._batch_shape.token_budget, np.int32
     )
-    for new, old in enumerate(seated):
-      there = other.assign(new, *self.held[old])
+    for new, old in enumerate(active):
+      there = other.assign(new, *self.assigned[old])
       here = self._rows.index[old * rows : (old + 1) * rows]
       taken = there < batch_shape.token_budget
       source[there[taken]] = here[taken]
@@ -254,7 +258,7 @@ class SlotAllocator:
     return Compaction(other, slots, source)
 
   def layout(self) -> SlotLayout:
-    """Who sits where now, in arrays of their own."""
+    """The present layout, in copies."""
     positions, segment_ids = self._before.copy()
     return SlotLayout(
         rows=self._rows.packing(),

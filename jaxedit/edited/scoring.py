@@ -2,30 +2,30 @@
 
   nll(x, a) = -1/|a| sum_j log p(a_j | x, a_<j)          nats a token
 
-A row is a prompt (the trunk) and its answers, each a branch of its own that
-sees the trunk and itself (see `types.Columns`). The last token of an answer is
-predicted and never read, so a branch holds all tokens but the last and an
-answer of one token costs no column at all:
+A sequence is a query: a prompt (the shared prefix) and its answers, each a
+segment that attends to the prompt and itself (`types.TokenLayout`). The last
+token of an answer is predicted and never read, so a segment has all tokens but
+the last, and an answer of one token needs none:
 
-  column     0 1 2 3 | 4 5 | 6             answers a = a0 a1 a2, b = b0 b1
+  index      0 1 2 3 | 4 5 | 6             answers a = a0 a1 a2, b = b0 b1
   token      x x x x | a0 a1 | b0
   position   0 1 2 3 | 4 5 | 4
   scored           ^   ^ ^   ^             a0, b0 at 3; a1, a2 at 4, 5; b1 at 6
 
-The head runs at scored tokens only. Prompt and answers are tokenised apart and
-joined as ids, so nothing depends on how their border would merge.
+The head runs at scored tokens only. Prompt and answers are tokenised separately
+and joined as ids, so tokens never merge across their border.
 
-Rows are sorted by length and padded on the right to a short ladder of widths,
-with one of two numbers of rows a width: a data set compiles a handful of shapes
-and later calls of the same kind none.
+Queries are sorted by length and padded on the right to a few lengths, with one
+of two batch sizes a length: a data set compiles a handful of shapes, and later
+calls of the same kind none.
 
-Axis letters: B rows, T columns, R scored tokens of a batch, n edited layers,
-E edits, M key-value rows.
+Axis letters as in `jaxedit.types`: B sequences, T tokens, O scored tokens of a
+batch, E edits.
 
 Source: the quantities are those of CounterFact (Meng et al. 2022, arXiv
 2202.05262, section 3.4); their code runs every answer as a text of its own.
 
-It knows no requests and no metrics (see `eval`).
+Not here: requests and metrics (see `eval`).
 """
 
 from __future__ import annotations
@@ -53,17 +53,17 @@ from jaxedit.types import (
     silent,
 )
 
-# Widths of a batch, in columns, and scored tokens a row on average.
+# Lengths of a batch, tokens, and scored tokens a query on average.
 _LENGTHS = (8, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
 _SCORED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512, 1024)
 _ROWS = tuple(2**i for i in range(16))
-# Rows of wide batches are fewer: attention needs B T T numbers.
+# Longer batches have fewer queries: attention needs B T T numbers.
 _FULL_WIDTH = 128
-# What a batch costs besides its columns, in columns: weights are read once more.
+# Cost of a batch beside its tokens, in tokens: weights are read once more.
 _BATCH_COST = 128
-# What a further shape costs, in columns: it may have to be compiled.
+# Cost of a further shape, in tokens: it may have to be compiled.
 _SHAPE_COST = 512
-# Scored columns whose logits exist at one time.
+# Scored tokens whose logits exist at one time.
 _HEAD_ROWS = 1024
 
 
@@ -75,7 +75,7 @@ class Query(NamedTuple):
 
   @property
   def tokens(self) -> int:
-    """Columns that the row needs."""
+    """Tokens of the sequence."""
     return len(self.prompt) + sum(len(a) - 1 for a in self.answers)
 
   @property
@@ -85,7 +85,7 @@ class Query(NamedTuple):
 
 
 class Scored(NamedTuple):
-  """What the model makes of one answer.
+  """The scores of one answer.
 
   Attributes:
     nll: mean negative log-likelihood, nats a token.
@@ -100,11 +100,11 @@ class Scored(NamedTuple):
 
 
 class _Batch(NamedTuple):
-  """Rows laid out for one call; numpy arrays."""
+  """Queries as the arrays of one call; numpy."""
 
   tokens: np.ndarray  # [B, T]
   layout: TokenLayout  # [B, T]
-  index: np.ndarray  # [chunks, R / chunks] into the B T columns
+  index: np.ndarray  # [parts, O / parts] into the B T tokens
   labels: np.ndarray  # same shape
   edit_ids: np.ndarray  # [B]
 
@@ -119,8 +119,8 @@ def encode_queries(
     items: (prompt, answers); an answer is given without leading space.
 
   Returns:
-    One row an item. An answer that leaves no token is empty there, which
-    `error` and `check` refuse.
+    One query an item. An answer without tokens is empty there, which `error`
+    and `check` refuse.
 
   Raises:
     InputError: the tokenizer gives no character offsets.
@@ -136,14 +136,14 @@ def encode_queries(
 
 
 def error(spec: ModelSpec, row: Query) -> str | None:
-  """Says why a row cannot be scored.
+  """Says why a query cannot be scored.
 
   Args:
     spec: the architecture.
-    row: the row.
+    row: the query.
 
   Returns:
-    Half a sentence, or None for a good row.
+    A message, or None for a good query.
   """
   if not row.prompt:
     return 'the prompt has no tokens; give it some text'
@@ -227,7 +227,7 @@ def score(
           shape=shape,
           scored=scored,
       )
-      # This batch is under way while the results of the last one are read.
+      # This batch is computed while the results of the last one are read.
       out = _score(
           spec, params, tuple(deltas), batch, per_edit=edit_ids is not None
       )
@@ -266,15 +266,17 @@ def _score(
 def _cut(
     queries: Sequence[Query], batch_size: int
 ) -> list[tuple[list[int], tuple[int, int], int]]:
-  """Cuts the queries into batches, the widest first, at the least cost.
+  """Divides the queries into batches, the longest first, at the least cost.
 
-  A batch has the full number of queries for its width or a quarter of it, so that
-  a few long queries do not widen a batch of short ones. It is as wide as its queries
-  need, or as the batch before it, whose shape is at hand.
+  A batch has the full number of queries for its length or a quarter of it, so
+  that a few long queries do not lengthen a batch of short ones. It is as long
+  as its queries need, or as the batch before it, whose program is compiled
+  already.
 
   Returns:
-    (which queries, [B, T], scored columns a row) of every batch; B may be more
-    than the queries are, and batches of one shape score as many columns.
+    (which queries, (B, T), scored tokens a query) of every batch; B may be
+    larger than their number, and batches of one shape have equally many scored
+    tokens.
   """
   order = sorted(range(len(queries)), key=lambda i: -queries[i].tokens)
   most = round_up(max(1, min(batch_size, len(queries))), _ROWS)
@@ -284,8 +286,8 @@ def _cut(
     full = 1 << (full.bit_length() - 1)
     return {full, max(1, full // 4)}
 
-  # Query reached -> last shape -> the cheapest way there: its cost in columns, and
-  # its batches, the last one first.
+  # Query reached -> last shape -> the cheapest way there: its cost in tokens,
+  # and its batches, the last one first.
   ways = {0: {(0, 0): (0, None)}}
   while (first := min(ways)) < len(order):
     own = round_up(queries[order[first]].tokens, _LENGTHS)
@@ -315,7 +317,7 @@ def _lay_out(
     shape: tuple[int, int],
     scored: int,
 ) -> _Batch:
-  """Writes queries into arrays of [B, T] = shape, with B `scored` labels."""
+  """Writes queries into arrays of shape (B, T), with B * `scored` labels."""
   tokens, position, segment = np.zeros((3, *shape), np.int32)
   index: list[int] = []
   labels: list[int] = []
@@ -345,7 +347,7 @@ def _lay_out(
 
 
 def _chunks(count: int, scored: int) -> tuple[int, int]:
-  """Divides count * scored columns for the head: (chunks, columns each)."""
+  """Divides count * scored tokens for the head: (parts, tokens each)."""
   fits = [
       together
       for together in range(1, scored + 1)
@@ -362,11 +364,11 @@ def _split(
 
   Args:
     queries: the batch's queries.
-    labels: [R] what was asked for.
-    out: [R] log-probabilities and [R] most probable tokens.
+    labels: [O] the tokens of the answers.
+    out: [O] log-probabilities and [O] most probable tokens.
 
   Yields:
-    The scores of each row's answers.
+    The scores of each query's answers.
   """
   logprob, best = map(np.asarray, out)
   correct = (best == labels) & np.isfinite(logprob)

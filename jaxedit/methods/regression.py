@@ -4,11 +4,12 @@
 
 by a fixed number of AdamW steps. X are the texts to edit, S texts whose outputs
 shall stay. The inputs come from frozen layers below, so no other layer is run.
-Rows lie end to end (`types.Ragged`): what a text costs does not depend on the
-longest one. Groups that know nothing of each other are fitted side by side,
-each on a copy of the block.
+Texts lie end to end (`types.PackedSequences`), so short ones are not padded to
+the longest. Independent groups are fitted side by side, each on a copy of the
+block.
 
-Axes: G groups, R rows, T columns, N places, A anchors of a group, D width.
+Axes as in `jaxedit.types`: groups, B texts, T tokens, N packed tokens, M
+anchors of a group, D width.
 
 Source: Deng et al. 2024 (UnKE, arXiv 2405.15349); decoupled decay as in
 Loshchilov & Hutter 2019 (arXiv 1711.05101).
@@ -58,8 +59,8 @@ class Texts(NamedTuple):
 
   Attributes:
     tokens: [1, N] int32.
-    rows: the R texts on the N places.
-    counted: [N] bool, places that take part in the mean.
+    rows: the B texts on N packed tokens.
+    counted: [N] bool, tokens that take part in the mean.
   """
 
   tokens: Array
@@ -73,7 +74,7 @@ class Side(NamedTuple):
   Attributes:
     h: [1, N, D] input of the block.
     want: [1, N, D] wanted output.
-    texts: what the places are.
+    texts: what the packed tokens are.
   """
 
   h: Array
@@ -85,15 +86,16 @@ class Goals(NamedTuple):
   """Wanted states of groups.
 
   Attributes:
-    place: [G, A] int32 places of the anchors; N where there is none.
-    z: [G, A, D].
+    place: [groups, M] int32 packed indices of the anchors; N where there is
+      none.
+    z: [groups, M, D].
   """
 
   place: Array
   z: Array
 
 
-# Fewer columns, or places, are not worth compiled code of their own.
+# Fewer tokens, of a text or of all, are not worth compiled code of their own.
 _LEAST = (16, 64)
 
 
@@ -115,15 +117,15 @@ def shape_of(
     up: rounds a length up, so that other texts share compiled code.
 
   Returns:
-    (rows, columns, places) that hold any of the groups.
+    (texts, tokens of a text, tokens of all) that hold any of the groups.
   """
   longest = [max(map(len, texts), default=0) for texts in groups]
-  places = [
+  tokens = [
       width * len(texts) if pads else sum(map(len, texts))
       for width, texts in zip(longest, groups)
   ]
   rows = max((len(texts) for texts in groups), default=0)
-  sizes = max(longest, default=0), max(places, default=0)
+  sizes = max(longest, default=0), max(tokens, default=0)
   return up(max(rows, 1)), *(up(max(n, m)) for n, m in zip(sizes, _LEAST))
 
 
@@ -132,23 +134,23 @@ def pack(
     shape: tuple[int, int, int],
     pad: int | None = None,
 ) -> Texts:
-  """Lays texts out.
+  """Packs texts.
 
   Args:
     texts: ids.
-    shape: (R, T, N), each large enough.
+    shape: (B, T, N), each large enough.
     pad: token that fills every text up to the longest on its right, where it is
-      run and counted, yet seen by nobody; None for no such places.
+      run and counted, yet no token attends to it; None for no padding.
 
   Returns:
     Numpy arrays.
   """
-  count, layout, places = shape
-  tokens = np.zeros([1, places], np.int32)
-  index = np.full([count, layout], places, np.int32)
-  segment_ids = np.full([count, layout], PADDING, np.int32)
-  row = np.full([places], count, np.int32)
-  column = np.zeros([places], np.int32)
+  count, width, budget = shape
+  tokens = np.zeros([1, budget], np.int32)
+  index = np.full([count, width], budget, np.int32)
+  segment_ids = np.full([count, width], PADDING, np.int32)
+  row = np.full([budget], count, np.int32)
+  column = np.zeros([budget], np.int32)
   longest, at = max(map(len, texts), default=0), 0
   for r, ids in enumerate(texts):
     length = len(ids) if pad is None else longest
@@ -158,7 +160,7 @@ def pack(
     index[r, :length], segment_ids[r, : len(ids)] = here, SHARED
     row[here], column[here] = r, np.arange(length)
     at += length
-  positions = np.tile(np.arange(layout, dtype=np.int32), (count, 1))
+  positions = np.repeat(np.arange(width, dtype=np.int32)[None], count, axis=0)
   rows = PackedSequences(
       TokenLayout(positions, segment_ids), index, row, column
   )
@@ -174,7 +176,7 @@ def run_block(
     spec: the architecture.
     block: its parameters, without a layer axis.
     h: [1, N, D] residual before it.
-    rows: how the places form rows.
+    rows: the texts as packed sequences.
 
   Returns:
     [1, N, D] residual after it.
@@ -184,13 +186,13 @@ def run_block(
 
 
 def _run_layers(*model: Any, start: int, stop: int) -> Array:
-  """What `decoder.run_layers` gives but for taps."""
+  """The residual stream that `decoder.run_layers` returns, without taps."""
   return decoder.run_layers(*model, start=start, stop=stop)[0]
 
 
 @functools.partial(jax.jit, static_argnames=('spec', 'stop'))
 def enter(spec: ModelSpec, params: Params, texts: Texts, *, stop: int) -> Array:
-  """Runs texts up to a layer, [G, 1, N, D]; without G if they have none."""
+  """Runs texts up to a layer, [groups, 1, N, D]; [1, N, D] without groups."""
 
   def one(texts: Texts) -> Array:
     h = decoder.embed(spec, params, texts.tokens, texts.rows)
@@ -232,20 +234,20 @@ def aim(
     last: int,
     share: float,
 ) -> tuple[Array, Array | None]:
-  """Says what a block shall put out.
+  """Computes the wanted output of a block.
 
   Args:
     spec: the architecture.
     params: canonical parameters.
-    h: [G, 1, N, D] its input.
-    rows: how the places form rows.
-    goals: wanted states, or None for the present output.
+    h: [groups, 1, N, D] its input.
+    rows: the texts as packed sequences.
+    goals: targets, or None for the present output.
     layer: number of the block.
-    last: layer at whose end the goals are.
-    share: of what is missing there, what this block adds.
+    last: layer whose output the targets are.
+    share: share of the residuals that this block inserts.
 
   Returns:
-    (wanted output like h, [G, A, D] present states at the end of `last`).
+    (wanted output like h, [groups, M, D] present states after `last`).
   """
   run = functools.partial(_between, spec, params)
   out = run(h, rows, start=layer, stop=layer + 1)
@@ -258,7 +260,7 @@ def aim(
 
 @jax.jit
 def read(h: Array, goals: Goals) -> Array:
-  """[G, A, D] states at the anchors."""
+  """[groups, M, D] states at the anchors."""
   pick = lambda x, place: jnp.take(
       x[0], place, axis=0, mode='fill', fill_value=0
   )
@@ -287,7 +289,7 @@ take = jax.jit(decoder.layer_params)
 
 
 def error(out: Array, side: Side) -> Array:
-  """Mean square difference from the wanted output, [] over counted places."""
+  """Mean square difference from the wanted output, [] over counted tokens."""
   counted = side.texts.counted
   square = jnp.square(out - side.want)[0]
   total = jnp.sum(jnp.where(counted[:, None], square, 0))
@@ -349,7 +351,7 @@ def fit_groups(
     rule: settings.
 
   Returns:
-    (changes with a leading axis G, [G] bool).
+    (changes with a leading axis of groups, [groups] bool).
   """
   own = 0 if kept.h.ndim == 4 else None
   one = functools.partial(fit, spec)

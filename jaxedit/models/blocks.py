@@ -1,16 +1,16 @@
 """One transformer block as a Flax linen module.
 
 A block reads its weights from the canonical tree (see `spec`), takes
-interventions as arguments and returns what it saw:
+interventions as arguments and returns its activations:
 
   sequential:       h += attn(norm(h));  h += mlp(norm'(h))
   parallel:         h += attn(norm(h)) + mlp(norm'(h))
   parallel_shared:  h += attn(norm(h)) + mlp(norm(h))
 
-The residual h is f32 or wider whatever the weights are; the inputs of matrix
-products are cast to the dtype of the weights, or to that of the activations if
-the spec has a wider one, and their sums are f32 or wider. A run with f32
-weights uses matmul precision 'highest'.
+The residual stream h is f32 or wider for weights of any dtype; the inputs of
+matrix products are cast to the dtype of the weights, or to that of the
+activations if the spec has a wider one, and their sums are f32 or wider. A run
+with f32 weights uses matmul precision 'highest'.
 
 Not here: dropout, training-only parts, the loop over layers (`decoder`).
 """
@@ -35,10 +35,11 @@ from jaxedit.types import Array, OutputTokens, PackedSequences
 # The name under which results of weight products are saved for a backward pass.
 PRODUCT = 'product'
 
-# Stands for minus infinity: a row with no visible column stays finite.
+# In place of minus infinity, so that a fully masked token stays finite.
 MASKED = -1e30
 
-# One column's queries are few where keys are at least so many times as many.
+# The queries of one token are few where keys are at least this many times as
+# many.
 _FEW = 8
 
 _ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
@@ -49,17 +50,17 @@ _ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
 
 
 def stored(spec: ModelSpec, weights: Any) -> Any:
-  """The dtype of activations that are kept, for weights of a dtype."""
+  """Returns the dtype of stored activations, for weights of a dtype."""
   return jnp.promote_types(weights, spec.activations or weights)
 
 
 def product(spec: ModelSpec, x: Array, kernel: Array) -> Array:
   """Applies a kernel to activations; its result has the name `PRODUCT`.
 
-  Activations that are to stay wider than the kernel come as two pieces of its
-  dtype, x = high + low: two products at its speed, off by 2^-17 of x for bf16,
-  where one product of rounded activations is off by 2^-9. A CPU, whose products
-  of bf16 are products of f32, widens the kernel in their place.
+  Activations wider than the kernel are split into two pieces of its dtype, x =
+  high + low: two products at its speed, with an error of 2^-17 of x for bf16,
+  where one product of rounded activations has 2^-9. A CPU, whose products of
+  bf16 are products of f32, widens the kernel instead.
 
   Args:
     spec: the architecture.
@@ -83,8 +84,8 @@ def product(spec: ModelSpec, x: Array, kernel: Array) -> Array:
 def narrow_product(x: Array, kernel: Array, pieces: int) -> Array:
   """Multiplies in the dtype of a narrow kernel, forward and backward.
 
-  Left to itself, the backward pass would multiply the f32 gradient of the
-  result with a kernel widened for it, and round what comes out.
+  The default backward pass would multiply the f32 gradient with a widened copy
+  of the kernel and round the result.
 
   Args:
     x: [..., in], two axes at least, f32 or wider.
@@ -102,7 +103,7 @@ def _in_pieces(equation: str, x: Array, kernel: Array, pieces: int) -> Array:
   if pieces == 1:
     return einsum(equation, x, kernel)
   info = jnp.finfo(kernel.dtype)
-  # Not by conversion there and back, which XLA may leave out.
+  # Not by conversion there and back, which XLA may remove.
   high = jax.lax.reduce_precision(x, info.nexp, info.nmant)
   # Joined, so that the kernel is read once.
   high, low = jnp.split(
@@ -133,8 +134,8 @@ class Norm(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     size, shape = (x.shape[-1],), x.shape
-    # One axis of tokens: with one of length 1 before it, XLA's sums of products
-    # (in the backward pass) take seven times as long on a CPU.
+    # One axis of tokens: with an axis of length 1 before it, XLA's reductions
+    # in the backward pass take seven times as long on a CPU.
     x = x.reshape(-1, *size)
     scale = self.param('scale', nn.initializers.ones, size)
     if self.spec.norm == 'layer':
@@ -170,13 +171,13 @@ def rotate(x: Array, rotary: tuple[Array, Array], style: str) -> Array:
   """Rotates the leading part of every head by its position.
 
   Args:
-    x: [B, T, heads, H].
-    rotary: cosines and sines of the angles, each [B, T, R / 2], R the rotated
+    x: [B, T, Q or G, H].
+    rotary: cosines and sines of the angles, each [B, T, H' / 2], H' the rotated
       part of a head.
     style: 'half' or 'interleaved'.
 
   Returns:
-    [B, T, heads, H], in the dtype of x.
+    Same shape and dtype as x.
   """
   cos, sin = (part[:, :, None, :] for part in rotary)
   size = 2 * cos.shape[-1]
@@ -199,28 +200,28 @@ def attend(
     mask: Array,
     scale: float,
 ) -> Array:
-  """Grouped-query attention over prefix and own columns, without joining them.
+  """Grouped-query attention over prefix and present tokens, kept apart.
 
-  TokenLayout are the last axis but one, so that every product is one of plain
+  Tokens are the last axis but one, so that every product is one of plain
   matrices: a CPU runs others at a third of the rate.
 
   Args:
-    q: [B, G, T, n * H], the n queries of a group side by side.
-    kv: keys and values of the own columns, each [B, G, T, H].
-    prefix: keys and values of P earlier columns, each [B, G, P, H], or None.
-    mask: [B, T, P + T] bool, True where a query may look.
+    q: [B, G, T, Q / G * H], the queries of a group side by side.
+    kv: keys and values of the present tokens, each [B, G, T', H].
+    prefix: keys and values of P prefix tokens, each [B, G, P, H], or None.
+    mask: [B, T, P + T'] bool, True where a query attends.
     scale: factor on the logits.
 
   Returns:
-    [B, G, T, n * H] in f32 or wider.
+    [B, G, T, Q / G * H] in f32 or wider.
   """
-  batch, groups, layout, _ = q.shape
+  batch, groups, tokens, _ = q.shape
   size = kv[0].shape[-1]
   q = q.reshape(batch, groups, -1, size) * scale
   parts = [kv] if prefix is None else [prefix, kv]
-  logits = [_scores(q, key, layout) for key, _ in parts]
+  logits = [_scores(q, key, tokens) for key, _ in parts]
   logits = jnp.concatenate(logits, axis=-1)
-  shape = (batch, groups, layout, -1, logits.shape[-1])
+  shape = (batch, groups, tokens, -1, logits.shape[-1])
   logits = jnp.where(mask[:, None, :, None], logits.reshape(shape), MASKED)
   weights = jax.nn.softmax(logits).reshape(batch, groups, q.shape[2], -1)
   mixed, first = 0.0, 0
@@ -228,17 +229,18 @@ def attend(
     last = first + value.shape[2]
     mixed += einsum('bgqs,bgsh->bgqh', weights[..., first:last], value)
     first = last
-  return mixed.reshape(batch, groups, layout, -1)
+  return mixed.reshape(batch, groups, tokens, -1)
 
 
-def _scores(q: Array, key: Array, layout: int) -> Array:
-  """Products of queries [B, G, Q, H] with keys [B, G, S, H], [B, G, Q, S].
+def _scores(q: Array, key: Array, tokens: int) -> Array:
+  """Products [B, G, T Q / G, T'] of queries [B, G, T Q / G, H] with keys.
 
-  Where a CPU writes texts column by column, the few queries are the right operand,
-  which is up to three times as fast in f32; the barrier keeps XLA from turning the
-  product around again. Narrower keys and gradients of many columns lose by it.
+  Keys are [B, G, T', H]. When a CPU generates token by token, the few queries
+  are the right operand, which is up to three times as fast in f32; the barrier
+  keeps XLA from swapping the operands back. It is slower for narrower keys and
+  for gradients of many tokens.
   """
-  few = layout == 1 and _FEW * q.shape[2] <= key.shape[2]
+  few = tokens == 1 and _FEW * q.shape[2] <= key.shape[2]
   if not few or jax.default_backend() != 'cpu' or key.dtype != wide(key.dtype):
     return einsum('bgqh,bgsh->bgqs', q, key)
   y = einsum('bgsh,bgqh->bgsq', key, q.astype(key.dtype))
@@ -246,15 +248,15 @@ def _scores(q: Array, key: Array, layout: int) -> Array:
 
 
 class AttentionInputs(NamedTuple):
-  """What a block knows of the columns it runs on.
+  """All that attention needs beside activations, keys and values.
 
   Attributes:
-    mask: [R, Q, P + T] bool, which keys a query sees.
-    rotary: cosines and sines of the activations' rotary angles, each [B, T,
-      rotated / 2], or None. They are the same in all layers, and a layer would
-      work them out anew for every head.
-    rows: how activations [1, N, ...] form rows; None if they are rows already.
-    outputs: places to go on with; None for all.
+    mask: [B, T, P + T'] bool, which keys a query attends to.
+    rotary: cosines and sines of the activations' rotary angles, each
+      [B, T, H' / 2], or None. They are computed once, as they are the same in
+      all layers and heads.
+    rows: the sequences of activations [1, N, ...]; None for [B, T, ...].
+    outputs: tokens for which the block's output is computed; None for all.
   """
 
   mask: Array
@@ -267,8 +269,8 @@ class Block(nn.Module):
   """One block; see the module head for its three shapes.
 
   `__call__` is `attention_half` and then `mlp_half`. Called separately, the MLP
-  can run again under another delta without its attention. Activations are [B, T, D], or [1, N, D]
-  where `inputs.rows` says which rows they form.
+  can run again under another delta without its attention. Activations are
+  [B, T, D], or [1, N, D] where `inputs.rows` gives their sequences.
   """
 
   spec: ModelSpec
@@ -283,15 +285,15 @@ class Block(nn.Module):
     """Runs the block.
 
     Args:
-      h: [B, T, D] residual.
-      inputs: what attention needs to know of the tokens.
-      prefix: keys and values of P earlier tokens, or None.
+      h: [B, T, D] residual stream.
+      inputs: all that attention needs beside activations, keys and values.
+      prefix: keys and values of P prefix tokens, or None.
       deltas: those of this layer.
       intervene: (site, activation) -> activation, applied to the edited outputs
         'attn', 'mlp' and 'block'.
 
     Returns:
-      ([B, T, D] residual, what was seen: 'attn', 'mlp', 'block', 'kv', the
+      ([B, T, D] residual stream, activations: 'attn', 'mlp', 'block', 'kv', the
       input of every linear map by its site, and 'choice/<number>' of each delta
       that chooses).
     """
@@ -308,7 +310,8 @@ class Block(nn.Module):
     """Runs the attention half.
 
     Returns:
-      (residual without the MLP, input of the MLP, (keys, values) as rows).
+      (residual stream without the MLP, input of the MLP, (keys, values) by
+      sequence).
     """
     run = _Sites(deltas, inputs.rows)
     h, x = self._attention_half(h, inputs, prefix, run, lambda site, x: x)
@@ -318,7 +321,7 @@ class Block(nn.Module):
     """Runs the MLP half.
 
     Returns:
-      (what it adds to the residual, what was seen).
+      (what it adds to the residual stream, activations).
     """
     run = _Sites(deltas, rows)
     return run.edited('mlp', x, self.mlp(x, run)), run.seen
@@ -337,12 +340,12 @@ class Block(nn.Module):
 
 
 def _kept(inputs: AttentionInputs, x: Array) -> Array:
-  """Activations of the tokens to go on with."""
+  """Activations of the tokens for which the output is computed."""
   return x if inputs.outputs is None else packing.take(x, inputs.outputs)
 
 
 class _Sites:
-  """Applies deltas at the sites of a block and keeps what was seen there."""
+  """Applies deltas at the sites of a block and records activations there."""
 
   def __init__(self, deltas: LayerDeltas, rows: PackedSequences | None):
     self._given, self._rows = deltas, rows
@@ -382,7 +385,7 @@ class _Sites:
 
 
 def _by_group(spec: ModelSpec, rows: PackedSequences | None, x: Array) -> Array:
-  """Lays heads [B, T, heads, H] out as [R, G, T, heads / G * H]."""
+  """Transposes heads [B, T, Q or G, H] to [B, G, T, Q / G * H or H]."""
   if rows is not None:
     x = packing.unflatten(rows, x.reshape(*x.shape[:2], -1))
   x = x.reshape(*x.shape[:2], spec.kv_heads, -1)

@@ -1,16 +1,15 @@
-"""Continues many prompts at a time, on a KV cache that follows the work.
+"""Generates the continuations of many prompts by continuous batching.
 
-A row of a batch holds one text. Texts are written a segment of columns a
-compiled call; between calls rows whose text has ended take the next prompts,
-and when none waits the batch shrinks to the rows that go on. The cache has the
-columns that its longest text will need next, in powers of two.
+Every sequence of a batch has a slot. A compiled call generates `SEGMENT` tokens
+of each; between calls, slots whose text has ended take the next prompts, and
+when none waits the batch shrinks to the active ones. The KV cache has as many
+tokens a sequence as the longest text needs next, in powers of two.
 
-Every prompt draws from a random stream of its own and counts its own steps: a
-text depends neither on the rows beside it nor on their number, and neither on
-the segments.
+Every prompt has a random stream and a step count of its own, so a text depends
+neither on the sequences beside it, nor on their number, nor on the calls.
 
-Not here: beam search. What a batch is and how it is run is in `decode_pool`,
-what a token is drawn by in `sampling`.
+Not here: beam search. The batch and what runs it are in `decode_state`, how a
+token is chosen in `sampling`.
 """
 
 from __future__ import annotations
@@ -43,17 +42,17 @@ __all__ = ['GREEDY', 'Decoding', 'generate', 'refuse_faulty']
 # Numbers of random streams are int32 on the device.
 _STREAMS = 2**31
 
-# Columns of a batch of prompts and of a cache, and rows of the first batch; each
-# is another program.
+# Tokens of a batch of prompts and of a cache, and sequences of the first batch;
+# each is another compiled program.
 _LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _CACHES = tuple(width for width in _LENGTHS if width >= 64)
 _ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
-# A batch is not halved below this: reading the weights is what it costs then.
+# A batch is not halved below this: reading the weights dominates its cost then.
 _FEW = 4
 
 
 def _fit(ladder: Sequence[int], size: int) -> int:
-  """The first step of a ladder that is enough."""
+  """Returns the first bucket of a ladder that is not below `size`."""
   return next((step for step in ladder if step >= size), size)
 
 
@@ -76,12 +75,12 @@ def refuse_faulty(
     max_new_tokens: see `generate`, as all that follow.
     stop_ids: tokens that end a text.
     decoding: settings of the choice.
-    batch_size: rows.
+    batch_size: sequences.
     streams: numbers of the random streams.
-    more: further faults that the caller has found.
+    more: further errors that the caller has found.
 
   Raises:
-    InputError: with a sentence a fault.
+    InputError: with a message an error.
   """
   sizes = {'max_new_tokens': max_new_tokens, 'batch_size': batch_size}
   problems = [
@@ -105,15 +104,15 @@ def refuse_faulty(
         f'random stream {absent[0]} does not exist; they are numbered from 0'
         f' to {_STREAMS - 1}'
     )
-  left = spec.max_positions - max_new_tokens
+  longest = spec.max_positions - max_new_tokens
   for i, prompt in enumerate(prompts):
-    if not 1 <= len(prompt) <= left:
+    if not 1 <= len(prompt) <= longest:
       problems.append(
           f'prompt {i} has {len(prompt)} tokens; with {max_new_tokens} new ones'
-          f' the model takes 1 to {left}: shorten it or ask for fewer new'
+          f' the model takes 1 to {longest}: shorten it or ask for fewer new'
           ' tokens'
       )
-    # Inside jit such an id would be read as another one without a word.
+    # Inside jit such an id would silently be read as another one.
     strange = sorted({t for t in prompt if not 0 <= t < spec.vocab})
     if strange:
       problems.append(
@@ -129,8 +128,8 @@ class _DecodeLoop:
 
   Attributes:
     texts: new tokens of every prompt so far.
-    waiting: prompts without a row, the shortest first.
-    slots: the prompt of every row, or None.
+    waiting: prompts without a slot, the shortest first.
+    slots: the prompt of every slot, or None.
   """
 
   def __init__(
@@ -149,8 +148,8 @@ class _DecodeLoop:
     self._inputs, self._rule = inputs, rule
     self._streams, self._edit_ids = streams, edit_ids
     self._most, self._rows = int(inputs.most), rows
-    # Prompts are read a quarter of the batch at a time, so that few rows have
-    # to be free for it and one program does.
+    # Prompts are prefilled a quarter of the batch at a time, so that few slots
+    # have to be free for it and one program is enough.
     self._chunk = max(1, rows // 4)
     self._state: decode_state.DecodeState | None = None
     self.texts: list[list[int]] = [[] for _ in prompts]
@@ -164,7 +163,7 @@ class _DecodeLoop:
     return bool(self.waiting) or any(i is not None for i in self.slots)
 
   def generate_segment(self) -> int:
-    """Takes prompts in, writes a segment and lets ended texts go.
+    """Assigns waiting prompts, generates a segment and frees slots.
 
     Returns:
       How many texts have ended.
@@ -187,7 +186,7 @@ class _DecodeLoop:
     return ended
 
   def _next_prompts(self) -> list[list[int]]:
-    """Picks the prompts that come in now, in chunks."""
+    """Takes the prompts to assign now, in groups."""
     free, coming = self.slots.count(None), []
     while self.waiting and free >= min(self._chunk, len(self.waiting)):
       size = min(self._chunk, len(self.waiting))
@@ -196,7 +195,7 @@ class _DecodeLoop:
     return coming
 
   def _resize(self, coming: Sequence[int]) -> None:
-    """Gives the batch the rows and columns for the next segment."""
+    """Resizes the batch and its cache for the next segment."""
     kept = [row for row, i in enumerate(self.slots) if i is not None]
     texts = [*(self.slots[row] for row in kept), *coming]
     rows = len(self.slots)
@@ -221,16 +220,16 @@ class _DecodeLoop:
       self.slots += [None] * (rows - len(self.slots))
 
   def _columns(self, i: int) -> int:
-    """Columns of the cache that a text has filled after the next segment."""
-    new = max(len(self.texts[i]), 1)  # a prompt is read with its first token
+    """Tokens of a text in the cache after the next segment."""
+    new = max(len(self.texts[i]), 1)  # prefill generates the first token
     ahead = min(decode_state.SEGMENT, self._most - new)
     return len(self._prompts[i]) + new - 1 + ahead
 
   def _assign(self, chosen: Sequence[int]) -> None:
-    """Reads prompts and gives them rows."""
+    """Prefills prompts and assigns them to slots."""
     width = _fit(_LENGTHS, max(len(self._prompts[i]) for i in chosen))
     tokens = np.zeros((self._chunk, width), np.int32)
-    # What a chunk has to spare holds one token and gets no row.
+    # Unused sequences of the prefill have one token and get no slot.
     length, stream, edit_id = np.zeros((3, self._chunk), np.int32)
     length[:] = 1
     slots = np.full(self._chunk, len(self.slots), np.int32)
@@ -273,7 +272,7 @@ def generate(
     batch_size: int = 64,
     progress: Progress = silent,
 ) -> list[list[int]]:
-  """Continues prompts.
+  """Generates continuations of prompts.
 
   Args:
     spec: the architecture.
@@ -281,16 +280,16 @@ def generate(
     prompts: token ids, special tokens included, at least one each.
     max_new_tokens: tokens to add at most.
     stop_ids: tokens that end a text; the stop token is kept as its last.
-    temperature: as the four that follow see `Decoding`.
+    temperature: see `Decoding`, as for the four below.
     top_k: candidates at most; 0 for all.
     top_p: probability that the candidates exceed; 1 for all.
-    repetition_penalty: divides positive logits of tokens that were there.
+    repetition_penalty: divides positive logits of tokens that are in the text.
     seed: of the random streams.
     deltas: of one edit that all prompts are under, or of E edits side by side.
     edit_ids: with edits side by side, which one each prompt is under.
     streams: number of each prompt's random stream, below 2^31; 0, 1, 2, ... if
       not given.
-    batch_size: rows a batch at most.
+    batch_size: sequences a batch at most.
     progress: progress display.
 
   Returns:
@@ -324,7 +323,7 @@ def generate(
           numbers=numbers,
           stop=jnp.asarray(stop),
           most=jnp.int32(max_new_tokens),
-          # Once: every compiled call would bring them over from the host.
+          # Once: every compiled call would transfer them from the host.
           deltas=jax.tree.map(jnp.asarray, tuple(deltas)),
           per_edit=edit_ids is not None,
       ),

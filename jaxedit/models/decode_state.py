@@ -1,14 +1,15 @@
-"""A batch of texts on a device, and what is done to it.
+"""The state of generation on a device, and the steps on it.
 
-  read      new prompts, right-padded, become a small batch with first tokens
-  seat      their texts go to free rows of the large one
-  extend    every row writes a segment of columns, each at its own place
-  resize    other rows and columns, as the texts need them
+  prefill           runs right-padded prompts and chooses their first tokens
+  assign            moves them to free slots of the running batch
+  generate_segment  generates a segment of tokens for every sequence
+  resize            changes the number of slots and the length of the cache
 
-Column p of a row's cache is its position p, so rows of any age stand side by
-side. What decides when to do which is `decode`.
+Index p of a sequence's cache is position p, so sequences of different lengths
+share a batch. `decode` decides when to run which step.
 
-Axes: B rows, P cache columns, Q rows read together, n edited layers, E edits.
+Axes as in `jaxedit.types`: B slots, B' prompts of one prefill, P tokens of the
+cache, n edited layers, E edits.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from jaxedit.types import (
     TokenLayout,
 )
 
-# Columns of a segment: rows that have ended wait for half of it on average.
+# Tokens of a segment; an ended text waits for half of one on average.
 SEGMENT = 32
 
 
@@ -45,14 +46,14 @@ class TextState(NamedTuple):
   token: Array  # [B] int32 the last token, not in the cache yet
   place: Array  # [B] int32 its position
   step: Array  # [B] int32 new tokens so far
-  live: Array  # [B] bool, the text goes on
+  live: Array  # [B] bool, whether the text is unfinished
   stream: Array  # [B] int32 number of the random stream
-  edit_id: Array  # [B] int32 edit of the row
-  seen: Array | None  # [B, V] bool tokens of the text, where they matter
+  edit_id: Array  # [B] int32 edit of the sequence
+  seen: Array | None  # [B, V] bool tokens of the text, for a repetition penalty
 
 
 class DecodeState(NamedTuple):
-  """A batch of texts with what earlier tokens left.
+  """A batch of texts with its KV cache and the choices of deltas.
 
   Attributes:
     rows: the texts.
@@ -73,7 +74,7 @@ class DecodeState(NamedTuple):
 
 @flax.struct.dataclass
 class DecodeInputs:
-  """What every compiled call of one run is given."""
+  """The inputs that all compiled calls of a run share."""
 
   numbers: sampling.Numbers
   stop: Array  # [V] bool
@@ -96,7 +97,7 @@ def empty(
   Args:
     spec: the architecture.
     params: canonical parameters; keys and values have their dtype.
-    inputs: what all calls share.
+    inputs: the inputs that all calls share.
     rows: B.
     width: P, tokens of the cache.
     rule: static settings of the choice of tokens.
@@ -143,7 +144,7 @@ def _run(
     *,
     choose: bool = False,
 ) -> Callable[..., tuple[Array, tuple[Any, ...]]]:
-  """The whole stack of layers, with its KV and, if asked for, choices."""
+  """Binds `run_layers` to all layers; it returns KV and, if asked, choices."""
   taps = [Tap('kv', tuple(range(spec.layers)))]
   if choose:
     taps += [
@@ -163,7 +164,7 @@ def _run(
 
 
 def _active(inputs: DecodeInputs, rows: TextState, **options) -> ActiveDeltas:
-  """The deltas under which rows are run."""
+  """The deltas under which the texts are run."""
   edit_ids = rows.edit_id if inputs.per_edit else None
   return deltas_lib.active(inputs.deltas, edit_ids, **options)
 
@@ -171,11 +172,11 @@ def _active(inputs: DecodeInputs, rows: TextState, **options) -> ActiveDeltas:
 def _append(
     rule: sampling.Rule, inputs: DecodeInputs, rows: TextState, logits: Array
 ) -> tuple[TextState, Array]:
-  """Adds a token to the texts that go on.
+  """Adds a token to unfinished texts.
 
   Args:
     rule: static settings of the choice.
-    inputs: what all calls share.
+    inputs: the inputs that all calls share.
     rows: B texts.
     logits: [B, V].
 
@@ -221,15 +222,15 @@ def prefill(
   Args:
     spec: the architecture.
     params: canonical parameters.
-    inputs: what all calls share.
-    tokens: [Q, P] right-padded prompts.
-    length: [Q] tokens of each, at least one.
-    stream: [Q] numbers of their random streams.
-    edit_id: [Q] their edits.
+    inputs: the inputs that all calls share.
+    tokens: [B', T] right-padded prompts.
+    length: [B'] tokens of each, at least one.
+    stream: [B'] numbers of their random streams.
+    edit_id: [B'] their edits.
     rule: static settings of the choice.
 
   Returns:
-    (a batch of its own, [Q] first tokens).
+    (a batch of its own, [B'] first tokens).
   """
   valid = jnp.arange(tokens.shape[1]) < length[:, None]
   layout = decoder.token_layout(valid)
@@ -259,12 +260,12 @@ def prefill(
 
 @functools.partial(jax.jit, donate_argnames='state')
 def assign(state: DecodeState, fresh: DecodeState, slots: Array) -> DecodeState:
-  """Puts texts into rows of a batch.
+  """Assigns prefilled texts to slots of a batch.
 
   Args:
-    state: B rows.
-    fresh: Q rows with no more columns.
-    slots: [Q] int32 rows to take; B or more drops the text.
+    state: B slots.
+    fresh: B' texts, with a cache no longer than that of `state`.
+    slots: [B'] int32 slots to take; B or more drops the text.
 
   Returns:
     The batch.
@@ -285,22 +286,22 @@ def assign(state: DecodeState, fresh: DecodeState, slots: Array) -> DecodeState:
 
 @functools.partial(jax.jit, static_argnames='width')
 def resize(state: DecodeState, kept: Array, width: int) -> DecodeState:
-  """Goes on with other rows and columns.
+  """Changes the slots and the length of the cache.
 
   Args:
-    state: B rows.
-    kept: rows to keep, in order; B or more makes an empty row.
-    width: columns of the cache, static.
+    state: B slots.
+    kept: slots to keep, in order; B or more makes an empty slot.
+    width: tokens of the cache, static.
 
   Returns:
-    A batch of as many rows as `kept` has.
+    A batch with the slots of `kept`.
   """
   take = functools.partial(jnp.take, indices=kept, mode='fill', fill_value=0)
 
   def tokens(x: Array) -> Array:
     x = take(x[:, :, :, :width], axis=1)
-    left = width - x.shape[3]
-    return jnp.pad(x, (*((0, 0),) * 3, (0, left), (0, 0)))
+    added = width - x.shape[3]
+    return jnp.pad(x, (*((0, 0),) * 3, (0, added), (0, 0)))
 
   rows = jax.tree.map(functools.partial(take, axis=0), state.rows)
   choices = jax.tree.map(functools.partial(take, axis=1), state.choices)
@@ -318,17 +319,17 @@ def generate_segment(
     *,
     rule: sampling.Rule,
 ) -> tuple[DecodeState, Array]:
-  """Writes one segment.
+  """Generates one segment.
 
   Args:
     spec: the architecture.
     params: canonical parameters.
-    inputs: what all calls share.
-    state: B rows with a cache of enough tokens.
+    inputs: the inputs that all calls share.
+    state: B slots with a cache of enough tokens.
     rule: static settings of the choice.
 
   Returns:
-    (the batch, [B, segment] tokens, -1 where none).
+    (the batch, [B, SEGMENT] tokens, -1 where none).
   """
   size, width = state.shape
   choices = state.choices

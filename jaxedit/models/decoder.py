@@ -8,8 +8,8 @@ tapped layer begins or ends, and each piece is one scan, so a run compiles as
 many block bodies as it has pieces, whatever its depth.
 
 Interventions are arguments (`patches`, `deltas`), observations are return
-values (`taps`); there is no state. Axes as in `jaxedit.types`; n is the number of
-layers run.
+values (`taps`); there is no state. Axes as in `jaxedit.types`. Where a layout
+is `PackedSequences`, activations [B, T, ...] are [1, N, ...].
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ from jaxedit.types import (
 )
 
 NO_DELTAS = LayerDeltas({})
-# Saves the results of weight products and recomputes the rest: the weight slice
-# of a layer is not kept for the backward pass, which plain AD would do.
+# Saves the results of weight products and recomputes the rest. Plain AD would
+# also keep each layer's slice of the weights for the backward pass.
 SAVE_PRODUCTS = jax.checkpoint_policies.save_only_these_names(PRODUCT)
 
 
 def token_layout(valid: Array) -> TokenLayout:
-  """Describes padded rows of one text each.
+  """Makes the layout of padded sequences of one text each.
 
   Args:
     valid: [B, T] bool, False at padding on either side.
 
   Returns:
-    TokenLayout with positions from 0 at the first valid column and one trunk.
+    Layout with positions from 0 at the first valid token, all in `SHARED`.
   """
   valid = jnp.asarray(valid)
   positions = jnp.maximum(jnp.cumsum(valid, axis=-1) - 1, 0)
@@ -70,15 +70,15 @@ def token_layout(valid: Array) -> TokenLayout:
 
 
 def visible(query: TokenLayout, key: TokenLayout, window: int | None) -> Array:
-  """Says which key columns a query column sees (see `types.Columns`).
+  """Computes the attention mask of two layouts (see `types.TokenLayout`).
 
   Args:
-    query: [B, T] columns.
-    key: [B, S] columns.
+    query: [B, T] layout of the queries.
+    key: [B, T'] layout of the keys.
     window: sliding window in tokens, or None.
 
   Returns:
-    [B, T, S] bool.
+    [B, T, T'] bool.
   """
   q = TokenLayout(query.positions[:, :, None], query.segment_ids[:, :, None])
   k = TokenLayout(key.positions[:, None, :], key.segment_ids[:, None, :])
@@ -92,18 +92,18 @@ def visible(query: TokenLayout, key: TokenLayout, window: int | None) -> Array:
 def rope_frequencies(
     size: int, theta: float, scaling: RopeScaling | None
 ) -> np.ndarray:
-  """Angular frequencies of rotary positions.
+  """Computes the angular frequencies of rotary positions.
 
   Args:
     size: rotated part of a head.
     theta: base of the wavelengths.
-    scaling: stretching, or None.
+    scaling: of long contexts, or None.
 
   Returns:
     [size / 2] float64, radians a token.
 
-  Source: Su et al. 2021 (arXiv 2104.09864); the llama3 stretching as released
-  with Llama 3.1.
+  Source: Su et al. 2021 (arXiv 2104.09864); the llama3 scaling as released with
+  Llama 3.1.
   """
   freq = theta ** -(np.arange(0, size, 2) / size)
   if scaling is None:
@@ -119,7 +119,7 @@ def rope_frequencies(
 def _rotary(
     spec: ModelSpec, positions: Array, dtype: Any
 ) -> tuple[Array, Array] | None:
-  """Cosines and sines [B, T, R / 2] of rotary angles; None without them."""
+  """Cosines and sines [B, T, H' / 2] of rotary angles; None without them."""
   if spec.rotary == 'none':
     return None
   freq = rope_frequencies(spec.rotary_size, spec.rope_theta, spec.rope_scaling)
@@ -128,12 +128,12 @@ def _rotary(
 
 
 def _sequence_layout(layout: TokenLayout | PackedSequences) -> TokenLayout:
-  """[R, T] columns as attention sees them."""
+  """[B, T] layout of the sequences, as attention uses it."""
   return layout.layout if isinstance(layout, PackedSequences) else layout
 
 
 def _positions(layout: TokenLayout | PackedSequences) -> Array:
-  """[B, T] positions as activations have them."""
+  """[B, T] positions, or [1, N] of packed sequences."""
   if isinstance(layout, PackedSequences):
     return packing.flatten(layout, layout.layout.positions)
   return layout.positions
@@ -147,7 +147,7 @@ def _attention_inputs(
     dtype: Any,
     outputs: OutputTokens | None = None,
 ) -> AttentionInputs:
-  """What blocks need to know of their columns."""
+  """Computes mask and rotary angles, which all layers share."""
   keys = _sequence_layout(layout)
   queries = keys if outputs is None else outputs.rows.layout
   mask = visible(queries, keys, spec.window)
@@ -173,11 +173,11 @@ def embed(
   Args:
     spec: the architecture.
     params: canonical parameters.
-    tokens: [B, T] int32; [1, N] for `PackedSequences` columns.
-    layout: [B, T] columns.
+    tokens: [B, T] int32; [1, N] with `PackedSequences`.
+    layout: [B, T] layout of the tokens.
 
   Returns:
-    [B, T, D] residual, f32 or wider.
+    [B, T, D] residual stream, f32 or wider.
   """
   table = params['embed']['embedding']
   h = table[tokens].astype(wide(table.dtype))
@@ -202,7 +202,7 @@ def _head(spec: ModelSpec, params: Params) -> tuple[Array, Array | None]:
 
 
 def logits(spec: ModelSpec, params: Params, h: Array) -> Array:
-  """Turns the last residual into next-token logits.
+  """Computes next-token logits from the output of the last block.
 
   Args:
     spec: the architecture.
@@ -220,7 +220,7 @@ def logits(spec: ModelSpec, params: Params, h: Array) -> Array:
 def label_logprob(
     spec: ModelSpec, params: Params, h: Array, labels: Array
 ) -> tuple[Array, Array]:
-  """Scores labels at given residuals, without keeping their logits.
+  """Scores labels at given outputs of the last block, without storing logits.
 
   Args:
     spec: the architecture.
@@ -257,7 +257,7 @@ def _intervene(patches: Sequence[Patch], layer: Array) -> Callable:
 
 
 def layer_params(params: Params, layer: Array | int) -> Params:
-  """Picks one layer's weights; the index may be traced."""
+  """Selects one layer's weights; the index may be traced."""
   pick = functools.partial(
       jax.lax.dynamic_index_in_dim, index=layer, axis=0, keepdims=False
   )
@@ -281,17 +281,17 @@ def run_layer(
   Args:
     spec: the architecture.
     params: canonical parameters.
-    h: [B, T, D] residual.
-    layout: [B, T] columns.
+    h: [B, T, D] residual stream.
+    layout: [B, T] layout of the tokens.
     layer: layer number.
-    prefix: keys and values of P earlier columns in this layer, or None.
+    prefix: keys and values of P prefix tokens in this layer, or None.
     deltas: those of this layer.
-    intervene: (site, output) -> output that takes its place, for the sites
-      'attn', 'mlp' and 'block'.
-    outputs: places of `PackedSequences` columns at which the output is wanted.
+    intervene: (site, output) -> output to use instead, for the sites 'attn',
+      'mlp' and 'block'.
+    outputs: with `PackedSequences`, tokens at which the output is needed.
 
   Returns:
-    ([B, T, D] residual, what the block saw, see `blocks.Block`).
+    ([B, T, D] residual stream, the block's activations, see `blocks.Block`).
   """
   kv = before = None
   if prefix is not None:
@@ -321,13 +321,14 @@ def attention_half(
   Args:
     spec: the architecture.
     params: canonical parameters.
-    h: [B, T, D] residual.
-    layout: [B, T] columns.
+    h: [B, T, D] residual stream.
+    layout: [B, T] layout of the tokens.
     layer: layer number, may be traced.
-    prefix: keys and values of P earlier columns in this layer, or None.
+    prefix: keys and values of P prefix tokens in this layer, or None.
 
   Returns:
-    (residual without the MLP, input of the MLP, (keys, values) as rows).
+    (residual stream without the MLP, input of the MLP, (keys, values) by
+    sequence).
   """
   kv = before = None
   if prefix is not None:
@@ -354,13 +355,14 @@ def mlp_half(
   Args:
     spec: the architecture.
     params: canonical parameters.
-    x: [B, T, D] its input, as `attention_half` gives it.
+    x: [B, T, D] its input, the result of `attention_half`.
     layer: layer number, may be traced.
-    rows: how x [1, N, D] forms rows, for changes of their own a row.
+    rows: the sequences of x [1, N, D], for deltas per sequence.
     deltas: those of this layer.
 
   Returns:
-    ([B, T, D] what it adds to the residual, what it saw).
+    ([B, T, D] what it adds to the residual stream, the inputs of its maps by
+    site).
   """
   weights = {'params': layer_params(params, layer)}
   return Block(spec).apply(weights, x, rows, deltas, method='mlp_half')
@@ -372,7 +374,7 @@ def _pieces(
   """Cuts [start, stop) where membership in the marked layer sets changes.
 
   Returns:
-    (first, end, which sets hold these layers) of every piece.
+    (first, end, which sets contain these layers) of every piece.
   """
 
   def active(layer: int) -> tuple[int, ...]:
@@ -403,27 +405,28 @@ def run_layers(
   Args:
     spec: the architecture.
     params: canonical parameters.
-    h: [B, T, D] residual before layer `start`.
-    layout: [B, T] columns of h. `PackedSequences` ones go with h [1, N, D]; what
-      is said of B below then holds for its sequences, and patches are not supported.
+    h: [B, T, D] residual stream before layer `start`; [1, N, D] with
+      `PackedSequences`.
+    layout: [B, T] layout of the tokens. `PackedSequences` do not go with
+      patches.
     start: first layer, static.
     stop: one past the last layer, static.
-    prefix: keys and values of earlier columns for exactly these layers.
+    prefix: keys and values of prefix tokens in exactly these layers.
     patches: interventions on activations.
     deltas: applied as the layers run; those of other layers are ignored. A
-      sequence of them stands for deltas that all sequences share.
-    taps: what to observe.
-    outputs: places of `PackedSequences` columns at which the last of these layers is
-      wanted; h is [1, K, D] then.
+      Python sequence stands for deltas that all sequences share.
+    taps: activations to return.
+    outputs: with `PackedSequences`, tokens at which the output of the last of
+      these layers is needed; the returned residual stream is then [1, O, D].
     remat: a checkpoint policy (e.g. `SAVE_PRODUCTS`) where gradients flow.
 
   Returns:
-    ([B, T, D] residual after layer stop - 1; for every tap its readings, stacked
-    over those of its layers that were run).
+    ([B, T, D] residual stream after layer stop - 1; for every tap its readings,
+    stacked over those of its layers that were run).
   """
   if isinstance(layout, PackedSequences) and patches:
     raise ValueError(
-        'patches name columns of rows, not places: use `TokenLayout`'
+        'patches name tokens of sequences, not packed ones: use `TokenLayout`'
     )
   if not isinstance(deltas, ActiveDeltas):
     deltas = ActiveDeltas(tuple(deltas))
@@ -506,7 +509,7 @@ def forward(
     spec: the architecture.
     params: canonical parameters.
     tokens: [B, T] int32.
-    layout: [B, T] columns, e.g. `token_layout(tokens != pad)`.
+    layout: [B, T] layout of the tokens, e.g. `token_layout(tokens != pad)`.
     patches: interventions on activations.
     deltas: see `run_layers`.
 

@@ -1,8 +1,9 @@
-"""Moves activations between places and rows (see `types.Ragged`).
+"""Moves activations between packed tokens and padded sequences.
 
-`unflatten` and `flatten` are each other's transpose, and both gather: plain
-differentiation would turn the gather of one direction into a scatter, which
-runs serially on a CPU. (`take` picks few places and leaves it at that.)
+See `types.PackedSequences`. `unflatten` and `flatten` are each other's
+transpose, and both gather: plain differentiation would turn one gather into a
+scatter, which runs serially on a CPU. (`take` selects few tokens and has no
+such rule.)
 """
 
 from __future__ import annotations
@@ -15,28 +16,28 @@ from jaxedit.types import Array, OutputTokens, PackedSequences
 
 @jax.custom_vjp
 def unflatten(rows: PackedSequences, x: Array) -> Array:
-  """Lays places out as rows.
+  """Unpacks tokens into padded sequences.
 
   Args:
-    rows: R rows of T columns on N places.
+    rows: B sequences of at most T tokens, N in all.
     x: [1, N, ...].
 
   Returns:
-    [R, T, ...], 0 where a row has no token.
+    [B, T, ...], 0 at padding.
   """
   return jnp.take(x[0], rows.index, axis=0, mode='fill', fill_value=0)
 
 
 @jax.custom_vjp
 def flatten(rows: PackedSequences, x: Array) -> Array:
-  """Lays rows end to end.
+  """Packs padded sequences end to end.
 
   Args:
-    rows: R rows of T columns on N places.
-    x: [R, T, ...].
+    rows: B sequences of at most T tokens, N in all.
+    x: [B, T, ...].
 
   Returns:
-    [1, N, ...], 0 at empty places.
+    [1, N, ...], 0 where there is no token.
   """
   flat = x.reshape(-1, *x.shape[2:])
   index = rows.row * rows.index.shape[1] + rows.column
@@ -54,13 +55,13 @@ flatten.defvjp(
 
 
 def take(x: Array, outputs: OutputTokens) -> Array:
-  """Picks the kept places.
+  """Takes the output tokens.
 
   Args:
     x: [1, N, ...].
-    outputs: K places.
+    outputs: O tokens.
 
   Returns:
-    [1, K, ...], 0 where none is kept.
+    [1, O, ...], 0 where there is none.
   """
   return jnp.take(x, outputs.index, axis=1, mode='fill', fill_value=0)

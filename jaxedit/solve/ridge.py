@@ -1,30 +1,31 @@
 """The one closed form behind every locate-and-edit method.
 
 With keys K [M, F], wanted output changes R [M, D], keys C [M, F] at which R is
-wanted (as a rule K itself), a preconditioner S = B B^T and a ridge r, the kernel change
+wanted (as a rule K itself), a preconditioner S = B B^T and a ridge r, the
+kernel change
 
   X = S K^T (r I + C S K^T)^-1 R                          [F, D]
 
 solves min ||X||_S^2 + 1/r ||K X - R||^2 where C is K. With r = 1 and S^-1 the
 second moment of keys times lambda it is MEMIT's (S^-1 + K^T K)^-1 K^T R, by the
-Woodbury identity; with r = 0 and the key of the bare prompt for C it is ROME's.
-In the whitened keys A = K B and Q = C B, [M, rank],
+Woodbury identity; with r = 0 and the key of the plain prompt for C it is
+ROME's. In the whitened keys A = K B and Q = C B, [M, rank],
 
   X = B A^T (r I + Q A^T)^-1 R       M x M, `ridge_update` gives it as factors
     = B (r I + A^T Q)^-1 A^T R       rank x rank, for more keys than the rank
 
 and both systems are symmetric and positive semidefinite where C is K.
 
-Held keys H [P, F], G = H B, are further rows of K and of C with zero residual.
-In the second form they add G^T G. In the first they are eliminated, and M rows
-are left: those of K without what H foresees of them.
+Preserved keys H [J, F], G = H B, are further rows of K and of C with zero
+residual. In the second form they add G^T G. In the first they are eliminated,
+and M rows are left: those of K without their regression on H.
 
   W  = A G^T (r I + G G^T)^-1,  A' = A - W G      V and Q' from Q likewise
   X  = B A'^T (r I + Q' A'^T + r V W^T)^-1 R
 
 The matrix is the Schur complement, so written that nothing is subtracted in it
-and errors of V and W enter only as a product. Where keys are almost held, a
-Cholesky of all rows would be off a thousand times as much.
+and errors of V and W enter only as a product. Where keys are almost preserved,
+a Cholesky factorisation of all rows would have a thousand times the error.
 """
 
 from __future__ import annotations
@@ -48,10 +49,11 @@ Array = jax.Array
 # Rows that are widened and whitened at one time; matrix products of so many
 # rows already run at full speed.
 BLOCK = 1024
-# Ridge of held keys at least, in roundings of their sum of squares.
+# Least ridge of preserved keys, in roundings of their sum of squares.
 _SOFT = 8
-# The same of all keys in the coordinates of the preconditioner, as a power of a rounding:
-# of what keys do not reach, rounding leaves its share over this one's.
+# The same of all keys in the coordinates of the preconditioner, as a power of a
+# rounding: of what keys do not reach, rounding leaves its share over this
+# one's.
 _SOFT_POWER = 2 / 3
 
 
@@ -80,9 +82,10 @@ def ridge_update(
 ) -> LowRankUpdate:
   """Solves for the change that moves the output at C by R, as exact factors.
 
-  Beside the factors of the preconditioner it costs a Cholesky of P x P and a solve of
-  M x M: Cholesky too, or LU with a constraint, which makes it unsymmetric. With
-  M + P beyond the rank one system of rank x rank takes their place.
+  Beside the factors of the preconditioner it costs a Cholesky of J x J and a
+  solve of M x M: Cholesky too, or LU with a constraint, which makes it
+  unsymmetric. With M + J beyond the rank one system of rank x rank takes their
+  place.
 
   Args:
     preconditioner: S.
@@ -93,14 +96,14 @@ def ridge_update(
     active: [M] bool; other rows take no part, as if they were not there. A
       fixed M keeps one compiled solve for batches of any size.
     constraint: [M, F] C; `keys` unless given.
-    preserved: [P, F] H, keys whose output is to stay where it is; as rows of `keys`
-      with zero residual, only that the factors still have M rows, and that
-      with ridge 0 they may repeat or depend on each other.
-    preserved_active: [P] bool, as `active`.
+    preserved: [J, F] H, keys whose output is to stay where it is; as rows of
+      `keys` with zero residual, only that the factors still have M rows, and
+      that with ridge 0 they may repeat or depend on each other.
+    preserved_active: [J] bool, as `active`.
 
   Returns:
-    Factors of X in the dtype of the preconditioner, [M, F] and [M, D], zero in inactive
-    rows; not finite where the system is singular.
+    Factors of X in the dtype of the preconditioner, [M, F] and [M, D], zero in
+    inactive rows; not finite where the system is singular.
 
   Source: Meng et al. 2022b (MEMIT), equation 14, in Woodbury form; with a
   constraint Meng et al. 2022a (ROME, arXiv 2202.05262), equation 2.
@@ -115,7 +118,7 @@ def ridge_update(
   if count + _count(problem.preserved) <= rank(preconditioner):
     free, value = _solve_rows(problem, ridge=ridge, block=None)
     return LowRankUpdate(lift(preconditioner, free), value)
-  # Many held keys: the columns of (r I + A^T Q + G^T G)^-1 A^T.
+  # Many preserved keys: the columns of (r I + A^T Q + G^T G)^-1 A^T.
   unit = problem._replace(residuals=jnp.eye(count, dtype=residuals.dtype))
   free = _solve_coordinates(unit, ridge=ridge, block=BLOCK)
   value = _masked(residuals, problem.active).astype(free.dtype)
@@ -137,18 +140,21 @@ def ridge_dense(
   """Solves for the same change as `ridge_update`, as one matrix.
 
   For so many keys that factors are larger than the matrix. The smaller of the
-  two systems is solved: M x M and P x P up to M + P = rank, rank x rank beyond.
-  Keys may come narrower than the preconditioner (f32, where it is f64): they are
-  widened and whitened a block at a time, and K and H are never put together.
+  two systems is solved: M x M and J x J up to M + J = rank, rank x rank beyond.
+  Keys may come narrower than the preconditioner (f32, where it is f64): they
+  are widened and whitened a block at a time, and K and H are never put
+  together.
 
-  Memory beside arguments and result, in numbers of the preconditioner's dtype, is about
+  Memory beside arguments and result, in numbers of the preconditioner's dtype,
+  is about
 
-    M + P <= rank    (M + P) rank + 2 M^2 + 2 P^2
-    M + P > rank     2 rank^2 + 2 rank D
+    M + J <= rank    (M + J) rank + 2 M^2 + 2 J^2
+    M + J > rank     2 rank^2 + 2 rank D
 
-  and `block` (2 F + rank) of one block; with P or a constraint M rank more. At
-  F 16,384 and D 4,096 in f64 the preconditioner is 2.1 GB and the result 0.5 GB; beside
-  them M = 3,000 takes 0.6 GB, M = 10,000 2.9 GB and M = 20,000 5.1 GB.
+  and `block` (2 F + rank) of one block; with J or a constraint M rank more. At
+  F 16,384 and D 4,096 in f64 the preconditioner is 2.1 GB and the result 0.5
+  GB; beside them M = 3,000 takes 0.6 GB, M = 10,000 2.9 GB and M = 20,000 5.1
+  GB.
 
   Args:
     preconditioner: S.
@@ -156,18 +162,18 @@ def ridge_dense(
     residuals: [M, D] wanted change of the output; zero rows ask that the output
       stay where it is.
     ridge: r. With 0, C X = R and H X = 0 are exact up to as many active rows as
-      the rank (to about 1e-4 where M + P is above it); beyond, X is the
+      the rank (to about 1e-4 where M + J is above it); beyond, X is the
       least-squares solution where C is K.
     active: [M] bool; other rows take no part, as if they were not there.
     constraint: [M, F] C; `keys` unless given.
-    preserved: [P, F] H, keys whose output is to stay where it is.
-    preserved_active: [P] bool, as `active`.
+    preserved: [J, F] H, keys whose output is to stay where it is.
+    preserved_active: [J] bool, as `active`.
     block: rows whitened at one time.
 
   Returns:
     [F, D] X in the dtype of the preconditioner; not finite where the system is
-    singular, with ridge 0 and nothing held also where M is above the rank and
-    fewer rows are active.
+    singular, with ridge 0 and no preserved keys also where M is above the rank
+    and fewer rows are active.
 
   Source: as `ridge_update`; the rank x rank form is the normal equations.
   """
@@ -193,8 +199,8 @@ class _Problem(NamedTuple):
   residuals: Array  # [M, D]
   active: Array  # [M]
   constraint: Array | None  # [M, F]
-  preserved: Array | None  # [P, F], P at least 1
-  preserved_active: Array | None  # [P]
+  preserved: Array | None  # [J, F], J at least 1
+  preserved_active: Array | None  # [J]
 
   @classmethod
   def of(
@@ -237,7 +243,7 @@ class _Problem(NamedTuple):
 def _solve_rows(
     problem: _Problem, *, ridge: Array | float, block: int | None
 ) -> tuple[Array, Array]:
-  """A' and (r I + Q' A'^T + j V W^T)^-1 R, j the ridge of held keys."""
+  """A' and (r I + Q' A'^T + j V W^T)^-1 R, j the ridge of preserved keys."""
   _, keys, residuals, active, constraint, preserved, preserved_active = problem
   free = problem.whitened(keys, active, block)
   there = free
@@ -247,8 +253,8 @@ def _solve_rows(
   if preserved is not None:
     rows = problem.whitened(preserved, preserved_active, block)
     gram = rows @ rows.T
-    # Texts share openings, so held keys repeat: without any ridge their system
-    # is singular although the answer is not.
+    # Texts share openings, so preserved keys repeat: without any ridge their
+    # system is singular although the answer is not.
     least = _SOFT * jnp.finfo(gram.dtype).eps * jnp.trace(gram)
     soft = jnp.maximum(ridge, least)
     factor = _factor(gram, jnp.where(preserved_active, soft, 1))

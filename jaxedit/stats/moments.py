@@ -12,7 +12,7 @@ the upper block triangle of the symmetric product is formed.
 A run can be interrupted: partial sums go to a checkpoint where they are merged,
 and the next run continues with the same bits.
 
-Axes: n layers, F key width, B rows, T columns.
+Axes as in `jaxedit.types`: n layers, F key width, B sequences, T tokens.
 
 Source: Meng et al. 2022 (ROME, arXiv 2202.05262), section 3.1. We deviate in
 collecting every layer in one pass, in packing texts, in the f64 merge, and in

@@ -1,18 +1,17 @@
-"""Optimises hidden states: which state at the anchor makes a model say y?
+"""Optimises targets: hidden states that make a model produce a wanted text.
 
-A change d of the residual leaving layer l at the anchor column (the last token
-of the subject), or of the outputs of the layer's halves (`state`), is found by
-Adam on
+Adam optimises a change d of the residual stream after layer l at the anchor
+(e.g. the last token of the subject), or of the outputs of the layer's halves
+(`state`), on
 
   mean over contexts of [ mean over target tokens of -log P(y_j) ]
   + kl * KL(P_d || P_0) of the next token after the subject of "{subject} is a"
   + decay * |d| / |z0|^2          with |d| <= clamp * |z0|,
 
-and the wanted state is z = z0 + d. What lies below the layer, left of the
-anchor or in contexts that edits share is run once (`parts`); this is exact.
-Edits share steps but nothing else: one that is done leaves its slot to the next
-(`batch_shape`, `cache`, `batching.slots`), without recompiling and without a trace in the
-others' results.
+and the target is z = z0 + d. Lower layers, tokens before the anchor and shared
+prefixes are run once (`partial_forward`); this is exact. Continuous batching: a
+finished edit frees its slot for the next (`scheduler`, `engine`,
+`batching.slots`), without recompiling and without effect on other edits.
 
 Source: Meng et al. 2022a (ROME, arXiv 2202.05262), equation 4; Meng et al.
 2022b (MEMIT), equation 16; Li et al. 2023 (PMET, arXiv 2308.08742), section 3.

@@ -1,10 +1,10 @@
-"""The room in which states are optimised: seats on a device, and their steps.
+"""Slot engine: prefill, slot assignment and optimiser steps on a device.
 
-Loop state is kept a slot: an edit that is done stands still while others go on,
-and a slot that is new starts afresh.
+Loop state is per slot: a finished edit is frozen while others continue, and a
+new one starts from the unedited state.
 
-Axes: E slots, R rows of an edit, N places, W suffix columns, P columns before
-them, U layers above the edited one, V vocabulary.
+Axes as in `jaxedit.types`: E slots, C' sequences an edit, N token budget, S
+suffix tokens, P prefix tokens, U layers above the edited one, V vocabulary.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ def prefill(
     layer: int,
     output: str,
 ) -> Prefill:
-  """Runs what stays constant for the edits of one tile.
+  """Runs what stays constant for the edits of one packed batch.
 
   Args:
     spec: the architecture.
     params: canonical parameters.
-    shared_prefix: keys and values that edits share, or None.
+    shared_prefix: keys and values of the shared prefixes, or None.
     packed: the edits.
     layer: the edited layer.
     output: one of `state.OUTPUTS`.
@@ -98,22 +98,23 @@ def assign(
     source: Array,
     move: Array,
 ) -> PrefixCache:
-  """Copies an edit from a tile to its slot.
+  """Copies an edit from a prefilled batch to its slot.
 
   Args:
-    cache: where to.
-    prefilled: the tile.
-    slot: of the room.
-    source: slot of the tile.
-    move: [2, R * W] places from and to, every row from its anchor on.
+    cache: of the running batch.
+    prefilled: the prefilled batch.
+    slot: of the running batch.
+    source: slot of the prefilled batch.
+    move: [2, C' * S] packed indices from and to, every sequence from its anchor
+      on.
 
   Returns:
-    The pool.
+    The cache.
   """
 
   def put(old: Array, new: Array) -> Array:
     part = jax.lax.dynamic_slice_in_dim(new, source, 1, axis=1)
-    # Unseen columns too: what is not finite would come through a weight of 0.
+    # Masked tokens too: non-finite numbers would pass through a weight of 0.
     part = jnp.pad(
         part, [(0, 0)] * 4 + [(0, old.shape[4] - part.shape[4])] + [(0, 0)]
     )
@@ -129,20 +130,20 @@ def assign(
 def assign_chunk(
     cache: PrefixCache, prefilled: Prefill, slot: Array, move: Array
 ) -> PrefixCache:
-  """Copies the states of an edit's next chunk; its rows stay in their slot."""
+  """Copies the hidden states of an edit's next chunk to its slot."""
   return _move(cache, prefilled, slot, move)
 
 
 def _move(
     cache: PrefixCache, prefilled: Prefill, slot: Array, move: Array
 ) -> PrefixCache:
-  """Copies states from places `move[0]` of a tile to `move[1]` of the pool."""
+  """Copies hidden states of the packed tokens `move[0]` to `move[1]`."""
 
-  def taken(x: Array, places: Array) -> Array:
-    return jnp.take(x[0], places, axis=0, mode='fill', fill_value=0)
+  def taken(x: Array, index: Array) -> Array:
+    return jnp.take(x[0], index, axis=0, mode='fill', fill_value=0)
 
   base = cache.base.at[0, move[1]].set(taken(prefilled.h, move[0]), mode='drop')
-  # A row's first place is its anchor.
+  # A sequence's first token is its anchor.
   anchor = move[0].reshape(cache.key.shape[2], -1)[:, 0]
   put = lambda old, new: old.at[slot].set(taken(new, anchor))
   parts = jax.tree.map(put, cache.parts, prefilled.parts)
@@ -153,7 +154,7 @@ def _move(
 def append_kv(
     cache: PrefixCache, kv: tuple[Array, Array], slot: Array, column: Array
 ) -> PrefixCache:
-  """Appends a finished chunk's keys and values [U, R, G, W, H] to its rows."""
+  """Appends a finished chunk's keys and values [U, B, G, S, H] to a prefix."""
 
   def put(old: Array, new: Array) -> Array:
     new = new.reshape(len(new), *old.shape[1:3], *new.shape[2:])
@@ -172,16 +173,16 @@ _ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
 def start(
     spec: ModelSpec, cache: PrefixCache, assigned: SlotLayout, return_kv: bool
 ) -> OptState:
-  """The state in which every slot is new."""
+  """The optimiser state in which every slot is new."""
   slots, dtype = len(assigned.live), cache.base.dtype
   delta = jnp.zeros(objective.unedited(cache, assigned).shape, dtype)
   scalar = jnp.zeros([slots], dtype)
   kl = assigned.outputs.index.shape[0] > assigned.label.shape[0]
   kv = None
   if return_kv and len(cache.key):
-    rows, layout = assigned.rows.index.shape
+    rows, length = assigned.rows.index.shape
     groups, size = cache.key.shape[3], cache.key.shape[5]
-    shape = (len(cache.key), rows, groups, layout, size)
+    shape = (len(cache.key), rows, groups, length, size)
     kv = (jnp.zeros(shape, cache.key.dtype),) * 2
   return OptState(
       delta=delta,
@@ -200,9 +201,9 @@ def start(
 
 @jax.jit
 def move(
-    cache: PrefixCache, state: OptState, slots: Array, places: Array
+    cache: PrefixCache, state: OptState, slots: Array, tokens: Array
 ) -> tuple[PrefixCache, OptState]:
-  """Takes everybody to a room of other slots and places (`slots.Compaction`)."""
+  """Moves all edits to a smaller batch shape (`slots.Compaction`)."""
 
   def pick(x: Array, axis: int = 0) -> Array:
     return jnp.take(x, slots, axis=axis, mode='fill', fill_value=0)
@@ -211,7 +212,7 @@ def move(
     kept = pick(x.reshape(len(x), len(state.done), -1, *x.shape[2:]), 1)
     return kept.reshape(len(x), -1, *x.shape[2:])
 
-  base = jnp.take(cache.base, places, axis=1, mode='fill', fill_value=0)
+  base = jnp.take(cache.base, tokens, axis=1, mode='fill', fill_value=0)
   moved = jax.tree.map(pick, state.replace(kv=None, ran=None))
   kv = jax.tree.map(pick_rows, state.kv)
   parts = jax.tree.map(pick, cache.parts)
@@ -239,18 +240,19 @@ def optimize_until_done(
     return_kv: bool,
     use_argmax_stop: bool,
 ) -> tuple[OptState, Array]:
-  """Steps until one of the seated edits is done.
+  """Takes optimiser steps until one of the edits in slots is done.
 
   Args:
     spec: the architecture.
     params: canonical parameters.
     cache: what stays constant.
-    assigned: who sits where.
-    state: as this function, or `start`, left it.
-    fresh: [E] bool, slots that are new and start at the unedited state.
+    assigned: the slot layout.
+    state: the result of this function or of `start`.
+    fresh: [E] bool, new slots, which start from the unedited state.
     config: settings.
     layer: the layer whose output is changed.
-    return_kv: keep the keys and values of every edit's last step.
+    return_kv: return the keys and values of every edit's last step in the
+      state.
     use_argmax_stop: apply `TargetConfig.argmax_stop`.
 
   Returns:
@@ -286,7 +288,7 @@ def optimize_until_done(
     delta = state.delta - config.rate * update
     size = norm(delta)
     scale = jnp.where(size > radius, radius / jnp.maximum(size, 1e-30), 1)
-    # A stage that is done keeps the change its loss was evaluated at.
+    # A finished chunk keeps the change at which its loss was evaluated.
     still = done.reshape(-1, *[1] * (delta.ndim - 1))
     delta = jnp.where(still, state.delta, delta * scale[..., None])
     moved = OptState(
@@ -311,7 +313,7 @@ def optimize_until_done(
 
 
 def _unless(free_slot: Array, old: OptState, new: OptState) -> OptState:
-  """The new state of slots at work, the old one of all others."""
+  """Selects the old state where `free_slot` is set, the new one elsewhere."""
   slots = len(free_slot)
 
   def pick(x: Array, y: Array) -> Array:

@@ -1,14 +1,14 @@
-"""The loss of all seated edits at once, each on its own.
+"""The losses of the edits in all slots, computed together.
 
   nll * mean over contexts of [ mean over target tokens of -log P(y_j) ]
-  + kl * KL(P_d || P_0) of the next token after the KL row
-  + decay * sum over parts of |d| / |z0|^2
+  + kl * KL(P_d || P_0) of the next token after the KL prompt
+  + decay * sum over halves of |d| / |z0|^2
 
-Axes: E slots, C contexts, R rows of an edit, N places, K scored places, n
-labels of a row; part: the attention's change, then the MLP's.
+Axes as in `jaxedit.types`: E slots, C' sequences an edit, N token budget, O
+scored tokens; half: the attention's change, then the MLP's.
 
 Source: Meng et al. 2022a (ROME, arXiv 2202.05262), equation 4; Li et al. 2023
-(PMET, arXiv 2308.08742), section 3, for two parts.
+(PMET, arXiv 2308.08742), section 3, for two halves.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from jaxedit.targets.state import (
 )
 from jaxedit.types import KV, Array, Params
 
-# Of its weight, what the likelihood keeps where `TargetConfig.argmax_stop` applies.
+# Factor on the likelihood's weight where `TargetConfig.argmax_stop` applies.
 _EASED = 0.1
 
 
 def norm(x: Array) -> Array:
-  """Euclidean length along the last axis, with gradient 0 at 0."""
+  """Euclidean norm along the last axis, with gradient 0 at 0."""
   square = jnp.sum(jnp.square(x), axis=-1)
   positive = square > 0
   return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
@@ -47,10 +47,10 @@ def unedited(cache: PrefixCache, assigned: SlotLayout) -> Array:
 
   Args:
     cache: what stays constant.
-    assigned: who sits where.
+    assigned: the slot layout.
 
   Returns:
-    [E, D], or [E, part, D], at the anchor of the bare prompt.
+    [E, D], or [E, half, D], at the anchor of the plain prompt.
   """
   if cache.parts is None:
     return _anchored(cache, assigned.anchor[:, 0])
@@ -61,7 +61,7 @@ def unedited(cache: PrefixCache, assigned: SlotLayout) -> Array:
 
 
 def _anchored(cache: PrefixCache, anchor: Array) -> Array:
-  """[..., D] unedited residuals at places [...]."""
+  """[..., D] unedited residual stream at packed indices [...]."""
   return jnp.take(cache.base[0], anchor, axis=0, mode='fill', fill_value=0)
 
 
@@ -73,7 +73,7 @@ def _changed(
     *,
     layer: int,
 ) -> Callable[[Array], Array]:
-  """Builds the function from a change to the residual [1, N, D] with it."""
+  """Builds the function from a change to the residual stream [1, N, D]."""
   anchor = assigned.anchor.reshape(-1)
 
   def add(delta: Array) -> Array:
@@ -84,7 +84,7 @@ def _changed(
     return add
   if spec.residual != 'sequential':
     return lambda delta: add(jnp.sum(delta, axis=1))
-  middle = _anchored(cache, assigned.anchor) - cache.parts.mlp  # [E, R, D]
+  middle = _anchored(cache, assigned.anchor) - cache.parts.mlp  # [E, C', D]
   weights = {'params': decoder.layer_params(params, layer)['mlp_norm']}
 
   def run(delta: Array) -> Array:
@@ -98,16 +98,16 @@ def _changed(
 
 
 class Aux(NamedTuple):
-  """What the loss of a step gives beside itself.
+  """The losses of a step, and values computed with them.
 
   Attributes:
     loss: [E] nats.
     likelihood: [E] mean negative log-likelihood of a target token, nats.
-    base: [E, V] unedited log-probabilities of the KL row, or [E, 0].
+    base: [E, V] unedited log-probabilities after the KL prompt, or [E, 0].
     kv: keys and values of the suffixes, or None.
-    found: [E] bool, all target tokens are the most probable ones; None unless
-      asked for.
-    term: [E] KL term as it weighs in the loss, nats.
+    found: [E] bool, whether all target tokens are the most probable ones; None
+      without `use_argmax_stop`, as `term`.
+    term: [E] weighted KL term, nats.
   """
 
   loss: Array
@@ -134,13 +134,13 @@ def build(
     spec: the architecture.
     params: canonical parameters.
     cache: what stays constant.
-    assigned: who sits where.
+    assigned: the slot layout.
     layer: the edited layer.
-    return_kv: give the keys and values of the suffixes as well.
+    return_kv: return the keys and values of the suffixes too.
     use_argmax_stop: apply `TargetConfig.argmax_stop`.
 
   Returns:
-    (change [E, D] or [E, part, D], state, settings) -> `Aux`.
+    (change [E, D] or [E, half, D], state, settings) -> `Aux`.
   """
   scored = assigned.label.shape[0]
   flat = lambda x: x.reshape(len(x), x.shape[1] * x.shape[2], *x.shape[3:])
@@ -157,7 +157,8 @@ def build(
     h, seen = upper(
         spec, params, h, assigned, kv=kv, layer=layer, return_kv=return_kv
     )
-    # Labels and KL rows share the head: its weights are read once.
+    # Labels and KL prompts share one product with the head: its weights are
+    # read once.
     logits = decoder.logits(spec, params, h[0])
     total = jax.nn.logsumexp(logits, axis=-1)
     logprob = jnp.take_along_axis(logits, label[:, None], axis=1)[:, 0] - total

@@ -1,13 +1,14 @@
-"""The parts a model is run in while a state above `layer` is optimised.
+"""The parts of the forward pass while targets of a layer l are optimised.
 
-  shared_prefix_kv   what all edits' contexts share, all layers         once a batch
-  lower      an edit's own columns, layers up to l              once an edit
-  prefix_kv  its columns left of the anchor, layers above l     once an edit
-  upper      its suffix columns, layers above l; in the last of them queries,
-             and then the head, at scored columns alone         every step
+  shared_prefix_kv  the shared prefixes, all layers                once a batch
+  lower             all other tokens, layers up to l               once an edit
+  prefix_kv         those before the anchor, layers above l        once an edit
+  upper             those from the anchor on, layers above l; in the last layer
+                    queries, MLP and then the head at scored tokens only
+                                                                   every step
 
-Axes: N places (suffix tokens), R rows, W suffix columns, U layers above the
-edited one, s shared columns.
+Axes as in `jaxedit.types`: N token budget, B sequences, S suffix tokens, P
+prefix tokens, O output tokens, U layers above the edited one.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ from jaxedit.types import KV, Array, PackedSequences, Params, Tap, TokenLayout
 def shared_prefix_kv(
     spec: ModelSpec, params: Params, tokens: Array, layout: TokenLayout
 ) -> KV | None:
-  """Runs what all edits share at the head of their rows.
+  """Runs the shared prefixes.
 
   Args:
     spec: the architecture.
     params: canonical parameters.
-    tokens: [B, s] int32.
-    layout: [B, s] columns.
+    tokens: [B, P] int32.
+    layout: [B, P] layout of the tokens.
 
   Returns:
-    Its keys and values in all layers; None where s is 0.
+    Their keys and values in all layers; None where P is 0.
   """
   if not tokens.shape[1]:
     return None
@@ -53,14 +54,14 @@ def shared_prefix_kv(
 
 
 def broadcast_prefix(kv: KV, context: Array) -> KV:
-  """Gives every row the keys and values of its trunk.
+  """Gives every sequence the keys and values of its shared prefix.
 
   Args:
-    kv: of the trunks.
-    context: [R] int32 trunk of a row.
+    kv: of the shared prefixes.
+    context: [B] int32 shared prefix of a sequence.
 
   Returns:
-    Keys and values of R rows.
+    Keys and values of B sequences.
   """
   layout = jax.tree.map(lambda x: x[context], kv.layout)
   return KV(kv.key[:, context], kv.value[:, context], layout)
@@ -80,12 +81,12 @@ def lower(
     spec: the architecture.
     params: canonical parameters.
     tokens: [B, T] int32.
-    layout: [B, T] columns.
+    layout: [B, T] layout of the tokens.
     layer: last layer to run.
-    shared_prefix: keys and values of earlier columns, in all layers.
+    shared_prefix: keys and values of prefix tokens, in all layers.
 
   Returns:
-    [B, T, D] residual leaving `layer`.
+    [B, T, D] residual stream after `layer`.
   """
   return _lower(
       spec, params, tokens, layout, layer=layer, shared_prefix=shared_prefix
@@ -101,18 +102,19 @@ def lower_parts(
     layer: int,
     shared_prefix: KV | None = None,
 ) -> tuple[Array, tuple[Array, Array]]:
-  """Runs the model up to and including `layer`, whose two halves are observed.
+  """Runs the model up to and including `layer`; returns its halves' outputs.
 
   Args:
     spec: the architecture.
     params: canonical parameters.
     tokens: [B, T] int32.
-    layout: [B, T] columns.
+    layout: [B, T] layout of the tokens.
     layer: last layer to run.
-    shared_prefix: keys and values of earlier columns, in all layers.
+    shared_prefix: keys and values of prefix tokens, in all layers.
 
   Returns:
-    ([B, T, D] residual leaving `layer`, (attention's output, MLP's output)).
+    ([B, T, D] residual stream after `layer`, (attention's output, MLP's
+    output)).
   """
   taps = tuple(Tap(site, (layer,)) for site in ('attn', 'mlp'))
   h, (attn, mlp) = _lower(
@@ -137,7 +139,7 @@ def _lower(
     shared_prefix: KV | None,
     taps: tuple[Tap, ...] = (),
 ) -> tuple[Array, tuple[Any, ...]]:
-  """Runs layers 0 to `layer`; gives what the taps read as well."""
+  """Runs layers 0 to `layer`; returns the readings of the taps too."""
   if shared_prefix is not None:
     shared_prefix = KV(
         shared_prefix.key[: layer + 1],
@@ -164,19 +166,19 @@ def prefix_kv(
     layer: int,
     shared_prefix: KV | None = None,
 ) -> KV | None:
-  """Runs the columns left of the anchor through the layers above `layer`.
+  """Runs the tokens before the anchor through the layers above `layer`.
 
   Args:
     spec: the architecture.
     params: canonical parameters.
-    h: [B, P, D] residual leaving `layer`, columns before the anchor only.
-    layout: [B, P] columns.
+    h: [B, P, D] residual stream after `layer`, of tokens before the anchor.
+    layout: [B, P] layout of the tokens.
     layer: the edited layer.
-    shared_prefix: keys and values of earlier columns, in all layers.
+    shared_prefix: keys and values of prefix tokens, in all layers.
 
   Returns:
-    Keys and values of the trunk and of these columns in the U layers above;
-    None where there are no such layers.
+    Keys and values of the shared prefix and of these tokens in the U layers
+    above; None where there are no such layers.
   """
   above = tuple(range(layer + 1, spec.layers))
   if not above:
@@ -218,20 +220,20 @@ def upper(
     layer: int,
     return_kv: bool = False,
 ) -> tuple[Array, tuple[Array, Array] | None]:
-  """Runs suffix columns through the layers above `layer`; differentiable in h.
+  """Runs the suffixes through the layers above `layer`; differentiable in h.
 
   Args:
     spec: the architecture.
     params: canonical parameters.
-    h: [1, N, D] residual leaving `layer`, from the anchors on.
-    assigned: which rows these places form, and which are scored.
-    kv: keys and values of earlier columns in the layers above.
+    h: [1, N, D] residual stream after `layer`, from the anchors on.
+    assigned: the sequences of these tokens, and which tokens are scored.
+    kv: keys and values of prefix tokens in the layers above.
     layer: the edited layer.
-    return_kv: return this run's keys and values as well.
+    return_kv: return this run's keys and values too.
 
   Returns:
-    ([1, K', D] output of the last block at scored places; keys and values
-    [U, R, G, W, H] or None).
+    ([1, O', D] output of the last block at scored tokens and KL prompts; keys
+    and values [U, B, G, S, H] or None).
   """
   above = tuple(range(layer + 1, spec.layers))
   h, taps = decoder.run_layers(

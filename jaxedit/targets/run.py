@@ -1,12 +1,14 @@
-"""Optimises the targets of any number of edits, by the shapes of a plan.
+"""Optimises the targets of any number of edits in the shapes of a plan.
 
 Continuous batching: the host assigns edits to slots, the device steps until one
-of them is done, and its slot and tokens go to the next in line that fits. Results
-do not depend on the neighbours of an edit, on the order or on the number of slots.
+of them is done, and its slot and tokens go to the next edit that fits. Results
+do not depend on which edits share a batch, on their order or on the number of
+slots, except that last bits may differ between batch shapes.
 
-A long target goes chunk by chunk: the hidden state of a chunk stands on the token
-before it, with the changes of earlier chunks in force. The keys and values of a
-finished chunk are those of its last step, so no run is needed between two chunks.
+A long target text is optimised chunk by chunk: the target of a chunk is at the
+token before it, with the changes of earlier chunks in force. The keys and
+values of a finished chunk are those of its last step, so nothing is run between
+chunks.
 
 Source: Jiang et al. 2025 (AnyEdit, arXiv 2502.05628), section 4, for chunks.
 """
@@ -36,20 +38,21 @@ from jaxedit.targets.state import (
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import Params, Progress, Targets, silent
 
-# A round fills the token budget about so many times: what is lost by a kill, as
-# only whole rounds are resumed from, against the slots that its end leaves idle.
+# Times that a round fills the token budget, about. An interrupted run resumes
+# from whole rounds, so large rounds lose more work; small ones leave more slots
+# idle.
 ROUND_FILLS = 8
 
 
 class TargetCache(Protocol):
-  """Keeps the targets of edits, so that they are not optimised again.
+  """Stores targets of edits, so that they are not optimised again.
 
-  Its keys cover whatever else targets depend on: the model and the settings.
+  Its keys cover all that targets depend on: the edit, the model, the settings.
 
   Attributes:
-    exact: reuse whole rounds only. Targets differ by rounding with the shapes
-      that their neighbours bring; so a run that resumes from such a cache ends
-      with the same bits as one that was not interrupted.
+    exact: reuse whole rounds only. Rounding of a target depends on the shapes
+      of its batch; so a run that resumes from such a cache is bit-identical to
+      one that was not interrupted.
   """
 
   exact: bool
@@ -58,7 +61,7 @@ class TargetCache(Protocol):
     """Returns the targets of an edit, or None."""
 
   def put(self, edit: EncodedEdit, targets: Targets) -> None:
-    """Takes the targets of an edit as soon as they are found."""
+    """Stores the targets of an edit as soon as they are optimised."""
 
 
 def optimize(
@@ -71,22 +74,22 @@ def optimize(
     cache: TargetCache | None = None,
     progress: Progress = silent,
 ) -> tuple[list[Targets], Work]:
-  """Finds the wanted hidden states of edits, chunk by chunk.
+  """Optimises the targets of edits, chunk by chunk.
 
   Args:
     spec: the architecture.
     params: canonical parameters.
     edits: E edits, at least one.
-    plan: static shapes, of these edits and others.
-    objective: what is optimised, and how; steps are counted anew for every chunk.
-      `Targets` hold the state of the block or of the MLP; the change of the
+    plan: static shapes, made for these edits and maybe others.
+    objective: what is optimised, and how; each chunk counts its own steps.
+      `Targets` are outputs of the block or of the MLP; a change of the
       attention's output is optimised with the MLP's and then dropped, as
       published.
-    cache: targets that it holds are not optimised; it is given all others.
+    cache: targets that it has are not optimised; all others are put into it.
     progress: progress display.
 
   Returns:
-    (for every edit the targets of its K chunks as numpy arrays, what was run).
+    (for every edit the targets of its K chunks as numpy arrays, the work done).
 
   Raises:
     ValueError: an edit does not fit the plan, or the output is unknown.
@@ -136,10 +139,11 @@ def optimize(
 def _known(
     edits: Sequence[EncodedEdit], plan: BatchPlan, cache: TargetCache | None
 ) -> tuple[list[Targets | None], list[tuple[int, list[int]]]]:
-  """What the cache holds, and what is left by shape, in rounds.
+  """Looks targets up in the cache and divides the rest into rounds by shape.
 
   Returns:
-    (targets of every edit or None, (number of a shape, edits of a round)).
+    (targets of every edit or None, (number of a batch shape, edits of a
+    round)).
   """
   known = [cache.get(edit) if cache else None for edit in edits]
   exact = cache is not None and cache.exact
@@ -163,7 +167,7 @@ _shared_prefix_kv = jax.jit(shared_prefix_kv, static_argnames='spec')
 
 
 def _targets(results: Sequence[Result]) -> Targets:
-  """Stacks the stages of one edit."""
+  """Stacks the results of one edit's chunks."""
   z, z0, loss, likelihood, steps, finite = zip(*results)
   dtype = z[0].dtype
   return Targets(

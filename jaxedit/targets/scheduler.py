@@ -1,7 +1,8 @@
-"""One room at work: the host seats edits, the device steps until one is done.
+"""Scheduler of one batch shape: assigns edits to slots and collects results.
 
-Its slot then goes to the next in line that fits, or to the edit's next chunk.
-Once nobody waits, the last edits move to a smaller room.
+The device steps until an edit is done. Its slot then goes to the edit's next
+chunk or to the next waiting edit that fits. When no edit is waiting, the last
+ones move to a smaller batch shape (compaction).
 """
 
 from __future__ import annotations
@@ -43,18 +44,18 @@ from jaxedit.types import KV, Params
 
 
 class Work(NamedTuple):
-  """What an optimisation needed and what it ran; counts of tokens and steps.
+  """Work of an optimisation: counts of tokens and steps, needed and computed.
 
   Attributes:
-    needed: suffix tokens x steps of the edits, KL rows and padding left out.
-    computed: places x steps that were run.
-    scored: scored tokens x steps of the edits, KL rows left out.
-    scored_computed: scored places x steps that were run, KL rows included.
-    last: suffix tokens of every edit's last step, which has no backward.
+    needed: suffix tokens x steps of the edits, without KL prompts and padding.
+    computed: token budget x steps.
+    scored: scored tokens x steps of the edits, without KL prompts.
+    scored_computed: logit budget x steps, with KL prompts.
+    last: suffix tokens of every edit's last step, which has no backward pass.
     last_scored: scored tokens of every edit's last step.
-    prepared: places run once, below and left of the anchors.
-    steps: steps that were run.
-    seconds: wall time of 'prepare' and 'optimize', compilation included.
+    prepared: tokens of the packed batches that were prefilled.
+    steps: optimiser steps.
+    seconds: wall time of 'prefill' and 'optimize', compilation included.
   """
 
   needed: int = 0
@@ -77,12 +78,12 @@ class Work(NamedTuple):
 
   @property
   def waste(self) -> float:
-    """Fraction of the places run that held no token of an edit at work."""
+    """Fraction of the computed tokens that belonged to no active edit."""
     return 1 - self.needed / self.computed if self.computed else 0.0
 
 
 class Result(NamedTuple):
-  """What one stage of one edit came to."""
+  """The optimised target of one chunk of one edit."""
 
   z: np.ndarray
   z0: np.ndarray
@@ -93,10 +94,10 @@ class Result(NamedTuple):
 
 
 class _Waiting(NamedTuple):
-  """An edit whose constant part has been run."""
+  """A prefilled edit that waits for a slot."""
 
   edit: int
-  source: int  # slot in the tile
+  source: int  # slot in the packed batch
   packed: PackedBatch
   prefilled: Prefill
 
@@ -106,7 +107,7 @@ class Objective(NamedTuple):
 
   Attributes:
     layer: the layer whose output is changed.
-    config: settings of the optimisation.
+    config: settings.
     output: which output, one of `state.OUTPUTS`.
   """
 
@@ -116,7 +117,7 @@ class Objective(NamedTuple):
 
 
 class Scheduler:
-  """One room at work: seats edits, steps, and collects who is done."""
+  """Runs the edits of one batch shape; see the module."""
 
   def __init__(
       self,
@@ -140,8 +141,8 @@ class Scheduler:
     self._exhausted = False
     self._allocator = slots_lib.SlotAllocator(plan, batch_shape)
     self._waiting: collections.deque[_Waiting] = collections.deque()
-    self._assigned: dict[int, tuple[_Waiting, int]] = {}  # slot -> who, stage
-    self._parked: dict[int, tuple[_Waiting, int]] = {}  # no places free yet
+    self._assigned: dict[int, tuple[_Waiting, int]] = {}  # slot -> edit, chunk
+    self._parked: dict[int, tuple[_Waiting, int]] = {}  # no tokens free yet
     self._fresh = np.ones(batch_shape.slots, bool)
     self._cache = self._empty()
     self._state: OptState | None = None
@@ -156,12 +157,12 @@ class Scheduler:
     )
     kept = blocks.stored(spec, params['embed']['embedding'].dtype)
     above = spec.layers - 1 - self._objective.layer
-    layout = (
+    length = (
         plan.shared + batch_shape.prefix_shape[1] + batch_shape.grow
         if above
         else 1
     )
-    shape = (above, batch_shape.slots, plan.rows, spec.kv_heads, layout)
+    shape = (above, batch_shape.slots, plan.rows, spec.kv_heads, length)
     make = lambda: jnp.zeros((*shape, spec.head_size), kept)
     wide = lambda *shape: jnp.zeros([*shape, spec.width], numerics.wide(kept))
     base, parts = wide(1, batch_shape.token_budget), None
@@ -174,7 +175,7 @@ class Scheduler:
   def results(
       self, order: Sequence[int]
   ) -> Iterator[tuple[tuple[int, int], Result]]:
-    """Optimises the edits named; yields ((edit, stage), result)."""
+    """Optimises the edits of `order`; yields ((edit, chunk), result)."""
     source = packer.pack_edits(
         self._edits, order, self._plan, self._batch_shape
     )
@@ -183,11 +184,11 @@ class Scheduler:
       if not self._assigned:
         return
       if self._exhausted and not self._waiting and not self._parked:
-        self._move_out()
+        self._compact()
       yield from self._step()
 
-  def _move_out(self) -> None:
-    """Goes on in the smallest room where the last edits fit."""
+  def _compact(self) -> None:
+    """Moves the last edits to the smallest batch shape that holds them."""
     if self._state is None:
       return
     found, batch_shape, compacted = (
@@ -211,7 +212,7 @@ class Scheduler:
     self._fresh = np.append(self._fresh, False)[found.slots]
 
   def _bank(self) -> None:
-    """Counts what was run since the last time."""
+    """Adds the steps of the present batch shape to the counts."""
     batch_shape, ran = self._batch_shape, int(self._state.ran)
     kl = batch_shape.slots if self._plan.kl else 0
     self._counts['computed'] += ran * batch_shape.token_budget
@@ -219,27 +220,27 @@ class Scheduler:
     self._counts['steps'] += ran
 
   def _fill(self, source: Iterator[PackedBatch]) -> None:
-    """SlotLayout who waits, first in line first as far as they fit."""
+    """Assigns waiting edits to free slots, in order as far as they fit."""
     for slot, (who, k) in list(self._parked.items()):
       if self._allocator.fits(self._edits[who.edit], k):
         del self._parked[slot]
         self._take(slot, who, k)
-    # Who waits for places goes first, or small edits would take them for ever.
+    # Parked chunks come first, or small edits would always take their tokens.
     while not self._parked and (slot := self._allocator.free_slot) is not None:
       fits = lambda who: self._allocator.fits(self._edits[who.edit])
       who = next(filter(fits, self._waiting), None)
       if who is not None:
         self._waiting.remove(who)
         self._take(slot, who, 0)
-      # One tile more gives a choice of edits that may fit; a second would only
-      # take memory.
+      # One more packed batch gives a choice of edits that may fit; a second
+      # would only take memory.
       elif len(self._waiting) >= self._batch_shape.prefill_shape[
           0
       ] or not self._more(source):
         return
 
   def _more(self, source: Iterator[PackedBatch]) -> bool:
-    """Runs the constant part of a further tile; says if there was one."""
+    """Prefills the next packed batch; returns whether there was one."""
     packed = next(source, None)
     if packed is None:
       self._exhausted = True
@@ -261,36 +262,36 @@ class Scheduler:
     return True
 
   def _take(self, slot: int, who: _Waiting, k: int) -> None:
-    """Assigns a stage and copies its states there."""
+    """Assigns a chunk to a slot and copies its hidden states there."""
     edit, rows = self._edits[who.edit], self._plan.rows
-    places = self._allocator.assign(slot, edit, k)
+    index = self._allocator.assign(slot, edit, k)
     packed = who.packed.rows.index[who.source * rows : (who.source + 1) * rows]
-    origin = np.full_like(places, who.packed.tokens.shape[1])
+    origin = np.full_like(index, who.packed.tokens.shape[1])
     for c in range(rows):
-      count = int((places[c] < self._batch_shape.token_budget).sum())
+      count = int((index[c] < self._batch_shape.token_budget).sum())
       first = self._column(edit, c, k)
       origin[c, :count] = packed[c, first : first + count]
-    move = np.stack([origin.reshape(-1), places.reshape(-1)])
+    move = np.stack([origin.reshape(-1), index.reshape(-1)])
     if k == 0:
       self._cache = engine.assign(
           self._cache, who.prefilled, slot, who.source, move
       )
     else:
       self._cache = engine.assign_chunk(self._cache, who.prefilled, slot, move)
-    # A tile's arrays are let go of as soon as nobody needs them.
+    # Frees the arrays of a prefilled batch as soon as they are not needed.
     kept = who.prefilled._replace(key=None, value=None)
     who = who._replace(prefilled=kept if k + 1 < edit.stages else None)
     self._fresh[slot] = True
     self._assigned[slot] = (who, k)
 
   def _column(self, edit: EncodedEdit, c: int, k: int) -> int:
-    """Column of a stage's anchor among a row's own columns."""
+    """Index of a chunk's anchor in its sequence, without the shared prefix."""
     if c == self._plan.contexts:
       return len(edit.kl) - 1
     return edit.stage(k, c).anchor - len(self._plan.shared_prefix[c])
 
   def _step(self) -> Iterator[tuple[tuple[int, int], Result]]:
-    """Steps until somebody is done and takes their results."""
+    """Steps until an edit is done; yields the results of all that are."""
     assigned = self._allocator.layout()
     if self._state is None:
       self._state = engine.start(
@@ -312,7 +313,7 @@ class Scheduler:
     done = np.asarray(state.done)
     read = (state.delta, z0, state.loss, state.likelihood)
     delta, z0, loss, likelihood = (np.asarray(x) for x in read)
-    if delta.ndim == 3:  # the attention's part is not wanted
+    if delta.ndim == 3:  # the attention's change is not used
       delta, z0 = delta[:, 1], z0[:, 1]
     steps, finite = np.asarray(state.steps), np.asarray(state.finite)
     for slot in [s for s in self._assigned if done[s]]:
@@ -332,7 +333,7 @@ class Scheduler:
       self._end(slot, who, k)
 
   def _end(self, slot: int, who: _Waiting, k: int) -> None:
-    """Goes on to an edit's next stage, or lets it leave."""
+    """Moves on to an edit's next chunk, or frees its slot."""
     if k + 1 == self._edits[who.edit].stages:
       self._allocator.free(slot)
       return
@@ -351,7 +352,7 @@ class Scheduler:
     self._counts['last_scored'] += scored
 
   def work(self) -> Work:
-    """What was run, once all is done."""
+    """The work done, once all edits are."""
     if self._state is not None:
       self._bank()
     seconds = {'prefill': self._prepare_seconds}

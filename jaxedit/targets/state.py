@@ -1,17 +1,19 @@
-"""What an optimisation of states is set by, keeps constant and carries along.
+"""Settings, constants and loop state of target optimisation.
 
-A state is changed through one of these outputs of its layer:
+A target is one of these outputs of its layer:
 
-  block      the residual leaving the layer; z0 is that residual
-  mlp        the MLP's output; z0 is that output
+  block      the residual stream after the layer; z0 is its unedited value
+  mlp        the MLP's output; z0 is its unedited value
   attn+mlp   the attention's and the MLP's outputs, by one change each; where
-             blocks are sequential, the MLP reads what the first change does
+             blocks are sequential, the MLP's input depends on the first change
 
-The first two run the same forward, as a block adds its MLP's output to the
-residual as it is (all families here; a norm after the MLP would break this).
+The first two run the same forward pass, as a block adds its MLP's output to the
+residual stream unchanged (in all families here; a norm after the MLP would
+break this).
 
-Axes: E slots, R rows of an edit, N places, P columns before the suffixes, U
-layers above the edited one; part: the attention's change, then the MLP's.
+Axes as in `jaxedit.types`: E slots, C' sequences an edit, N token budget, S
+suffix tokens, P prefix tokens, U layers above the edited one; half: the
+attention's change, then the MLP's.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import flax
 
 from jaxedit.types import Array
 
-# What `optimize` and `autoregressive` take as `output`.
+# Values of `Objective.output`.
 OUTPUTS = ('block', 'mlp', 'attn+mlp')
 
 
@@ -39,12 +41,12 @@ class TargetConfig(NamedTuple):
     kl: weight of the KL term.
     threshold: an edit stops when its loss is below, nats.
     nll: weight of the negative log-likelihood.
-    argmax_stop: 0 for none, or: where every target token is the most probable one in
-      all contexts, the likelihood weighs a tenth in the next step, and the edit
-      stops if its KL term as it weighs (times `kl`) is not above this, nats. An
-      edit without KL row, or past its first chunk, has a KL term of 0.
-      Published with PMET: 0.01. There the weight is part of the term too; the
-      test, of two means of probabilities for equality, comes to the same
+    argmax_stop: 0 for none. Otherwise, where every target token is the most
+      probable one in all contexts, the likelihood weighs a tenth in the next
+      step, and the edit stops if its weighted KL term is not above this, nats.
+      An edit without KL prompt, or past its first chunk, has a KL term of 0.
+      Published with PMET: 0.01, also for the weighted term; the published test
+      compares two means of probabilities for equality, which is the same
       comparison of tokens.
   """
 
@@ -58,7 +60,7 @@ class TargetConfig(NamedTuple):
   argmax_stop: float = 0.0
 
 
-# What a setting means, by field; the flags keep the names that papers use.
+# Help, unit and source of the settings, by field; flags keep the papers' names.
 SETTINGS = {
     'steps': dict(
         flag='value_steps',
@@ -105,7 +107,7 @@ class HalfOutputs(NamedTuple):
   """Outputs of the two halves of the edited layer, unedited.
 
   Attributes:
-    attn: [1, N, D], or [E, R, D] at anchors; None where it is not needed.
+    attn: [1, N, D], or [E, C', D] at anchors; None where it is not needed.
     mlp: same shape.
   """
 
@@ -114,28 +116,28 @@ class HalfOutputs(NamedTuple):
 
 
 class Prefill(NamedTuple):
-  """A tile of edits with all that stays constant."""
+  """A packed batch of edits with all that stays constant."""
 
-  h: Array  # [1, N, D] residual leaving the layer
-  key: Array  # [U, E, R, G, P, H]
+  h: Array  # [1, N, D] residual stream after the layer
+  key: Array  # [U, E, C', G, P, H]
   value: Array
   parts: HalfOutputs | None  # [1, N, D]; None if the block's output is changed
 
 
 class PrefixCache(NamedTuple):
-  """What the seated edits keep constant."""
+  """What stays constant for the edits in slots."""
 
-  base: Array  # [1, N, D] residual leaving the layer
-  key: Array  # [U, E, R, G, P, H]
+  base: Array  # [1, N, D] residual stream after the layer
+  key: Array  # [U, E, C', G, P, H]
   value: Array
-  parts: HalfOutputs | None  # [E, R, D] at the anchors
+  parts: HalfOutputs | None  # [E, C', D] at the anchors
 
 
 @flax.struct.dataclass
 class OptState:
-  """Loop state of the slots of a room."""
+  """Loop state of all slots."""
 
-  delta: Array  # [E, D], or [E, part, D]
+  delta: Array  # [E, D], or [E, half, D]
   adam: Any
   done: Array  # [E] bool
   loss: Array  # [E]
@@ -143,6 +145,6 @@ class OptState:
   steps: Array  # [E] int32
   finite: Array  # [E] bool
   lowered: Array  # [E] bool, the likelihood weighs a tenth
-  base: Array  # [E, V] unedited log-probabilities of the KL row, or [E, 0]
-  kv: tuple[Array, Array] | None  # [U, rows, G, W, H] of the last step
-  ran: Array  # [] int32 steps of the room
+  base: Array  # [E, V] unedited log-probabilities at the KL prompt, or [E, 0]
+  kv: tuple[Array, Array] | None  # [U, B, G, S, H] of the last step
+  ran: Array  # [] int32 steps in this batch shape

@@ -1,14 +1,15 @@
 """Locate-and-edit methods with a closed form; each is a `Recipe`.
 
-For every edit a wanted state z at its anchor is optimised once (`targets`), on
-the unedited model, and then written into the edited layers (`insertion`). With
+For every edit a target z at its anchor is optimised once (`targets`), on the
+unedited model, and then inserted into the edited layers (`insertion`). With
 chunks an edit has several anchors and targets, one after the other.
 
-Axis letters: E edits, M targets of all edits (pairs of a solve), G groups, F key
-width, D width, n edited layers.
+Axis letters as in `jaxedit.types`: E edits, M targets of all edits (pairs of a
+solve), F key width, D width, n edited layers.
 
-Source: Meng et al. 2022b (MEMIT, arXiv 2210.07229), algorithm 1. Unlike upstream,
-templates are inputs, solves are M x M in f64, and params never change.
+Source: Meng et al. 2022b (MEMIT, arXiv 2210.07229), algorithm 1. Unlike
+upstream, templates are inputs, solves are M x M in f64, and params never
+change.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
 
   Raises:
     InputError: a layer is out of range; from `init`, moments lack a layer or
-      are not positive definite; from `edit` with groups, the method writes
+      are not positive definite; from `edit` with groups, the method changes
       single entries of a matrix (RECT), which have no factors.
   """
   check_layers(spec, recipe.layers)
@@ -98,7 +99,8 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
         else:
           gram = jnp.zeros((spec.mlp_width,) * 2, jnp.float64)
         one = jax.block_until_ready(_factor(recipe, gram, layer))
-        # Held by the host: at width 16,384 a layer's takes 2 GB of the device.
+        # Kept on the host: at width 16,384 a layer's takes 2 GB of device
+        # memory.
         factored.append(jax.tree.map(np.asarray, one))
     previous = None
     if recipe.preserve_previous:
@@ -142,7 +144,7 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
     ]
 
   def bytes_of(model: Any, edits: Sequence[EncodedEdit]) -> int:
-    # The keys of all tokens, twice while they are put in order.
+    # The keys of all tokens, twice while they are sorted by group.
     del model
     tokens = [len(edit.rows[0]) + len(edit.target) for edit in edits]
     return 8 * spec.mlp_width * max(tokens) * len(edits)
@@ -172,7 +174,7 @@ def _gram(factored: Factored, keys: jax.Array) -> jax.Array:
 
 
 def _preserved(state: State, inserted: InsertionResult) -> State:
-  """Adds the keys of a batch to those that later ones preserve."""
+  """Adds the keys of a batch to those that later batches preserve."""
   added = []
   with jax.enable_x64(True):
     for i, factored in enumerate(state.preconditioners):
@@ -214,7 +216,7 @@ class _Call:
     self._seconds = {'optimize': time.monotonic() - begin}
 
   def insert(self, state: State) -> InsertionResult:
-    """Writes the targets."""
+    """Inserts the targets into the edited layers."""
     begin = time.monotonic()
     inserted = insert(
         *self._given,

@@ -1,20 +1,20 @@
-"""Writes wanted states into the edited layers, lowest first.
+"""Inserts targets into the edited layers, lowest first.
 
-Layer by layer from the first edited one to the last (which z describes),
+Layer by layer from the first edited one to the last (at which z stands),
 
   K   keys: input of the edited map at the anchors, averaged over contexts
-  R   residuals: (z - z_now) * share, z_now under the changes made so far
-  H   keys that are held: other tokens of the texts, keys of earlier batches
+  R   residuals: (z - z_now) * share, z_now under the deltas of lower layers
+  H   preserved keys: other tokens of the texts, keys of earlier batches
   X   = S K_all^T (r I + C_all S K_all^T)^-1 [R; 0]      (`solve.ridge`)
 
-in one pass that goes up with the edits (`sweep`). Edits are solved for together,
-or in independent groups side by side, each on a model of its own.
+in one forward pass (`sweep`). Edits are solved for jointly, or in independent
+groups side by side, each of which edits the unedited model.
 
-Axes: E edits, M states of all edits, G groups, m states of a group, P held keys,
-F key width, D width, n edited layers.
+Axes as in `jaxedit.types`: E edits, M targets of all edits, M' targets of a
+group, J preserved keys, F key width, D width, n edited layers.
 
-Source: Meng et al. 2022b (MEMIT, arXiv 2210.07229), algorithm 1; for held tokens
-Jiang et al. 2025 (AnyEdit, arXiv 2502.05628) as its code has them.
+Source: Meng et al. 2022b (MEMIT, arXiv 2210.07229), algorithm 1; for preserved
+tokens Jiang et al. 2025 (AnyEdit, arXiv 2502.05628) as in its code.
 """
 
 from __future__ import annotations
@@ -50,14 +50,15 @@ from jaxedit.types import Params, Progress, Targets, silent
 
 
 class InsertionResult(NamedTuple):
-  """What an insertion gave.
+  """Result of an insertion.
 
   Attributes:
-    deltas: of every layer: factors, whose first M rows are the targets', or one
-      matrix where that is smaller; of independent groups, factors [G, m, .].
-    distance: [n + 1, M] |z - z_now| / |z - z0| before each layer was written and
+    deltas: of every layer: factors, whose first M pairs are the targets', or
+      one matrix where that is smaller; of independent groups, factors [groups,
+      M', .].
+    distance: [n + 1, M] |z - z_now| / |z - z0| before each edited layer and
       after the last.
-    active: [M] bool, states whose edit stayed finite.
+    active: [M] bool, targets whose edit stayed finite.
     keys: [M, F] of every layer.
   """
 
@@ -78,20 +79,21 @@ def insert(
     active: np.ndarray,
     progress: Progress = silent,
 ) -> InsertionResult:
-  """Writes the targets into the edited layers, lowest first.
+  """Inserts the targets into the edited layers, lowest first.
 
   Args:
     spec: the architecture.
     params: canonical parameters.
     recipe: the method.
-    state: factored metrics, and keys to hold.
+    state: factored preconditioners, and keys to preserve.
     batch: E edits, joint or in independent groups.
-    targets: their wanted states, all M.
-    active: [M] bool, states to write; an edit is written whole or not at all.
+    targets: all M targets.
+    active: [M] bool, targets to insert; an edit is inserted whole or not at
+      all.
     progress: progress display.
 
   Returns:
-    What was written.
+    The deltas, with distances and keys.
   """
   edits, plan, group = batch.encoded, batch.plan, batch.group
   if group is None:
@@ -99,7 +101,7 @@ def insert(
   else:
     systems = Independent(plan, edits, group)
   if group is not None or recipe.texts:
-    # Every group changes what contexts share in its own way, and every text
+    # Every group changes the shared prefixes in its own way, and every text
     # preserves all of its own tokens.
     plan = plan.independent()
   sweep = _Insertion(
@@ -129,10 +131,10 @@ _preserve = jax.jit(preserve)
 
 
 def all_targets(edit: np.ndarray, fine: np.ndarray) -> np.ndarray:
-  """Finds states whose edit is fine in all its states.
+  """Finds the targets all of whose edit's targets are fine.
 
   Args:
-    edit: [M] int, the edit of a state.
+    edit: [M] int, the edit of a target.
     fine: [M] bool.
 
   Returns:
@@ -144,7 +146,7 @@ def all_targets(edit: np.ndarray, fine: np.ndarray) -> np.ndarray:
 
 
 class _Insertion:
-  """An insertion under way."""
+  """State of an insertion: present distances, deltas and keys."""
 
   def __init__(
       self,
@@ -168,14 +170,14 @@ class _Insertion:
     self.keys: list[np.ndarray] = []
 
   def gap(self, now: np.ndarray) -> np.ndarray:
-    """Records how far the wanted states are."""
+    """Records the distance to the targets; returns the residuals [M, D]."""
     away = self._targets.z - now
     far = np.linalg.norm(away, axis=-1) / np.maximum(self._length, 1e-30)
     self.distance.append(far)
     return away
 
   def solve(self, layer: int, systems: Any) -> LayerDelta:
-    """Solves for the change of a layer whose MLP rows wait for."""
+    """Solves for the delta of a layer, with sequences before its MLP."""
     recipe, dtype = self._recipe, self._targets.z.dtype
     i = recipe.layers.index(layer)
     found = self.rows.keys(layer)
@@ -195,14 +197,14 @@ class _Insertion:
           exact = exact.key.T @ exact.value
         exact = rect(exact, kernel[layer], recipe.rect_density)
       delta = jax.tree.map(lambda x: np.asarray(x, dtype), exact)
-    # Nothing of a singular system may reach the model.
+    # No delta of a singular system may reach the model.
     delta, sound = systems.sound(delta)
     self.active = all_targets(self._edit, self.active & sound)
     self.solved.append(delta)
     return jax.tree.map(jnp.asarray, delta)
 
   def _preconditioner(self, i: int) -> Factored:
-    """S of the i-th edited layer, with the keys that it preserves."""
+    """S of the i-th edited layer, with preserved keys of earlier batches."""
     recipe, state = self._recipe, self._state
     i = (
         i
@@ -210,7 +212,7 @@ class _Insertion:
         else recipe.shared_preconditioner
     )
     factored = state.preconditioners[i]
-    # Independent edits know nothing of earlier ones.
+    # Independent edits do not preserve earlier ones.
     if state.previous is None or not self._joint or not state.previous[i].any():
       return factored
     return _preserve(factored, state.previous[i], recipe.ridge)
@@ -218,7 +220,7 @@ class _Insertion:
   def _rows(
       self, found: Keys, away: np.ndarray, i: int
   ) -> tuple[Rows, np.ndarray]:
-    """The system of a layer, and the edits that held keys belong to."""
+    """The system of a layer, and the edits that preserved keys belong to."""
     preserved, live = found.preserved, np.zeros(0, bool)
     if len(preserved):
       live = np.isfinite(preserved).all(1)

@@ -1,12 +1,12 @@
-"""A closed-form method as plain data, and what its editor keeps.
+"""A closed-form method as plain data, and the state of its editor.
 
-A recipe says, in the terms of
+A recipe defines S, r, K, C and R of
 
-  X = S K^T (r I + C S K^T)^-1 R
+  X = S K^T (r I + C S K^T)^-1 R :
 
-what S, r, K, C and R are: which output at the anchor is optimised and measured,
-how keys are averaged over contexts, at which keys the change must be exact, how
-the residual is shared over layers, and which other keys are preserved.
+which output at the anchor is optimised and measured, how keys are averaged over
+contexts, the constraint keys, each layer's share of the residual, and which
+other keys are preserved.
 """
 
 from __future__ import annotations
@@ -42,25 +42,26 @@ class Recipe:
     ridge: r in the closed form.
     single_edit_ridge: r of a system of one pair and nothing preserved; None for
       `ridge`.
-    plain_weight: weight of the plain prompt in the average of the keys; the other
-      contexts share the rest evenly. None for the same as any other.
-    constraint: keys at which the change is held to R, 'same' as those it is
-      written along or 'plain' for those of the plain prompt.
-    activations: their dtype while targets are optimised and written, if wider
-      than the weights; see `ModelSpec`.
+    plain_weight: weight of the plain prompt in the average of the keys; the
+      other contexts share the rest evenly. None for the same as any other.
+    constraint: keys at which the change of the output is to be R: 'same' for
+      the keys K, 'plain' for those of the plain prompt.
+    activations: dtype of activations while targets are optimised and inserted,
+      if wider than the weights; see `ModelSpec`.
     output: what z is: 'block' (the residual leaving the layer), 'mlp' (the
       MLP's output) or 'attn+mlp' (the MLP's, optimised with the attention's).
     measured: where the present state is read, on the 'plain' prompt or as the
       'mean' over contexts.
-    layer_share: share of the residual that a layer takes: 'even' (1 / layers
+    layer_share: share of the residual that a layer inserts: 'even' (1 / layers
       left), 'root' (1 / sqrt(layers left)) or a fixed number.
-    shared_preconditioner: index of the layer whose S serves all; None for its own.
-    rect_density: share of a matrix's entries that are written, those of largest
+    shared_preconditioner: index of the layer whose S all layers use; None for
+      each its own.
+    rect_density: share of a matrix's entries that are changed, those of largest
       relative change (RECT); 1 for all.
-    preserve_previous: keys of earlier batches are preserved, in the state.
-    chunks: how long targets are cut; None for one target an edit.
-    preserved: with chunks, the other tokens of prompt and target are keys whose
-      output stays as it is.
+    preserve_previous: preserve the keys of earlier batches, kept in the state.
+    chunks: how long target texts are cut; None for one target an edit.
+    preserved: with chunks, preserve the keys of all other tokens of prompt and
+      target text.
     site: the edited linear map.
     anchor: the edited token, 'subject_last' or 'prompt_last'.
   """
@@ -87,11 +88,11 @@ class Recipe:
 
   @property
   def texts(self) -> bool:
-    """Whether whole texts are run, for the keys that are preserved."""
+    """Whether whole texts are run, for their preserved keys."""
     return self.chunks is not None and self.preserved
 
   def share(self, remaining: int) -> float:
-    """Share of the residual of a layer, with `remaining` left, it included."""
+    """Share of the residual of a layer; it is one of the `remaining` ones."""
     if self.layer_share == 'even':
       return 1 / remaining
     if self.layer_share == 'root':
@@ -99,13 +100,13 @@ class Recipe:
     return self.layer_share
 
   def weight(self, contexts: int) -> float:
-    """Weight of the plain prompt among that many contexts."""
+    """Weight of the plain prompt among `contexts` contexts."""
     if contexts == 1:
       return 1.0
     return 1 / contexts if self.plain_weight is None else self.plain_weight
 
   def ridge_of(self, pairs: int, preserved: int = 0) -> float:
-    """r of a system with that many pairs and preserved keys."""
+    """r of a system of `pairs` pairs and `preserved` preserved keys."""
     single = pairs == 1 and not preserved
     if single and self.single_edit_ridge is not None:
       return self.single_edit_ridge
@@ -113,7 +114,7 @@ class Recipe:
 
 
 class State(NamedTuple):
-  """What a closed-form editor keeps, by edited layer.
+  """State of a closed-form editor, by edited layer.
 
   Attributes:
     preconditioners: factored, f64.
@@ -127,14 +128,14 @@ class State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ClosedFormConfig:
-  """Settings that all closed forms have; each adds `recipe`, the method as data.
+  """Settings of all closed forms; each method adds `recipe`, itself as data.
 
   Attributes:
     layers: layers to edit, ascending.
     target: settings of the optimisation of z.
-    activations: see `Recipe`, as for those that follow.
-    rect_density: share of entries that are written.
-    chunks: how long targets are cut.
+    activations: see `Recipe`, as for all below.
+    rect_density: share of entries that are changed.
+    chunks: how long target texts are cut.
     anchor: the edited token.
   """
 

@@ -1,8 +1,9 @@
-"""Sums what the anchors of a tile hold by the state that they belong to.
+"""Sums vectors at the anchors of a packed batch by the target they belong to.
 
-On the device, so that one row a state goes to the host in place of one a context.
+On the device, so that one row a target goes to the host and not one a context.
 
-Axes: R rows of a tile, K states an edit, L states of a tile.
+Axes as in `jaxedit.types`: B sequences, K chunks an edit, M targets of the
+packed batch, C contexts an edit.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from jaxedit.types import Array
 
 
 class Segments(NamedTuple):
-  """Where a tile's anchors belong.
+  """Targets of the anchors of a packed batch.
 
   Attributes:
-    states: [L'] numbers of the states it has anchors of.
-    index: [L, m] places among its R K anchors of each of them, L >= L'; R K
-      where there is none.
+    states: [M'] numbers of the targets that it has anchors of.
+    index: [M, C] index of their anchors among all B K, M >= M'; B K where there
+      is none.
   """
 
   states: np.ndarray
@@ -31,40 +32,41 @@ class Segments(NamedTuple):
 
 @jax.jit
 def segment_sum(part: Array, index: Array) -> Array:
-  """Sums anchors [R, K, .] by state, always in the same order; gives [L, .].
+  """Sums [B, K, .] by target, always in the same order, to [M, .].
 
-  Rows are picked, not weighed: what is not finite stays where it is.
+  Rows are gathered, not multiplied by weights, so a non-finite one affects its
+  own target only.
   """
   rows = part.reshape(-1, part.shape[-1])
   return rows.at[index].get(mode='fill', fill_value=0).sum(1)
 
 
 def find_segments(number: np.ndarray, contexts: int) -> Segments:
-  """Finds the anchors of every state of a tile.
+  """Finds the anchors of every target of a packed batch.
 
   Args:
-    number: [R, K] the state that an anchor belongs to, -1 for none; rows of an
-      edit follow each other.
-    contexts: rows an edit.
+    number: [B, K] the target that an anchor belongs to, -1 for none; sequences
+      of an edit follow each other.
+    contexts: sequences an edit.
 
   Returns:
-    The fold; the shape of its index depends on that of the tile alone.
+    The segments; the shape of the index depends on the batch's shape alone.
   """
   rows, stages = number.shape
   edits = min(rows, -(-(rows - 1) // contexts) + 1)
-  places = np.flatnonzero(number >= 0)
-  taken = number.reshape(-1)[places]
+  anchors = np.flatnonzero(number >= 0)
+  taken = number.reshape(-1)[anchors]
   states, counts = np.unique(taken, return_counts=True)
   index = np.full((edits * stages, min(rows, contexts)), number.size)
   counts = np.pad(counts, (0, len(index) - len(counts)))
-  index[np.arange(index.shape[1]) < counts[:, None]] = places[
+  index[np.arange(index.shape[1]) < counts[:, None]] = anchors[
       np.argsort(taken, kind='stable')
   ]
   return Segments(states, index)
 
 
 def one_ahead(parts: Iterator[Array]) -> Iterator[Array]:
-  """Yields each while the device is at work on the next."""
+  """Yields each array while the device computes the next."""
   last = next(parts, None)
   for part in parts:
     yield last

@@ -1,13 +1,14 @@
-"""Takes all rows of a batch through the edited layers, lowest first.
+"""The forward pass of insertion upward through the edited layers.
 
-All rows halt before the MLP of the layer at hand, where keys are read and the
-states after the last edited layer are foreseen; once the change is known they go
-on from that MLP. No run starts at the embedding again, and neither the layers
-above the last edited one nor the head are touched. What the contexts share runs
-once for all edits, as a few rows of their own.
+For each edited layer, every sequence is paused before the MLP, keys are read
+and the states after the last edited layer are predicted; after the solve the
+sequences continue through the edited MLP. No run starts at the embedding again,
+and neither the layers above the last edited one nor the head are run. Shared
+prefixes are run once for all edits, as sequences of their own.
 
-Axes: E edits, C contexts, R rows, N places, K states an edit, M states of all
-edits, P held keys, F key width, D width.
+Axes as in `jaxedit.types`: E edits, B sequences, N packed tokens, P prefix
+tokens, K chunks an edit, M targets of all edits, J preserved keys, F key width,
+D width.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ from jaxedit.solve.ridge import LowRankUpdate
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import KV, Array, PackedSequences, Params, Tap, TokenLayout
 
-# A layer's change: factors, or one matrix [F, D].
+# The delta of one layer: factors, or one matrix [F, D].
 LayerDelta = LowRankUpdate | Array
-# Of the rows that wait between layers, so much stays on an accelerator; more goes
-# back to the host.
+# Activations that stay on an accelerator between layers; the rest is kept on
+# the host.
 _RESIDENT_BYTES = 2 * 2**30
 
 
@@ -48,10 +49,10 @@ class Keys(NamedTuple):
   """Inputs of the edited map in one layer.
 
   Attributes:
-    plain: [M, F] at the anchors of the bare prompts.
+    plain: [M, F] at the anchors of the plain prompts.
     mean: [M, F] average over contexts.
-    preserved: [P, F] at the other tokens of the texts.
-    group: [P] edit that a held key belongs to.
+    preserved: [J, F] at the other tokens of the texts.
+    group: [J] edit that a preserved key belongs to.
   """
 
   plain: np.ndarray
@@ -61,24 +62,24 @@ class Keys(NamedTuple):
 
 
 class _AtMlp(NamedTuple):
-  """Rows that wait before an MLP."""
+  """Activations of sequences that are paused before an MLP."""
 
-  h: Array  # residual without the MLP
+  h: Array  # residual stream without the MLP
   x: Array  # input of the MLP
 
 
 class _SharedPrefix(NamedTuple):
-  """What the contexts share, on its way up."""
+  """The shared prefixes during the sweep."""
 
-  at: Array | _AtMlp  # [B, s, D]
-  layout: TokenLayout  # [B, s]
-  kv: tuple[Array, Array] | None = None  # of the layer at hand, [B, G, s, H]
+  at: Array | _AtMlp  # [B, P, D]
+  layout: TokenLayout  # [B, P]
+  kv: tuple[Array, Array] | None = None  # of the present layer, [B, G, P, H]
 
 
 def _prefix(
     shared_prefix: _SharedPrefix, kv: tuple[Array, Array], batch: PackedBatch
 ) -> tuple[Array, Array, TokenLayout]:
-  """Keys and values that a tile's rows have before them in one layer."""
+  """Keys and values of each sequence's shared prefix in one layer."""
   pick = lambda x: x[batch.context]
   return pick(kv[0]), pick(kv[1]), jax.tree.map(pick, shared_prefix.layout)
 
@@ -91,7 +92,7 @@ def _enter_shared_prefix(
     layout: TokenLayout,
     layer: int,
 ) -> tuple[Array, KV | None]:
-  """Runs the trunk as far as the first edited layer."""
+  """Runs the shared prefixes up to the first edited layer."""
   h = decoder.embed(spec, params, tokens, layout)
   below = tuple(range(layer))
   if not below:
@@ -116,7 +117,7 @@ def _enter(
     batch: PackedBatch,
     layer: int,
 ) -> Array:
-  """Runs a tile as far as the first edited layer; `kv` is its trunk's."""
+  """Runs a batch up to the first edited layer; `kv` of the shared prefixes."""
   h = decoder.embed(spec, params, batch.tokens, batch.rows)
   if kv is not None:
     kv = targets_lib.broadcast_prefix(kv, batch.context)
@@ -133,7 +134,7 @@ def _shared_prefix_to_mlp(
     *,
     layer: Array,
 ) -> _SharedPrefix:
-  """Takes the trunk to the MLP of a layer."""
+  """Runs the shared prefixes up to the MLP of a layer."""
   h, x, kv = decoder.attention_half(
       spec, params, shared_prefix.at, shared_prefix.layout, layer=layer
   )
@@ -150,7 +151,7 @@ def _to_mlp(
     *,
     layer: Array,
 ) -> _AtMlp:
-  """Takes a tile to the MLP of a layer; the trunk has halted there."""
+  """Runs a batch up to the MLP of a layer, after the shared prefixes."""
   prefix = None
   if shared_prefix is not None:
     prefix = _prefix(shared_prefix, shared_prefix.kv, batch)
@@ -161,9 +162,9 @@ def _to_mlp(
   return _AtMlp(h, x.astype(stored(spec, params['embed']['embedding'].dtype)))
 
 
-def _at(x: Array, places: Array) -> Array:
-  """Takes [1, N, D] at places; zeros where there is none."""
-  return jnp.take(x[0], places, axis=0, mode='fill', fill_value=0)
+def _at(x: Array, index: Array) -> Array:
+  """Takes [1, N, D] at packed indices; zeros where there is none."""
+  return jnp.take(x[0], index, axis=0, mode='fill', fill_value=0)
 
 
 @functools.partial(jax.jit, static_argnames=('spec', 'site'))
@@ -171,13 +172,13 @@ def _read_keys(
     spec: ModelSpec,
     params: Params,
     at_mlp: _AtMlp,
-    places: Array | None,
+    index: Array | None,
     *,
     layer: Array,
     site: str,
 ) -> Array:
-  """Computes the keys at places [n], or at all of them, [n, F]."""
-  x = at_mlp.x if places is None else _at(at_mlp.x, places)[None]
+  """Computes the keys [N', F] at packed indices [N'], or of all tokens."""
+  x = at_mlp.x if index is None else _at(at_mlp.x, index)[None]
   _, seen = decoder.mlp_half(spec, params, x, layer=layer)
   key = seen[site][0]
   return key.astype(wide(key.dtype))
@@ -194,10 +195,10 @@ def _measure(
     deltas: LayerDeltas,
     output: str,
 ) -> Array:
-  """Computes the output of a layer at anchors [R, K], under its change.
+  """Computes the output of a layer at anchors [B, K], under its delta.
 
   Returns:
-    [R, K, D].
+    [B, K, D].
   """
   m, _ = decoder.mlp_half(
       spec, params, _at(at_mlp.x, anchor), layer=layer, deltas=deltas
@@ -216,7 +217,7 @@ def _predict_final(
     layer: Array,
     last: Array,
 ) -> _AtMlp:
-  """Takes halted rows from the MLP of `layer`, unchanged, to that of `last`."""
+  """Runs paused sequences from the MLP of `layer`, unedited, to `last`'s."""
 
   def through_mlp(at: _AtMlp, layer: Array) -> Array:
     return at.h + decoder.mlp_half(spec, params, at.x, layer=layer)[0]
@@ -255,7 +256,7 @@ def _through_mlp(
     layer: Array,
     deltas: LayerDeltas,
 ) -> Array:
-  """Runs the MLP that sequences wait for, edited; returns the residual."""
+  """Runs the MLP of a layer under its deltas; returns the residual stream."""
   m, _ = decoder.mlp_half(
       spec, params, x, layer=layer, rows=rows, deltas=deltas
   )
@@ -263,13 +264,13 @@ def _through_mlp(
 
 
 def _resident_bytes() -> float:
-  """Bytes of waiting rows that stay on the device."""
+  """Bytes of paused activations that stay on the device."""
   cpu = jax.devices()[0].platform == 'cpu'
   return np.inf if cpu else _RESIDENT_BYTES
 
 
 class LayerSweep:
-  """All rows of a batch on their way through the edited layers."""
+  """The sequences of a batch during insertion; see the module."""
 
   def __init__(
       self,
@@ -281,7 +282,7 @@ class LayerSweep:
       *,
       group: Sequence[int] | None = None,
   ):
-    """Takes all rows to the first edited layer.
+    """Runs all sequences up to the first edited layer.
 
     Args:
       spec: the architecture.
@@ -289,7 +290,7 @@ class LayerSweep:
       recipe: the method.
       edits: E edits.
       plan: of the run.
-      group: [E] which change an edit is under, where changes have a row axis.
+      group: [E] independent group of an edit; None for joint edits.
     """
     self._model, self._recipe = (spec, params), recipe
     self._contexts, self._text = plan.contexts, recipe.texts
@@ -313,13 +314,13 @@ class LayerSweep:
     if tokens.shape[1]:
       h, kv = _enter_shared_prefix(spec, params, tokens, layout, layer=first)
       self._shared_prefix = _SharedPrefix(h, layout)
-    batch_shape = _resident_bytes()
+    free = _resident_bytes()
     self._at: list[list[Any]] = [[], []]
-    self._offloaded: list[list[bool]] = [[], []]  # who waits on the host
+    self._offloaded: list[list[bool]] = [[], []]  # kept on the host
     for side, t, batch in self._each():
       h = _enter(spec, params, kv, batch, layer=first)
-      batch_shape -= 2 * h.nbytes  # with the input of the MLP
-      self._offloaded[side].append(batch_shape < 0)
+      free -= 2 * h.nbytes  # with the input of the MLP
+      self._offloaded[side].append(free < 0)
       self._at[side].append(None)
       self._keep(side, t, h)
 
@@ -334,19 +335,19 @@ class LayerSweep:
         yield number, t, batch
 
   def _numbers(self, batch: PackedBatch) -> np.ndarray:
-    """[R, K] which of the M states an anchor has, -1 for none."""
+    """[B, K] which of the M targets an anchor belongs to, -1 for none."""
     k = np.arange(batch.anchor.shape[1])
     taken = (batch.edit >= 0)[:, None] & (k < self._stages[batch.edit][:, None])
     return np.where(taken, self._first[batch.edit][:, None] + k, -1)
 
   def _keep(self, side: int, t: int, rows: Any) -> None:
-    """Puts a tile's rows where they wait."""
+    """Stores the activations of a packed batch on the device or the host."""
     if self._offloaded[side][t]:
       rows = jax.tree.map(np.asarray, rows)
     self._at[side][t] = rows
 
   def _gather(self, side: int, parts: Iterator[Array]) -> np.ndarray:
-    """Averages what anchors hold [R, K, .] over the contexts of a side."""
+    """Averages vectors at anchors [B, K, .] over the contexts of a side."""
     total, mine = None, self._segments[side]
     found = (
         segment_sum.segment_sum(part, one.index)
@@ -363,7 +364,7 @@ class LayerSweep:
     return plain if others is None else weight * plain + (1 - weight) * others
 
   def to_mlp(self, layer: int) -> None:
-    """Takes all rows to the MLP of a layer."""
+    """Runs all sequences up to the MLP of a layer."""
     if self._shared_prefix is not None:
       self._shared_prefix = _shared_prefix_to_mlp(
           *self._model, self._shared_prefix, layer=layer
@@ -386,7 +387,7 @@ class LayerSweep:
     preserved: list[tuple[np.ndarray, np.ndarray]] = []
 
     def at_anchors(side: int) -> Iterator[Array]:
-      # A tile at a time: the keys of all contexts would fill the memory.
+      # One packed batch at a time: the keys of all contexts would fill memory.
       for at, batch in zip(self._at[side], self._sides[side]):
         if not self._text:
           found = read(at, batch.anchor.reshape(-1))
@@ -409,7 +410,7 @@ class LayerSweep:
     return Keys(plain, mean, *(np.concatenate(x) for x in zip(*preserved)))
 
   def predicted(self, layer: int) -> np.ndarray:
-    """States of the last edited layer as things stand, [M, D]."""
+    """Predicts the present states of the last edited layer, [M, D]."""
     last = self._recipe.layers[-1]
 
     def one_ahead(side: int, t: int, batch: PackedBatch) -> _AtMlp:
@@ -425,7 +426,7 @@ class LayerSweep:
     return self._read(one_ahead, None)
 
   def final(self, delta: LayerDelta | None) -> np.ndarray:
-    """States of the last edited layer, where rows are halted, under a change."""
+    """States [M, D] of the last edited layer, now at its MLP, under `delta`."""
     return self._read(lambda side, t, batch: self._at[side][t], delta)
 
   def _read(self, where: Any, delta: LayerDelta | None) -> np.ndarray:
@@ -463,7 +464,7 @@ class LayerSweep:
     return LayerDeltas({0: LowRank((), site, *(x[own] for x in delta))}, True)
 
   def through_mlp(self, layer: int, delta: LayerDelta | None) -> None:
-    """Takes all rows past the MLP of a layer, with its change."""
+    """Runs all sequences through the MLP of a layer, edited."""
     put = functools.partial(_through_mlp, *self._model, layer=layer)
     if self._shared_prefix is not None:
       own = self._deltas(delta, None)

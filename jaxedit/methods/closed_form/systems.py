@@ -1,12 +1,12 @@
-"""The systems that keys and residuals of a layer make, and their solution.
+"""The linear systems of a layer's keys and residuals, and their solution.
 
-All edits in one system, or independent groups of edits side by side, each with a
-system of its own; shapes are padded with idle rows, so that batches of other
-sizes do not compile anew. Rows go to the device as they are, and are widened there.
-A system without a finite solution gives no change.
+All edits in one system, or independent groups of edits side by side, each with
+a system of its own. Shapes are padded with inactive rows, so that batches of
+other sizes do not recompile. Rows are transferred in their own dtype and
+widened on the device. A system without a finite solution gives a zero delta.
 
-Axes: M states of all edits, G groups, m states of a group, P held keys, p of a
-group, F key width, D width.
+Axes as in `jaxedit.types`: M targets of all edits, M' of a group, J preserved
+keys, F key width, D width.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from jaxedit.text.encoding import (
 )
 from jaxedit.types import Array
 
-# Of independent groups, those solved for in one call share this much memory.
+# Memory of the independent groups that are solved for in one call, bytes.
 _GROUP_BYTES = 2**30
 
 
 class Rows(NamedTuple):
-  """Rows of one system, or of G systems side by side."""
+  """Rows of one system, or of several side by side on an axis of groups."""
 
   keys: np.ndarray  # [M, F]
   residuals: np.ndarray  # [M, D]
   active: np.ndarray  # [M] bool
   constraint: np.ndarray | None  # [M, F]
-  preserved: np.ndarray | None  # [P, F]
-  preserved_active: np.ndarray | None  # [P] bool
+  preserved: np.ndarray | None  # [J, F]
+  preserved_active: np.ndarray | None  # [J] bool
 
 
 def pays(rows: int, keys: int, width: int) -> bool:
-  """Says whether factors of that many rows are smaller than the matrix."""
+  """Says whether factors of `rows` pairs are smaller than the matrix."""
   return rows * (keys + width) < keys * width
 
 
@@ -65,7 +65,7 @@ def _solve_dense(preconditioner: Factored, rows: Rows, ridge: Array) -> Array:
 def _solve_groups(
     preconditioner: Factored, rows: Rows, ridge: Array
 ) -> LowRankUpdate:
-  """Solves systems that know nothing of each other, [G, m, .]."""
+  """Solves independent systems, [groups, M', .]."""
   one = lambda rows, ridge: ridge_update(
       preconditioner, **_named(rows), ridge=ridge
   )
@@ -80,7 +80,7 @@ class Joint:
   """All edits in one system."""
 
   def __init__(self, plan: BatchPlan, states: int):
-    # Smaller batches leave rows of the solve idle, rather than compile their own.
+    # Smaller batches have inactive rows and do not recompile.
     self._rows, self._states = max(plan.states, states), states
 
   def solve(
@@ -90,27 +90,27 @@ class Joint:
       group: np.ndarray,
       recipe: Recipe,
   ) -> LayerDelta:
-    """Solves for one change of a layer; `group` is not asked."""
+    """Solves for the one delta of a layer; `group` is not used."""
     del group
     full = self._rows
     preserved = 0 if rows.preserved is None else len(rows.preserved)
-    # Rows that take no part have no say in the ridge.
+    # The ridge depends on active rows only.
     sizes = [
         int(x.sum())
         for x in (rows.active, rows.preserved_active)
         if x is not None
     ]
     dense = not pays(full, rows.keys.shape[1], rows.residuals.shape[1])
-    put = lambda x: None if x is None else _pad(x, full)
-    batch_shape = _batch_shape(preserved)
-    hold = lambda x: None if x is None else _pad(x, batch_shape)
-    rows = Rows(*map(put, rows[:4]), *map(hold, rows[4:]))
+    pad = lambda size: lambda x: None if x is None else _pad(x, size)
+    rows = Rows(
+        *map(pad(full), rows[:4]), *map(pad(_padded(preserved)), rows[4:])
+    )
     solve = _solve_dense if dense else _solve_factors
     ridge = recipe.ridge_of(*sizes)
     return solve(preconditioner, jax.tree.map(jnp.asarray, rows), ridge)
 
   def sound(self, change: LayerDelta) -> tuple[LayerDelta, np.ndarray]:
-    """The change, or none if it is not finite, and the states it serves."""
+    """The delta, zero if it is not finite, and the [M] targets it inserts."""
     fine = all(np.isfinite(x).all() for x in jax.tree.leaves(change))
     if not fine:
       change = jax.tree.map(np.zeros_like, change)
@@ -134,14 +134,14 @@ class Independent:
       group: np.ndarray,
       recipe: Recipe,
   ) -> LowRankUpdate:
-    """Solves for the changes of all groups; `group` [P] is a held key's edit."""
+    """Solves for all groups' deltas; `group` [J] edits of preserved keys."""
     index, preserved = self._index, None
     sizes = [np.bincount(self._number, rows.active, self._groups)]
     if rows.preserved is not None:
       mine = self._group[group]
       sizes.append(np.bincount(mine, rows.preserved_active, self._groups))
       preserved = _members(mine, self._groups, 1)
-      idle = _batch_shape(preserved.shape[1]) - preserved.shape[1]
+      idle = _padded(preserved.shape[1]) - preserved.shape[1]
       preserved = np.pad(preserved, [(0, 0), (0, idle)], constant_values=-1)
     ridge = [recipe.ridge_of(*map(int, some)) for some in zip(*sizes)]
     ridge = np.array(ridge, np.float64)
@@ -153,7 +153,7 @@ class Independent:
     )  # to the device once
     found = []
     for at in range(0, self._groups, step):
-      # The last systems stand idle where there are no more groups.
+      # The last systems are inactive where there are no more groups.
       cut = lambda x: _fill(x[at : at + step], step)  # pylint: disable=cell-var-from-loop
       part = _take(
           rows, cut(index), None if preserved is None else cut(preserved)
@@ -167,20 +167,20 @@ class Independent:
     )
 
   def sound(self, change: LowRankUpdate) -> tuple[LowRankUpdate, np.ndarray]:
-    """The finite changes, and the [M] states they serve."""
+    """The deltas, zero where not finite, and the [M] targets they insert."""
     fine = np.logical_and(*(np.isfinite(x).all(axis=(1, 2)) for x in change))
     kept = (np.where(fine[:, None, None], x, 0) for x in change)
     return LowRankUpdate(*kept), fine[self._number]
 
 
 def _fill(index: np.ndarray, rows: int) -> np.ndarray:
-  """Adds rows that name nothing."""
+  """Adds rows of -1."""
   idle = [(0, rows - len(index)), (0, 0)]
   return np.pad(index, idle, constant_values=-1)
 
 
 def _members(group: np.ndarray, groups: int, least: int) -> np.ndarray:
-  """[G, m] which rows belong to a group, -1 for none."""
+  """[groups, M'] the rows of each group, -1 for none."""
   counts = np.bincount(group, minlength=groups)
   index = np.full((groups, max(least, int(counts.max(initial=0)))), -1)
   for g in np.flatnonzero(counts):
@@ -190,7 +190,7 @@ def _members(group: np.ndarray, groups: int, least: int) -> np.ndarray:
 
 
 def _take(rows: Rows, index: np.ndarray, preserved: np.ndarray | None) -> Rows:
-  """The rows of groups, [G, m, .]; idle where there is none."""
+  """The rows of groups, [groups, M', .]; inactive where there is none."""
 
   def pick(x: np.ndarray | None, index: np.ndarray) -> np.ndarray | None:
     if x is None:
@@ -209,6 +209,6 @@ def _pad(x: np.ndarray, rows: int) -> np.ndarray:
   return np.pad(x, [(0, rows - len(x)), *[(0, 0)] * (x.ndim - 1)])
 
 
-def _batch_shape(preserved: int) -> int:
-  """Held rows to compile for, so that a few more do not compile anew."""
+def _padded(preserved: int) -> int:
+  """Rounds up, so that a few more preserved keys do not recompile."""
   return round_up(preserved) if preserved else 0
