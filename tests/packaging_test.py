@@ -224,7 +224,16 @@ class FlagfileTest(parameterized.TestCase):
         self.assertEqual(json.loads(out.splitlines()[-1]), {})
 
 
-PAGES = ('README.md', 'BUILD.md', 'docs/methods.md', 'docs/tracing.md')
+PAGES = (
+    'README.md',
+    'BUILD.md',
+    'BENCHMARKS.md',
+    'docs/data.md',
+    'docs/glossary.md',
+    'docs/lab_notes.md',
+    'docs/methods.md',
+    'docs/tracing.md',
+)
 _FENCE = re.compile(r'^```.*?^```', re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r'\[([^\]]*)\]\(([^)\s]+)\)')
 
