@@ -109,6 +109,9 @@ class OutputTest(parameterized.TestCase):
     self.assertEqual(self.names(), ['keep.txt', 'model', 'results.json'])
     output.begin(['results.json', 'model', 'deltas'])
     self.assertEqual(self.names(), ['keep.txt', 'unfinished'])
+    (self.folder / 'results.json').write_text('old')
+    output.clear(['results.json'])
+    self.assertEqual(self.names(), ['keep.txt', 'unfinished'])
     self.assertEqual(io.read_json(output.unfinished / 'command.json'), ALL)
 
   def test_a_link_to_a_folder_is_unlinked_and_not_followed(self):

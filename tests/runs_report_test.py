@@ -78,7 +78,7 @@ class WorkTest(absltest.TestCase):
     work = Work(needed=30, computed=40, steps=5, seconds={'optimize': 1.0})
     info = base.Info([], {}, {}, work=work)
     self.assertEqual(
-        report.work(session, info, 0),
+        report.work(session, info),
         {
             'shapes': [{'slots': 2, 'token_budget': 32, 'length': 8}],
             'steps': 5,
@@ -88,9 +88,10 @@ class WorkTest(absltest.TestCase):
             'seconds': {'optimize': 1.0},
         },
     )
-    self.assertEqual(report.work(session, info, 3)['targets_kept'], 3)
-    info = info._replace(work=None)
-    self.assertEqual(report.work(session, info, 0), {})
+    kept = info._replace(work=work._replace(kept=3))
+    self.assertEqual(report.work(session, kept)['states_kept'], 3)
+    none = info._replace(work=None)
+    self.assertEqual(report.work(session, none), {})
 
 
 class TablesTest(absltest.TestCase):

@@ -238,6 +238,7 @@ class InvarianceTest(parameterized.TestCase):
     self._same(got, want)
     again, none = run(cache=cache)
     self.assertEqual(none.steps, 0)
+    self.assertEqual([x.kept for x in (whole, part, none)], [0, 2, 4])
     jax.tree.map(np.testing.assert_array_equal, again, got)
 
   def test_an_exact_cache_is_used_by_whole_rounds(self):

@@ -55,7 +55,6 @@ class TargetFiles:
       about: Mapping[str, Any],
       *,
       exact: bool,
-      counter: list[int] | None = None,
   ):
     """Opens a folder, which need not exist.
 
@@ -63,31 +62,19 @@ class TargetFiles:
       folder: where they are.
       about: what all targets there depend on, plain JSON types.
       exact: reuse whole rounds only.
-      counter: counts what was found; a list of one number.
     """
     self._folder, self._about, self.exact = folder, dict(about), exact
-    self._counter = [0] if counter is None else counter
-
-  @property
-  def found(self) -> int:
-    """How many targets were there when they were asked for."""
-    return self._counter[0]
 
   def after(self, earlier: str) -> TargetFiles:
     """The targets of edits that are made after others, named by a digest."""
-    return TargetFiles(
-        self._folder,
-        {**self._about, 'after': earlier},
-        exact=self.exact,
-        counter=self._counter,
-    )
+    about = {**self._about, 'after': earlier}
+    return TargetFiles(self._folder, about, exact=self.exact)
 
   def get(self, edit: EncodedEdit) -> Targets | None:
     path = self._path(edit)
     if not path.is_file():
       return None
     tensors, _ = io.read_tensors(path, self._KIND, 'delete it')
-    self._counter[0] += 1
     return Targets(**tensors)
 
   def put(self, edit: EncodedEdit, targets: Targets) -> None:

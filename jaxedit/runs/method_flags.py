@@ -40,6 +40,8 @@ class Chosen(NamedTuple):
   @property
   def name(self) -> str:
     """The method's id, with what was combined with it."""
+    if hasattr(self.config, 'recipe'):
+      return self.config.recipe().name
     return self.method.name + ('+anyedit' if self.config.chunks else '')
 
 

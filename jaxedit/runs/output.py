@@ -79,12 +79,16 @@ class Output:
     """From here on the folder is this run's.
 
     Args:
-      stale: results of an earlier run to remove, files or folders.
+      stale: see `clear`.
     """
     if not self.resumed:
       shutil.rmtree(self.unfinished, ignore_errors=True)
     self.unfinished.mkdir(exist_ok=True)
     io.write_json(self.unfinished / _COMMAND, self._command)
+    self.clear(stale)
+
+  def clear(self, stale: Sequence[str]) -> None:
+    """Removes results of an earlier run, files or folders."""
     for name in stale:
       path = self.folder / name
       if path.is_dir() and not path.is_symlink():

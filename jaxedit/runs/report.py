@@ -161,32 +161,28 @@ def perplexity(
   return {name: found._asdict()}
 
 
-def work(session: Session, info: Info, kept: int) -> dict[str, Any]:
+def work(session: Session, info: Info) -> dict[str, Any]:
   """What the optimiser ran and in what shapes, for results.json.
 
   Args:
     session: what is worked on.
     info: how the edits went.
-    kept: targets that were not optimised but found.
   """
-  found: dict[str, Any] = {}
-  if info.work is not None:
-    found = {
-        'shapes': [
-            {
-                'slots': shape.slots,
-                'token_budget': shape.token_budget,
-                'length': shape.length,
-            }
-            for shape in session.plan.shapes
-        ],
-        'steps': info.work.steps,
-        'tokens_run': info.work.computed,
-        'tokens_needed': info.work.needed,
-        'wasted': info.work.waste,
-        'seconds': dict(info.work.seconds),
-    }
-  return {**found, **({'targets_kept': kept} if kept else {})}
+  if info.work is None:
+    return {}
+  names = ('slots', 'token_budget', 'length')
+  found = {
+      'shapes': [
+          {name: getattr(shape, name) for name in names}
+          for shape in session.plan.shapes
+      ],
+      'steps': info.work.steps,
+      'tokens_run': info.work.computed,
+      'tokens_needed': info.work.needed,
+      'wasted': info.work.waste,
+      'seconds': dict(info.work.seconds),
+  }
+  return found | ({'states_kept': info.work.kept} if info.work.kept else {})
 
 
 def write(

@@ -381,7 +381,7 @@ def _sources(
           'texts': len(value),
           'ids_digest': digest(*value),
       }
-  return found
+  return found or {'moments': {'corpus': 'none', 'tokens': 0}}
 
 
 def run(
@@ -424,8 +424,9 @@ def run(
         kind,
         clock=clock,
         progress=progress,
-        begin=lambda: output.begin(stale),
+        begin=output.begin,
     )
+    output.clear(stale)  # nothing is refused any more
     return _work(session, output, clock, progress)
 
 
@@ -446,11 +447,18 @@ def _work(
   outcome, after = _edit_parts(
       session, state, (cache, output), scorers, before, clock, progress
   )
+  work = report.work(session, outcome.info)
+  if kept := work.get('states_kept'):
+    print(
+        f'note: the targets of {kept} of {len(session.encoded)} edits were kept;'
+        ' seconds are those of the others',
+        file=sys.stderr,
+    )
   fluency |= report.perplexity(session, outcome.edited, 'post', clock, progress)
   evaluations = {'pre': before, 'post': after}
   results: dict[str, Any] = {
       'protocol': session.meaning,
-      'work': report.work(session, outcome.info, cache.found),
+      'work': work,
   }
   if fluency:
     results['perplexity'] = fluency
@@ -649,8 +657,16 @@ def _unpacked(
   leaves, tree = jax.tree.flatten(start)
   leaves = [arrays.get(f'state/{i}', x) for i, x in enumerate(leaves)]
   state = jax.tree.unflatten(tree, leaves)
-  infos = [base.info_of(one) for one in record['infos']]
+  infos = [_kept(base.info_of(one)) for one in record['infos']]
   return Edited(files.unpacked(arrays, record['deltas'])), state, infos
+
+
+def _kept(info: Info) -> Info:
+  """The report of a batch that an interrupted run has edited."""
+  work = info.work
+  if work is not None:
+    work = work._replace(kept=len(info.written), seconds={})
+  return info._replace(seconds={}, work=work)
 
 
 def _prune(session: Session, outcome: SessionResult) -> SessionResult:

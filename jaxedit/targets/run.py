@@ -100,14 +100,15 @@ def optimize(
     )
   begin = time.monotonic()
   targets, waiting = _known(edits, plan, cache)
+  missing = [i for _, order in waiting for i in order]
+  kept = len(edits) - len(missing)
   if not waiting:
-    return targets, Work()
+    return targets, Work(kept=kept)
   tokens, layout = packer.pack_shared_prefix(plan)
   shared_prefix = _shared_prefix_kv(spec, params, tokens, layout)
   jax.block_until_ready(shared_prefix)
   seconds = {'prefill': time.monotonic() - begin}
-  total = Work(seconds=seconds, prepared=tokens.size)
-  missing = [i for _, order in waiting for i in order]
+  total = Work(seconds=seconds, prepared=tokens.size, kept=kept)
   chunks = sum(edits[i].stages for i in missing)
   unit = 'edit' if chunks == len(missing) else 'chunk'
   with progress('optimize', chunks, unit) as advance:

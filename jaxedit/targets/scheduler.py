@@ -55,6 +55,7 @@ class Work(NamedTuple):
     last_scored: scored tokens of every edit's last step.
     prepared: tokens of the packed batches that were prefilled.
     steps: optimiser steps.
+    kept: edits whose targets were found in the cache.
     seconds: wall time of 'prefill' and 'optimize', compilation included.
   """
 
@@ -66,6 +67,7 @@ class Work(NamedTuple):
   last_scored: int = 0
   prepared: int = 0
   steps: int = 0
+  kept: int = 0
   seconds: Mapping[str, float] = types.MappingProxyType({})
 
   def __add__(self, other: Work) -> Work:
