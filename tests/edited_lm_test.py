@@ -76,10 +76,16 @@ class OracleTest(parameterized.TestCase):
     edited = Edited(deltas_of(name, size, jnp.float64), size=size)
     prompts = random_prompts()
     ids = None if size is None else [i % 3 for i in range(len(prompts))]
-    lm = open_model(model('float64'), edited, batch_size=4)
-    texts = lm.generate(
-        prompts, max_new_tokens=NEW, stop_ids=range(9), edit_ids=ids
-    )
+    # Rows are refilled again and again, or leave as the batch shrinks.
+    rows = 8 if size is None else 4
+    lm = open_model(model('float64'), edited, batch_size=rows)
+    with mock.patch.object(
+        decode_state, 'resize', side_effect=decode_state.resize
+    ) as resized:
+      texts = lm.generate(
+          prompts, max_new_tokens=NEW, stop_ids=range(9), edit_ids=ids
+      )
+    self.assertEqual(resized.called, size is None)
     lengths = [len(text) for text in texts]
     self.assertLess(min(lengths), 32)
     for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
