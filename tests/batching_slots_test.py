@@ -9,15 +9,9 @@ import text_tokenizers
 from absl.testing import absltest, parameterized
 
 from jaxedit import types
-from jaxedit.batching import (
-    packer,
-)
-from jaxedit.batching import (
-    plan as plan_lib,
-)
-from jaxedit.batching import (
-    slots as slots_lib,
-)
+from jaxedit.batching import packer
+from jaxedit.batching import plan as plan_lib
+from jaxedit.batching import slots as slots_lib
 from jaxedit.testing import facts
 from jaxedit.text import encoding
 

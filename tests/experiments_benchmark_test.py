@@ -18,9 +18,7 @@ import tiny_model
 from absl.testing import absltest, parameterized
 
 from experiments.benchmark import __main__ as benchmark
-from experiments.benchmark import (
-    config as config_lib,
-)
+from experiments.benchmark import config as config_lib
 from experiments.benchmark import (
     machine,
     presets,
@@ -29,9 +27,7 @@ from experiments.benchmark import (
     torch_model,
 )
 from experiments.benchmark import setup as setup_lib
-from experiments.benchmark import (
-    stages as stages_lib,
-)
+from experiments.benchmark import stages as stages_lib
 from jaxedit.models import decoder, families
 from jaxedit.runs.config import RunConfig
 from jaxedit.targets import TargetConfig

@@ -18,12 +18,8 @@ import torch
 import transformers
 from absl.testing import absltest, parameterized
 
-from jaxedit import (
-    targets as targets_lib,
-)
-from jaxedit import (
-    testing,
-)
+from jaxedit import targets as targets_lib
+from jaxedit import testing
 from jaxedit.batching import plan as plan_lib
 from jaxedit.eval import datasets
 from jaxedit.models import loading, tokenizer

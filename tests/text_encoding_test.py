@@ -12,9 +12,7 @@ from jaxedit.batching import (
     buckets,
     packer,
 )
-from jaxedit.batching import (
-    plan as plan_lib,
-)
+from jaxedit.batching import plan as plan_lib
 from jaxedit.eval import datasets
 from jaxedit.text import (
     encoding,

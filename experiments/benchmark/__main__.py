@@ -43,15 +43,9 @@ from experiments.benchmark import (
     presets,
     report,
 )
-from experiments.benchmark import (
-    config as config_lib,
-)
-from experiments.benchmark import (
-    setup as setup_lib,
-)
-from experiments.benchmark import (
-    stages as stages_lib,
-)
+from experiments.benchmark import config as config_lib
+from experiments.benchmark import setup as setup_lib
+from experiments.benchmark import stages as stages_lib
 from experiments.benchmark.config import BenchmarkConfig
 from experiments.benchmark.setup import Setup
 from jaxedit import io

@@ -12,12 +12,8 @@ from typing import NamedTuple
 import flax
 import numpy as np
 
-from jaxedit.batching import (
-    packer,
-)
-from jaxedit.batching import (
-    plan as plan_lib,
-)
+from jaxedit.batching import packer
+from jaxedit.batching import plan as plan_lib
 from jaxedit.batching.plan import (
     BatchPlan,
     BatchShape,

@@ -21,9 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxedit.deltas import (
-    SiteDelta,
-)
+from jaxedit.deltas import SiteDelta
 from jaxedit.models import (
     decode_state,
     sampling,

@@ -32,9 +32,7 @@ from jaxedit.targets.scheduler import (
     Scheduler,
     Work,
 )
-from jaxedit.targets.state import (
-    OUTPUTS,
-)
+from jaxedit.targets.state import OUTPUTS
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import Params, Progress, Targets, silent
 

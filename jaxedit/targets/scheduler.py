@@ -18,12 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxedit import numerics
-from jaxedit.batching import (
-    packer,
-)
-from jaxedit.batching import (
-    slots as slots_lib,
-)
+from jaxedit.batching import packer
+from jaxedit.batching import slots as slots_lib
 from jaxedit.batching.packer import PackedBatch
 from jaxedit.batching.plan import (
     BatchPlan,

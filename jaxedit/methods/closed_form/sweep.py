@@ -29,9 +29,7 @@ from jaxedit.deltas import Dense, LayerDeltas, LowRank
 from jaxedit.methods.closed_form import segment_sum
 from jaxedit.methods.closed_form.recipe import Recipe
 from jaxedit.models import decoder
-from jaxedit.models.blocks import (
-    stored,
-)
+from jaxedit.models.blocks import stored
 from jaxedit.models.spec import ModelSpec
 from jaxedit.numerics import wide
 from jaxedit.solve.ridge import LowRankUpdate

@@ -24,9 +24,7 @@ from jaxedit.methods.closed_form.recipe import Recipe
 from jaxedit.methods.closed_form.sweep import LayerDelta
 from jaxedit.solve.preconditioner import Factored
 from jaxedit.solve.ridge import LowRankUpdate, ridge_dense, ridge_update
-from jaxedit.text.encoding import (
-    EncodedEdit,
-)
+from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import Array
 
 # Memory of the independent groups that are solved for in one call, bytes.
