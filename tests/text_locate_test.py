@@ -166,15 +166,6 @@ class TargetTest(parameterized.TestCase):
     with self.assertRaisesRegex(InputError, 'no tokens'):
       locate.encode_target(TOKENIZERS['bos'](), target)
 
-  @parameterized.named_parameters(_each(TOKENIZERS))
-  def test_continuation_keeps_the_ids_of_both(self, kind):
-    tokenizer = TOKENIZERS[kind]()
-    joined = locate.encode_continuation(tokenizer, 'The capital is', 'Paris')
-    (prompt,) = locate.encode_prompts(tokenizer, ['The capital is'])
-    target = locate.encode_target(tokenizer, 'Paris')
-    np.testing.assert_array_equal(joined.ids[: joined.start], prompt)
-    np.testing.assert_array_equal(joined.ids[joined.start :], target)
-
   def test_batches_equal_single_calls(self):
     tokenizer = TOKENIZERS['bos']()
     targets = ['piano', ' guitar', 'Zoë 🎸', '']

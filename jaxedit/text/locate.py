@@ -51,18 +51,6 @@ class Located(NamedTuple):
   last: int
 
 
-class Continuation(NamedTuple):
-  """A prompt with its target as ids.
-
-  Attributes:
-    ids: [T] int32, prompt then target.
-    start: index of the first target token.
-  """
-
-  ids: np.ndarray
-  start: int
-
-
 def valid_unicode(text: str) -> str:
   """Replaces unpaired surrogates, which no tokenizer accepts, by U+FFFD."""
   try:
@@ -312,24 +300,3 @@ def encode_target(tokenizer: Any, target: str) -> np.ndarray:
 def no_target(target: str) -> str:
   """Says that a target has no tokens."""
   return f'the target {target!r} has no tokens; give it some text.'
-
-
-def encode_continuation(
-    tokenizer: Any, prompt: str, target: str
-) -> Continuation:
-  """Joins the ids of a prompt and of its target.
-
-  Args:
-    tokenizer: a fast transformers tokenizer.
-    prompt: the text before.
-    target: the text after; see `encode_targets` about its space.
-
-  Returns:
-    The ids and where the target starts.
-
-  Raises:
-    InputError: the target has no tokens, or the tokenizer gives no offsets.
-  """
-  (ids,) = encode_prompts(tokenizer, [prompt])
-  tail = encode_target(tokenizer, target)
-  return Continuation(np.concatenate([ids, tail]), len(ids))
