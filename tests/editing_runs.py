@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import os
+import pathlib
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import programs
@@ -67,6 +71,20 @@ LONG = (
     text('Paris Toko', 'the Eiffel Tower in France. a piano'),
     text('Sydney Paris', 'French. The guitar in a city of France.'),
 )
+
+
+@contextlib.contextmanager
+def interrupted_at(name):
+  """Interrupts what writes a file, before it has its name."""
+  replace = os.replace
+
+  def interrupt(source, place):
+    if pathlib.Path(place).name == name:
+      raise KeyboardInterrupt
+    replace(source, place)
+
+  with mock.patch.object(os, 'replace', interrupt):
+    yield
 
 
 class Facts(programs.Setup):

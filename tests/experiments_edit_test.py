@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import importlib.util
 import json
-import os
-import pathlib
-import shutil
 from unittest import mock
 
 import editing_runs
@@ -17,7 +13,7 @@ import jax
 import numpy as np
 import tiny_model
 from absl.testing import absltest, parameterized
-from editing_runs import CONTEXTS, FACTS, LONG, TEXTS, WINDOW, Case, fact, text
+from editing_runs import CONTEXTS, FACTS, TEXTS, WINDOW, Case, fact, text
 
 from experiments import collect_moments, edit
 from jaxedit import edited as edited_lib
@@ -27,11 +23,8 @@ from jaxedit.eval import datasets
 from jaxedit.methods.base import EditBatch, Run
 from jaxedit.methods.registry import METHODS
 from jaxedit.models import decoder, loading, saving, tokenizer
-from jaxedit.runs import moments, report, session
-from jaxedit.runs.cache import TargetFiles
-from jaxedit.stats import corpora
+from jaxedit.runs import moments, session
 from jaxedit.stats import moments as stats_moments
-from jaxedit.targets import run as targets_run
 from jaxedit.text import encoding
 
 SAME = ('metrics', 'intervals', 'counts', 'protocol', 'unedited')
@@ -66,20 +59,6 @@ def logits(params):
   spec = FACT.base.spec
   run = jax.jit(edited_lib.apply_model, static_argnums=0)
   return np.asarray(run(spec, params, UNEDITED, tokens, layout))
-
-
-@contextlib.contextmanager
-def interrupted_at(name):
-  """Interrupts what writes a file, before it has its name."""
-  replace = os.replace
-
-  def interrupt(source, place):
-    if pathlib.Path(place).name == name:
-      raise KeyboardInterrupt
-    replace(source, place)
-
-  with mock.patch.object(os, 'replace', interrupt):
-    yield
 
 
 class WholeRunTest(Case):
@@ -642,305 +621,6 @@ class OtherMethodsTest(Case):
       self.assertEqual(TEXT.run(**settings).code, 130)
     (scorer,) = judge.call_args.args[2]
     self.assertEqual(scorer.decoding._asdict(), settings)
-
-
-class UnkeTest(Case):
-
-  def in_parts(self):
-    """Lets two changes of a block fit into memory."""
-    leaves = jax.tree.leaves(TEXT.base.params['layers'])
-    block = 4 * sum(leaf[0].size for leaf in leaves)
-    return mock.patch.object(session, '_SIDE_BYTES', 2 * block)
-
-  def test_whole_run(self):
-    done = TEXT.block
-    self.assertEqual(done.code, 0, done.err)
-    self.assertEqual(
-        done.files, ['delta.safetensors', 'records.jsonl', 'results.json']
-    )
-    protocol = done.results['protocol']
-    self.assertEqual(protocol['method'], 'unke+anyedit')
-    self.assertEqual(protocol['preserved']['texts'], 2)
-    self.assertEqual(protocol['settings']['steps'], 10)
-    self.assertEqual(protocol['settings']['value']['threshold'], 5e-3)
-    edited, metadata = done.delta()
-    self.assertEqual(metadata['records'], [1, 2, 3, 4])
-    self.assertTrue(metadata['independent'])
-    leaves = {(d.site, d.leaf) for d in edited.deltas}
-    self.assertIn(('mlp_norm', 'scale'), leaves)
-    self.assertIn(('attn/q', 'kernel'), leaves)
-    for delta in edited.deltas:
-      self.assertIsInstance(delta, Dense)
-      self.assertEqual((delta.layers, delta.value.shape[1]), ((1,), 4))
-    for row in done.records:
-      self.assertNotEqual(row['before']['text'], row['after']['text'])
-      self.assertLess(row['distance'][-1], 0.9)
-    self.assert_judged(TEXT, edited, list(enumerate(done.records)))
-
-  def test_in_parts_is_the_same(self):
-    with self.in_parts():
-      done = self.succeed(TEXT.unke)
-    self.assertEqual(done.files, ['deltas', 'records.jsonl', 'results.json'])
-    for one, other in zip(done.records, TEXT.block.records, strict=True):
-      self.assert_same_rows(one, other)
-    for name in (*SAME, 'categories'):
-      self.assertEqual(done.results[name], TEXT.block.results[name])
-    places = sorted((done.folder / 'deltas').iterdir())
-    self.assertEqual(
-        [place.name for place in places],
-        ['00001.safetensors', '00002.safetensors'],
-    )
-    for begin, place in zip((0, 2), places):
-      edited, metadata = edited_lib.load(place, model_hash=TEXT.base.hash)
-      self.assertEqual(metadata['records'], [begin + 1, begin + 2])
-      rows = list(enumerate(done.records[begin : begin + 2]))
-      self.assert_judged(TEXT, edited, rows)
-
-    with self.subTest('a run in one part leaves no parts of an earlier one'):
-      again = self.succeed(TEXT.unke, output_dir=done.folder, overwrite=True)
-      self.assertEqual(again.files, TEXT.block.files)
-
-    with self.subTest('what is there belongs to the interrupted run'):
-      with self.in_parts(), interrupted_at('00002.safetensors'):
-        again = TEXT.unke(output_dir=done.folder, overwrite=True)
-      self.assertEqual(again.code, 130)
-      self.assertEqual(again.files, ['deltas', 'unfinished'])
-      names = [path.name for path in (done.folder / 'deltas').iterdir()]
-      self.assertEqual(names, ['00001.safetensors'])
-
-  def test_batches(self):
-    settings = dict(batch_size=2)
-    apart = self.succeed(TEXT.unke, **settings)
-    row = self.succeed(TEXT.unke, reset=False, save_model=True, **settings)
-    edited, _ = apart.delta()
-    for delta in edited.deltas:
-      self.assertEqual(delta.value.shape[1], 2)
-    self.assert_judged(TEXT, edited, list(zip((0, 0, 1, 1), apart.records)))
-    rows = [(None, record) for record in row.records]
-    self.assert_judged(TEXT, row.delta()[0], rows)
-    metrics = row.results['metrics']
-    for name, value in metrics['post'].items():
-      self.assertAlmostEqual(metrics['saved'][name], value, delta=1e-6)
-
-  def test_batches_in_parts(self):
-    data = TEXT.write(*LONG)
-    with self.in_parts():
-      done = self.succeed(TEXT.unke, batch_size=2, data=data)
-    places = sorted((done.folder / 'deltas').iterdir())
-    found = [edited_lib.load(place) for place in places]
-    self.assertEqual(
-        [metadata['records'] for _, metadata in found], [[1, 2, 3, 4], [5, 6]]
-    )
-    rows = [(i // 2, row) for i, row in enumerate(done.records[:4])]
-    self.assert_judged(TEXT, found[0][0], rows, data)
-
-  def test_what_is_needed(self):
-    """Preserved texts can be sampled; published padding is the tokenizer's."""
-    words = tokenizer.load_tokenizer(TEXT.model)
-    lines = TEXT.text.read_text().splitlines()[:2]
-    ids = words(lines)['input_ids']
-    sample = mock.create_autospec(corpora.sample, return_value=ids)
-    with mock.patch.object(corpora, 'sample', sample):
-      done = self.succeed(TEXT.unke, preserve='self', seed=3)
-    self.assertEqual(sample.call_args.kwargs['batch_rows'], 2)
-    self.assertEqual(sample.call_args.kwargs['seed'], 3)
-    self.assertEqual(sample.call_args.kwargs['stop_ids'], [1])
-    source = done.results['protocol']['preserved']
-    self.assertEqual((source['corpus'], source['texts']), ('self', 2))
-    other = TEXT.block.results['protocol']['preserved']
-    self.assertNotEqual(source['ids_digest'], other['ids_digest'])
-
-    pad = mock.Mock(wraps=session.pad_id)
-    stop = mock.Mock(side_effect=KeyboardInterrupt)
-    with (
-        mock.patch.object(session, 'pad_id', pad),
-        mock.patch.object(session, 'judge', stop),
-    ):
-      TEXT.unke(parity='anyedit')
-    self.assertEqual(pad(words), words.eos_token_id)
-    self.assertEqual(pad.call_count, 2)
-    current = stop.call_args.args[0]
-    texts = current.resources[current.editor.needs[0]]
-    for one in texts:  # two BOS tokens, as published
-      self.assertEqual(one[:2].tolist(), [words.bos_token_id] * 2)
-
-
-class KeptTargetsTest(Case):
-
-  @parameterized.parameters('run', 'unke')
-  def test_targets_are_kept(self, how):
-    """A run whose targets are kept optimises nothing, and gives the same."""
-    run, store = getattr(TEXT, how), TEXT.path('states')
-    want = TEXT.whole if how == 'run' else TEXT.block
-    self.assertEqual(self.succeed(run, states=store).records, want.records)
-    written = {path: path.read_bytes() for path in store.iterdir()}
-    self.assertLen(written, len(TEXTS))
-    with mock.patch.object(
-        targets_run, 'Scheduler', side_effect=AssertionError
-    ):
-      again = self.succeed(run, states=store)
-      self.assertEqual(again.records, want.records)
-      self.assertEqual(again.results['work']['steps'], 0)
-      self.assertEqual(again.results['work']['states_kept'], len(TEXTS))
-      if how == 'unke':
-        return
-      # What is inserted otherwise has the same targets.
-      other = self.succeed(run, states=store, moment_weight=1)
-    self.assertNotEqual(other.records, want.records)
-    self.assertEqual({p: p.read_bytes() for p in store.iterdir()}, written)
-    self.succeed(run, states=store, value_steps=3)
-    self.assertLen(list(store.iterdir()), 2 * len(TEXTS))
-    path = next(iter(written))
-    path.write_bytes(b'{}')
-    done = run(states=store)
-    self.assertEqual(done.code, 2)
-    self.assertRegex(done.err, f'{path}: is cut short or damaged.*delete it')
-
-
-class InterruptedTest(Case):
-
-  @parameterized.product(
-      name=('FACT', 'TEXT'), file=('records.jsonl', 'results.json')
-  )
-  def test_nothing_is_half_written(self, name, file):
-    with interrupted_at(file):
-      done = setup_of(name).run(num_edits=2, max_new_tokens=0)
-    self.assertEqual(done.code, 130)
-    self.assertIn('interrupted', done.err)
-    whole = ['delta.safetensors', 'moments.safetensors', 'unfinished']
-    whole += ['templates.json'] if name == 'FACT' else []
-    whole += ['records.jsonl'] if file == 'results.json' else []
-    self.assertEqual(done.files, sorted(whole))
-
-  def test_a_sequence_resumes(self):
-    """Between the targets of its second batch; see runs_resume_test as well."""
-    settings = dict(method='alphaedit', moment_weight=None, max_new_tokens=0)
-    whole = self.succeed(FACT, **settings)
-    put, seen = TargetFiles.put, []
-
-    def stop(self, *args):
-      if len(seen) == 3:  # one of the second batch's two
-        raise KeyboardInterrupt
-      seen.append(args)
-      put(self, *args)
-
-    with mock.patch.object(TargetFiles, 'put', stop):
-      done = FACT.run(**settings)
-    self.assertEqual(done.code, 130)
-    self.assertFalse((done.folder / 'delta.safetensors').exists())
-    again = self.succeed(FACT, output_dir=done.folder, **settings)
-    # The second batch is a round that was not complete.
-    self.assertEqual(again.results['work']['states_kept'], 2)
-    self.assertIn('the targets of 2 of 4 edits were kept', again.err)
-    self.assertNotIn('states_kept', whole.results['work'])
-    self.assertFalse((done.folder / 'unfinished').exists())
-    for name in ('delta.safetensors', 'records.jsonl'):
-      one, other = ((x.folder / name).read_bytes() for x in (again, whole))
-      self.assertEqual(one, other)
-    self.assertEqual(again.results['counts'], whole.results['counts'])
-
-  def test_a_run_resumes_that_had_saved_the_model(self):
-    settings = dict(num_edits=2, max_new_tokens=0, save_model=True)
-    with mock.patch.object(report, 'write', side_effect=KeyboardInterrupt):
-      done = FACT.run(**settings)
-    self.assertEqual(done.code, 130)
-    self.assertTrue((done.folder / 'model').is_dir())
-    again = self.succeed(FACT, output_dir=done.folder, **settings)
-    self.assertEqual(again.results['work']['states_kept'], 2)
-    self.assertIn('saved', again.results)
-
-  def test_results_stay_until_something_is_made(self):
-    place = TEXT.path('used')
-    place.mkdir()
-    (place / 'results.json').write_text('old')
-    stop = mock.Mock(side_effect=KeyboardInterrupt)
-    with mock.patch.object(moments, 'find', stop):
-      done = TEXT.run(output_dir=place, overwrite=True)
-    self.assertEqual(done.code, 130)
-    self.assertEqual((place / 'results.json').read_text(), 'old')
-
-  def test_results_of_an_earlier_run(self):
-    """They stay until something is made anew, and then go."""
-    place = FACT.path('used')
-    place.mkdir()
-    for name in ('results.json', 'delta.safetensors', 'keep.txt'):
-      (place / name).write_text('old')
-    settings = dict(output_dir=place, num_edits=2, max_new_tokens=0)
-    self.refuse(FACT, 'already has files; .*--overwrite', **settings)
-    settings['overwrite'] = True
-    # Bad input must not cost the results that are there.
-    self.refuse(FACT, 'layers', **settings | dict(layers='9'))
-    self.refuse(TEXT, 'nowhere', **settings | dict(encoder='nowhere'))
-    self.refuse(TEXT, 'no token', **settings | dict(answer_end='the end'))
-    self.assertEqual((place / 'results.json').read_text(), 'old')
-    # A folder called model that no run has written is somebody's own.
-    (place / 'model').mkdir()
-    self.refuse(FACT, 'model: exists, and no run', save_model=True,
-                weights=True, **settings)  # fmt: skip
-    stop = mock.Mock(side_effect=KeyboardInterrupt)
-    with mock.patch.object(session, '_edit_in_sequence', stop):
-      done = FACT.run(**settings)
-    self.assertEqual(done.code, 130)
-    self.assertFalse((place / 'results.json').exists())
-    shutil.rmtree(place / 'model')
-    for _ in range(2):
-      done = self.succeed(FACT, save_model=True, **settings)
-      self.assertIn('saved', done.results)
-    self.assertEqual((place / 'keep.txt').read_text(), 'old')
-    # A later run without --save_model leaves no model that is not its own.
-    self.succeed(FACT, **settings)
-    self.assertFalse((place / 'model').exists())
-
-
-class NotFiniteTest(Case):
-
-  def bad(self, space=' '):
-    """Records whose states overflow in the poisoned model."""
-    question = f'The mother tongue of{space}{tiny_model.POISON}'
-    # One word less, as a token before the subject is a space.
-    return {
-        'FACT': fact(tiny_model.POISON, prompt='The tongue of {} is'),
-        'TEXT': text('Paris', TEXTS[0]['answer'], question=question),
-    }
-
-  @parameterized.parameters(
-      ('FACT', dict(reset=False, batch_size=2)),
-      ('FACT', dict(reset=True, batch_size=1)),
-      ('TEXT', dict(reset=True)),
-      ('TEXT', dict(reset=False, batch_size=2)),
-  )
-  def test_one_edit_fails_alone(self, name, how):
-    setup = setup_of(name)
-    data = setup.write(self.bad()[name], *setup.good[1:])
-    done = self.succeed(setup, model=setup.poisoned, data=data, **how)
-    poisoned, *sound = done.records
-    self.assertFalse(poisoned['written'])
-    self.assertIsNone(poisoned['loss'])
-    self.assertTrue(all(row['written'] for row in sound))
-    if setup is FACT:
-      for row in sound:
-        self.assertLess(row['after']['nll_new'], row['before']['nll_new'] - 0.2)
-    self.assertIn('1 edits were not written', done.out)
-    for part in jax.tree.leaves(done.delta()[0]):
-      self.assertTrue(np.isfinite(part).all())
-
-  def test_a_part_of_them_fails_alone(self):
-    data = TEXT.write(self.bad()['TEXT'], self.bad('')['TEXT'], *TEXTS[2:])
-    two = mock.Mock(return_value=[[0, 1], [2, 3]])
-    with mock.patch.object(session, '_parts', two):
-      done = self.succeed(TEXT, model=TEXT.poisoned, data=data)
-    written = [row['written'] for row in done.records]
-    self.assertEqual(written, [False, False, True, True])
-    self.assertIn('2 edits were not written', done.out)
-
-  @both_kinds
-  def test_no_edit_is_left(self, name):
-    setup = setup_of(name)
-    data = setup.write(self.bad()[name])
-    done = setup.run(model=setup.poisoned, data=data)
-    self.assertEqual(done.code, 2)
-    self.assertRegex(done.err, 'error: no edit was written: .*; lower')
-    self.assertFalse((done.folder / 'results.json').exists())
 
 
 if __name__ == '__main__':

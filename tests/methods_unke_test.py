@@ -453,6 +453,8 @@ class EditorTest(parameterized.TestCase):
     self.assertEqual(unke(spec, PLAIN).needs, (PreservedTexts(),))
     padded = METHOD.configure(**METHOD.parity['anyedit'], layers=(1,))
     self.assertEqual(unke(spec, padded).needs, (PreservedTexts(), PadToken()))
+    # Changes of blocks lie side by side on the host, however many.
+    self.assertEmpty(unke(spec, PLAIN).check(10**6))
 
   def test_what_cannot_be_used_is_refused(self):
     spec = naive_oracle.pair('llama').spec

@@ -230,6 +230,11 @@ def load(
     contexts = task.contexts(model, tokens)
     # Requests that are too long under the templates are refused before more runs.
     encoded = task.encode(model.spec, tokens, loaded.requests, contexts)
+  alone = config.reset and config.batch_size == 1
+  largest = max(map(len, batches))
+  if not alone:
+    targets = sorted(edit.stages for edit in encoded)
+    _check_groups(config, editor, sum(targets[-largest:]))
   for one in editor.needs:
     if one not in resources:
       stage = 'moments' if isinstance(one, base.Moments) else 'preserve'
@@ -237,8 +242,6 @@ def load(
         resources[one] = _provide(
             config, task, model, tokens.tokenizer, one, progress
         )
-  alone = config.reset and config.batch_size == 1
-  largest = max(map(len, batches))
   if alone:
     parts = _parts(config, editor, model, encoded, cases)
     largest = max(map(len, parts))
@@ -250,8 +253,6 @@ def load(
       batch=largest,
       memory=config.memory,
   )
-  if not alone:
-    _check_groups(config, editor, plan.states)
   session = Session(
       config=config,
       chosen=chosen,
