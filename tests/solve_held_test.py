@@ -39,7 +39,7 @@ def preconditioner(name: str):
     return preconditioners.covariance(jnp.asarray(keys.T @ keys), 1.0)
   if name == 'identity':
     return preconditioners.identity(jnp.eye(F, dtype=jnp.float64))
-  return preconditioners.NullSpace(jnp.asarray(root(name)))
+  return preconditioners.NullSpaceBasis(jnp.asarray(root(name)))
 
 
 _SOLVERS = {

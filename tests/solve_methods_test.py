@@ -9,12 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from jaxedit.methods import (
-    emmet,
-    memit,
-    pmet,
-    rome,
-)
+from jaxedit.methods import emmet, memit, pmet, rome
 from jaxedit.solve import preconditioner as preconditioners
 from jaxedit.solve import shaping
 from jaxedit.solve.ridge import ridge_dense, ridge_update
@@ -115,14 +110,14 @@ class PublishedTest(parameterized.TestCase):
   @parameterized.product(kind=KINDS, left=(1, 3, 6))
   def test_pmet(self, kind, left):
     """Of what is missing a layer writes one over the root of those left."""
-    recipe = pmet.pmet((0, 1, 2), moment_weight=LAMBDA)
+    recipe = pmet.PmetConfig((0, 1, 2), moment_weight=LAMBDA).recipe()
     keys, residuals = draw(4, kind)
     k, r = long(keys, residuals)
     a = LAMBDA * long(gram(kind))[0] + k.T @ k
     want = solve(a, k.T @ r / np.sqrt(np.longdouble(left)))
     with jax.enable_x64(True):
-      preconditioner = recipe.preconditioner(jnp.asarray(gram(kind)))
-    share = recipe.layer_share(left)
+      preconditioner = recipe.preconditioner.factor(jnp.asarray(gram(kind)))
+    share = recipe.share(left)
     found = both(preconditioner, keys, share * residuals, ridge=recipe.ridge)
     self.agree(found, want, tolerance(kind))
 
@@ -131,16 +126,17 @@ class PublishedTest(parameterized.TestCase):
     """A recipe's own metric and ridge give the formula with its settings."""
     keys, residuals = draw(4, kind)
     c, k, r = long(gram(kind), keys, residuals)
-    for recipe, weight, ridge in (
-        (memit.memit((0,), moment_weight=LAMBDA), LAMBDA, 1.0),
-        (rome.rome((0,)), 1.0, 0.0),
-        (emmet.emmet((0,), moment_weight=LAMBDA, ridge=0.3), LAMBDA, 0.3),
+    for config, weight, ridge in (
+        (memit.MemitConfig((0,), moment_weight=LAMBDA), LAMBDA, 1.0),
+        (rome.RomeConfig((0,)), 1.0, 0.0),
+        (emmet.EmmetConfig((0,), moment_weight=LAMBDA, ridge=0.3), LAMBDA, 0.3),
     ):
+      recipe = config.recipe()
       with self.subTest(recipe.name):
         along = solve(weight * c, k.T)
         want = along @ solve(k @ along + ridge * np.eye(4), r)
         with jax.enable_x64(True):
-          preconditioner = recipe.preconditioner(jnp.asarray(gram(kind)))
+          preconditioner = recipe.preconditioner.factor(jnp.asarray(gram(kind)))
         found = both(preconditioner, keys, residuals, ridge=recipe.ridge_of(4))
         self.agree(found, want, tolerance(kind))
 

@@ -51,7 +51,7 @@ class MetricTest(parameterized.TestCase):
         s = preconditioners.covariance(jnp.asarray(c), LAMBDA)
         want = np.linalg.inv(LAMBDA * c)
       elif name == 'null space':
-        s = preconditioners.NullSpace(jnp.asarray(orthonormal(8)))
+        s = preconditioners.NullSpaceBasis(jnp.asarray(orthonormal(8)))
         want = orthonormal(8) @ orthonormal(8).T
       else:
         s = preconditioners.identity(jnp.asarray(c))

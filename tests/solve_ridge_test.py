@@ -63,7 +63,7 @@ def solve_dense(
     if basis is None:
       s = preconditioners.covariance(jnp.asarray(gram(kind)), LAMBDA)
     else:
-      s = preconditioners.NullSpace(jnp.asarray(basis))
+      s = preconditioners.NullSpaceBasis(jnp.asarray(basis))
     found = jax.jit(ridge_dense, static_argnames='block')(
         s,
         jnp.asarray(keys),
