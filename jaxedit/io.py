@@ -106,6 +106,18 @@ def sweep(place: StrPath) -> None:
       path.unlink(missing_ok=True)
 
 
+def remove_folder(folder: StrPath) -> None:
+  """Removes a folder; a process that is killed leaves all of it or a draft.
+
+  Args:
+    folder: the folder; it need not exist.
+  """
+  draft = _draft(pathlib.Path(folder))
+  with contextlib.suppress(FileNotFoundError):
+    os.replace(folder, draft)
+  shutil.rmtree(draft, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def new_file(path: StrPath) -> Iterator[BinaryIO]:
   """Opens a draft that becomes the file when all went well.

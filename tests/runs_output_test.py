@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
+import shutil
 import tempfile
+from unittest import mock
 
 from absl.testing import absltest, parameterized
 
@@ -92,6 +95,24 @@ class OutputTest(parameterized.TestCase):
     output = self.claim(ALL)
     self.assertFalse(output.resumed)
     output.begin()
+
+  def test_a_run_killed_while_it_wrote_its_command_is_in_nobodys_way(self):
+    (self.folder / 'unfinished').mkdir()
+    draft = io._draft(self.folder / 'unfinished' / 'command.json')
+    dead = str(2**22 + 1)  # no process has this number
+    draft.with_name(draft.name.replace(str(os.getpid()), dead)).write_text('{')
+    self.assertFalse(self.claim(ALL).resumed)
+
+  def test_a_run_killed_at_its_end_has_ended(self):
+    with mock.patch.object(shutil, 'rmtree', side_effect=KeyboardInterrupt):
+      with self.assertRaises(KeyboardInterrupt):
+        with self.claim(ALL) as output:
+          io.write_json(self.folder / 'results.json', {})
+          output.unfinished.mkdir()
+          (output.unfinished / 'piece').write_text('x')
+    self.assertFalse((self.folder / 'unfinished').exists())
+    with self.assertRaisesRegex(InputError, 'already has files'):
+      self.claim(ALL)
 
   @parameterized.parameters(False, True)
   def test_a_folder_that_is_not_ours_stays(self, overwrite):

@@ -45,10 +45,11 @@ class Output:
     self.folder = make_folder(path)
     self.unfinished = self.folder / _UNFINISHED
     self._command = dict(command)
+    io.sweep(self.unfinished / _COMMAND)  # of a run that was killed as it began
     earlier = _read(self.unfinished / _COMMAND)
     self.resumed = earlier == self._command
     if self.unfinished.is_dir() and not any(self.unfinished.iterdir()):
-      self.unfinished.rmdir()  # of a run that was killed as it began
+      self.unfinished.rmdir()
     if earlier is None and self.unfinished.exists():
       raise InputError(
           f'{self.unfinished}: exists, and no interrupted run has left it; move'
@@ -56,7 +57,7 @@ class Output:
       )
     if earlier is not None and not self.resumed:
       if self._is_empty():
-        shutil.rmtree(self.unfinished)
+        io.remove_folder(self.unfinished)
       elif not overwrite:
         names = {
             name
@@ -81,8 +82,9 @@ class Output:
     Args:
       stale: see `clear`.
     """
+    io.sweep(self.unfinished)
     if not self.resumed:
-      shutil.rmtree(self.unfinished, ignore_errors=True)
+      io.remove_folder(self.unfinished)
     self.unfinished.mkdir(exist_ok=True)
     io.write_json(self.unfinished / _COMMAND, self._command)
     self.clear(stale)
@@ -102,7 +104,7 @@ class Output:
   def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
     refused = isinstance(error, InputError) and self._is_empty()
     if kind is None or refused:
-      shutil.rmtree(self.unfinished, ignore_errors=True)
+      io.remove_folder(self.unfinished)
 
   def _is_empty(self) -> bool:
     """Whether there is nothing but the command."""
