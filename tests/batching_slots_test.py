@@ -112,7 +112,7 @@ def tile_rows(packed, slot: int) -> list[tuple[list[int], list[int], int]]:
 class FrameTest(parameterized.TestCase):
 
   @parameterized.product(anchor=list(encoding.ANCHORS), kl=['{} is a', None])
-  def test_trunks_are_the_longest_common_heads(self, anchor, kl):
+  def test_prefixes_are_the_longest_common_heads(self, anchor, kl):
     edits = encode(anchor=anchor, kl_template=kl)
     plan = plan_lib.plan_shapes(edits)
     self.assertEqual(plan.kl, kl is not None)

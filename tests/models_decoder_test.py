@@ -388,7 +388,7 @@ class ColumnsTest(DecoderTestCase):
     layout = TokenLayout(
         np.array([[0, 0, 1, 2, 2, 3]]), np.array([[0, 1, 1, 2, 3, 3]])
     )
-    wanted = [  # padding, trunk, trunk, branch 2, branch 3, branch 3
+    wanted = [  # padding, prefix, prefix, branch 2, branch 3, branch 3
         [0, 1, 0, 0, 0, 0],
         [0, 1, 0, 0, 0, 0],
         [0, 1, 1, 0, 0, 0],
@@ -445,7 +445,7 @@ class ColumnsTest(DecoderTestCase):
   def test_packed_texts_and_branches(self, family):
     spec, params = model(family, **tight(family))
     draw = lambda *sizes: [self.rng.integers(1, 97, n) for n in sizes]
-    texts, ((trunk,), branches) = draw(4, 1, 5, 2), (draw(4), draw(3, 1, 2))
+    texts, ((prefix,), branches) = draw(4, 1, 5, 2), (draw(4), draw(3, 1, 2))
     segment_ids = np.array(
         [
             np.repeat([2, 3, 4, 5, 0], [4, 1, 5, 2, 2]),
@@ -457,13 +457,13 @@ class ColumnsTest(DecoderTestCase):
     positions = np.array(
         [
             np.concatenate(place(texts, 0) + pad),
-            np.concatenate(pad + place([trunk], 0) + place(branches, 4) + pad),
+            np.concatenate(pad + place([prefix], 0) + place(branches, 4) + pad),
         ]
     )
     tokens = np.array(
         [
             np.concatenate(texts + pad),
-            np.concatenate(pad + [trunk] + branches + pad),
+            np.concatenate(pad + [prefix] + branches + pad),
         ]
     )
     h = run(spec, params, tokens, TokenLayout(positions, segment_ids))
@@ -472,23 +472,23 @@ class ColumnsTest(DecoderTestCase):
       wanted, _ = oracle(spec, params, text)
       self.assert_same(h[0, segment_ids[0] == i + 2], wanted)
     for i, branch in enumerate(branches):
-      wanted, _ = oracle(spec, params, np.concatenate([trunk, branch]))
+      wanted, _ = oracle(spec, params, np.concatenate([prefix, branch]))
       self.assert_same(h[1, segment_ids[1] == 1], wanted[:4])
       self.assert_same(h[1, segment_ids[1] == i + 2], wanted[4:])
 
   def test_branches_on_a_prefix(self):
     spec, params = model('mistral', window=3)
-    trunk, *branches = (self.rng.integers(1, 97, n) for n in (4, 2, 1, 3))
+    prefix, *branches = (self.rng.integers(1, 97, n) for n in (4, 2, 1, 3))
     table = np.asarray(params['embed']['embedding'])
     left = TokenLayout(np.arange(4)[None], np.ones((1, 4), int))
-    _, kv = run_part(spec, params, table[trunk][None], left, (0, 3))
+    _, kv = run_part(spec, params, table[prefix][None], left, (0, 3))
     right = TokenLayout(
         np.array([[4, 5, 4, 4, 5, 6]]), np.array([[2, 2, 3, 4, 4, 4]])
     )
     tails = table[np.concatenate(branches)][None]
     h, _ = run_part(spec, params, tails, right, (0, 3), kv)
     for i, branch in enumerate(branches):
-      wanted, _ = oracle(spec, params, np.concatenate([trunk, branch]))
+      wanted, _ = oracle(spec, params, np.concatenate([prefix, branch]))
       self.assert_same(h[right.segment_ids == i + 2], wanted[4:])
 
   def test_padded_rows_are_finite(self):

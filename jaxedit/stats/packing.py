@@ -2,7 +2,7 @@
 
 A row holds several texts side by side as segments 2, 3, ...; positions restart
 with every text. By the rule of `types.Columns` attention is then block-diagonal
-and causal, so a text is computed exactly as if it were alone (the trunk segment
+and causal, so a text is computed exactly as if it were alone (the prefix segment
 1, which later columns see, is never used):
 
   tokens    a a a b b b b c c .
