@@ -138,6 +138,9 @@ class Editor(NamedTuple):
       cannot lie side by side, messages.
     bytes_of: (model, encoded edits of one group) -> memory that one independent
       group takes while it lies side by side with others.
+    cumulative: whether `edit` returns all edits so far, those of the state and
+      of this batch (a codebook, a memory), not what the batch adds to the model
+      it is given. In a sequence it is then given the unedited model.
   """
 
   needs: tuple[Need, ...]
@@ -145,6 +148,7 @@ class Editor(NamedTuple):
   edit: Callable[[Any, Any, EditBatch, Run], EditResult]
   check: Callable[[int], list[str]]
   bytes_of: Callable[[Any, Sequence[EncodedEdit]], int]
+  cumulative: bool = False
 
 
 def _same(config: Any, chunked: bool) -> Any:

@@ -616,7 +616,7 @@ def _edit_in_sequence(
         # In a sequence targets depend on all earlier edits.
         cache = kept[0] if number == 0 else kept[0].after(earlier)
       current = model
-      if number:
+      if number and not session.editor.cumulative:
         # From the base each time: bf16 weights are rounded once in all.
         params = edited_lib.apply(model.params, total)
         current = dataclasses.replace(model, params=params)
@@ -626,7 +626,11 @@ def _edit_in_sequence(
           EditBatch(encoded, session.plan),
           Run(cache, progress),
       )
-      total, state = edited_lib.add(total, result.edited), result.state
+      state = result.state
+      if session.editor.cumulative:
+        total = result.edited
+      else:
+        total = edited_lib.add(total, result.edited)
       infos.append(result.info)
       if checkpoint is not None and number + 1 < len(batches):
         checkpoint.save(number, *_packed(total, state, start, infos))
