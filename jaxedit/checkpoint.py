@@ -117,6 +117,7 @@ class Checkpoint:
 
   def _manager(self, ocp: Any) -> Any:
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=1, enable_async_checkpointing=False
+        preservation_policy=ocp.checkpoint_managers.LatestN(1),
+        enable_async_checkpointing=False,
     )
     return ocp.CheckpointManager(self._folder, options=options)
