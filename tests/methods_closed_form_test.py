@@ -503,6 +503,36 @@ class PromiseTest(parameterized.TestCase):
     (want,), _, _ = case.naive(some, info.targets.targets.z)
     self.assertLess(editors.gap(full(edited)[0], want), 1e-3)
 
+  @parameterized.parameters(
+      ({}, 1, 0.0), ({}, 3, 0.1), (dict(ridge=0.5), 1, 0.5),
+      (dict(ridge=0.1), 1, 0.1), (dict(ridge=0), 3, 0.0),
+  )  # fmt: skip
+  def test_emmets_ridge_is_the_formulas(self, given, facts_, mu):
+    """In f64; published code has no ridge for one fact, unless one is given."""
+    case, solve, seen = Case('emmet'), systems._solve_factors, []
+    config = METHODS['emmet'].configure(
+        layers=(1,), moment_weight=WEIGHT, **given
+    )
+    case.set(config.recipe())
+
+    def spy(*args):
+      seen.append((*args[1:], solve(*args)))
+      return seen[-1][-1]
+
+    with jax.enable_x64(True):
+      params = jax.tree.map(lambda x: x.astype(jnp.float64), case.pair.params)
+      with mock.patch.object(systems, '_solve_factors', spy):
+        case.edit(edits(count=facts_), params=params)
+    ((rows, _, got),) = seen
+    active = np.asarray(rows.active)
+    keys = np.asarray(rows.keys)[active]
+    residuals = np.asarray(rows.residuals)[active]
+    self.assertLen(keys, facts_)
+    s_k = np.linalg.solve(WEIGHT * case.moments.gram[0], keys.T)
+    want = s_k @ np.linalg.solve(keys @ s_k + mu * np.eye(facts_), residuals)
+    found = np.asarray(got.key).T @ np.asarray(got.value)
+    self.assertLess(editors.gap(found, want), 1e-10)
+
   def test_alphaedit_leaves_common_keys_alone(self):
     case = Case('alphaedit')
     edited, _, _ = case.edit(edits())
