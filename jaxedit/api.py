@@ -46,7 +46,7 @@ from jaxedit.runs import session
 from jaxedit.runs.config import RunConfig
 from jaxedit.runs.tasks import sample_contexts
 from jaxedit.text import chat as chat_lib
-from jaxedit.text import encoding, passages
+from jaxedit.text import encoding, passages, templates
 from jaxedit.text.token_cache import TokenCache
 from jaxedit.types import EditRequest, InputError, Probe, Progress, silent
 
@@ -230,12 +230,15 @@ def edit(
       seed=seed, moments=None if moments is None else os.fspath(moments)
   )
   if kind == 'fact':
+    if not found.contexts:
+      contexts = (templates.PLAIN,)
     contexts = tuple(contexts or sample_contexts(model, model.tokenizer, seed))
     encoder = encoding.fact_encoder(
         tokens,
         contexts,
         max_tokens=model.spec.max_positions,
         anchor=config.anchor,
+        kl_template=encoding.KL_TEMPLATE if found.contexts else None,
     )
   else:
     contexts = ()

@@ -168,6 +168,8 @@ class Method:
     editor: (spec, config) -> Editor.
     accepts: 'fact', 'text' or both.
     chunkable: whether AnyEdit may cut its targets (`config.chunks`).
+    contexts: whether facts are run in several context templates and with a KL
+      row; without, the plain prompt alone.
     parity: name of a published code -> settings that reproduce it.
     for_texts: (config, whether chunked) -> the published settings for long texts.
     source: the paper.
@@ -179,6 +181,7 @@ class Method:
   editor: Callable[[ModelSpec, Any], Editor]
   accepts: frozenset[str] = frozenset({'fact', 'text'})
   chunkable: bool = True
+  contexts: bool = True
   parity: Mapping[str, Mapping[str, Any]] = dataclasses.field(
       default_factory=dict
   )

@@ -29,7 +29,7 @@ from jaxedit.runs.config import RunConfig
 from jaxedit.runs.method_flags import Chosen
 from jaxedit.text import chat as chat_lib
 from jaxedit.text import encoding, passages, templates
-from jaxedit.text.encoding import EncodedEdit, Encoder
+from jaxedit.text.encoding import KL_TEMPLATE, EncodedEdit, Encoder
 from jaxedit.text.token_cache import TokenCache
 from jaxedit.types import EditRequest, InputError, Progress
 
@@ -66,6 +66,13 @@ class FactTask:
   def given_contexts(self) -> tuple[str, ...]:
     """The context templates that are given, if any."""
     path = self.config.context_templates
+    if not self.chosen.method.contexts:
+      if path:
+        raise InputError(
+            f'--context_templates: {self.chosen.method.name} runs the plain'
+            ' prompt alone; leave it out'
+        )
+      return (templates.PLAIN,)
     return tuple(templates.load_templates(path)) if path else ()
 
   def load(
@@ -86,7 +93,11 @@ class FactTask:
       self, tokens: TokenCache, contexts: Sequence[str], most: int
   ) -> Encoder:
     return encoding.fact_encoder(
-        tokens, contexts, max_tokens=most, anchor=self.chosen.config.anchor
+        tokens,
+        contexts,
+        max_tokens=most,
+        anchor=self.chosen.config.anchor,
+        kl_template=KL_TEMPLATE if self.chosen.method.contexts else None,
     )
 
   def contexts(self, model: Model, tokens: TokenCache) -> tuple[str, ...]:

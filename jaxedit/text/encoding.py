@@ -35,6 +35,7 @@ from jaxedit.text.token_cache import TokenCache, token_cache
 from jaxedit.types import EditRequest, InputError
 
 ANCHORS = ('subject_last', 'prompt_last')
+KL_TEMPLATE = '{} is a'  # MEMIT's
 # Requests tokenised at once: bounds the memory that character offsets take.
 _CHUNK = 512
 
@@ -171,7 +172,7 @@ def fact_encoder(
     *,
     max_tokens: int,
     anchor: str = 'subject_last',
-    kl_template: str | None = '{} is a',
+    kl_template: str | None = KL_TEMPLATE,
 ) -> Encoder:
   """Makes the encoder of facts.
 
