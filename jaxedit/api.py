@@ -271,7 +271,7 @@ def _provide(
   """Finds what an editor needs."""
   if isinstance(need, base.Moments):
     return moments_lib.find(
-        run, model, model.tokenizer, need, link=False, progress=progress
+        run, model, model.tokenizer, need, copy=False, progress=progress
     )
   if isinstance(need, base.PadToken):
     return session.pad_id(model.tokenizer)

@@ -61,6 +61,7 @@ DTYPES = {
     }.items()
 }  # fmt: skip
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
+_PROCESS = secrets.token_hex(2)  # tells processes of one number apart
 
 
 # Drafts beside their place.
@@ -72,11 +73,13 @@ def _draft_prefix(place: pathlib.Path) -> str:
 
 
 def _draft(place: pathlib.Path) -> pathlib.Path:
-  name = f'{_draft_prefix(place)}{os.getpid()}-{secrets.token_hex(4)}'
+  name = f'{_draft_prefix(place)}{os.getpid()}-{_PROCESS}{secrets.token_hex(2)}'
   return place.with_name(name)
 
 
-def _is_running(pid: int) -> bool:
+def _is_running(pid: int, token: str) -> bool:
+  if pid == os.getpid():  # in a container, often that of an earlier run
+    return token.startswith(_PROCESS)
   if os.name != 'posix':
     return True  # elsewhere the call below is no mere question
   try:
@@ -95,10 +98,19 @@ def sweep(place: StrPath) -> None:
     place: the file or folder; drafts of other machines are left alone.
   """
   place = pathlib.Path(place)
-  prefix = _draft_prefix(place)
-  for path in place.parent.glob(f'{glob.escape(prefix)}*'):
-    pid = path.name.removeprefix(prefix).partition('-')[0]
-    if not pid.isdecimal() or _is_running(int(pid)):
+  _sweep(place.parent, glob.escape(_draft_prefix(place)))
+
+
+def sweep_folder(folder: StrPath) -> None:
+  """Removes the drafts of all files and folders in a folder; see `sweep`."""
+  _sweep(pathlib.Path(folder), f'.*{_draft_prefix(pathlib.Path())[1:]}')
+
+
+def _sweep(folder: pathlib.Path, prefix: str) -> None:
+  """Removes drafts whose names begin with a pattern, of processes that ended."""
+  for path in folder.glob(f'{prefix}*-' + '[0-9a-f]' * 8):
+    pid, token = path.name.split('-')[-2:]
+    if not pid.isdecimal() or _is_running(int(pid), token):
       continue
     if path.is_dir():
       shutil.rmtree(path, ignore_errors=True)

@@ -393,6 +393,7 @@ class BadMomentsTest(RefusalCase):
     judge.assert_not_called()
     self.assertEqual(done.code, 2)
     self.assertRegex(done.err, 'error: .*not positive definite; collect more')
+    self.assertEmpty(done.files)  # the corrected command shall not be refused
 
 
 class CommandTest(RefusalCase):
@@ -404,7 +405,12 @@ class CommandTest(RefusalCase):
     broken = FACT.path('model')
     shutil.copytree(FACT.model, broken)
     (broken / 'model.safetensors').write_bytes(b'\xff' * 99)
+    binary, names = FACT.path('x.flags'), FACT.path('y.flags')
+    binary.write_bytes(b'\x80\xff')
+    names.write_text(f'--seed=1\n--flagfile={binary}\n')
     cases = {
+        'binary': (FACT, [f'--flagfile={names}'],
+                   [f'--flagfile={binary}: is not UTF-8 text;']),
         'flag': (FACT, ['--modle=x'], ["flag 'modle'. Did you mean: model"]),
         'file': (FACT, ['--flagfile=none.flags'], ['flagfile: .*none.flags']),
         'facts': (FACT, FACT.arguments(data=facts_),

@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import os
+import pathlib
 from unittest import mock
 
 import editing_runs
@@ -333,6 +335,27 @@ class DeltaTest(Case):
         (e if alone else None, r) for e, r in enumerate(setup.whole.records)
     ]
     self.assert_judged(setup, edited, rows)
+
+  def test_files_are_as_private_as_the_process_wants(self):
+    umask = os.umask(0o077)
+    try:
+      done = self.succeed(
+          FACT, num_edits=1, moments_tokens=401, save_model=True,
+          max_new_tokens=0,
+      )  # fmt: skip
+    finally:
+      os.umask(umask)
+    written = [done.folder, *done.folder.rglob('*')]
+    blob = (done.folder / 'moments.safetensors').read_bytes()
+    (kept,) = (
+        path
+        for path in pathlib.Path(
+            os.environ['JAXEDIT_CACHE'], 'moments'
+        ).iterdir()
+        if path.read_bytes() == blob
+    )
+    for path in (*written, kept):
+      self.assertEqual(path.stat().st_mode & 0o077, 0, path)
 
   def test_batches_add_up(self):
     model = FACT.base

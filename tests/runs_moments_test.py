@@ -182,9 +182,14 @@ class FindTest(Case):
     one, other = self.find(), self.find()
     np.testing.assert_array_equal(one.gram, other.gram)
     self.assertEqual(self.collect.call_count, 1)
-    linked = moments.load(self.folder / 'moments.safetensors')
-    np.testing.assert_array_equal(linked.gram, one.gram)
+    copy = self.folder / 'moments.safetensors'
+    np.testing.assert_array_equal(moments.load(copy).gram, one.gram)
     self.assertTrue(self.kept().is_relative_to(self.folder / 'cache'))
+    self.assertFalse(self.kept().samefile(copy))
+    with copy.open('r+b') as file:  # in place
+      file.write(b'not moments')
+    np.testing.assert_array_equal(self.find().gram, one.gram)
+    self.assertEqual(self.collect.call_count, 1)
 
   def test_whatever_they_depend_on_has_them_collected_anew(self):
     self.find()
@@ -201,7 +206,6 @@ class FindTest(Case):
     want = self.find()
     blob = bytearray(self.kept().read_bytes())
     blob[-3] ^= 1
-    self.kept().unlink()  # the run's folder has a link to it
     self.kept().write_bytes(blob)
     np.testing.assert_array_equal(self.find().gram, want.gram)
     self.assertEqual(self.collect.call_count, 2)

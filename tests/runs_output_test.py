@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 import tempfile
 from unittest import mock
 
@@ -64,6 +66,7 @@ class OutputTest(parameterized.TestCase):
     output = self.claim(ALL | {'kinds': 'mlp'})
     self.assertTrue(output.resumed)
     self.assertTrue((output.unfinished / 'piece').exists())
+    del output  # and its lock
     output = self.claim(other, overwrite=True)
     output.begin()
     self.assertFalse((output.unfinished / 'piece').exists())
@@ -82,6 +85,59 @@ class OutputTest(parameterized.TestCase):
           (output.unfinished / 'piece').write_text('x')
         raise InputError('refused')
     self.assertEqual((self.folder / 'unfinished').exists(), found)
+
+  def test_what_is_refused_takes_back_what_it_wrote(self):
+    (self.folder / 'moments.safetensors').write_text('given')
+    with self.assertRaises(InputError):
+      writes = ('templates.json', 'moments.safetensors')
+      with Output(
+          str(self.folder), ALL, overwrite=True, writes=writes
+      ) as output:
+        output.begin()
+        (self.folder / 'templates.json').write_text('[]')
+        (self.folder / 'notes.txt').write_text('of a user')
+        (output.unfinished / 'targets').mkdir()
+        output.forget()
+        raise InputError('refused')
+    self.assertEqual(self.names(), ['moments.safetensors', 'notes.txt'])
+
+  def test_a_folder_is_of_one_run_at_a_time(self):
+    first = self.claim(ALL)
+    with self.assertRaisesRegex(InputError, 'another run is at work there'):
+      self.claim(LAST, overwrite=True)
+    with first:
+      first.begin()
+    self.assertEqual(self.names(), [])
+    self.claim(LAST)
+
+  def test_a_run_that_is_killed_holds_no_lock(self):
+    code = (
+        'import sys, time; from jaxedit.runs.output import Output\n'
+        'held = Output(sys.argv[1], {}, overwrite=True)\n'
+        'print("held", flush=True); time.sleep(100)'
+    )
+    process = subprocess.Popen(
+        [sys.executable, '-c', code, str(self.folder)], stdout=subprocess.PIPE
+    )
+    self.assertEqual(process.stdout.readline(), b'held\n')
+    with self.assertRaisesRegex(InputError, 'another run is at work there'):
+      self.claim(ALL)
+    process.kill()
+    process.communicate()
+    self.claim(ALL)
+
+  def test_drafts_of_runs_that_were_killed_are_removed(self):
+    dead, own = 2**22 + 1, os.getpid()
+    for name in ('model', 'delta.safetensors'):
+      draft = io._draft(self.folder / name).name
+      for pid in (dead, own):  # containers give every run the same number
+        token = draft[-8:] if pid == dead else 'ffff0000'
+        path = draft.replace(f'{own}-{draft[-8:]}', f'{pid}-{token}')
+        (self.folder / path).mkdir()
+    kept = io._draft(self.folder / 'own')
+    kept.touch()
+    self.claim(ALL, overwrite=True)
+    self.assertEqual(self.names(), [kept.name])
 
   def test_what_is_interrupted_can_be_resumed(self):
     with self.assertRaises(KeyboardInterrupt):

@@ -152,6 +152,7 @@ def keep(
   Raises:
     InputError: it cannot be stored.
   """
+  io.sweep_folder(folder.parent)  # what was killed while it made another
   is_complete = functools.partial(_is_complete, files=files or {})
   if is_complete(folder):
     return folder

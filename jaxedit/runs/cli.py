@@ -10,10 +10,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import glob
 import os
+import pathlib
 import re
 import sys
 import typing
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -116,6 +119,28 @@ def use_compilation_cache(enabled: bool) -> None:
     folder = str(assets.cache_folder() / 'xla')
     jax.config.update('jax_compilation_cache_dir', folder)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+    _replace_damaged(pathlib.Path(folder))
+
+
+def _replace_damaged(folder: pathlib.Path) -> None:
+  """Removes entries of the compilation cache that JAX could not read.
+
+  JAX warns, compiles, and leaves the entry as it is; with the entry gone it
+  writes a new one. The warning names a program, of which all entries go.
+  """
+  show = warnings.showwarning
+
+  def watch(message, *details, **more):
+    found = re.match(
+        "Error reading persistent compilation cache entry for '([^']+)'",
+        str(message),
+    )
+    if not found:
+      return show(message, *details, **more)
+    for path in folder.glob(f'{glob.escape(found[1])}-*'):
+      path.unlink(missing_ok=True)
+
+  warnings.showwarning = watch
 
 
 @contextlib.contextmanager
@@ -145,6 +170,8 @@ def parse(arguments: Sequence[str]) -> list[str]:
   try:
     return flags.FLAGS(list(arguments))
   except (flags.Error, OSError, UnicodeDecodeError) as e:
+    if isinstance(e, UnicodeDecodeError):
+      e = f'--flagfile={_binary(arguments, set())}: is not UTF-8 text'
     text = re.sub(r'^ERROR:: |\[Errno \d+\] ', '', str(e)).removesuffix('.')
     text = re.sub(r'invalid literal for int.*', 'give a whole number', text)
     text = re.sub(r'could not convert .* float.*', 'give a number', text)
@@ -152,6 +179,23 @@ def parse(arguments: Sequence[str]) -> list[str]:
     sys.exit(2)
   except SystemExit:
     sys.exit(0)  # --help was asked for and given
+
+
+def _binary(arguments: Sequence[str], seen: set[str]) -> str:
+  """Finds the flagfile that is no text, among arguments or named in another."""
+  for place, word in enumerate(arguments):
+    found = re.fullmatch(r'--?flagfile(?:=(.*))?', word.strip())
+    name = found and (found[1] or ''.join(arguments[place + 1 : place + 2]))
+    if not name or name in seen:
+      continue
+    seen.add(name)
+    try:
+      lines = pathlib.Path(os.path.expanduser(name)).read_text().splitlines()
+    except UnicodeDecodeError:
+      return name
+    if inner := _binary(lines, seen):
+      return inner
+  return ''
 
 
 def attempt(main: Callable[[], None], rest: Sequence[str]) -> int:

@@ -7,8 +7,8 @@ they depend on.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
-import os
 import pathlib
 import shutil
 import time
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from jaxedit import io
 from jaxedit.methods.base import Moments as Need
 from jaxedit.methods.settings import setting
 from jaxedit.models import assets
@@ -28,6 +29,8 @@ from jaxedit.types import InputError, Progress, silent
 
 # Widest key whose eigenvalues are computed at the end: minutes beyond.
 _EIGEN_WIDTH = 4096
+# Linux's request to let a file share the blocks of another (linux/fs.h).
+_FICLONE = 0x40049409
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +253,7 @@ def find(
     tokenizer: Any,
     need: Need,
     *,
-    link: bool = True,
+    copy: bool = True,
     progress: Progress = silent,
 ) -> moments.Moments:
   """Loads the second moments that a run names, or collects them.
@@ -260,7 +263,7 @@ def find(
     model: the unedited model.
     tokenizer: its tokenizer.
     need: layers and site that are needed.
-    link: let collected moments appear in the run's folder too.
+    copy: put a copy of collected moments into the run's folder.
     progress: progress display.
 
   Returns:
@@ -294,8 +297,8 @@ def find(
     for warning in report.warnings():
       logging.warning(warning)
     found = load(model, need, kept)
-  if link:
-    _link(kept, config.folder / 'moments.safetensors')
+  if copy:
+    _copy(kept, config.folder / 'moments.safetensors')
   return found
 
 
@@ -316,15 +319,16 @@ def _kept(model: Model, need: Need, sample: tuple[Any, ...]) -> pathlib.Path:
         f'{folder}: second moments cannot be kept there ({e.strerror}); let'
         ' JAXEDIT_CACHE name another folder'
     ) from e
+  io.sweep_folder(folder)
   return folder / f'{name[:24]}.safetensors'
 
 
-def _link(source: pathlib.Path, place: pathlib.Path) -> None:
-  """Lets a file appear at a second place, if possible without copying it."""
-  place.unlink(missing_ok=True)
-  for put in (os.link, os.symlink, shutil.copyfile):
+def _copy(source: pathlib.Path, place: pathlib.Path) -> None:
+  """Copies a file, sharing its blocks where the file system can."""
+  io.sweep(place)
+  with source.open('rb') as old, io.new_file(place) as new:
+    # Not a link: whoever changes one of the two must not change the other.
     try:
-      put(source.resolve(), place)
-      return
-    except OSError:  # another file system, or one without links
-      continue
+      fcntl.ioctl(new, _FICLONE, old.fileno())
+    except OSError:
+      shutil.copyfileobj(old, new, 1 << 22)

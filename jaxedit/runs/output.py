@@ -1,15 +1,19 @@
 """The output folder of a run that can be interrupted and resumes.
 
 An interrupted run resumes: repeat the same command. Until a run ends, what it
-needs for that lies in the folder `unfinished` of its output folder.
+needs for that lies in the folder `unfinished` of its output folder. One run at a
+time has a folder: it holds a lock on it (flock) that ends with its process.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxedit import io
@@ -21,8 +25,8 @@ _UNFINISHED, _COMMAND = 'unfinished', 'command.json'
 class Output:
   """An output folder, claimed by a run.
 
-  As a context it removes `unfinished` at the end of a run, and where a run is
-  refused before it has found anything.
+  As a context it removes `unfinished` at the end of a run, and all that a run
+  has written where it is refused before it has found anything.
 
   Attributes:
     folder: the folder.
@@ -30,22 +34,35 @@ class Output:
     unfinished: where the run keeps what it needs to resume.
   """
 
-  def __init__(self, path: str, command: Mapping[str, Any], *, overwrite: bool):
+  def __init__(
+      self,
+      path: str,
+      command: Mapping[str, Any],
+      *,
+      overwrite: bool,
+      writes: Sequence[str] = (),
+  ):
     """Claims the folder; nothing that is there is changed before `begin`.
 
     Args:
       path: the folder.
       command: what the run was told, plain JSON types, but for the folder itself.
       overwrite: whether results of an earlier run may be replaced.
+      writes: names of what the run writes; if it is refused, those that were
+        not there before are removed again.
 
     Raises:
-      InputError: it cannot be written, or holds files that are not to be
-        replaced.
+      InputError: it cannot be written, another run is at work there, or it
+        holds files that are not to be replaced.
     """
     self.folder = make_folder(path)
     self.unfinished = self.folder / _UNFINISHED
     self._command = dict(command)
-    io.sweep(self.unfinished / _COMMAND)  # of a run that was killed as it began
+    self._release = _lock(self, self.folder)
+    # What runs left that were killed as they began, or as they wrote a file.
+    for folder in (self.folder, self.unfinished):
+      io.sweep_folder(folder)
+    self._new = [x for x in writes if not os.path.lexists(self.folder / x)]
     earlier = _read(self.unfinished / _COMMAND)
     self.resumed = earlier == self._command
     if self.unfinished.is_dir() and not any(self.unfinished.iterdir()):
@@ -82,14 +99,13 @@ class Output:
     Args:
       stale: see `clear`.
     """
-    io.sweep(self.unfinished)
     if not self.resumed:
       io.remove_folder(self.unfinished)
     self.unfinished.mkdir(exist_ok=True)
     io.write_json(self.unfinished / _COMMAND, self._command)
     self.clear(stale)
 
-  def clear(self, stale: Sequence[str]) -> None:
+  def clear(self, stale: Iterable[str]) -> None:
     """Removes results of an earlier run, files or folders."""
     for name in stale:
       path = self.folder / name
@@ -98,17 +114,51 @@ class Output:
       else:
         path.unlink(missing_ok=True)
 
+  def forget(self) -> None:
+    """Drops what was found: a run that resumed would be refused again."""
+    self.clear(
+        f'{_UNFINISHED}/{path.name}'
+        for path in self.unfinished.iterdir()
+        if path.name != _COMMAND
+    )
+
   def __enter__(self) -> Output:
     return self
 
   def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
     refused = isinstance(error, InputError) and self._is_empty()
-    if kind is None or refused:
-      io.remove_folder(self.unfinished)
+    try:
+      if refused:
+        self.clear(self._new)
+      if kind is None or refused:
+        io.remove_folder(self.unfinished)
+    finally:
+      self._release()
 
   def _is_empty(self) -> bool:
     """Whether there is nothing but the command."""
     return [p.name for p in self.unfinished.glob('*')] == [_COMMAND]
+
+
+def _lock(output: Output, folder: pathlib.Path) -> Any:
+  """Locks a folder for as long as its Output lives; returns what ends that.
+
+  Raises:
+    InputError: another run holds it.
+  """
+  handle = os.open(folder, os.O_RDONLY)
+  release = weakref.finalize(output, os.close, handle)
+  try:
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    release()
+    raise InputError(
+        f'--output_dir={folder}: another run is at work there; wait for its end'
+        ' or choose another folder'
+    ) from None
+  except OSError:  # a file system without locks
+    pass
+  return release
 
 
 def make_folder(path: str) -> pathlib.Path:

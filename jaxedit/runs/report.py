@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # What --overwrite removes; the moments may be this run's own input.
 _RESULTS = ('results.json', 'records.jsonl', 'delta.safetensors', 'deltas')
+# What a run that is refused takes back.
+WRITTEN = (*_RESULTS, 'model', 'templates.json', 'moments.safetensors')
 _LISTED = 5  # skipped records that are told at once; results.json has all
 _PERPLEXITY_TOKENS = 512  # a window
 _PERPLEXITY_BATCH = 32  # windows of 512 tokens run eight together

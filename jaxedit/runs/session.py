@@ -412,10 +412,14 @@ def run(
   if problems:
     raise InputError(*problems)
   clock = Clock()
-  overwrite = config.overwrite
   with (
       compile_seconds(clock.seconds),
-      Output(config.output_dir, command, overwrite=overwrite) as output,
+      Output(
+          config.output_dir,
+          command,
+          overwrite=config.overwrite,
+          writes=report.WRITTEN,
+      ) as output,
   ):
     stale = report.stale_results(config, output.resumed)
     cli.use_compilation_cache(config.compilation_cache)
@@ -514,7 +518,7 @@ def _edit_parts(
     outcome = edit(part, state, kept, progress)
     clock.add(outcome.info.seconds)
     if single:  # where nothing could be written there is nothing to judge
-      require_some(outcome.info)
+      require_some(outcome.info, kept[1])
     name = 'delta.safetensors' if single else f'deltas/{number:05}.safetensors'
     mine = [session.loaded.requests[i].number for i in indices]
     _write_delta(session, outcome, name, mine)
@@ -527,7 +531,7 @@ def _edit_parts(
     done.append((dataclasses.replace(outcome, edited=Edited()), after))
   outcomes, afters = zip(*done)
   info = base.join_infos([one.info for one in outcomes])
-  require_some(info)
+  require_some(info, kept[1])
   joined = evaluation.join(afters, seed=session.config.seed)
   return SessionResult(Edited(), None, info), joined
 
@@ -744,13 +748,19 @@ def judge(
   return evaluation.join(parts, seed=config.seed)
 
 
-def require_some(info: Info) -> None:
+def require_some(info: Info, output: Output | None = None) -> None:
   """Refuses a run in which no edit could be written.
+
+  Args:
+    info: of all edits.
+    output: forgets what was found, which is of no use.
 
   Raises:
     InputError: with the method's reason.
   """
   if len(info.written) and not info.written.any():
+    if output is not None:
+      output.forget()
     raise InputError(f'no edit was written: {info.reason}')
 
 
