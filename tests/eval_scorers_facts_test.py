@@ -386,6 +386,57 @@ class GenerationTest(parameterized.TestCase):
     self.assertEqual(matching.exact_match(text, target), exact)
     self.assertEqual(matching.contains(text, target), contained)
 
+  @parameterized.parameters(
+      ('上海南郊，', '上海'),
+      ("London's old town", 'London'),
+      ('London\u2019s', 'London'),
+      ("l'Italie du nord", 'Italie'),
+      ('東京は日本の首都', '東京'),
+      ('Romeは', 'Rome'),
+      ('เมืองหลวงคือกรุงเทพและ', 'กรุงเทพ'),
+      ('수도는 서울입니다', '서울'),
+      ('Rome의 역사', 'Rome'),
+      ('नई दिल्ली।', 'दिल्ली'),
+      ('born in St. Louis, Missouri', 'St. Louis'),
+      ('I like 🎸!', '🎸'),
+      ('E\u0301cole', '\u00c9cole'),
+  )
+  def test_contains_in_any_script(self, text, target):
+    self.assertTrue(matching.contains(text, target))
+
+  @parameterized.parameters(
+      ("can't", 'can'),
+      ('Londoner', 'London'),
+      ('한국어', '한국'),
+      ('남서울', '서울'),
+      ('北京', '上海'),
+      ('👩\u200d🚀', '👩'),
+  )
+  def test_does_not_contain(self, text, target):
+    self.assertFalse(matching.contains(text, target))
+
+  @parameterized.parameters(
+      ('St. Louis', ' St. Louis, Missouri. It', 'St. Louis, Missouri.'),
+      ('the U.S.', ' the U.S. It is', 'the U.S.'),
+      ('St. Louis', ' Rome. It', 'Rome.'),
+      ('Rome', ' St. Louis', 'St. Louis'),
+      ('3.5', ' 3.5 m\u3002 It', '3.5 m\u3002'),
+  )
+  def test_full_stops_of_the_target_end_no_text(self, target, says, expected):
+    tokenizer = text_tokenizers.byte_level(begin=True)
+    stop = generation.stop_ids(tokenizer, 999)
+    scorer = generation.FreeGeneration(TokenCache(tokenizer), stop)
+    request = EditRequest(1, '1', 'It is {}', 'x', target)
+    (questions,) = scorer.prepare([request])
+    ((_, prompt),) = questions.prompts
+    dot = tokenizer.convert_tokens_to_ids('.')
+    ends = stop if prompt.stop_ids is None else prompt.stop_ids
+    self.assertEqual(dot in ends, target == 'Rome')
+    self.assertIn(tokenizer.eos_token_id, ends)
+    tokens = tokenizer(says, add_special_tokens=False)['input_ids']
+    (judged,) = scorer.judge([request], [base.Replies((), [tokens])], None)
+    self.assertEqual(judged.fields['text'].split(), expected.split())
+
   def test_stops_by_itself_and_reads_the_text(self):
     tokenizer = text_tokenizers.byte_level(begin=True)
     spec = models.tiny_spec('llama', vocab=300, layers=3)

@@ -158,6 +158,32 @@ class UsualTest(parameterized.TestCase):
     self.assertEqual(similarity.rouge_l_f1('', MILL), 0.0)
 
   @parameterized.parameters(
+      'Где родилась Ада Орм?',
+      'नई दिल्ली भारत की राजधानी है।',
+      'กรุงเทพเป็นเมืองหลวง',
+      '上海在中国。',
+      '東京タワー',
+      '서울은 수도',
+      '🎸🎹',
+  )
+  def test_any_script(self, text):
+    self.assertEqual(similarity.rouge_l_f1(text, text), 1.0)
+    self.assertEqual(similarity.bleu_word(text, text), 1.0)
+    half = text[len(text) // 2 :]
+    for score in similarity.rouge_l_f1, similarity.bleu_word:
+      self.assertBetween(score(half + ' x', text), 0.01, 0.99)
+    (row,) = similarity.scores([text], [text])
+    # rouge-score has no word of it; its own number would be 0.
+    self.assertNotIn('rouge_l_f1', row)
+    self.assertEqual(row['rouge_l_f1_unicode'], 1.0)
+
+  def test_published_tokens_on_other_letters(self):
+    pair = 'The caf\u00e9 by the river', 'The caf\u00e8 by the river'
+    (row,) = similarity.scores(*([one] for one in pair))
+    self.assertEqual(row['rouge_l_f1'], 1.0)
+    self.assertAlmostEqual(row['rouge_l_f1_unicode'], 0.8)
+
+  @parameterized.parameters(
       ('The mill, by THE river!', 'mill by a river', 1.0),
       ('mill by river', 'mill near river', 0.0),
   )
@@ -188,7 +214,8 @@ class ScoresTest(absltest.TestCase):
       self.assertEqual(list(row), wanted)
       for metric, value in row.items():
         self.assertIsInstance(value, float)
-        self.assertEqual(value, getattr(similarity, metric)(prediction, MILL))
+        function = getattr(similarity, metric.removesuffix('_unicode'))
+        self.assertEqual(value, function(prediction, MILL))
     means = metrics.aggregate(rows)
     self.assertEqual(means['exact_match']['n'], 3)
     self.assertAlmostEqual(means['exact_match']['mean'], 1 / 3)
@@ -208,7 +235,7 @@ class ScoresTest(absltest.TestCase):
     self.assertEqual(similarity.missing(), [])
     hidden = {'sacrebleu': None, 'rouge_score': None}
     with mock.patch.dict(sys.modules, hidden):
-      first, second = similarity.missing()
+      first, second, *_ = similarity.missing()
       (row,) = similarity.scores([MILL], [MILL])
       for score in (similarity.bleu_word, similarity.rouge_l_f1):
         with self.assertRaisesRegex(InputError, r"install 'jaxedit\[text\]'"):

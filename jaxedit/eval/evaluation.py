@@ -19,7 +19,13 @@ from typing import Any
 from jaxedit.edited import scoring
 from jaxedit.edited.lm import LanguageModel
 from jaxedit.eval import metrics
-from jaxedit.eval.scorers.base import Questions, Replies, Scorer
+from jaxedit.eval.scorers.base import (
+    Generation,
+    Prompt,
+    Questions,
+    Replies,
+    Scorer,
+)
 from jaxedit.models.spec import ModelSpec
 from jaxedit.types import EditRequest, InputError, Progress, silent
 
@@ -252,7 +258,10 @@ def _ask(
       [
           (
               [(edit, query) for _, query in one.queries],
-              [(edit, prompt, scorer.generation) for _, prompt in one.prompts],
+              [
+                  (edit, prompt, _how(scorer, prompt))
+                  for _, prompt in one.prompts
+              ],
           )
           for edit, one in zip(edits, some)
       ]
@@ -279,6 +288,14 @@ def _ask(
       [Replies(*([found[key] for key in part] for part in one)) for one in some]
       for some in keys
   ]
+
+
+def _how(scorer: Scorer, prompt: Prompt) -> Generation:
+  """How a prompt is continued."""
+  how = scorer.generation
+  if prompt.stop_ids is None:
+    return how
+  return how._replace(stop_ids=prompt.stop_ids)
 
 
 def _once(

@@ -19,7 +19,14 @@ The usual definitions:
 
   bleu_word        sacrebleu's sentence BLEU (13a words, exponential smoothing,
                    effective order), as a fraction
-  rouge_l_f1       rouge-score's ROUGE-L F1 (lower case, no stemming)
+  rouge_l_f1       rouge-score's ROUGE-L F1 (lower case, no stemming), whose
+                   words are runs of ASCII letters and digits; absent where the
+                   reference has none
+  bleu_word_unicode, rouge_l_f1_unicode
+                   the same over words of any script: letters of any alphabet
+                   make words, characters of scripts without blanks stand alone,
+                   and so do emoji (see `text.scripts`). On ASCII texts they
+                   are equal to the two above
   exact_match      the same words after normalisation (see `matching`: case,
                    punctuation and articles do not count), 1 or 0
 
@@ -42,13 +49,17 @@ Not here: means and intervals (`metrics.aggregate`), BERTScore, a model.
 from __future__ import annotations
 
 import collections
+import functools
 import importlib.util
 import math
+import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from jaxedit.eval import matching, minilm
+from jaxedit.text import scripts
 from jaxedit.types import InputError
 
 # Id -> readable name, in the order of tables.
@@ -60,14 +71,19 @@ NAMES: Mapping[str, str] = {
     'minilm_cosine': 'MiniLM cosine',
     'bleu_word': 'BLEU over words',
     'rouge_l_f1': 'ROUGE-L F1',
+    'bleu_word_unicode': 'BLEU over words of any script',
+    'rouge_l_f1_unicode': 'ROUGE-L F1, any script',
     'exact_match': 'same words, normalised',
 }
 # Id -> the package that computes it, as imported and as installed.
 _NEEDS = {
     'bleu_word': ('sacrebleu', 'sacrebleu'),
     'rouge_l_f1': ('rouge_score', 'rouge-score'),
+    'bleu_word_unicode': ('sacrebleu', 'sacrebleu'),
+    'rouge_l_f1_unicode': ('rouge_score', 'rouge-score'),
 }
 _ORDERS = 4
+_PUBLISHED, _UNICODE = 'published', 'unicode'
 
 
 def missing() -> list[str]:
@@ -106,7 +122,11 @@ def scores(
       if metric not in _NEEDS or _is_there(metric)
   }
   rows = [
-      {metric: float(score(p, r)) for metric, score in found.items()}
+      {
+          metric: float(score(p, r))
+          for metric, score in found.items()
+          if metric != 'rouge_l_f1' or _ASCII_WORD.search(r)
+      }
       for p, r in zip(predictions, references)
   ]
   if encoder is None or not rows:
@@ -189,7 +209,9 @@ def rouge_l_recall(prediction: str, reference: str) -> float:
   return len(union) / len(words) if words else 0.0
 
 
-def bleu_word(prediction: str, reference: str) -> float:
+def bleu_word(
+    prediction: str, reference: str, tokenizer: str = _UNICODE
+) -> float:
   """Returns sacrebleu's sentence BLEU, from 0 to 1.
 
   Its own defaults, spelt out: 13a tokens, case kept, exponential smoothing, and
@@ -198,6 +220,8 @@ def bleu_word(prediction: str, reference: str) -> float:
   Args:
     prediction: what the model said.
     reference: what it should say.
+    tokenizer: 'unicode', which sets characters of scripts without blanks,
+      emoji and all punctuation apart first, or 'published', 13a alone.
 
   Raises:
     InputError: sacrebleu is not installed.
@@ -213,17 +237,23 @@ def bleu_word(prediction: str, reference: str) -> float:
       max_ngram_order=_ORDERS,
       effective_order=True,
   )
+  if tokenizer == _UNICODE:
+    prediction, reference = _set_apart(prediction), _set_apart(reference)
   # Its sums go past 100 by rounding.
   score = scorer.sentence_score(prediction, [reference]).score
   return min(score / 100, 1.0)
 
 
-def rouge_l_f1(prediction: str, reference: str) -> float:
+def rouge_l_f1(
+    prediction: str, reference: str, tokenizer: str = _UNICODE
+) -> float:
   """Returns rouge-score's ROUGE-L F1 of two texts, each as one sentence.
 
   Args:
     prediction: what the model said.
     reference: what it should say.
+    tokenizer: 'unicode', words of any script, or 'published', runs of ASCII
+      letters and digits.
 
   Raises:
     InputError: rouge-score is not installed.
@@ -232,7 +262,11 @@ def rouge_l_f1(prediction: str, reference: str) -> float:
   # Optional, and slow to import.
   from rouge_score import rouge_scorer
 
-  scorer = rouge_scorer.RougeScorer(['rougeL'], use_stemmer=False)
+  scorer = rouge_scorer.RougeScorer(
+      ['rougeL'],
+      use_stemmer=False,
+      tokenizer=_UnicodeWords() if tokenizer == _UNICODE else None,
+  )
   return float(scorer.score(reference, prediction)['rougeL'].fmeasure)
 
 
@@ -251,8 +285,10 @@ _SCORES: Mapping[str, Callable[[str, str], float]] = {
     'rouge_1_recall': rouge_1_recall,
     'rouge_2_recall': rouge_2_recall,
     'rouge_l_recall': rouge_l_recall,
-    'bleu_word': bleu_word,
-    'rouge_l_f1': rouge_l_f1,
+    'bleu_word': functools.partial(bleu_word, tokenizer=_PUBLISHED),
+    'rouge_l_f1': functools.partial(rouge_l_f1, tokenizer=_PUBLISHED),
+    'bleu_word_unicode': bleu_word,
+    'rouge_l_f1_unicode': rouge_l_f1,
     'exact_match': exact_match,
 }
 
@@ -295,6 +331,26 @@ def _check(predictions: Sequence[str], references: Sequence[str]) -> None:
 
 
 # Texts.
+
+_ASCII_WORD = re.compile('[A-Za-z0-9]')
+
+
+class _UnicodeWords:
+  """Words of any script, as rouge-score asks for them."""
+
+  def tokenize(self, text: str) -> list[str]:
+    text = unicodedata.normalize('NFKC', text).lower()
+    return scripts.pieces(scripts.strip_invisible(text), scripts.is_word)
+
+
+def _set_apart(text: str) -> str:
+  """Puts blanks where 13a, which knows ASCII alone, sees one word."""
+  if text.isascii():
+    return text
+  text = unicodedata.normalize('NFC', text)
+  mark = lambda c: not c.isascii() and unicodedata.category(c)[0] == 'P'
+  text = ''.join(f' {char} ' if mark(char) else char for char in text)
+  return ' '.join(scripts.pieces(text))
 
 
 def _spaced(prediction: str) -> str:

@@ -16,10 +16,17 @@ from jaxedit.types import EditRequest
 
 
 class Prompt(NamedTuple):
-  """A prompt to continue, as ids, and the number of its random stream."""
+  """A prompt to continue, as ids.
+
+  Attributes:
+    ids: its tokens.
+    stream: the number of its random stream.
+    stop_ids: tokens that end its text; those of the scorer unless given.
+  """
 
   ids: tuple[int, ...]
   stream: int = 0
+  stop_ids: tuple[int, ...] | None = None
 
 
 class Generation(NamedTuple):
@@ -129,3 +136,17 @@ def texts(
       cut, skip_special_tokens=True, clean_up_tokenization_spaces=False
   )
   return [text.strip() for text in decoded]
+
+
+def texts_of(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
+  """Turns single tokens into text, each by itself.
+
+  Args:
+    tokenizer: a transformers tokenizer.
+    tokens: ids.
+  """
+  if not len(tokens):  # which a tokenizer takes for one text without tokens
+    return []
+  return tokenizer.batch_decode(
+      [[token] for token in tokens], clean_up_tokenization_spaces=False
+  )

@@ -6,8 +6,9 @@ a full stop or a line break. Nothing of the target is shown to it, neither its
 tokens nor its length. A prompt that the model continues with more than the
 object is the rule for clozes ("... was born in the country of" -> "France and
 grew up in"), so `exact_match` is strict for them: a correct edit may well fail
-it, and `contains` is the one to read. Targets that hold a full stop inside
-("St. Louis") are cut short at it and can fail both.
+it, and `contains` is the one to read. Where the target itself holds a full stop
+inside ("St. Louis"), a full stop that follows the same words ends no text. Full
+stops of other scripts (Chinese, Hindi, Urdu, ...) count like '.'.
 
 Source: the stop rule and the normalised match (`matching`) follow the judged
 generation of EasyEdit (Wang et al. 2023, arXiv 2308.07269), without its judge
@@ -19,6 +20,7 @@ Not here: answers of any length (`long_form`), fluency, perplexity.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +32,8 @@ from jaxedit.types import REPHRASE, EditRequest
 
 # As long as an object and the end of its clause; the text usually ends earlier.
 MAX_NEW_TOKENS = 16
-_ENDS = ('.', '\n')
+_STOPS = '.\u3002\uff0e\uff61\u0964\u06d4\u1362'
+_BREAK = '\n'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +59,42 @@ class FreeGeneration(base.Scorer):
     ids = iter(self.tokens.prompts([text for some in asked for text in some]))
     return [
         Questions(
-            prompts=[(t, Prompt(tuple(next(ids).tolist()))) for t in some]
+            prompts=[
+                (text, Prompt(tuple(next(ids).tolist()), stop_ids=stop))
+                for text in some
+            ]
         )
-        for some in asked
+        for some, stop in zip(asked, map(self._own_stop, requests))
     ]
+
+  def _own_stop(self, request: EditRequest) -> tuple[int, ...] | None:
+    """The stop tokens of a request, where they are not those of all."""
+    if not _stops_inside(request.target):
+      return None
+    return tuple(i for i in self.stop_ids if i not in self._full_stops)
+
+  @functools.cached_property
+  def _full_stops(self) -> frozenset[int]:
+    """Stop tokens with a full stop and without a line break."""
+    texts = base.texts_of(self.tokens.tokenizer, self.stop_ids)
+    return frozenset(
+        token
+        for token, text in zip(self.stop_ids, texts)
+        if set(_STOPS) & set(text) and _BREAK not in text
+    )
+
+  def _cut(self, tokens: Sequence[int], target: str) -> Sequence[int]:
+    """Ends a text at a full stop that is not one inside the target."""
+    inside = _stops_inside(target)
+    for i, token in enumerate(tokens if inside else ()):
+      if token in self._full_stops:
+        text = self.tokens.tokenizer.decode(
+            tokens[: i + 1], clean_up_tokenization_spaces=False
+        )
+        last = max(map(text.rfind, _STOPS))
+        if not _squeeze(text[: last + 1]).endswith(inside):
+          return tokens[: i + 1]
+    return tokens
 
   def judge(
       self,
@@ -68,12 +103,16 @@ class FreeGeneration(base.Scorer):
       before: Any,
   ) -> list[Judged]:
     del before
-    flat = [tokens for reply in replies for tokens in reply.tokens]
+    flat = [
+        self._cut(tokens, request.target)
+        for request, reply in zip(requests, replies)
+        for tokens in reply.tokens
+    ]
     said = iter(base.texts(self.tokens.tokenizer, flat))
     found = []
     for request, reply in zip(requests, replies):
-      text, *more = [next(said) for _ in reply.tokens]
       target = request.target
+      text, *more = [_until_stop(next(said), target) for _ in reply.tokens]
       values = {
           'exact_match': float(matching.exact_match(text, target)),
           'contains': float(matching.contains(text, target)),
@@ -94,17 +133,35 @@ def stop_ids(tokenizer: Any, vocab: int) -> tuple[int, ...]:
     vocab: rows of the model's embedding; ids from there up cannot occur.
 
   Returns:
-    Ids of the end-of-text token and of every token whose text holds a full stop
-    or a line break.
+    Ids of the end-of-text token and of every token whose text holds a full stop,
+    of any script, or a line break.
   """
   size = min(len(tokenizer), vocab)
-  texts = tokenizer.batch_decode(
-      [[token] for token in range(size)], clean_up_tokenization_spaces=False
-  )
-  stops = {i for i, t in enumerate(texts) if any(end in t for end in _ENDS)}
+  texts = base.texts_of(tokenizer, range(size))
+  stops = {i for i, t in enumerate(texts) if set(_STOPS + _BREAK) & set(t)}
   if tokenizer.eos_token_id is not None and tokenizer.eos_token_id < vocab:
     stops.add(tokenizer.eos_token_id)
   return tuple(sorted(stops))
+
+
+def _squeeze(text: str) -> str:
+  return ' '.join(text.casefold().split())
+
+
+def _stops_inside(target: str) -> tuple[str, ...]:
+  """The target up to each full stop that stands before its end."""
+  target = _squeeze(target)
+  ends = [i + 1 for i, char in enumerate(target) if char in _STOPS]
+  return tuple(target[:end] for end in ends if end < len(target))
+
+
+def _until_stop(text: str, target: str) -> str:
+  """Ends a text at a full stop that may be several tokens, so none but '.'."""
+  inside = _stops_inside(target)
+  for i, char in enumerate(text):
+    if char in _STOPS[1:] and not _squeeze(text[: i + 1]).endswith(inside):
+      return text[: i + 1]
+  return text
 
 
 def _asked(request: EditRequest) -> list[str]:
