@@ -31,12 +31,13 @@ from jaxedit.models import decoder, loading
 from jaxedit.testing import facts, models
 from jaxedit.text import chunking
 from jaxedit.text.encoding import EncodedEdit
-from jaxedit.types import InputError
+from jaxedit.types import InputError, TokenLayout
 
 # Settings for a model of three layers, beside those of `_config`.
 SETTINGS: dict[str, dict[str, Any]] = {
     'alphaedit': {},
     'emmet': dict(moment_weight=0.3),
+    'grace': dict(radius=1e-3, capacity=16),
     'memit': dict(moment_weight=0.1),
     'pmet': dict(moment_weight=0.3),
     'r-rome': {},
@@ -52,8 +53,6 @@ CLOSE = 1e-6
 SPEC = models.tiny_spec('llama')
 EDITS, SEEDS = 4, (1, 5, 6)
 POISON = SPEC.vocab - 1
-TOKENS = np.random.default_rng(0).integers(2, 90, (4, 9)).astype(np.int32)
-LAYOUT = decoder.token_layout(np.ones(TOKENS.shape, bool))
 every_case = parameterized.named_parameters((name, name) for name in CASES)
 _run = jax.jit(edited_lib.apply_model, static_argnums=0)
 
@@ -75,7 +74,7 @@ def _config(case: str) -> Any:
 
 @functools.cache
 def edits(seed: int, kind: str) -> tuple[EncodedEdit, ...]:
-  """Random edits: 'fact', 'text', or 'chunks' of a text."""
+  """Random edits: 'fact', 'text', 'chunks' of a text, or 'last', of prompts."""
   if kind == 'fact':
     # Targets of one length: an edit alone has the shape of its batch.
     some = facts.random_edits(EDITS, seed=seed, contexts=2, targets=(3,))
@@ -83,6 +82,9 @@ def edits(seed: int, kind: str) -> tuple[EncodedEdit, ...]:
     some = facts.random_edits(
         EDITS, seed=seed, contexts=1, targets=(5, 8, 6), kl=False
     )
+  if kind == 'last':
+    last = lambda edit: (len(edit.rows[0]) - 1,)
+    some = [dataclasses.replace(edit, anchors=last(edit)) for edit in some]
   if kind == 'chunks':
     cut = lambda edit: chunking.spans(len(edit.target), 3, 0)
     some = [dataclasses.replace(edit, chunks=cut(edit)) for edit in some]
@@ -96,13 +98,27 @@ def _plan(kind: str) -> plan_lib.BatchPlan:
   return plan_lib.plan_shapes(some, slots=EDITS, batch=EDITS)
 
 
+@functools.cache
+def _texts() -> tuple[np.ndarray, TokenLayout]:
+  """Random texts and the plain prompts of the common edits, padded."""
+  texts = [*np.random.default_rng(0).integers(2, 90, (4, 9))]
+  texts += [e.rows[0] for kind in ('fact', 'text') for e in edits(1, kind)]
+  tokens = np.zeros((len(texts), max(map(len, texts))), np.int32)
+  valid = np.zeros(tokens.shape, bool)
+  for row, ids in enumerate(texts):
+    tokens[row, : len(ids)], valid[row, : len(ids)] = ids, True
+  return tokens, decoder.token_layout(valid)
+
+
 def _dtype_of(model: loading.Model) -> Any:
   """A context in which arrays are as wide as a model's."""
   return jax.enable_x64(model.params['final_norm']['scale'].dtype == np.float64)
 
 
 def _logits(params: Any, edited: Edited = UNEDITED) -> jax.Array:
-  return _run(SPEC, params, edited, TOKENS, LAYOUT)
+  tokens, layout = _texts()
+  found = _run(SPEC, params, edited, tokens, layout)
+  return jnp.where(layout.segment_ids[..., None] > 0, found, 0)
 
 
 class Done(NamedTuple):
@@ -184,6 +200,8 @@ def bench(case: str, dtype: str = 'float64') -> Bench:
   """The bench of a case."""
   name, _, chunks = case.partition('+')
   kind = 'fact' if 'fact' in METHODS[name].accepts else 'text'
+  if not METHODS[name].contexts:
+    kind = 'last'
   config = _config(case)
   with jax.enable_x64(dtype == 'float64'):
     params = models.random_params(SPEC, 0, jnp.dtype(dtype))
@@ -275,8 +293,11 @@ class CommonTest(parameterized.TestCase):
     for got in b.both(b.edits()):
       self.assertTrue(got.info.written.all())
       for leaf in jax.tree.leaves(got.edited):
-        self.assertEqual(leaf.dtype, jnp.float32)
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+          self.assertEqual(leaf.dtype, jnp.float32)
       self.assertTrue(np.isfinite(got.effect(got.edited.size and 0)).all())
+    if not got.edited.deltas[0].mergeable:
+      return
     merged = edited_lib.apply(b.model.params, b.edit(b.edits()).edited)
     for old, new in zip(*map(jax.tree.leaves, (b.model.params, merged))):
       self.assertEqual((new.dtype, new.shape), (old.dtype, old.shape))
@@ -292,6 +313,9 @@ class CommonTest(parameterized.TestCase):
       self.assert_close(apart.effect(i), alone.effect())
       self.assert_same_reports(apart.info, alone.info, [(i, 0)])
       total = total + apart.effect(i)
+    if b.editor.cumulative:  # entries of a memory
+      self.assert_close(total, joint.effect())
+      return
     # Edits of one batch see each other, so together they differ.
     self.assertGreater(editors.gap(total, joint.effect()), 1e-3)
 
@@ -316,6 +340,11 @@ class CommonTest(parameterized.TestCase):
           loaded, _ = edited_lib.load(path, model_hash='ab' * 32)
       self.assertEqual(loaded.size, got.edited.size)
       one = lambda x: x if x.size is None else edited_lib.select(x, 2)
+      if not one(loaded).mergeable:
+        jax.tree.map(np.testing.assert_array_equal, loaded, got.edited)
+        with self.assertRaisesRegex(InputError, 'keep it beside the model'):
+          edited_lib.apply(params, one(loaded))
+        continue
       with jax.enable_x64(True):
         want, merged = (
             edited_lib.apply(params, one(x)) for x in (got.edited, loaded)
@@ -372,13 +401,19 @@ class CommonTest(parameterized.TestCase):
   @every_case
   def test_a_second_batch_on_the_model_that_the_first_gave(self, case):
     b, (first, _) = bench(case), done(case)
+    shape = lambda state: jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    if b.editor.cumulative:
+      both = b.edit(b.edits(6), state=first.state)
+      self.assertTrue(both.info.written.all())
+      self.assertEqual(shape(both.state), shape(first.state))
+      self.assert_close(both.effect(), first.effect())
+      return
     with jax.enable_x64(True):
       params = edited_lib.apply(b.model.params, first.edited)
     model = dataclasses.replace(b.model, params=params)
     second = b.edit(b.edits(6), model=model, state=first.state)
     self.assertTrue(second.info.written.all())
     # What is remembered is bounded.
-    shape = lambda state: jax.tree.map(lambda x: (x.shape, x.dtype), state)
     self.assertEqual(shape(second.state), shape(first.state))
     with jax.enable_x64(True):
       total = edited_lib.add(first.edited, second.edited)
