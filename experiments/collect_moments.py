@@ -18,9 +18,8 @@ from absl import flags
 from jaxedit.convert import hub
 from jaxedit.models import loading
 from jaxedit.models import tokenizer as tokenizer_lib
-from jaxedit.runs import cli
+from jaxedit.runs import cli, setting_flags
 from jaxedit.runs.config import RunConfig
-from jaxedit.runs.method_flags import layer_list
 from jaxedit.runs.moments import MomentsConfig, collect
 from jaxedit.types import InputError
 
@@ -39,7 +38,7 @@ def config_from_flags() -> MomentsConfig:
   given = flags.FLAGS
   problems = [] if given.out else ['--out: name the file to write']
   try:
-    layers = layer_list(given.layers, 'layers')
+    layers = setting_flags.entries(given.layers, 'layers')
   except InputError as error:
     problems += error.problems
   if problems:

@@ -67,7 +67,7 @@ def main(kind: str = 'auto') -> None:
     chosen = method_flags.from_flags(kind)
   except InputError as e:
     problems += e.problems
-  problems += session.errors(config, post=flags.FLAGS.post)
+  problems += session.errors(config)
   if problems:
     raise InputError(*problems)
   lines = session.run(

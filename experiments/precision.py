@@ -100,7 +100,7 @@ def compare(session: session_lib.Session) -> dict[str, Any]:
 
 def main() -> None:
   config, chosen = cli.read(RunConfig), method_flags.from_flags('fact')
-  problems = config_lib.errors(config, post=chosen.settings['post'])
+  problems = config_lib.errors(config)
   if config.dtype != 'bfloat16':
     problems.append(
         f'--dtype={config.dtype}: this program rounds weights to bfloat16; pass'

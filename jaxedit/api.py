@@ -31,18 +31,16 @@ from jaxedit.eval.scorers.base import texts
 from jaxedit.eval.scorers.generation import FreeGeneration, stop_ids
 from jaxedit.eval.scorers.long_form import LongForm, end_ids
 from jaxedit.eval.scorers.teacher_forced import TeacherForced
-from jaxedit.methods import base
 from jaxedit.methods.anyedit import anyedit
 from jaxedit.methods.base import EditBatch, Editor, Info, Need, Run
-from jaxedit.methods.registry import METHODS, method_of
+from jaxedit.methods.registry import method_of
 from jaxedit.methods.settings import configure
 from jaxedit.models import loading, saving
 from jaxedit.models import tokenizer as tokenizer_lib
 from jaxedit.models.decode import GREEDY, Decoding
 from jaxedit.models.loading import Model
 from jaxedit.models.spec import ModelSpec
-from jaxedit.runs import moments as moments_lib
-from jaxedit.runs import session
+from jaxedit.runs import needs, session
 from jaxedit.runs.config import RunConfig
 from jaxedit.runs.tasks import sample_contexts
 from jaxedit.text import chat as chat_lib
@@ -211,18 +209,12 @@ def edit(
     )
   (kind,) = kinds
   found = method_of(method)
-  if kind not in found.accepts:
-    raise InputError(
-        f'{method} takes {" and ".join(sorted(found.accepts))} requests, these'
-        f' are {kind}; choose another of {", ".join(METHODS)}'
-    )
-  chunked = found.chunkable if chunked is None else chunked
+  if chunked is None:
+    chunked = found.chunkable
+  chunked = chunked and kind == 'text'
   cut = {k: settings.pop(k) for k in _CHUNK_SETTINGS if k in settings}
-  config = found.config()
-  if kind == 'text':
-    config = found.for_texts(config, chunked)
-  config = configure(config, settings)
-  if kind == 'text' and chunked:
+  config = configure(found.published(kind, chunked), settings)
+  if chunked:
     config = anyedit(config, **cut)
   made = found.editor(model.spec, config)
   tokens = TokenCache(model.tokenizer)
@@ -252,7 +244,9 @@ def edit(
   provided = dict(resources or {})
   for need in made.needs:
     if need not in provided:
-      provided[need] = _provide(run, model, need, progress)
+      provided[need] = needs.provide(
+          run, model, model.tokenizer, need, copy=False, progress=progress
+      )
   plan = plan_batches(model.spec, model.params, encoded)
   group = case_numbers(wanted) if independent else None
   result = made.edit(
@@ -263,19 +257,6 @@ def edit(
   )
   session.require_some(result.info)
   return EditedModel(model, result.edited, result.info, chat=chat)
-
-
-def _provide(
-    run: RunConfig, model: Model, need: Need, progress: Progress
-) -> Any:
-  """Finds what an editor needs."""
-  if isinstance(need, base.Moments):
-    return moments_lib.find(
-        run, model, model.tokenizer, need, copy=False, progress=progress
-    )
-  if isinstance(need, base.PadToken):
-    return session.pad_id(model.tokenizer)
-  return session.preserved_texts(run, None, model, model.tokenizer, progress)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ counts.
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from jaxedit.methods.base import Editor, Need
 from jaxedit.models.spec import ModelSpec
 from jaxedit.testing import facts
 from jaxedit.text.encoding import EncodedEdit
-from jaxedit.types import Targets
+from jaxedit.types import Targets, silent
 
 PAD = 7
 
@@ -43,7 +44,7 @@ def resources(
       return preserved(seed)
     if isinstance(need, base.PadToken):
       return PAD
-    raise NotImplementedError(f'no test provides {need}')
+    return need.provide(types.SimpleNamespace(spec=spec), seed, silent)
 
   return {need: provide(need) for need in editor.needs}
 

@@ -12,7 +12,7 @@ from editing_runs import LONG, TEXTS, Case, interrupted_at
 from jaxedit import edited as edited_lib
 from jaxedit.deltas import Dense
 from jaxedit.models import tokenizer
-from jaxedit.runs import session
+from jaxedit.runs import needs, session
 from jaxedit.stats import corpora
 from jaxedit.targets import run as targets_run
 
@@ -132,10 +132,10 @@ class UnkeTest(Case):
     other = TEXT.block.results['protocol']['preserved']
     self.assertNotEqual(source['ids_digest'], other['ids_digest'])
 
-    pad = mock.Mock(wraps=session.pad_id)
+    pad = mock.Mock(wraps=needs.pad_id)
     stop = mock.Mock(side_effect=KeyboardInterrupt)
     with (
-        mock.patch.object(session, 'pad_id', pad),
+        mock.patch.object(needs, 'pad_id', pad),
         mock.patch.object(session, 'judge', stop),
     ):
       TEXT.unke(parity='anyedit')

@@ -226,7 +226,7 @@ class ProgramTest(parameterized.TestCase):
   @parameterized.parameters(
       (dict(layers='1'), '--layers is what --suggest_layers finds'),
       (dict(method='rome', moment_weight=None), 'searched with memit'),
-      (dict(post='prune'), '--post=prune: layers are searched with'),
+      (dict(parity='anyedit'), '--parity=anyedit: layers are searched'),
       (dict(probe_widths='0'), 'give numbers of layers'),
       (dict(kinds='mlp'), 'needs the kind hidden'),
       (dict(moments='none.safetensors'), 'no such file; collect'),

@@ -79,6 +79,7 @@ SHARED_BY_METHODS = tuple(
     for name in (
         'base',
         'closed_form',
+        'config',
         'gradient',
         'parity',
         'regression',

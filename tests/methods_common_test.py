@@ -1,7 +1,7 @@
 """What every editor must do, for each method of the registry.
 
-A new method is one more entry of `SETTINGS`; what it needs comes from
-`editors.resources`.
+A method is held by being registered, with its `small` settings; what it needs
+comes from `editors.resources`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from jaxedit.deltas import UNEDITED, Edited
 from jaxedit.methods import base
 from jaxedit.methods.anyedit import anyedit
 from jaxedit.methods.base import EditBatch, Editor, Info, Run
+from jaxedit.methods.config import TargetedConfig
 from jaxedit.methods.registry import METHODS
 from jaxedit.models import decoder, loading
 from jaxedit.testing import facts, models
@@ -33,19 +34,12 @@ from jaxedit.text import chunking
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import InputError, TokenLayout
 
-# Settings for a model of three layers, beside those of `_config`.
-SETTINGS: dict[str, dict[str, Any]] = {
-    'alphaedit': {},
-    'emmet': dict(moment_weight=0.3),
-    'grace': dict(radius=1e-3, capacity=16),
-    'memit': dict(moment_weight=0.1),
-    'pmet': dict(moment_weight=0.3),
-    'r-rome': {},
-    'rome': {},
-    'unke': dict(unke_steps=6, unke_rate=1e-3, side_by_side=2),
-}
 # Methods that are tested on chunked targets too, one a kind of editor.
-CHUNKED = ('memit', 'unke')
+CHUNKED = {
+    method.editor.__module__: name
+    for name, method in reversed(METHODS.items())
+    if method.chunkable
+}.values()
 CASES = (*METHODS, *(f'{name}+anyedit' for name in CHUNKED))
 # In f64, as a share of the effect that an edit has on logits.
 CLOSE = 1e-6
@@ -61,14 +55,15 @@ def _config(case: str) -> Any:
   """A method's published settings, as a small model takes them."""
   name, _, chunks = case.partition('+')
   method = METHODS[name]
-  config = method.configure(**SETTINGS[name])
-  several = len(config.layers) > 1
-  target = config.target._replace(
-      steps=4, rate=0.1, decay=0.5, clamp=5.0, threshold=0.0
-  )
-  config = dataclasses.replace(
-      config, layers=(0, 1) if several else (1,), target=target
-  )
+  config = method.configure(**method.small)
+  if isinstance(config, TargetedConfig):
+    several = len(config.layers) > 1
+    target = config.target._replace(
+        steps=4, rate=0.1, decay=0.5, clamp=5.0, threshold=0.0
+    )
+    config = dataclasses.replace(
+        config, layers=(0, 1) if several else (1,), target=target
+    )
   return anyedit(config, window=3) if chunks else config
 
 
@@ -162,11 +157,10 @@ class Bench(NamedTuple):
   ) -> Done:
     """Edits in the dtype of the model."""
     model = model or self.model
+    state = self.state if state is None else state
     batch = EditBatch(some, _plan(self.kind), group)
     with _dtype_of(model):
-      return Done(
-          *self.editor.edit(model, state or self.state, batch, Run()), model
-      )
+      return Done(*self.editor.edit(model, state, batch, Run()), model)
 
   def both(
       self, some: Sequence[EncodedEdit], **options: Any
@@ -215,12 +209,6 @@ def bench(case: str, dtype: str = 'float64') -> Bench:
 def done(case: str) -> tuple[Done, Done]:
   """The common batch, joint and independent."""
   return bench(case).both(bench(case).edits())
-
-
-class RegistryTest(absltest.TestCase):
-
-  def test_every_method_is_held(self):
-    self.assertSameElements(SETTINGS, METHODS)
 
 
 class CommonTest(parameterized.TestCase):
@@ -393,6 +381,8 @@ class CommonTest(parameterized.TestCase):
 
   @every_case
   def test_targets_come_nearer(self, case):
+    if done(case)[0].info.targets is None:
+      self.skipTest('optimises no hidden states')
     for got in done(case):
       self.assertTrue(got.info.written.all())
       distance = np.array(got.info.per_edit['distance'])
@@ -435,6 +425,8 @@ class CommonTest(parameterized.TestCase):
 
   @parameterized.product(case=CASES, layers=[(), (0, 3), (-1,), (1, 0), (1, 1)])
   def test_layers_that_cannot_be_edited_are_refused(self, case, layers):
+    if not hasattr(bench(case).config, 'layers'):
+      self.skipTest('has no layers')
     config = dataclasses.replace(bench(case).config, layers=layers)
     with self.assertRaisesRegex(InputError, '^layers'):
       METHODS[case.partition('+')[0]].editor(SPEC, config)

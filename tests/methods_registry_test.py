@@ -33,11 +33,19 @@ class RegistryTest(parameterized.TestCase):
     self.assertLessEqual(method.accepts, {'fact', 'text'})
     for bundle, values in method.parity.items():
       self.assertIsInstance(method.configure(**values), method.config, bundle)
-    for chunked in (False, True):
-      config = method.for_texts(method.config(), chunked)
-      self.assertEqual(config.anchor, 'prompt_last')
-    if method.chunkable:
-      self.assertEqual(anyedit(config, window=7).chunks.window, 7)
+    for kind in {'fact', 'text'} - method.accepts:
+      with self.assertRaisesRegex(InputError, f'{name} edits .*choose another'):
+        method.published(kind)
+    if 'text' in method.accepts:
+      self.assertEqual(method.published('text').anchor, 'prompt_last')
+      if method.chunkable:
+        config = anyedit(method.published('text', True), window=7)
+        self.assertEqual(
+            (config.chunks.window, config.anchor), (7, 'prompt_last')
+        )
+      else:
+        with self.assertRaisesRegex(InputError, 'chunk by chunk; switch'):
+          method.published('text', True)
 
   @every_method
   def test_settings_are_described(self, name):
@@ -46,10 +54,7 @@ class RegistryTest(parameterized.TestCase):
       self.assertEqual(one.name, flag)
       self.assertTrue(one.help)
       self.assertNotIn('\n', one.help)
-      value = config
-      for part in one.path:
-        value = getattr(value, part)
-      self.assertEqual(value, one.default)
+      self.assertEqual(one.of(config), one.default)
       self.assertEmpty(settings.errors(one, one.default))
 
   def test_unknown_methods(self):
@@ -68,6 +73,8 @@ class Config:
   keys: str = setting('mean', 'which keys', choices=('mean', 'plain'))
   hidden: int = 3
   rate: float = setting(0.1, 'a rate', implies={'hidden': 0})
+  few: tuple[int, ...] = setting((1,), 'some', high=8, excludes=('path',))
+  path: str | None = setting(None, 'a file')
 
 
 class ConfigureTest(parameterized.TestCase):
@@ -80,6 +87,7 @@ class ConfigureTest(parameterized.TestCase):
     self.assertEqual(found.target, TargetConfig(clamp=4.0, rate=0.1))
     self.assertEqual(configure(Config(), {'share': 0.25}).share, 0.25)
     self.assertEqual(configure(Config(), {}), Config())
+    self.assertEqual(configure(Config(), dict(few=[2, 3])).few, (2, 3))
 
   def test_a_setting_of_targets_joins_a_whole_target(self):
     given = dict(target=TargetConfig(steps=3), clamp=1.0)
@@ -100,6 +108,13 @@ class ConfigureTest(parameterized.TestCase):
       (dict(wieght=1), "setting 'wieght' is unknown; did you mean 'weight'"),
       (dict(xyz=1), "setting 'xyz' is unknown; known are .*my_share"),
       (dict(share=-1), 'share is -1; it must be at least 0'),
+      (dict(share='x'), "share is 'x'; give a number"),
+      (dict(value_steps=True), 'value_steps is True; give a whole number'),
+      (dict(keys=None), 'keys is None; give a text'),
+      (dict(few=3), 'few is 3; give a list, each a whole number'),
+      (dict(few=[1, 'x']), "few is 'x'; give a whole number"),
+      (dict(few=(9,)), 'few is 9; it must be at most 8'),
+      (dict(few=(1,), path='x'), 'few and path exclude each other: leave one'),
   )
   def test_refused(self, given, message):
     with self.assertRaisesRegex(InputError, f'^{message}') as caught:

@@ -21,12 +21,12 @@ class ErrorsTest(parameterized.TestCase):
     self.folder = pathlib.Path(folder)
     self.config = RunConfig(output_dir=str(self.folder / 'out'))
 
-  def errors(self, post='none', **changes):
-    return errors(dataclasses.replace(self.config, **changes), post=post)
+  def errors(self, **changes):
+    return errors(dataclasses.replace(self.config, **changes))
 
   def test_nothing_is_wrong_with_the_defaults(self):
     self.assertEmpty(self.errors())
-    self.assertEmpty(self.errors('prune', reset=False, save_model=True))
+    self.assertEmpty(self.errors(reset=False, save_model=True))
 
   @parameterized.parameters(
       (dict(output_dir=None), 'output_dir is missing: name a'),
@@ -48,8 +48,6 @@ class ErrorsTest(parameterized.TestCase):
           dict(per_category=1, num_edits=2),
           '--num_edits takes the first of all, --per_category of every',
       ),
-      (dict(reset=True, post='rect'), '--post=rect shapes .* --reset makes'),
-      (dict(reset=True, post='prune'), '--post=prune shapes .*leave one'),
   )
   def test_one_message(self, changes, message):
     (found,) = self.errors(**changes)

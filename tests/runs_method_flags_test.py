@@ -48,32 +48,29 @@ class ChosenTest(parameterized.TestCase):
   def test_settings_are_the_published_ones(self, kind, name):
     found, method = chosen(kind, method=name), METHODS[name]
     self.assertIs(found.method, method)
-    config = method.config()
+    config = method.published(kind, method.chunkable and kind == 'text')
     if kind == 'text':
-      config = anyedit(method.for_texts(config, True))
-      self.assertEqual(found.name, f'{name}+anyedit')
+      if method.chunkable:
+        config = anyedit(config)
+        self.assertEqual(found.name, f'{name}+anyedit')
       plain = chosen(kind, method=name, anyedit=False)
-      self.assertEqual(plain.config, method.for_texts(method.config(), False))
+      self.assertEqual(plain.config, method.published(kind))
     self.assertEqual(found.config, config)
 
   @parameterized.parameters(*PAIRS)
   def test_every_setting_can_be_given(self, kind, name):
-    examples = {bool: False, int: 3, float: 0.25, tuple: '1'}
-    examples |= {str: None, type(None): 0.25}
+    examples = {bool: False, int: 3, float: 0.25, str: 'x'}
     for flag, one in settings_of(METHODS[name].config).items():
-      if flag == 'kl_weight' and kind == 'text':
+      if one.only not in ('', kind):
         continue
-      example = examples[type(one.default)]
+      example = examples[one.kind]
       if one.choices:
         example = one.choices[-1]
       given = {flag: example}
       if flag == 'activations':
         given['dtype'] = example
-      config = chosen(kind, method=name, **given).config
-      for part in one.path:
-        config = getattr(config, part)
-      want = (1,) if isinstance(one.default, tuple) else example
-      self.assertEqual(config, want, flag)
+      found = one.of(chosen(kind, method=name, **given).config)
+      self.assertEqual(found, (example,) if one.many else example, flag)
 
   def test_protocol_has_all_settings(self):
     settings = chosen('fact', method='memit', layers='0,1').settings
@@ -119,8 +116,10 @@ class ChosenTest(parameterized.TestCase):
     self.assertIsNone(given.settings['single_edit_ridge'])
 
   def test_rect(self):
-    config = chosen('fact', post='rect').config
-    self.assertEqual(config.rect_density, method_flags.RECT_DENSITY)
+    found = recipe('fact', post='rect')
+    self.assertEqual((found.rect_density, found.prune), (0.4, False))
+    found = recipe('fact', post='prune')
+    self.assertEqual((found.rect_density, found.prune), (1, True))
 
 
 class ParityTest(parameterized.TestCase):
@@ -140,6 +139,7 @@ class ParityTest(parameterized.TestCase):
           dict(null_space_threshold=0.02, preserve_previous=False),
       ),
       ('anyedit', 'unke', dict(pads=True)),
+      ('anyedit', 'memit', dict(shadowed_schedule=True)),
   )
   def test_bundles(self, bundle, method, wanted):
     found = chosen(parity=bundle, method=method).settings
@@ -158,6 +158,7 @@ class ParityTest(parameterized.TestCase):
     want = {
         'alphaedit': {'memit', 'easyedit', 'anyedit'},
         'emmet': {'easyedit'},
+        'memit': {'anyedit'},
         'rome': {'easyedit'},
         'unke': {'anyedit'},
     }
@@ -191,22 +192,19 @@ class ParityTest(parameterized.TestCase):
 class RefusedTest(parameterized.TestCase):
 
   @parameterized.parameters(
-      (dict(layers='a,b'), '--layers=a,b: give layer numbers'),
-      (dict(layers=''), '--layers=: give layer numbers'),
+      (dict(layers='a,b'), '--layers=a,b: give whole numbers'),
+      (dict(layers=''), '--layers=: give whole numbers'),
       (dict(rrome_keys='plain'), '--rrome_keys is no setting of memit; it belong'
        's to r-rome: leave'),
       (dict(unke_steps=9), '--unke_steps is no setting of memit; it belongs to '
        'unke: leave'),
       (dict(activations='bfloat16'), '--activations=bfloat16 rounds nothing .*'
        'give --dtype=bfloat16'),
-      (dict(kl_weight=0.1), '--kl_weight: long texts have no subject'),
+      (dict(kl_weight=0.1), '--kl_weight is for facts, and these are long'),
       (ALPHA | dict(null_space_share=1), 'null_space_share=1 leaves no direction'),
       (ALPHA | dict(null_space_share=0.5, null_space_threshold=0.1),
-       'are two ways to choose'),
-      (dict(method='unke', post='rect'), '--post=rect: unke changes a whole '
-       'block.*leave'),
-      (dict(method='unke', post='prune'), '--post=prune: unke changes a whole '
-       'block.*leave'),
+       'exclude each other: leave one'),
+      (dict(method='unke', post='rect'), '--post is no setting of unke; .*leave'),
       (dict(method='pmet', parity='easyedit'), '--parity=easyedit sets nothing '
        'for pmet, but for alphaedit and emmet and rome: leave'),
       (dict(window=3, overlap=3), 'overlap'),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from absl.testing import absltest, parameterized
 
-from jaxedit.runs import session
+from jaxedit.runs import needs, session
 from jaxedit.runs.clock import Clock, compile_seconds
 from jaxedit.runs.config import RunConfig
 from jaxedit.runs.tasks import first_of_each
@@ -59,7 +59,7 @@ class BatchesTest(parameterized.TestCase):
     self.assertEqual(found, want)
 
   def test_padding_token(self):
-    pick = lambda pad, eos: session.pad_id(
+    pick = lambda pad, eos: needs.pad_id(
         types.SimpleNamespace(pad_token_id=pad, eos_token_id=eos)
     )
     self.assertEqual([pick(3, 5), pick(None, 5), pick(None, None)], [3, 5, 0])

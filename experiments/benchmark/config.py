@@ -13,7 +13,6 @@ from jaxedit.methods.settings import setting
 from jaxedit.runs import cli
 from jaxedit.runs import config as config_lib
 from jaxedit.runs.config import RunConfig
-from jaxedit.runs.method_flags import layer_list
 from jaxedit.text import chunking, templates
 from jaxedit.types import InputError
 
@@ -51,13 +50,18 @@ class BenchmarkConfig:
       ' "random", or a file of collect_moments. Default: "self" for smollm2, else'
       ' "random"',
   )
-  layers: tuple[str, ...] = setting(
-      (), "layers to edit; the preset's own unless given"
+  layers: tuple[int, ...] | None = setting(
+      None, "layers to edit; the preset's own unless given"
   )
   value_steps: int | None = setting(
       None, "most steps a target; the preset's own unless given", low=1
   )
-  activations: str = 'float32'  # the flag is that of `MemitConfig`
+  activations: str = setting(
+      'float32',
+      'dtype of activations while targets are optimised, where weights are'
+      ' bfloat16',
+      choices=('float32', 'bfloat16'),
+  )
   window: int = setting(
       0,
       'tokens a chunk of a long answer (AnyEdit; published 40 for Llama-3); 0'
@@ -110,16 +114,10 @@ class BenchmarkConfig:
     """The file of second moments, if one is named."""
     return None if self.moments in ('self', 'random') else self.moments
 
-  @property
-  def edited_layers(self) -> tuple[int, ...]:
-    """The layers that are given; empty for the preset's own."""
-    return layer_list(self.layers, 'layers') if self.layers else ()
-
 
 def define_flags() -> None:
   """Defines the flags of a benchmark."""
   cli.define(RunConfig, names=RUN_FIELDS, num_edits=32)
-  cli.define(MemitConfig, names=('activations',))
   cli.define(BenchmarkConfig)
 
 
@@ -128,11 +126,8 @@ def errors(config: RunConfig, settings: BenchmarkConfig) -> list[str]:
   problems = config_lib.errors(
       dataclasses.replace(config, moments=settings.moments_file)
   )
-  if settings.activations == 'bfloat16' and config.dtype == 'float32':
-    problems.append(
-        '--activations=bfloat16 rounds nothing where weights are float32: give'
-        ' --dtype=bfloat16 too, or leave it out'
-    )
+  method = MemitConfig(activations=settings.activations)
+  problems += [f'--{problem}' for problem in method.errors(config.dtype)]
   scales = (settings.scale_layers, settings.scale_width)
   if max(scales) > 1:
     problems.append('--scale_layers and --scale_width: give 1 at most')
@@ -157,7 +152,6 @@ def errors(config: RunConfig, settings: BenchmarkConfig) -> list[str]:
   ]
   chunks = chunking.Chunking(settings.window, settings.overlap)
   checks = (
-      lambda: settings.edited_layers,
       lambda: settings.window and chunking.check_chunking(chunks),
       lambda: settings.baseline == 'torch' and torch_model.require(),
       lambda: config.context_templates

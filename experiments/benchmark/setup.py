@@ -126,7 +126,7 @@ def prepare(
     spec = families.spec_from_hf(fields)
   else:
     spec = loading.open_model(source)[2].spec
-  method = _method(settings, settings.edited_layers or layers)
+  method = _method(settings, settings.layers or layers)
   recipe = method.recipe()
   editor = closed_form.closed_form(spec, recipe)
   if len(tokens.tokenizer) > spec.vocab:
@@ -135,7 +135,7 @@ def prepare(
         f' tokens, the preset {settings.preset} takes {spec.vocab}; name another'
         ' --model'
     )
-  chosen = Chosen(memit.METHOD, method, {'parity': 'none'})
+  chosen = Chosen(memit.METHOD, method)
   make = tasks.TextTask if settings.window else Facts
   task = make(dataclasses.replace(config, max_new_tokens=0), chosen)
   requests = tuple(task.load(tokens, spec, progress).requests)

@@ -17,14 +17,10 @@ unless `threshold` is given.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-from jaxedit.methods.closed_form import (
-    ClosedFormConfig,
-    Recipe,
-    closed_form_method,
-)
-from jaxedit.methods.closed_form.editor import for_texts
-from jaxedit.methods.parity import shadowed
+from jaxedit.methods.closed_form import Recipe, closed_form_method
+from jaxedit.methods.parity import SHADOWED, ShadowedConfig
 from jaxedit.methods.settings import setting
 from jaxedit.solve.preconditioner import NullSpace
 from jaxedit.targets import TargetConfig
@@ -34,7 +30,7 @@ THRESHOLD = 2e-2  # published, absolute
 
 
 @dataclasses.dataclass(frozen=True)
-class AlphaEditConfig(ClosedFormConfig):
+class AlphaEditConfig(ShadowedConfig):
   """Settings of AlphaEdit; the defaults are those published for Llama-3-8B.
 
   Attributes:
@@ -44,7 +40,6 @@ class AlphaEditConfig(ClosedFormConfig):
       instead (published 0.02).
     ridge: r (L2).
     preserve_previous: preserve the keys of earlier batches.
-    schedule_edits: edits a batch, to reproduce `parity.shadowed`; None not to.
   """
 
   layers: tuple[int, ...] = setting(
@@ -56,6 +51,8 @@ class AlphaEditConfig(ClosedFormConfig):
       'share of the second moments held by directions that may not be changed,'
       ' below 1',
       low=0,
+      implies={'null_space_threshold': None},
+      excludes=('null_space_threshold',),
   )
   null_space_threshold: float | None = setting(
       None,
@@ -70,8 +67,6 @@ class AlphaEditConfig(ClosedFormConfig):
   preserve_previous: bool = setting(
       True, 'preserve the keys of earlier batches', flag='remember'
   )
-
-  schedule_edits: int | None = None
 
   def recipe(self) -> Recipe:
     """Returns the method as data."""
@@ -88,30 +83,35 @@ class AlphaEditConfig(ClosedFormConfig):
         ridge=self.ridge,
         preserve_previous=self.preserve_previous,
     )
-    return shadowed(recipe, self.schedule_edits)
+    return self.shadowed(recipe)
 
+  def described(self) -> dict[str, Any]:
+    """All that numbers depend on, as plain JSON types."""
+    found = super().described()
+    if self.null_space_threshold is not None:
+      del found['null_space_share']  # has no effect
+    return found
 
-def _for_texts(config: AlphaEditConfig, chunked: bool) -> AlphaEditConfig:
-  """AnyEdit's settings; without chunks its targets never stop early."""
-  config = for_texts(config, chunked)
-  if chunked:
-    return config
-  return dataclasses.replace(
-      config, target=config.target._replace(threshold=0.0)
-  )
+  def for_texts(self, chunked: bool) -> AlphaEditConfig:
+    """AnyEdit's settings; without chunks its targets never stop early."""
+    config = super().for_texts(chunked)
+    if chunked:
+      return config
+    target = config.target._replace(threshold=0.0)
+    return dataclasses.replace(config, target=target)
 
 
 METHOD = closed_form_method(
     'alphaedit',
     'changes in the null space of common keys only',
     AlphaEditConfig,
-    for_texts=_for_texts,
     parity={
         'memit': {'null_space_threshold': THRESHOLD},
         'easyedit': {'null_space_threshold': THRESHOLD},
         'anyedit': {
             'null_space_threshold': THRESHOLD,
             'preserve_previous': False,
+            **SHADOWED,
         },
     },
     source='arXiv 2410.02355',

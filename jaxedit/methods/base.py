@@ -7,7 +7,9 @@
 from one batch to the next is explicit in `state`, a pytree of bounded size.
 
 A method is a file of this package that defines `METHOD`, or `METHODS`, and is
-found by `registry`. Nothing outside a method's file asks which method it is.
+found by `registry`; its settings are a `config.MethodConfig`. Flags, `--help`,
+the table of methods and the tests that hold every method come from these. Nothing
+outside a method's file asks which method it is.
 
 Axis letters: E edits of a batch, M targets of all of them, n edited layers.
 """
@@ -25,6 +27,7 @@ import numpy as np
 
 from jaxedit.batching.plan import BatchPlan
 from jaxedit.deltas import Edited
+from jaxedit.methods.config import MethodConfig
 from jaxedit.methods.settings import configure
 from jaxedit.models.spec import ModelSpec
 from jaxedit.targets import TargetCache, Work
@@ -33,24 +36,51 @@ from jaxedit.types import InputError, Progress, Targets, silent
 
 
 @dataclasses.dataclass(frozen=True)
-class Moments:
-  """Need: second moments of the keys of some layers, a `stats.moments.Moments`."""
+class Need:
+  """What an editor must be given; hashable and comparable.
+
+  A run provides those of this module. A need of a method's own says how itself.
+  """
+
+  def check(self) -> None:
+    """Refuses what cannot be provided, before weights are read.
+
+    Raises:
+      InputError: it cannot.
+    """
+
+  def provide(self, model: Any, seed: int, progress: Progress) -> Any:
+    """Makes it.
+
+    Args:
+      model: the unedited model, a `models.loading.Model`.
+      seed: of all that is drawn.
+      progress: progress display.
+    """
+    raise NotImplementedError(f'{self} is not provided')
+
+  def source(self, value: Any) -> dict[str, Any]:
+    """Says where it is from, entries of results.json, plain JSON types."""
+    del value
+    return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments(Need):
+  """Second moments of the keys of some layers, a `stats.moments.Moments`."""
 
   layers: tuple[int, ...]
   site: str
 
 
 @dataclasses.dataclass(frozen=True)
-class PreservedTexts:
-  """Need: token ids of texts whose outputs stay, a list of int32 arrays."""
+class PreservedTexts(Need):
+  """Token ids of texts whose outputs stay, a list of int32 arrays."""
 
 
 @dataclasses.dataclass(frozen=True)
-class PadToken:
-  """Need: the id of the token that pads texts."""
-
-
-Need = Moments | PreservedTexts | PadToken
+class PadToken(Need):
+  """The id of the token that pads texts."""
 
 
 class EditBatch(NamedTuple):
@@ -138,6 +168,8 @@ class Editor(NamedTuple):
       cannot lie side by side, messages.
     bytes_of: (model, encoded edits of one group) -> memory that one independent
       group takes while it lies side by side with others.
+    finish: (unedited model, the edits of a whole sequence) -> the edits, shaped
+      once for all.
     cumulative: whether `edit` returns all edits so far, those of the state and
       of this batch (a codebook, a memory), not what the batch adds to the model
       it is given. In a sequence it is then given the unedited model.
@@ -146,15 +178,10 @@ class Editor(NamedTuple):
   needs: tuple[Need, ...]
   init: Callable[[Any, Mapping[Need, Any]], Any]
   edit: Callable[[Any, Any, EditBatch, Run], EditResult]
-  check: Callable[[int], list[str]]
-  bytes_of: Callable[[Any, Sequence[EncodedEdit]], int]
+  check: Callable[[int], list[str]] = lambda targets: []
+  bytes_of: Callable[[Any, Sequence[EncodedEdit]], int] = lambda *_: 0
+  finish: Callable[[Any, Edited], Edited] = lambda model, edited: edited
   cumulative: bool = False
-
-
-def _same(config: Any, chunked: bool) -> Any:
-  """The settings for long texts, where they are those for facts."""
-  del chunked
-  return config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,20 +191,20 @@ class Method:
   Attributes:
     name: its id.
     summary: a phrase for `--help` and the table of methods.
-    config: a frozen dataclass of settings (`settings.setting`).
+    config: a `config.MethodConfig` whose fields are settings.
     editor: (spec, config) -> Editor.
     accepts: 'fact', 'text' or both.
     chunkable: whether AnyEdit may cut its targets (`config.chunks`).
     contexts: whether facts are run in several context templates and with a KL
       row; without, the plain prompt alone.
     parity: name of a published code -> settings that reproduce it.
-    for_texts: (config, whether chunked) -> the published settings for long texts.
     source: the paper.
+    small: settings that suit a model of three layers, for tests of every method.
   """
 
   name: str
   summary: str
-  config: type
+  config: type[MethodConfig]
   editor: Callable[[ModelSpec, Any], Editor]
   accepts: frozenset[str] = frozenset({'fact', 'text'})
   chunkable: bool = True
@@ -185,12 +212,35 @@ class Method:
   parity: Mapping[str, Mapping[str, Any]] = dataclasses.field(
       default_factory=dict
   )
-  for_texts: Callable[[Any, bool], Any] = _same
   source: str = ''
+  small: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def configure(self, **given: Any) -> Any:
     """Makes a config; see `settings.configure`."""
     return configure(self.config(), given)
+
+  def published(self, kind: str, chunked: bool = False) -> MethodConfig:
+    """The published settings for requests of a kind.
+
+    Args:
+      kind: 'fact' or 'text'.
+      chunked: whether AnyEdit will cut the targets of texts.
+
+    Raises:
+      InputError: the method does not take them.
+    """
+    if kind not in self.accepts:
+      names = {'fact': 'facts', 'text': 'long answers'}
+      raise InputError(
+          f'method {self.name} edits {names[min(self.accepts)]}, these requests'
+          f' are {names[kind]}; choose another method'
+      )
+    if chunked and not self.chunkable:
+      raise InputError(
+          f'method {self.name} does not edit chunk by chunk; switch AnyEdit off'
+      )
+    config = self.config()
+    return config.for_texts(chunked) if kind == 'text' else config
 
 
 def check_layers(spec: ModelSpec, layers: Sequence[int]) -> None:

@@ -68,4 +68,5 @@ METHOD = closed_form_method(
     EmmetConfig,
     parity={'easyedit': {'single_edit_ridge': None}},
     source='arXiv 2403.14236',
+    small={'moment_weight': 0.3},
 )

@@ -56,6 +56,7 @@ from jaxedit.methods.base import (
     empty_info,
     per_edit,
 )
+from jaxedit.methods.config import TargetedConfig
 from jaxedit.methods.settings import setting
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
@@ -81,17 +82,12 @@ _NOT_FINITE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class GraceConfig:
+class GraceConfig(TargetedConfig):
   """Settings of GRACE; the defaults are those published for GPT-J.
 
   Attributes:
-    layers: the layer of the codebook.
-    target: settings of the optimisation of values.
     radius: first radius of an entry.
     capacity: entries at most.
-    activations: see `Recipe`.
-    anchor: where the value acts.
-    chunks: None, as a target is written by one value.
   """
 
   layers: tuple[int, ...] = setting(
@@ -109,9 +105,12 @@ class GraceConfig:
       exclusive=True,
   )
   capacity: int = setting(4096, 'entries of the codebook at most', low=1)
-  activations: str = 'float32'
   anchor: str = 'prompt_last'
-  chunks: None = None
+
+  @property
+  def output(self) -> str:
+    """Values are outputs of the edited map."""
+    return 'mlp'
 
 
 class State(NamedTuple):
@@ -277,7 +276,7 @@ def grace(spec: ModelSpec, config: GraceConfig) -> Editor:
         model.params,
         batch.encoded,
         plan=batch.plan,
-        objective=targets_lib.Objective(layer, config.target, 'mlp'),
+        objective=targets_lib.Objective(layer, config.target, config.output),
         cache=run.cache,
         progress=run.progress,
     )
@@ -328,7 +327,7 @@ def grace(spec: ModelSpec, config: GraceConfig) -> Editor:
     del model
     return 4 * (spec.mlp_width + spec.width) * len(edits)
 
-  return Editor((), init, edit, lambda targets: [], bytes_of, cumulative=True)
+  return Editor((), init, edit, bytes_of=bytes_of, cumulative=True)
 
 
 def _entered(
@@ -381,4 +380,5 @@ METHOD = Method(
     chunkable=False,
     contexts=False,
     source='arXiv 2211.11031',
+    small={'radius': 1e-3, 'capacity': 16},
 )

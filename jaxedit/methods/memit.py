@@ -12,23 +12,18 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxedit.methods.closed_form import (
-    ClosedFormConfig,
-    Recipe,
-    closed_form_method,
-)
-from jaxedit.methods.parity import shadowed
+from jaxedit.methods.closed_form import Recipe, closed_form_method
+from jaxedit.methods.parity import SHADOWED, ShadowedConfig
 from jaxedit.methods.settings import setting
 from jaxedit.solve.preconditioner import Covariance
 
 
 @dataclasses.dataclass(frozen=True)
-class MemitConfig(ClosedFormConfig):
+class MemitConfig(ShadowedConfig):
   """Settings of MEMIT; the defaults are those published for GPT-J.
 
   Attributes:
     moment_weight: lambda on the average second moment, tokens.
-    schedule_edits: edits a batch, to reproduce `parity.shadowed`; None not to.
   """
 
   moment_weight: float = setting(
@@ -40,18 +35,18 @@ class MemitConfig(ClosedFormConfig):
       exclusive=True,
   )
 
-  schedule_edits: int | None = None
-
   def recipe(self) -> Recipe:
     """Returns the method as data."""
     weight = Covariance(self.moment_weight)
     recipe = self._recipe('memit', preconditioner=weight)
-    return shadowed(recipe, self.schedule_edits)
+    return self.shadowed(recipe)
 
 
 METHOD = closed_form_method(
     'memit',
     'many facts at once, spread over a few layers',
     MemitConfig,
+    parity={'anyedit': SHADOWED},
     source='arXiv 2210.07229',
+    small={'moment_weight': 0.1},
 )

@@ -6,8 +6,9 @@ Needed only to reproduce numbers that depend on it.
 from __future__ import annotations
 
 import dataclasses
+from typing import Self
 
-from jaxedit.methods.closed_form import Recipe
+from jaxedit.methods.closed_form import ClosedFormConfig, Recipe
 from jaxedit.solve.preconditioner import NullSpace
 from jaxedit.types import InputError
 
@@ -51,3 +52,35 @@ def shadowed(recipe: Recipe, edits: int | None) -> Recipe:
       layer_share=1 / left,
       shared_preconditioner=shared,
   )
+
+
+# Settings of the bundle that asks for it.
+SHADOWED = {'shadowed_schedule': True}
+
+
+@dataclasses.dataclass(frozen=True)
+class ShadowedConfig(ClosedFormConfig):
+  """Settings of a closed form that AnyEdit's code has as a baseline.
+
+  Attributes:
+    shadowed_schedule: whether `shadowed` holds for targets without chunks.
+    schedule_edits: edits a batch, then; None where it does not hold.
+  """
+
+  shadowed_schedule: bool = False
+  schedule_edits: int | None = None
+
+  @property
+  def even_batches(self) -> bool:
+    """The schedule depends on the edits a batch."""
+    return self.schedule_edits is not None
+
+  def for_batches(self, edits: int) -> Self:
+    """See `MethodConfig.for_batches`."""
+    if not self.shadowed_schedule or self.chunks is not None:
+      return self
+    return dataclasses.replace(self, schedule_edits=edits)
+
+  def shadowed(self, recipe: Recipe) -> Recipe:
+    """A recipe as `shadowed` makes it, where that was asked for."""
+    return shadowed(recipe, self.schedule_edits)

@@ -63,4 +63,5 @@ METHOD = closed_form_method(
     'MEMIT with the states of attention and MLP optimised together',
     PmetConfig,
     source='arXiv 2308.08742',
+    small={'moment_weight': 0.3},
 )

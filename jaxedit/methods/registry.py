@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import pathlib
 import pkgutil
 from collections.abc import Mapping
 
+from jaxedit import methods
 from jaxedit.methods.base import Method
 from jaxedit.types import InputError
 
@@ -19,7 +19,7 @@ def discover() -> dict[str, Method]:
     id -> method, by id.
   """
   found: dict[str, Method] = {}
-  for module in pkgutil.iter_modules([str(pathlib.Path(__file__).parent)]):
+  for module in pkgutil.iter_modules(methods.__path__):
     if module.name == 'registry':
       continue
     loaded = importlib.import_module(f'{__package__}.{module.name}')

@@ -48,11 +48,11 @@ from jaxedit.methods.base import (
     per_edit,
 )
 from jaxedit.methods.closed_form.recipe import TEXT_TARGET
+from jaxedit.methods.config import TargetedConfig
 from jaxedit.methods.regression import Goals, Rule, Side, Texts
 from jaxedit.methods.settings import setting
 from jaxedit.models.spec import ModelSpec
 from jaxedit.targets import TargetConfig
-from jaxedit.text.chunking import Chunking
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import Array, InputError, Params, Progress, Targets
 
@@ -70,17 +70,12 @@ _NOT_FINITE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class UnkeConfig:
+class UnkeConfig(TargetedConfig):
   """Settings of the method; the defaults are the published ones.
 
+  Without chunks questions alone are in the fit.
+
   Attributes:
-    layers: layers to edit, ascending; z is the output of the last.
-    target: settings of the optimisation of z.
-    activations: their dtype while targets are optimised, if wider than the
-      weights; see `ModelSpec`.
-    chunks: how answers are cut; None for one target a question, and questions
-      alone in the fit.
-    anchor: where the first target of an edit stands.
     steps: updates of the fit.
     rate: its learning rate.
     decay: its decoupled weight decay; norms have none.
@@ -94,13 +89,6 @@ class UnkeConfig:
       (7,), 'layers to edit, ascending', source='UnKE'
   )
   target: TargetConfig = _TARGET
-  activations: str = setting(
-      'float32',
-      'dtype of activations while targets are optimised, where weights are'
-      ' bfloat16',
-      choices=('float32', 'bfloat16'),
-  )
-  chunks: Chunking | None = None
   anchor: str = 'prompt_last'
   steps: int = setting(
       50, 'updates of the block', source='UnKE', low=1, flag='unke_steps'
@@ -111,6 +99,12 @@ class UnkeConfig:
   decay: float = 0.01
   pads: bool = False
   side_by_side: int = 4
+
+  def for_texts(self, chunked: bool) -> UnkeConfig:
+    """The published threshold of runs with chunks; without them, none."""
+    threshold = _CHUNKED_THRESHOLD if chunked else 0.0
+    target = self.target._replace(threshold=threshold)
+    return dataclasses.replace(super().for_texts(chunked), target=target)
 
 
 class State(NamedTuple):
@@ -230,14 +224,7 @@ def unke(spec: ModelSpec, config: UnkeConfig) -> Editor:
 
   needs: tuple[Need, ...] = (PreservedTexts(),)
   needs += (PadToken(),) if config.pads else ()
-  return Editor(needs, init, edit, lambda targets: [], bytes_of)
-
-
-def _for_texts(config: UnkeConfig, chunked: bool) -> UnkeConfig:
-  """The published threshold of runs with chunks; without them, none."""
-  threshold = _CHUNKED_THRESHOLD if chunked else 0.0
-  target = config.target._replace(threshold=threshold)
-  return dataclasses.replace(config, target=target)
+  return Editor(needs, init, edit, bytes_of=bytes_of)
 
 
 METHOD = Method(
@@ -246,9 +233,9 @@ METHOD = Method(
     UnkeConfig,
     unke,
     accepts=frozenset({'text'}),
-    for_texts=_for_texts,
     parity={'anyedit': {'pads': True}},
     source='arXiv 2405.15349',
+    small={'unke_steps': 6, 'unke_rate': 1e-3, 'side_by_side': 2},
 )
 
 

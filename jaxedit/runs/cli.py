@@ -8,14 +8,12 @@ and exit code 2.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import glob
 import os
 import pathlib
 import re
 import sys
-import typing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,8 +22,9 @@ import jax
 import tqdm
 from absl import app, flags, logging
 
+from jaxedit.methods.settings import settings_of
 from jaxedit.models import assets
-from jaxedit.runs.method_flags import define_number
+from jaxedit.runs import setting_flags
 from jaxedit.types import InputError
 
 # Without torch transformers says so on import; its tokenizers need none.
@@ -58,45 +57,23 @@ def define(
     names: fields to define; None for all.
     **defaults: a program's own.
   """
-  types = typing.get_type_hints(config)
-  for field in dataclasses.fields(config):
-    details = field.metadata
-    if 'help' not in details or only not in ('any', details.get('only', only)):
+  for name, one in settings_of(config).items():
+    if only not in ('any', one.only or only):
       continue
-    if names is not None and field.name not in names:
-      continue
-    default = defaults.get(field.name, field.default)
-    unit = f', {details["unit"]}' if details.get('unit') else ''
-    text = f'{details["help"]}{unit}.'
-    text = text[0].upper() + text[1:]
-    kinds = set(typing.get_args(types[field.name])) or {types[field.name]}
-    if isinstance(default, tuple):
-      flags.DEFINE_list(field.name, ','.join(default), text)
-    elif details.get('choices'):
-      flags.DEFINE_enum(field.name, default, details['choices'], text)
-    elif bool in kinds:
-      flags.DEFINE_bool(field.name, default, text)
-    elif int in kinds:
-      flags.DEFINE_integer(
-          field.name,
-          default,
-          text,
-          lower_bound=details.get('low'),
-          upper_bound=2**32 - 1 if field.name == 'seed' else None,
-      )
-    elif float in kinds:
-      positive = details.get('exclusive', False)
-      define_number(field.name, default, text, positive=positive)
-    else:
-      flags.DEFINE_string(field.name, default, text)
+    if names is None or name in names:
+      default = defaults.get(name, one.default)
+      setting_flags.define(one, default, setting_flags.sentence(one))
 
 
 def read(config: type) -> Any:
   """Makes a config of the flags that `define` has defined."""
-  names = [field.name for field in dataclasses.fields(config)]
-  given = {n: flags.FLAGS[n].value for n in names if n in flags.FLAGS}
-  frozen = lambda x: tuple(x) if isinstance(x, list) else x
-  return config(**{name: frozen(value) for name, value in given.items()})
+  return config(
+      **{
+          name: setting_flags.read(one, flags.FLAGS[name].value)
+          for name, one in settings_of(config).items()
+          if name in flags.FLAGS
+      }
+  )
 
 
 def given() -> dict[str, str]:

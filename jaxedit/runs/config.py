@@ -20,7 +20,7 @@ DTYPES = ('float32', 'bfloat16')
 class RunConfig:
   """Settings of an editing run; help, units and choices stand with the fields.
 
-  `metadata['only']` names the kind of requests that alone has a setting.
+  `only` names the kind of requests that alone has a setting.
   """
 
   # The model.
@@ -42,7 +42,10 @@ class RunConfig:
       choices=DTYPES,
   )
   seed: int = setting(
-      0, 'seed of everything random: sampling, document order, bootstrap', low=0
+      0,
+      'seed of everything random: sampling, document order, bootstrap',
+      low=0,
+      high=2**32 - 1,
   )
   compilation_cache: bool = setting(
       True,
@@ -250,12 +253,11 @@ class RunConfig:
     )
 
 
-def errors(config: RunConfig, *, post: str = 'none') -> list[str]:
+def errors(config: RunConfig) -> list[str]:
   """Finds settings that do not go together; reads nothing but file names.
 
   Args:
     config: the run.
-    post: what is done to a change, see `method_flags.POSTS`.
 
   Returns:
     Messages.
@@ -279,11 +281,6 @@ def errors(config: RunConfig, *, post: str = 'none') -> list[str]:
         for name, given in single.items()
         if given
     ]
-    if post != 'none':
-      problems.append(
-          f'--post={post} shapes the one change of a sequence; --reset makes one'
-          ' a batch: leave one of them out'
-      )
   text = config.perplexity_text
   if text and not pathlib.Path(text).is_file():
     problems.append(

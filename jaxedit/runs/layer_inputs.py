@@ -85,7 +85,7 @@ def at(chosen: Chosen, layers: Sequence[int]) -> Chosen:
 
 def need_of(chosen: Chosen, layers: Sequence[int]) -> Moments:
   """The second moments that the method needs in these layers."""
-  return Moments(tuple(layers), chosen.config.recipe().site)
+  return Moments(tuple(layers), chosen.settings['site'])
 
 
 def errors(
@@ -98,10 +98,9 @@ def errors(
         f'--method={chosen.method.name}: layers are searched with memit; leave it'
         ' out'
     )
-  if (post := chosen.settings['post']) != 'none':
+  if chosen.parity != 'none':
     problems.append(
-        f'--post={post}: layers are searched with changes as they are; leave it'
-        ' out, and give it to memit_batch'
+        f'--parity={chosen.parity}: layers are searched without; leave it out'
     )
   widths = settings.probe_widths
   if not widths or not all(x.isdecimal() and int(x) for x in widths):

@@ -181,10 +181,11 @@ def prober(
       jax.clear_caches()
       anchors.intersection_update(layers[-1:])
     mine, one = editor(layers)
-    about = target_settings(model, mine) | {'versions': versions()}
+    about = target_settings(model, mine.config) | {'versions': versions()}
     cache = TargetFiles(output.unfinished / 'targets', about, exact=True)
     state = State(tuple(map(preconditioner, layers)))
     edited, _, info = one.edit(model, state, batch, Run(cache, search.progress))
+    edited = one.finish(model, edited)
     rows = tuple(row['metrics'] for row in judge(edited, base).per_record)
     return Trial(layers, rows, float(np.nanmean(info.targets.distance[-1])))
 

@@ -5,23 +5,21 @@ Every number that a flag leaves out is the method's own published one.
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from absl import flags
 
 from jaxedit.methods.anyedit import anyedit
 from jaxedit.methods.base import Method
+from jaxedit.methods.config import MethodConfig
 from jaxedit.methods.registry import METHODS
 from jaxedit.methods.settings import Setting, configure, settings_of
+from jaxedit.runs import setting_flags
 from jaxedit.text.chunking import BOUNDARIES
 from jaxedit.types import InputError
 
 FLAGS = flags.FLAGS
-POSTS = ('none', 'rect', 'prune')
-RECT_DENSITY = 0.4  # published
 
 
 class Chosen(NamedTuple):
@@ -30,19 +28,22 @@ class Chosen(NamedTuple):
   Attributes:
     method: the registry's entry.
     config: its settings.
-    settings: name -> value of all that the numbers depend on, plain JSON types.
+    parity: the published code that is followed, or 'none'.
   """
 
   method: Method
-  config: Any
-  settings: dict[str, Any]
+  config: MethodConfig
+  parity: str = 'none'
 
   @property
   def name(self) -> str:
     """The method's id, with what was combined with it."""
-    if hasattr(self.config, 'recipe'):
-      return self.config.recipe().name
-    return self.method.name + ('+anyedit' if self.config.chunks else '')
+    return self.config.label(self.method.name)
+
+  @property
+  def settings(self) -> dict[str, Any]:
+    """Name -> value of all that numbers depend on, plain JSON types."""
+    return {'parity': self.parity, **self.config.described()}
 
 
 def methods_for(kind: str) -> dict[str, Method]:
@@ -58,14 +59,10 @@ def _known(kind: str) -> dict[str, dict[str, Setting]]:
   """Name of a setting -> method -> the setting, published for that kind."""
   found: dict[str, dict[str, Setting]] = {}
   for name, method in methods_for(kind).items():
-    config = method.config()
-    if kind == 'text':
-      config = method.for_texts(config, True)
+    wanted = min(method.accepts) if kind == 'any' else kind
+    config = method.published(wanted, method.chunkable and wanted == 'text')
     for setting in settings_of(method.config).values():
-      default: Any = config
-      for part in setting.path:
-        default = getattr(default, part)
-      setting = setting._replace(default=default)
+      setting = setting._replace(default=setting.of(config))
       found.setdefault(setting.name, {})[name] = setting
   return found
 
@@ -79,8 +76,11 @@ def define_flags(kind: str) -> None:
   names = list(methods_for(kind))
   lines = '; '.join(f'{n}: {METHODS[n].summary}' for n in names)
   flags.DEFINE_enum('method', 'memit', names, f'The method. {lines}.')
-  for name, by_method in _known(kind).items():
-    _define(name, by_method, kind)
+  for by_method in _known(kind).values():
+    first = next(iter(by_method.values()))
+    text = setting_flags.sentence(first)
+    text = f'{text} Default: {_defaults(by_method, kind)}.'
+    setting_flags.define(first, None, text)
   bundles = sorted({b for n in names for b in METHODS[n].parity} | {'anyedit'})
   flags.DEFINE_enum(
       'parity',
@@ -89,21 +89,16 @@ def define_flags(kind: str) -> None:
       'Behave as published code does where that moves numbers; docs/methods.md'
       ' lists what each bundle sets.',
   )
-  flags.DEFINE_enum(
-      'post',
-      'none',
-      POSTS,
-      'What is done to a change: rect keeps the entries of largest relative'
-      f' change ({RECT_DENSITY} of them), prune lowers singular values above the'
-      " kernel's own, once after all batches.",
-  )
   if kind != 'fact':
     _define_chunk_flags()
 
 
 def _define_chunk_flags() -> None:
   flags.DEFINE_bool(
-      'anyedit', True, 'Edit chunk by chunk; off: one target for an answer.'
+      'anyedit',
+      None,
+      'Edit chunk by chunk; off: one target for an answer. Default: on, where'
+      ' the method can.',
   )
   flags.DEFINE_integer(
       'window', 40, 'Tokens a chunk (Llama-3: 40, Qwen2.5: 50).', lower_bound=1
@@ -118,71 +113,6 @@ def _define_chunk_flags() -> None:
       'Where chunks end: after so many tokens, or at ends of sentences and'
       ' lines, of at most so many.',
   )
-
-
-def _define(name: str, by_method: Mapping[str, Setting], kind: str) -> None:
-  """Defines the flag of one setting; unset unless given."""
-  first = next(iter(by_method.values()))
-  text = first.help[0].upper() + first.help[1:]
-  unit = f', {first.unit}' if first.unit else ''
-  text = f'{text}{unit}. Default: {_defaults(by_method, kind)}.'
-  example = next(
-      (s.default for s in by_method.values() if s.default is not None), 0.0
-  )
-  if first.choices:
-    flags.DEFINE_enum(name, None, first.choices, text)
-  elif isinstance(example, bool):
-    flags.DEFINE_bool(name, None, text)
-  elif isinstance(example, tuple):
-    flags.DEFINE_list(name, None, text)
-  elif isinstance(example, int):
-    flags.DEFINE_integer(name, None, text, lower_bound=first.low)
-  else:
-    define_number(name, None, text, positive=first.exclusive)
-
-
-def define_number(
-    name: str, default: float | None, help_text: str, *, positive: bool = False
-) -> None:
-  """Defines a flag for a finite number that is not negative.
-
-  Args:
-    name: the flag.
-    default: its value unless given; None leaves it unset.
-    help_text: unit and source.
-    positive: whether 0 is refused too.
-  """
-  flags.DEFINE_float(name, default, help_text)
-  what = 'above 0' if positive else '0 or above'
-  flags.register_validator(
-      name,
-      lambda x: x is None
-      or (math.isfinite(x) and (x > 0 or (x == 0 and not positive))),
-      message=f'give a finite number, {what}',
-  )
-
-
-def layer_list(names: Sequence[str] | None, flag: str) -> tuple[int, ...]:
-  """Reads the layers of a list flag.
-
-  Args:
-    names: the flag's value.
-    flag: the flag's name, for the message.
-
-  Returns:
-    Layer numbers, as given.
-
-  Raises:
-    InputError: none, or not whole numbers.
-  """
-  try:
-    layers = tuple(int(name) for name in names or ())
-  except ValueError:
-    layers = ()
-  if not layers:
-    given = ','.join(names or ())
-    raise InputError(f'--{flag}={given}: give layer numbers, e.g. 4,5,6,7,8')
-  return layers
 
 
 def _defaults(by_method: Mapping[str, Setting], kind: str) -> str:
@@ -227,10 +157,8 @@ def table() -> str:
   for name in sorted(known['fact'] | known['text']):
     by_method = {kind: known[kind].get(name, {}) for kind in kinds}
     every = [one for some in by_method.values() for one in some.values()]
-    first = every[0]
     # A bar would end the cell.
-    meaning = first.help.replace('|', r'\|')
-    meaning += f', {first.unit}' if first.unit else ''
+    meaning = every[0].described().replace('|', r'\|')
     sources = sorted({one.source for one in every if one.source})
     cells = [_defaults(some, kind) for kind, some in by_method.items()]
     cells.append('; '.join(sources))
@@ -238,14 +166,11 @@ def table() -> str:
   return '\n'.join(lines) + '\n'
 
 
-def from_flags(
-    kind: str, *, base: Callable[[Any], Any] = lambda config: config
-) -> Chosen:
+def from_flags(kind: str) -> Chosen:
   """Makes the method that flags name.
 
   Args:
     kind: 'fact' or 'text'.
-    base: changes the published settings before flags do, a program's own.
 
   Returns:
     The method with its settings.
@@ -254,72 +179,53 @@ def from_flags(
     InputError: all that is wrong with these flags.
   """
   method = METHODS[FLAGS.method]
-  known, problems = settings_of(method.config), _problems(method, kind)
-  chunked = kind == 'text' and FLAGS.anyedit
-  config = method.config()
-  if kind == 'text':
-    config = method.for_texts(config, chunked)
-  given: dict[str, Any] = {}
-  for name in _known(kind):
+  chunked = kind == 'text' and FLAGS.anyedit is not False and method.chunkable
+  config = method.published(kind, chunked)
+  problems, given = _problems(method, kind), {}
+  for name, setting in settings_of(method.config).items():
     value = FLAGS[name].value
     if value is None:
       continue
-    if name == 'layers':
-      try:
-        value = layer_list(value, name)
-      except InputError as e:
-        problems += e.problems
-        continue
-    if name in known:
-      given[name] = value
-  bundle = method.parity.get(FLAGS.parity, {})
-  if 'null_space_share' in given:  # a bundle's threshold would win over it
-    bundle = {k: v for k, v in bundle.items() if k != 'null_space_threshold'}
+    try:
+      given[name] = setting_flags.read(setting, value)
+    except InputError as e:
+      problems += e.problems
+  # A given setting wins over a bundle.
+  config = configure(config, method.parity.get(FLAGS.parity, {}))
+  try:
+    config = configure(config, given)
+    problems += [f'--{problem}' for problem in config.errors(FLAGS.dtype)]
+  except InputError as e:
+    problems += [f'--{problem}' for problem in e.problems]
   if problems:
     raise InputError(*problems)
-  config = configure(base(config), {**bundle, **given})
-  if FLAGS.post == 'rect':
-    config = dataclasses.replace(config, rect_density=RECT_DENSITY)
   if chunked:
     config = anyedit(config, FLAGS.window, FLAGS.overlap, FLAGS.boundary)
-  elif FLAGS.parity == 'anyedit' and hasattr(config, 'schedule_edits'):
-    config = dataclasses.replace(config, schedule_edits=FLAGS.batch_size)
-  return Chosen(method, config, _settings(method, config))
-
-
-def _settings(method: Method, config: Any) -> dict[str, Any]:
-  """All that numbers depend on, as plain JSON types."""
-  found: dict[str, Any] = {'post': FLAGS.post, 'parity': FLAGS.parity}
-  for field in dataclasses.fields(config):
-    value = getattr(config, field.name)
-    if isinstance(value, tuple) and hasattr(value, '_asdict'):
-      value = value._asdict()
-    name = 'value' if field.name == 'target' else field.name
-    found[name] = list(value) if isinstance(value, tuple) else value
-  if hasattr(config, 'recipe'):
-    recipe = config.recipe()
-    for name in ('site', 'output', 'ridge', 'single_edit_ridge'):
-      found[name] = getattr(recipe, name)
-  if found.get('null_space_threshold') is not None:
-    del found['null_space_share']  # has no effect
-  return found
+  if FLAGS.parity != 'none' and 'batch_size' in FLAGS:
+    config = config.for_batches(FLAGS.batch_size)
+  config.described()  # refuses what does not go together
+  return Chosen(method, config, FLAGS.parity)
 
 
 def _problems(method: Method, kind: str) -> list[str]:
   """Finds flags that do not go with the chosen method."""
   problems = []
   known = settings_of(method.config)
-  for name, by_method in _known(kind).items():
-    if FLAGS[name].value is not None and name not in known:
+  for name, by_method in _known('any').items():
+    if name not in FLAGS or FLAGS[name].value is None:
+      continue
+    if name not in known:
+      own = [n for n in by_method if kind in METHODS[n].accepts]
       problems.append(
           f'--{name} is no setting of {method.name}; it belongs to'
-          f' {" and ".join(by_method)}: leave it out or change --method'
+          f' {" and ".join(own or by_method)}: leave it out or change --method'
       )
-  if FLAGS.activations == 'bfloat16' and FLAGS.dtype == 'float32':
-    problems.append(
-        '--activations=bfloat16 rounds nothing where weights are float32: give'
-        ' --dtype=bfloat16 too, or leave it out'
-    )
+    elif known[name].only not in ('', kind):
+      names = {'fact': 'facts', 'text': 'long answers'}
+      problems.append(
+          f'--{name} is for {names[known[name].only]}, and these are'
+          f' {names[kind]}: leave it out'
+      )
   # With texts, AnyEdit's bundle concerns how questions are asked as well.
   shared = kind == 'text' and FLAGS.parity == 'anyedit'
   if FLAGS.parity not in ('none', *method.parity) and not shared:
@@ -330,25 +236,8 @@ def _problems(method: Method, kind: str) -> list[str]:
         f'--parity={FLAGS.parity} sets nothing for {method.name}, but for'
         f' {" and ".join(by_method) or "long texts"}: leave it out'
     )
-  if kind == 'text' and FLAGS.kl_weight is not None:
+  if kind == 'text' and FLAGS.anyedit and not method.chunkable:
     problems.append(
-        '--kl_weight: long texts have no subject and so no KL row; leave it out'
-    )
-  if 'null_space_share' in known:
-    if (FLAGS.null_space_share or 0) >= 1:
-      problems.append(
-          f'--null_space_share={FLAGS.null_space_share:g} leaves no direction that'
-          ' may be changed; give a share below 1'
-      )
-    if None not in (FLAGS.null_space_share, FLAGS.null_space_threshold):
-      problems.append(
-          '--null_space_share and --null_space_threshold are two ways to choose'
-          ' the same directions: leave one of them out'
-      )
-  fields = {field.name for field in dataclasses.fields(method.config)}
-  if FLAGS.post != 'none' and 'rect_density' not in fields:
-    problems.append(
-        f'--post={FLAGS.post}: {method.name} changes a whole block, not one'
-        ' matrix; leave --post out'
+        f'--anyedit: {method.name} does not edit chunk by chunk; leave it out'
     )
   return problems

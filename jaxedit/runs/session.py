@@ -29,7 +29,7 @@ from jaxedit.batching.budget import plan_batches
 from jaxedit.batching.plan import BatchPlan
 from jaxedit.checkpoint import Checkpoint
 from jaxedit.convert import hub
-from jaxedit.deltas import UNEDITED, Dense, Edited
+from jaxedit.deltas import UNEDITED, Edited
 from jaxedit.edited import files
 from jaxedit.eval import evaluation
 from jaxedit.eval.datasets import Loaded
@@ -38,10 +38,11 @@ from jaxedit.eval.protocols import case_numbers
 from jaxedit.eval.scorers.base import Scorer
 from jaxedit.methods import base
 from jaxedit.methods.base import EditBatch, Editor, Info, Need, Run
+from jaxedit.methods.config import MethodConfig
 from jaxedit.models import loading, saving
 from jaxedit.models import tokenizer as tokenizer_lib
 from jaxedit.models.loading import Model
-from jaxedit.runs import cli, moments, report
+from jaxedit.runs import cli, moments, needs, report
 from jaxedit.runs.cache import TargetFiles, digest, edit_digest
 from jaxedit.runs.clock import Clock, compile_seconds
 from jaxedit.runs.config import RunConfig, errors
@@ -49,8 +50,6 @@ from jaxedit.runs.method_flags import Chosen
 from jaxedit.runs.output import Output
 from jaxedit.runs.provenance import versions
 from jaxedit.runs.tasks import TASKS, Task
-from jaxedit.solve import shaping
-from jaxedit.stats import corpora
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.text.token_cache import TokenCache
 from jaxedit.types import InputError, Progress, silent
@@ -105,6 +104,14 @@ class Session:
   def alone(self) -> bool:
     """Whether every case is edited alone, all of them side by side."""
     return self.config.reset and self.config.batch_size == 1
+
+  def batch(self, indices: Sequence[int]) -> EditBatch:
+    """One joint batch of some requests."""
+    return EditBatch(
+        [self.encoded[i] for i in indices],
+        self.plan,
+        requests=[self.loaded.requests[i] for i in indices],
+    )
 
   def parts(self) -> list[list[int]]:
     """Indices of the requests whose deltas are held at one time."""
@@ -207,7 +214,13 @@ def load(
     _, _, layout = loading.open_model(folder)
     editor = chosen.method.editor(layout.spec, chosen.config)
     tokens = TokenCache(tokenizer_lib.load_tokenizer(folder))
-    _check_needs(config, editor)
+    for need in editor.needs:
+      needs.check(config, need)
+    if config.states and chosen.config.objective() is None:
+      raise InputError(
+          f'--states={config.states}: {chosen.method.name} optimises no hidden'
+          ' states; leave it out'
+      )
     loaded = task.load(tokens, layout.spec, progress)
     cases = case_numbers(loaded.requests)
     batches = batches_of(cases, config.batch_size)
@@ -239,8 +252,13 @@ def load(
     if one not in resources:
       stage = 'moments' if isinstance(one, base.Moments) else 'preserve'
       with clock(stage):
-        resources[one] = _provide(
-            config, task, model, tokens.tokenizer, one, progress
+        resources[one] = needs.provide(
+            config,
+            model,
+            tokens.tokenizer,
+            one,
+            double_bos=task.double_bos,
+            progress=progress,
         )
   if alone:
     parts = _parts(config, editor, model, encoded, cases)
@@ -267,20 +285,8 @@ def load(
       resources=resources,
       meaning={},
   )
-  meaning = report.protocol(session, _sources(config, resources))
+  meaning = report.protocol(session, needs.sources(config, resources))
   return dataclasses.replace(session, meaning=meaning)
-
-
-def _check_needs(config: RunConfig, editor: Editor) -> None:
-  """Refuses statistics that cannot be had, as far as needs no weights."""
-  for need in editor.needs:
-    if isinstance(need, base.Moments):
-      if config.moments:
-        moments.check(config.moments, need)
-      else:
-        corpora.fingerprint(config.moments_corpus)
-    elif isinstance(need, base.PreservedTexts) and config.preserve != 'self':
-      corpora.fingerprint(config.preserve)
 
 
 def _check_groups(config: RunConfig, editor: Editor, targets: int) -> None:
@@ -293,96 +299,6 @@ def _check_groups(config: RunConfig, editor: Editor, targets: int) -> None:
             for p in problems
         )
     )
-
-
-def pad_id(tokenizer: Any) -> int:
-  """The token that pads: the tokenizer's own, or else its end of text."""
-  ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-  return next(i for i in ids if i is not None)
-
-
-def _provide(
-    config: RunConfig,
-    task: Task,
-    model: Model,
-    tokenizer: Any,
-    need: Need,
-    progress: Progress,
-) -> Any:
-  """Finds what an editor needs."""
-  if isinstance(need, base.Moments):
-    return moments.find(config, model, tokenizer, need, progress=progress)
-  if isinstance(need, base.PadToken):
-    return pad_id(tokenizer)
-  return preserved_texts(config, task, model, tokenizer, progress)
-
-
-def preserved_texts(
-    config: RunConfig,
-    task: Task | None,
-    model: Model,
-    tokenizer: Any,
-    progress: Progress,
-) -> list[np.ndarray]:
-  """Texts whose outputs stay, as ids.
-
-  Args:
-    config: says which and how many.
-    task: says how questions begin; None for the usual way.
-    model: the unedited model.
-    tokenizer: its tokenizer.
-    progress: progress display.
-
-  Returns:
-    int32 arrays.
-
-  Raises:
-    InputError: the corpus holds no text.
-  """
-  count = config.preserve_count
-  limit = min(config.preserve_tokens, model.spec.max_positions)
-  if config.preserve != 'self':
-    documents = corpora.open_documents(config.preserve, seed=config.seed)
-    found = corpora.tokenised(documents, tokenizer, limit)
-    texts = list(itertools.islice(filter(None, found), count))
-    bos = tokenizer.bos_token_id
-    if bos is not None and task and task.words(tokenizer)['double_bos']:
-      texts = [[bos] * (ids[0] == bos) + ids for ids in texts]
-  else:
-    starts = corpora.sample_starts(tokenizer)
-    texts = corpora.sample(
-        model.spec,
-        model.params,
-        starts,
-        tokens=1,  # one batch
-        seed=config.seed,
-        stop_ids=[i for i in [tokenizer.eos_token_id] if i is not None],
-        length=limit - max(map(len, starts)),
-        batch_rows=count,
-        progress=progress,
-    )
-  if not texts:
-    raise InputError(
-        f'--preserve={config.preserve}: holds no text; name another corpus'
-    )
-  return [np.asarray(ids, np.int32) for ids in texts]
-
-
-def _sources(
-    config: RunConfig, resources: Mapping[Need, Any]
-) -> dict[str, Any]:
-  """Where an editor's statistics are from, for results.json."""
-  found: dict[str, Any] = {}
-  for need, value in resources.items():
-    if isinstance(need, base.Moments):
-      found['moments'] = {**value.provenance, 'tokens': value.count}
-    elif isinstance(need, base.PreservedTexts):
-      found['preserved'] = {
-          'corpus': config.preserve,
-          'texts': len(value),
-          'ids_digest': digest(*value),
-      }
-  return found or {'moments': {'corpus': 'none', 'tokens': 0}}
 
 
 def run(
@@ -408,7 +324,7 @@ def run(
   Raises:
     InputError: anything that cannot be used.
   """
-  problems = errors(config, post=chosen.settings['post'])
+  problems = errors(config)
   if problems:
     raise InputError(*problems)
   clock = Clock()
@@ -480,7 +396,7 @@ def _work(
 
 def _cache(session: Session, output: Output) -> TargetFiles:
   """Where targets are kept: between runs, or until this one ends."""
-  about = target_settings(session.model, session.chosen)
+  about = target_settings(session.model, session.chosen.config)
   if session.config.states:
     folder = pathlib.Path(session.config.states)
     return TargetFiles(folder, about, exact=False)
@@ -488,16 +404,13 @@ def _cache(session: Session, output: Output) -> TargetFiles:
   return TargetFiles(output.unfinished / 'targets', about, exact=True)
 
 
-def target_settings(model: Model, chosen: Chosen) -> dict[str, Any]:
+def target_settings(model: Model, config: MethodConfig) -> dict[str, Any]:
   """What targets depend on, beside the edits; plain JSON types."""
   return {
       'jaxedit': versions()['jaxedit'],
       'model': model.hash,
       'dtype': str(model.params['embed']['embedding'].dtype),
-      'layer': int(chosen.config.layers[-1]),
-      'activations': chosen.config.activations,
-      'output': chosen.settings.get('output', 'block'),
-      'value': chosen.config.target._asdict(),
+      **(config.objective() or {}),
   }
 
 
@@ -567,24 +480,21 @@ def edit(
   if session.config.reset:
     return _edit_independent(session, state, Run(cache, progress))
   outcome = _edit_in_sequence(session, state, kept, progress)
-  if session.chosen.settings['post'] == 'prune':
-    outcome = _prune(session, outcome)
-  return outcome
+  edited = session.editor.finish(session.model, outcome.edited)
+  return dataclasses.replace(outcome, edited=edited)
 
 
 def _edit_independent(session: Session, state: Any, run: Run) -> SessionResult:
   """Edits batches that know nothing of each other."""
   editor, model, plan = session.editor, session.model, session.plan
   if session.alone:
-    batch = EditBatch(session.encoded, plan, session.cases)
+    requests = session.loaded.requests
+    batch = EditBatch(session.encoded, plan, session.cases, requests)
     result = editor.edit(model, state, batch, run)
     return SessionResult(result.edited, session.cases, result.info)
   batches = batches_of(session.cases, session.config.batch_size)
   results = [
-      editor.edit(
-          model, state, EditBatch([session.encoded[i] for i in some], plan), run
-      )
-      for some in batches
+      editor.edit(model, state, session.batch(some), run) for some in batches
   ]
   return SessionResult(
       edited_lib.stack([one.edited for one in results]),
@@ -627,7 +537,7 @@ def _edit_in_sequence(
       result = session.editor.edit(
           current,
           state,
-          EditBatch(encoded, session.plan),
+          session.batch(indices),
           Run(cache, progress),
       )
       state = result.state
@@ -676,21 +586,6 @@ def _kept(info: Info) -> Info:
   if work is not None:
     work = work._replace(kept=len(info.written), seconds={})
   return info._replace(seconds={}, work=work)
-
-
-def _prune(session: Session, outcome: SessionResult) -> SessionResult:
-  """Lowers the singular values of a sequence's change (PRUNE)."""
-  pruned = []
-  for delta in outcome.edited.deltas:
-    kernel = session.model.params['layers']
-    for name in (*delta.site.split('/'), 'kernel'):
-      kernel = kernel[name]
-    changes = [
-        shaping.prune(change, kernel[layer])
-        for change, layer in zip(edited_lib.full(delta), delta.layers)
-    ]
-    pruned.append(Dense(delta.layers, delta.site, jnp.stack(changes)))
-  return dataclasses.replace(outcome, edited=Edited(deltas=tuple(pruned)))
 
 
 def judge(

@@ -44,6 +44,7 @@ class FactTask:
   config: RunConfig
   chosen: Chosen
   kind = 'fact'
+  double_bos = False
 
   @functools.cached_property
   def file(self) -> RequestFile:
@@ -179,8 +180,9 @@ class TextTask:
     return 512 if given is None else given
 
   @property
-  def _parity(self) -> bool:
-    return self.chosen.settings['parity'] == 'anyedit'
+  def double_bos(self) -> bool:
+    """Whether texts begin with two BOS tokens, as AnyEdit's code has it."""
+    return self.chosen.parity == 'anyedit'
 
   def words(self, tokenizer: Any) -> dict[str, Any]:
     """How questions are asked."""
@@ -190,7 +192,7 @@ class TextTask:
         'chat': chat_lib.chat_of(
             tokenizer, broken(self.config.chat), broken(self.config.answer_end)
         ),
-        'double_bos': self._parity,
+        'double_bos': self.double_bos,
     }
 
   def load(
@@ -232,17 +234,17 @@ class TextTask:
 
   def _check_schedule(self, loaded: Loaded) -> None:
     """Refuses batches of which the published schedule cannot be had."""
-    plain = self._parity and self.chosen.config.chunks is None
-    if not plain or not hasattr(self.chosen.config, 'schedule_edits'):
+    if not self.chosen.config.even_batches:
       return
     cases = case_numbers(loaded.requests)
     slip = (
-        '--parity=anyedit: the published schedule depends on the edits a batch'
+        f'--parity={self.chosen.parity}: the published schedule depends on the'
+        ' edits a batch'
     )
     if max(cases) + 1 < len(cases):
       raise InputError(
           f'{slip}, and {loaded.source} has cases of several rewrites, which are'
-          ' edited together; leave --parity=anyedit out for these'
+          ' edited together; leave --parity out for these'
       )
     if rest := len(cases) % self.config.batch_size:
       raise InputError(

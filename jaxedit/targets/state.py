@@ -60,49 +60,6 @@ class TargetConfig(NamedTuple):
   argmax_stop: float = 0.0
 
 
-# Help, unit and source of the settings, by field; flags keep the papers' names.
-SETTINGS = {
-    'steps': dict(
-        flag='value_steps',
-        help='losses evaluated a target at most (v_num_grad_steps)',
-        source='MEMIT, appendix B',
-        low=1,
-    ),
-    'rate': dict(
-        flag='value_rate',
-        help='learning rate of Adam (v_lr), for width 4096: the first step has'
-        ' length rate * sqrt(width)',
-        source='MEMIT, appendix B',
-        low=0,
-    ),
-    'decay': dict(
-        flag='value_decay',
-        help='weight of |d| / |z0|^2 (v_weight_decay)',
-        source='MEMIT, appendix B',
-        low=0,
-    ),
-    'clamp': dict(
-        flag='clamp',
-        help='largest |d| / |z0| (clamp_norm_factor)',
-        source='MEMIT, appendix B',
-        low=0,
-    ),
-    'kl': dict(
-        flag='kl_weight',
-        help='weight of the KL term (kl_factor)',
-        source='MEMIT, appendix B',
-        low=0,
-    ),
-    'threshold': dict(
-        flag='stop_loss',
-        help='a target stops below this loss',
-        unit='nats',
-        source='MEMIT, published code',
-        low=0,
-    ),
-}
-
-
 class HalfOutputs(NamedTuple):
   """Outputs of the two halves of the edited layer, unedited.
 

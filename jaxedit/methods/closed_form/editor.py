@@ -25,7 +25,7 @@ import numpy as np
 
 from jaxedit import targets as targets_lib
 from jaxedit.deltas import Dense, Edited, LowRank, SiteDelta
-from jaxedit.edited.algebra import rank_limit
+from jaxedit.edited.algebra import full, rank_limit
 from jaxedit.methods.base import (
     EditBatch,
     Editor,
@@ -46,17 +46,15 @@ from jaxedit.methods.closed_form.insertion import (
     insert,
 )
 from jaxedit.methods.closed_form.recipe import (
-    TEXT_LAYERS,
-    TEXT_TARGET,
-    ClosedFormConfig,
     Recipe,
     State,
 )
 from jaxedit.models.spec import ModelSpec
+from jaxedit.solve import shaping
 from jaxedit.solve.preconditioner import Factored, rank, whiten
 from jaxedit.solve.ridge import LowRankUpdate
 from jaxedit.text.encoding import EncodedEdit
-from jaxedit.types import InputError
+from jaxedit.types import InputError, Params
 
 _SINGULAR = (
     'the system to solve is singular, as the preserved keys leave no direction'
@@ -108,8 +106,8 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
     return State(tuple(factored), previous)
 
   def edit(model: Any, state: State, batch: EditBatch, run: Run) -> EditResult:
-    if batch.group is not None and recipe.rect_density < 1:
-      raise InputError(*check(1))
+    if batch.group is not None and (problems := check(1)):
+      raise InputError(*problems)
     if not batch.encoded:
       return EditResult(Edited(), state, empty_info(spec, recipe.layers))
     call = _Call(spec, model.params, recipe, batch, run)
@@ -128,10 +126,11 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
     return EditResult(Edited((delta,)), state, call.info(inserted))
 
   def check(targets: int) -> list[str]:
-    if recipe.rect_density < 1:
+    if recipe.rect_density < 1 or recipe.prune:
+      shape = 'prune' if recipe.prune else 'rect'
       return [
-          f'{recipe.name}: a change of single entries has no factors, so edits'
-          ' cannot be held side by side; edit them in one sequence'
+          f'post={shape} shapes the one change of a sequence, which has no factors'
+          ' to be held side by side; leave one of them out'
       ]
     limit = rank_limit(spec.mlp_width, spec.width)
     if targets <= limit:
@@ -149,7 +148,10 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
     tokens = [len(edit.rows[0]) + len(edit.target) for edit in edits]
     return 8 * spec.mlp_width * max(tokens) * len(edits)
 
-  return Editor(needs, init, edit, check, bytes_of)
+  def finish(model: Any, edited: Edited) -> Edited:
+    return pruned(model.params, edited) if recipe.prune else edited
+
+  return Editor(needs, init, edit, check, bytes_of, finish)
 
 
 def _factor(recipe: Recipe, gram: jax.Array, layer: int) -> Factored:
@@ -257,23 +259,24 @@ def _delta(
   return Dense(recipe.layers, recipe.site, jnp.asarray(np.stack(solved)))
 
 
-def for_texts(config: ClosedFormConfig, chunked: bool) -> ClosedFormConfig:
-  """Sets AnyEdit's settings for long texts.
+def pruned(params: Params, edited: Edited) -> Edited:
+  """Lowers the singular values of a sequence's change (PRUNE).
 
   Args:
-    config: the published settings for facts.
-    chunked: whether answers are cut.
-
-  Returns:
-    The settings, anchored at the last token of the prompt.
+    params: of the unedited model.
+    edited: changes of kernels.
   """
-  del chunked
-  layers = TEXT_LAYERS if len(config.layers) > 1 else config.layers
-  # When PMET stops is its own rule.
-  target = TEXT_TARGET._replace(argmax_stop=config.target.argmax_stop)
-  return dataclasses.replace(
-      config, layers=layers, target=target, anchor='prompt_last'
-  )
+  found = []
+  for delta in edited.deltas:
+    kernel = params['layers']
+    for name in (*delta.site.split('/'), 'kernel'):
+      kernel = kernel[name]
+    changes = [
+        shaping.prune(change, kernel[layer])
+        for change, layer in zip(full(delta), delta.layers)
+    ]
+    found.append(Dense(delta.layers, delta.site, jnp.stack(changes)))
+  return Edited(deltas=tuple(found))
 
 
 def closed_form_method(
@@ -295,5 +298,5 @@ def closed_form_method(
       summary,
       config,
       editor=lambda spec, config: closed_form(spec, config.recipe()),
-      **{'for_texts': for_texts, **details},
+      **details,
   )

@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from jaxedit.methods.config import TargetedConfig
 from jaxedit.methods.settings import setting
 from jaxedit.solve.preconditioner import Factored, Preconditioner
 from jaxedit.targets import TargetConfig
 from jaxedit.text.chunking import Chunking
 
 ANCHORS = ('subject_last', 'prompt_last')
+POSTS = ('none', 'rect', 'prune')
+RECT_DENSITY = 0.4  # published
 # The settings of AnyEdit's code for all its methods, on long texts.
 TEXT_LAYERS = (4, 5, 6, 7, 8)
 TEXT_TARGET = TargetConfig(
@@ -58,6 +61,8 @@ class Recipe:
       each its own.
     rect_density: share of a matrix's entries that are changed, those of largest
       relative change (RECT); 1 for all.
+    prune: whether singular values of the change of a whole sequence are lowered
+      (PRUNE).
     preserve_previous: preserve the keys of earlier batches, kept in the state.
     chunks: how long target texts are cut; None for one target an edit.
     preserved: with chunks, preserve the keys of all other tokens of prompt and
@@ -80,6 +85,7 @@ class Recipe:
   layer_share: str | float = 'even'
   shared_preconditioner: int | None = None
   rect_density: float = 1.0
+  prune: bool = False
   preserve_previous: bool = False
   chunks: Chunking | None = None
   preserved: bool = True
@@ -127,37 +133,62 @@ class State(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class ClosedFormConfig:
+class ClosedFormConfig(TargetedConfig):
   """Settings of all closed forms; each method adds `recipe`, itself as data.
 
   Attributes:
-    layers: layers to edit, ascending.
-    target: settings of the optimisation of z.
-    activations: see `Recipe`, as for all below.
-    rect_density: share of entries that are changed.
-    chunks: how long target texts are cut.
-    anchor: the edited token.
+    post: what is done to a change besides.
   """
 
-  layers: tuple[int, ...] = setting(
-      (3, 4, 5, 6, 7, 8), 'layers to edit, ascending', source='GPT-J'
+  post: str = setting(
+      'none',
+      'what is done to a change: rect keeps the entries of largest relative'
+      f' change ({RECT_DENSITY} of them), prune lowers singular values above the'
+      " kernel's own, once after all batches",
+      choices=POSTS,
   )
-  target: TargetConfig = TargetConfig()
-  activations: str = setting(
-      'float32',
-      'dtype of activations while targets are optimised, where weights are'
-      ' bfloat16: float32 gives the targets of float32 arithmetic, on an'
-      ' accelerator by two products of bfloat16 for each; bfloat16 rounds them'
-      ' and takes one',
-      choices=('float32', 'bfloat16'),
-  )
-  rect_density: float = 1.0
-  chunks: Chunking | None = None
-  anchor: str = 'subject_last'
+
+  def recipe(self) -> Recipe:
+    """Returns the method as data."""
+    raise NotImplementedError
+
+  @property
+  def output(self) -> str:
+    """What z is."""
+    return self.recipe().output
+
+  def label(self, name: str) -> str:
+    """See `MethodConfig.label`."""
+    del name
+    return self.recipe().name
+
+  def described(self) -> dict[str, Any]:
+    """All that numbers depend on, as plain JSON types."""
+    recipe = self.recipe()
+    names = ('site', 'output', 'ridge', 'single_edit_ridge')
+    return super().described() | {n: getattr(recipe, n) for n in names}
+
+  def for_texts(self, chunked: bool) -> Self:
+    """AnyEdit's settings for long texts."""
+    layers = TEXT_LAYERS if len(self.layers) > 1 else self.layers
+    # When PMET stops is its own rule.
+    target = TEXT_TARGET._replace(argmax_stop=self.target.argmax_stop)
+    return dataclasses.replace(
+        super().for_texts(chunked), layers=layers, target=target
+    )
 
   def _recipe(self, name: str, **terms: Any) -> Recipe:
     """The common settings, with those of a method."""
-    fields = dataclasses.fields(ClosedFormConfig)
-    shared = {field.name: getattr(self, field.name) for field in fields}
-    name = name if self.chunks is None else f'{name}+anyedit'
-    return Recipe(name=name, **{**shared, **terms})
+    return Recipe(
+        name=super().label(name),
+        **{
+            'layers': self.layers,
+            'target': self.target,
+            'activations': self.activations,
+            'rect_density': RECT_DENSITY if self.post == 'rect' else 1.0,
+            'prune': self.post == 'prune',
+            'chunks': self.chunks,
+            'anchor': self.anchor,
+            **terms,
+        },
+    )
