@@ -11,6 +11,8 @@ from absl import flags
 from jaxedit.methods.settings import Setting
 from jaxedit.types import InputError
 
+# A flag belongs to the module that asks for it, where --help shows it.
+flags.disclaim_key_flags()
 _EXAMPLES = {int: 'whole numbers, e.g. 4,5,6,7,8', float: 'numbers, e.g. 0.1,1'}
 
 
