@@ -8,6 +8,7 @@ and exit code 2.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import glob
 import os
@@ -67,13 +68,13 @@ def define(
 
 def read(config: type) -> Any:
   """Makes a config of the flags that `define` has defined."""
-  return config(
-      **{
-          name: setting_flags.read(one, flags.FLAGS[name].value)
-          for name, one in settings_of(config).items()
-          if name in flags.FLAGS
-      }
-  )
+  known, found = settings_of(config), {}
+  for name in (field.name for field in dataclasses.fields(config)):
+    if name in flags.FLAGS:
+      value = flags.FLAGS[name].value
+      one = known.get(name)
+      found[name] = setting_flags.read(one, value) if one else value
+  return config(**found)
 
 
 def given() -> dict[str, str]:
