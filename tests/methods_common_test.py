@@ -34,11 +34,12 @@ from jaxedit.text import chunking
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import InputError, TokenLayout
 
-# Methods that are tested on chunked targets too, one a kind of editor.
+# Methods that are tested on chunked targets too, one a kind of editor; MEMIT of
+# the closed forms.
 CHUNKED = {
-    method.editor.__module__: name
-    for name, method in reversed(METHODS.items())
-    if method.chunkable
+    METHODS[name].editor.__module__: name
+    for name in (*METHODS, 'memit')
+    if METHODS[name].chunkable
 }.values()
 CASES = (*METHODS, *(f'{name}+anyedit' for name in CHUNKED))
 # In f64, as a share of the effect that an edit has on logits.
