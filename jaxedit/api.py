@@ -247,7 +247,7 @@ def edit(
       provided[need] = needs.provide(
           run, model, model.tokenizer, need, copy=False, progress=progress
       )
-  plan = plan_batches(model.spec, model.params, encoded)
+  plan = plan_batches(model, encoded)
   group = case_numbers(wanted) if independent else None
   result = made.edit(
       model,

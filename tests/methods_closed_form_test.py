@@ -243,8 +243,8 @@ class OracleTest(parameterized.TestCase):
     self.assertGreater(
         len(list(packer.pack_prompts(some, small, plain=False))), 1
     )
-    with mock.patch.object(sweep, '_resident_bytes', lambda: 1000):
-      parts, _, info = case.edit(some, plan=small)
+    small = dataclasses.replace(small, resident_bytes=1000)
+    parts, _, info = case.edit(some, plan=small)
     self.assertLess(editors.gap(full(parts), full(whole)), 1e-4)
     np.testing.assert_allclose(
         info.targets.distance, want.targets.distance, atol=1e-5

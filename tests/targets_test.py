@@ -12,12 +12,13 @@ import numpy as np
 import products
 from absl.testing import absltest, parameterized
 
+from jaxedit import placement
 from jaxedit import targets as targets_lib
 from jaxedit.batching import budget
 from jaxedit.batching import plan as plan_lib
 from jaxedit.targets import engine
 from jaxedit.targets import run as run_lib
-from jaxedit.testing import facts
+from jaxedit.testing import facts, models
 from jaxedit.text import encoding
 
 PLAIN = targets_lib.TargetConfig(
@@ -332,10 +333,9 @@ class MemoryTest(absltest.TestCase):
   def batch_shape(self, memory=None, free=None, count=200, batch=None):
     pair = model('llama')
     some = facts.random_edits(count, seed=5, contexts=2)
-    with mock.patch.object(budget, '_free_bytes', lambda device: free):
-      plan = budget.plan_batches(
-          pair.spec, pair.params, some, batch=batch, memory=memory
-      )
+    one = models.as_model(pair.spec, pair.params)
+    with mock.patch.object(placement.Placement, 'budget_bytes', free):
+      plan = budget.plan_batches(one, some, batch=batch, memory=memory)
     return plan.shapes[0]
 
   def places(self, **settings):

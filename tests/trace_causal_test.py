@@ -15,7 +15,7 @@ import naive_trace
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from jaxedit import testing
+from jaxedit import placement, testing
 from jaxedit.models import families, loading
 from jaxedit.models import tokenizer as tokenizer_lib
 from jaxedit.trace import causal, partial_run
@@ -87,6 +87,7 @@ def trace(family, cases, some=None, **how):
         pair.spec,
         pair.params,
         cases,
+        placement=placement.one_device(),
         restorations=some or everything(family),
         **how,
     )
@@ -365,7 +366,12 @@ class SmolLm2Test(absltest.TestCase):
     # The first token's activations are huge, its parts' differences as well.
     tokens = [[0], [cases[1].end - 1], [len(cases[2].ids) - 1]]
     found = causal.trace(
-        spec, self.ours.params, cases, restorations=some, tokens=tokens
+        spec,
+        self.ours.params,
+        cases,
+        placement=placement.one_device(),
+        restorations=some,
+        tokens=tokens,
     )
     for result, case, (token,) in zip(found, cases, tokens):
       want = naive_trace.ends(self.theirs, case)

@@ -103,8 +103,7 @@ def measure(
   judge = judges.judge(setup)
   # Chosen now, when the preconditioners have their place in memory.
   plan = plan_batches(
-      model.spec,
-      model.params,
+      model,
       setup.edits,
       slots=setup.config.slots,
       memory=setup.config.memory,

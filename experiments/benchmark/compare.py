@@ -256,7 +256,7 @@ def _insert(
   if setup.independent:
     group = range(count)
   batch = EditBatch(
-      comparison.edits, plan_batches(*model, comparison.edits), group
+      comparison.edits, plan_batches(setup.model, comparison.edits), group
   )
   written, seconds = timed(
       lambda: closed_form.insert(

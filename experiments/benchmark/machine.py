@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxedit.placement import one_device
+
 # Columns of the products that give the ceiling.
 _SIZES = {'cpu': 2048, 'gpu': 8192, 'tpu': 8192}
 _TRIES = 5
@@ -21,10 +23,9 @@ _PACE = 0.5
 
 def peak_bytes() -> int:
   """Peak memory of the process so far: the device's, or on CPU the host's."""
-  device = jax.devices()[0]
-  stats = device.memory_stats() or {}
-  if device.platform != 'cpu' and 'peak_bytes_in_use' in stats:
-    return int(stats['peak_bytes_in_use'])
+  placement = one_device()
+  if placement.accelerated and 'peak_bytes_in_use' in placement.memory:
+    return int(placement.memory['peak_bytes_in_use'])
   # Linux counts in KiB.
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -46,7 +47,7 @@ def ceilings(size: int | None = None) -> dict[str, float]:
     'bfloat16', 'float32' (precision 'highest'), 'float64' and, where products
     of f32 may be rounded to TF32, 'tf32': FLOPs a second, the best of a few.
   """
-  platform = jax.devices()[0].platform
+  platform = one_device().platform
   size = _ceiling_size(size)
   found = {
       'bfloat16': _rate(size, jnp.bfloat16, None),
@@ -87,7 +88,7 @@ def _many(seconds: float) -> int:
 
 def _ceiling_size(size: int | None) -> int:
   """Rows and columns of the products that give the ceiling."""
-  return size or _SIZES.get(jax.devices()[0].platform, 8192)
+  return size or _SIZES.get(one_device().platform, 8192)
 
 
 def _product(

@@ -16,9 +16,8 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-
 from jaxedit import io
+from jaxedit.placement import device_names, one_device
 from jaxedit.runs import provenance
 
 _GIGA = 1e9
@@ -34,14 +33,13 @@ def hardware() -> str:
   """Names the machine in one line."""
   memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30
   host = f'{os.cpu_count()} cores of {_processor()}, {memory:.0f} GiB'
-  device = jax.devices()[0]
-  if device.platform == 'cpu':
+  placement = one_device()
+  if not placement.accelerated:
     return host
-  stats = device.memory_stats() or {}
-  size = stats.get('bytes_limit', 0) / 2**30
+  size = placement.memory.get('bytes_limit', 0) / 2**30
   return (
-      f'{device.device_kind} ({size:.0f} GiB of it for JAX), one of'
-      f' {len(jax.devices())}; host {host}'
+      f'{device_names()} ({size:.0f} GiB of one for JAX), of which one is used;'
+      f' host {host}'
   )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -10,9 +10,9 @@ import numpy as np
 
 from jaxedit.batching import plan as plan_lib
 from jaxedit.batching.plan import BatchPlan
+from jaxedit.models.loading import Model
 from jaxedit.models.spec import ModelSpec
 from jaxedit.text.encoding import EncodedEdit
-from jaxedit.types import Params
 
 # Suffix tokens a step that keep the matrix units busy; a larger budget only
 # lengthens the phase in which the last edits leave it partly unused. A CPU
@@ -26,11 +26,12 @@ _TOKENS_ACCELERATOR = 2048
 _TOKENS_LEAST = 16
 # Share of the free memory that the optimiser may use.
 _MEMORY_SHARE = 0.6
+# Paused activations that stay on an accelerator during insertion.
+_RESIDENT_BYTES = 2 * 2**30
 
 
 def plan_batches(
-    spec: ModelSpec,
-    params: Params,
+    model: Model,
     edits: Sequence[EncodedEdit],
     *,
     slots: int | None = None,
@@ -40,8 +41,7 @@ def plan_batches(
   """Chooses the static shapes of a run from its edits and the free memory.
 
   Args:
-    spec: the architecture.
-    params: canonical parameters.
+    model: to edit; its placement says on what it runs.
     edits: all edits of the run.
     slots: edits optimised side by side; None for as many as are useful and fit
       in memory.
@@ -52,27 +52,30 @@ def plan_batches(
   Returns:
     The plan.
   """
-  device = jax.devices()[0]
+  accelerated = model.placement.accelerated
   token_budget, compactions = _TOKENS_ACCELERATOR, 1
-  if device.platform == 'cpu':
+  if not accelerated:
     most = min(batch or len(edits), len(edits))
     token_budget, compactions = _cpu_tokens(edits, most)
-  free = [_free_bytes(device)]
+  free = [model.placement.budget_bytes]
   if memory is not None:
-    free.append(memory - sum(x.nbytes for x in jax.tree.leaves(params)))
+    free.append(memory - sum(x.nbytes for x in jax.tree.leaves(model.params)))
   free = [x for x in free if x is not None]
   if free:
     share = _MEMORY_SHARE * min(free)
-    affordable = max(_TOKENS_LEAST, int(share // _token_bytes(spec)))
+    affordable = max(_TOKENS_LEAST, int(share // _token_bytes(model.spec)))
     # A power of two, so that a little more or less memory changes no shape.
     token_budget = min(token_budget, 2 ** int(np.log2(affordable)))
-  return plan_lib.plan_shapes(
+  plan = plan_lib.plan_shapes(
       edits,
       slots=slots,
       batch=batch,
       token_budget=token_budget,
       compactions=compactions,
   )
+  if not accelerated:
+    return plan
+  return dataclasses.replace(plan, resident_bytes=_RESIDENT_BYTES)
 
 
 def _cpu_tokens(edits: Sequence[EncodedEdit], batch: int) -> tuple[int, int]:
@@ -93,16 +96,3 @@ def _token_bytes(spec: ModelSpec) -> int:
   products = heads + 3 * spec.width + (2 + spec.gated) * spec.mlp_width
   earlier = 8 * 2 * spec.kv_heads * spec.head_size
   return 4 * spec.layers * (products + earlier) + 8 * spec.vocab
-
-
-def _free_bytes(device: jax.Device) -> int | None:
-  """Free memory of a device, or None where it is unknown."""
-  stats = device.memory_stats() or {}
-  if 'bytes_limit' in stats:
-    return stats['bytes_limit'] - stats['bytes_in_use']
-  if device.platform != 'cpu':
-    return None
-  try:
-    return os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-  except (AttributeError, ValueError, OSError):
-    return None

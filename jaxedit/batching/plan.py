@@ -114,6 +114,8 @@ class BatchPlan:
     states: targets a batch at most.
     prompts: shapes of `pack_prompts`.
     unshared_prompts: the same without shared prefixes.
+    resident_bytes: paused activations that stay on the device during insertion;
+      the rest is kept on the host.
   """
 
   shared_prefix: tuple[np.ndarray, ...]
@@ -124,6 +126,7 @@ class BatchPlan:
   states: int
   prompts: PromptShapes
   unshared_prompts: PromptShapes
+  resident_bytes: float = np.inf
 
   def independent(self) -> BatchPlan:
     """The plan without shared prefixes, for edits whose models differ.

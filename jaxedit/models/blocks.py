@@ -70,13 +70,18 @@ def product(spec: ModelSpec, x: Array, kernel: Array) -> Array:
   Returns:
     [..., out] in f32 or wider.
   """
-  exact = stored(spec, kernel.dtype) != kernel.dtype
-  if exact and jax.default_backend() == 'cpu':
-    kernel = kernel.astype(wide(kernel.dtype))
+  full = lambda x, kernel: einsum('...f,fd->...d', x, kernel)
   if spec.activations is None or kernel.dtype == wide(kernel.dtype):
-    y = einsum('...f,fd->...d', x, kernel)
+    y = full(x, kernel)
+  elif stored(spec, kernel.dtype) == kernel.dtype:
+    y = narrow_product(x, kernel, 1)
   else:
-    y = narrow_product(x, kernel, 2 if exact else 1)
+    y = jax.lax.platform_dependent(
+        x,
+        kernel,
+        cpu=lambda x, kernel: full(x, kernel.astype(wide(kernel.dtype))),
+        default=lambda x, kernel: narrow_product(x, kernel, 2),
+    )
   return checkpoint_name(y, PRODUCT)
 
 
@@ -240,11 +245,16 @@ def _scores(q: Array, key: Array, tokens: int) -> Array:
   keeps XLA from swapping the operands back. It is slower for narrower keys and
   for gradients of many tokens.
   """
+  plain = functools.partial(einsum, 'bgqh,bgsh->bgqs')
   few = tokens == 1 and _FEW * q.shape[2] <= key.shape[2]
-  if not few or jax.default_backend() != 'cpu' or key.dtype != wide(key.dtype):
-    return einsum('bgqh,bgsh->bgqs', q, key)
-  y = einsum('bgsh,bgqh->bgsq', key, q.astype(key.dtype))
-  return jnp.swapaxes(jax.lax.optimization_barrier(y), 2, 3)
+  if not few or key.dtype != wide(key.dtype):
+    return plain(q, key)
+
+  def swapped(q: Array, key: Array) -> Array:
+    y = einsum('bgsh,bgqh->bgsq', key, q.astype(key.dtype))
+    return jnp.swapaxes(jax.lax.optimization_barrier(y), 2, 3)
+
+  return jax.lax.platform_dependent(q, key, cpu=swapped, default=plain)
 
 
 class AttentionInputs(NamedTuple):

@@ -28,6 +28,7 @@ from flax import traverse_util
 from jaxedit import io
 from jaxedit.models import checkpoint, families, tensors
 from jaxedit.models import spec as spec_lib
+from jaxedit.placement import Placement, one_device
 from jaxedit.types import Array, InputError, Params, Progress, silent
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
@@ -45,6 +46,7 @@ class Model:
       upstream; the same for a copy that is sharded differently.
     config: the parsed config.json.
     tokenizer: its tokenizer, where `jaxedit.load` has read it.
+    placement: the devices that it lies on; JAX's first one unless given.
   """
 
   spec: spec_lib.ModelSpec
@@ -53,6 +55,7 @@ class Model:
   hash: str
   config: Mapping[str, Any]
   tokenizer: Any = None
+  placement: Placement = dataclasses.field(default_factory=one_device)
 
 
 @dataclasses.dataclass(frozen=True)

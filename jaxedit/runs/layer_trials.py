@@ -141,7 +141,7 @@ def prober(
   """
   model, task, requests = search.model, search.task, search.loaded.requests
   encoded = task.encode(model.spec, search.tokens, requests, contexts)
-  batch = EditBatch(encoded, plan_batches(model.spec, model.params, encoded))
+  batch = EditBatch(encoded, plan_batches(model, encoded))
   scorers = task.scorers(search.tokens, model.spec, model)
 
   def judge(edited: Any, before: Evaluation | None = None) -> Evaluation:

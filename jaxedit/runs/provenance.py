@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 
-import jax
+from jaxedit.placement import device_names
 
 _PACKAGES = (
     'jaxedit',
@@ -21,9 +21,8 @@ _PACKAGES = (
 def versions() -> dict[str, str]:
   """Names Python, the packages and the device a result was computed with."""
   found = {name: importlib.metadata.version(name) for name in _PACKAGES}
-  device = jax.devices()[0]
   return {
       'python': platform.python_version(),
       **found,
-      'device': f'{len(jax.devices())} x {device.device_kind}',
+      'device': device_names(),
   }

@@ -264,8 +264,7 @@ def load(
     parts = _parts(config, editor, model, encoded, cases)
     largest = max(map(len, parts))
   plan = plan_batches(
-      model.spec,
-      model.params,
+      model,
       encoded,
       slots=config.slots,
       batch=largest,

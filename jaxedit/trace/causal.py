@@ -35,6 +35,7 @@ import numpy as np
 
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
+from jaxedit.placement import Placement
 from jaxedit.trace import partial_run
 from jaxedit.trace.cases import Case, Traced, check
 from jaxedit.trace.grids import Grids
@@ -113,6 +114,7 @@ def trace(
     params: Params,
     cases: Sequence[Case],
     *,
+    placement: Placement,
     restorations: Sequence[Restoration],
     mode: str = 'add',
     tokens: Sequence[Sequence[int]] | None = None,
@@ -126,6 +128,7 @@ def trace(
     spec: the architecture.
     params: canonical parameters.
     cases: prompts with their noise, all of as many draws.
+    placement: of the model; it decides how much is run at a time.
     restorations: what to restore.
     mode: 'add' noise to embeddings, or 'set' them to it.
     tokens: the columns to restore in every case, none right of the first
@@ -148,10 +151,11 @@ def trace(
   cases = _labelled(spec, params, cases)
   wanted = _wanted(cases, tokens)
   token_budget = token_budget or _TOKENS.get(
-      jax.default_backend(), _ACCELERATOR_TOKENS
+      placement.platform, _ACCELERATOR_TOKENS
   )
   lengths = np.array([len(case.ids) for case in cases])
-  size = _group_size(spec, params, cases, restorations)
+  tables = _TABLE_BYTES.get(placement.platform, _ACCELERATOR_TABLE_BYTES)
+  size = max(1, tables // _table_bytes(spec, params, cases, restorations))
   results = [Traced(case.labels, np.nan, np.nan, {}) for case in cases]
   total = len(restorations) * spec.layers * sum(map(len, wanted))
   with progress('trace', total, 'cell') as done:
@@ -197,16 +201,14 @@ def _wanted(
   return wanted
 
 
-def _group_size(
+def _table_bytes(
     spec: ModelSpec, params: Params, cases: Sequence[Case], restorations: Any
 ) -> int:
-  """Cases whose tables are held at one time."""
+  """Memory that the tables of one case take, at most."""
   longest = max(len(case.ids) for case in cases)
   store = params['layers']['attn']['k']['kernel'].dtype.itemsize
   tables = len(partial_run.parts_of(restorations))
   tables += any(one.part == 'attn' for one in restorations)
   column = 4 * spec.width * tables
   column += 2 * store * spec.kv_heads * spec.head_size
-  each = len(cases[0].noise) * longest * spec.layers * column
-  budget = _TABLE_BYTES.get(jax.default_backend(), _ACCELERATOR_TABLE_BYTES)
-  return max(1, budget // each)
+  return len(cases[0].noise) * longest * spec.layers * column

@@ -58,6 +58,7 @@ def trace_facts(
         causal.trace,
         model.spec,
         model.params,
+        placement=model.placement,
         restorations=restorations,
         mode=facts.MODES[config.noise_mode],
         progress=progress,

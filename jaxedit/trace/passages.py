@@ -125,7 +125,8 @@ def locating(
   anchors = [(len(case.ids) - len(case.labels),) for case in flat]
   found = causal.trace(
       model.spec, model.params, flat,
-      restorations=[HIDDEN], tokens=anchors, progress=progress,
+      placement=model.placement, restorations=[HIDDEN], tokens=anchors,
+      progress=progress,
   )  # fmt: skip
   effects = iter(
       [*(x.scores['hidden'][anchor] - x.low), x.high - x.low]

@@ -38,9 +38,6 @@ from jaxedit.types import KV, Array, PackedSequences, Params, Tap, TokenLayout
 
 # The delta of one layer: factors, or one matrix [F, D].
 LayerDelta = LowRankUpdate | Array
-# Activations that stay on an accelerator between layers; the rest is kept on
-# the host.
-_RESIDENT_BYTES = 2 * 2**30
 
 
 class Keys(NamedTuple):
@@ -261,12 +258,6 @@ def _through_mlp(
   return h + m
 
 
-def _resident_bytes() -> float:
-  """Bytes of paused activations that stay on the device."""
-  cpu = jax.devices()[0].platform == 'cpu'
-  return np.inf if cpu else _RESIDENT_BYTES
-
-
 class LayerSweep:
   """The sequences of a batch during insertion; see the module."""
 
@@ -312,7 +303,7 @@ class LayerSweep:
     if tokens.shape[1]:
       h, kv = _enter_shared_prefix(spec, params, tokens, layout, layer=first)
       self._shared_prefix = _SharedPrefix(h, layout)
-    free = _resident_bytes()
+    free = plan.resident_bytes
     self._at: list[list[Any]] = [[], []]
     self._offloaded: list[list[bool]] = [[], []]  # kept on the host
     for side, t, batch in self._each():
