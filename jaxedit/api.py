@@ -20,7 +20,6 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxedit import edited as edited_lib
-from jaxedit.batching.budget import plan_batches
 from jaxedit.convert import hub
 from jaxedit.deltas import UNEDITED, Edited
 from jaxedit.edited.lm import LanguageModel
@@ -43,6 +42,7 @@ from jaxedit.models.spec import ModelSpec
 from jaxedit.runs import needs, session
 from jaxedit.runs.config import RunConfig
 from jaxedit.runs.tasks import sample_contexts
+from jaxedit.targets.budget import plan_batches
 from jaxedit.text import chat as chat_lib
 from jaxedit.text import encoding, passages, templates
 from jaxedit.text.token_cache import TokenCache

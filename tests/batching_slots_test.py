@@ -9,7 +9,7 @@ import text_tokenizers
 from absl.testing import absltest, parameterized
 
 from jaxedit import types
-from jaxedit.batching import packer
+from jaxedit.batching import edits as edits_lib
 from jaxedit.batching import plan as plan_lib
 from jaxedit.batching import slots as slots_lib
 from jaxedit.testing import facts
@@ -131,7 +131,7 @@ class FrameTest(parameterized.TestCase):
     # The context in words is shared as a whole, and one token begins all.
     self.assertGreater(len(plan.shared_prefix[1]), 3)
     self.assertLen(plan.shared_prefix[0], 1)
-    tokens, layout = packer.pack_shared_prefix(plan)
+    tokens, layout = edits_lib.pack_shared_prefix(plan)
     self.assertEqual(tokens.shape, (plan.rows, plan.shared))
     for c, ids in enumerate((*plan.shared_prefix, [])[: plan.rows]):
       real = layout.segment_ids[c] == types.SHARED
@@ -158,7 +158,7 @@ class FrameTest(parameterized.TestCase):
       self.assertEqual(plan.shared, 0)
       self.assertEqual(plan.contexts, len(TEMPLATES))
       self.assertEqual(plan.prompts, plan.unshared_prompts)
-      tokens, _ = packer.pack_shared_prefix(plan)
+      tokens, _ = edits_lib.pack_shared_prefix(plan)
       self.assertEqual(tokens.shape, (plan.rows, 0))
 
   def test_rooms_by_width(self):
@@ -272,7 +272,7 @@ class TileTest(parameterized.TestCase):
           ::-1
       ]
       begin = len(seen)
-      for packed in packer.pack_edits(edits, order, plan, batch_shape):
+      for packed in edits_lib.pack_edits(edits, order, plan, batch_shape):
         self.assertEqual(packed.edit.shape, (batch_shape.prefill_shape[0],))
         self.assertEqual(packed.tokens.shape, (1, batch_shape.prefill_shape[1]))
         self.assertEqual(
@@ -336,7 +336,7 @@ class TileTest(parameterized.TestCase):
     rows, places, width = plan.prompts.text if text else plan.prompts.upto
     for plain, contexts in ((True, [0]), (False, [1, 2])):
       seen = []
-      for packed in packer.pack_prompts(edits, plan, plain=plain, text=text):
+      for packed in edits_lib.pack_prompts(edits, plan, plain=plain, text=text):
         self.assertEqual(packed.tokens.shape, (1, places))
         self.assertEqual(packed.rows.index.shape, (rows, width))
         self.assertEqual(packed.anchor.shape, (rows, plan.stages))
@@ -368,15 +368,15 @@ class TileTest(parameterized.TestCase):
   def test_one_context_has_no_others(self):
     edits = facts.random_edits(3, seed=1, contexts=1)
     plan = plan_lib.plan_shapes(edits)
-    self.assertEmpty(list(packer.pack_prompts(edits, plan, plain=False)))
+    self.assertEmpty(list(edits_lib.pack_prompts(edits, plan, plain=False)))
 
   def test_empty_slots_are_all_padding(self):
     edits = encode()
     plan = plan_lib.plan_shapes(edits, slots=8)
     (batch_shape,) = plan.shapes
     for packed, width in (
-        (next(packer.pack_edits(edits, [3], plan, batch_shape)), plan.rows),
-        (next(packer.pack_prompts(edits[:1], plan, plain=True)), 1),
+        (next(edits_lib.pack_edits(edits, [3], plan, batch_shape)), plan.rows),
+        (next(edits_lib.pack_prompts(edits[:1], plan, plain=True)), 1),
     ):
       self.assertGreater(len(packed.edit), 1)
       self.assertGreaterEqual(packed.edit[0], 0)
@@ -393,8 +393,10 @@ class TileTest(parameterized.TestCase):
   def test_no_edits_no_tiles(self):
     edits = encode()
     plan = plan_lib.plan_shapes(edits)
-    self.assertEmpty(list(packer.pack_edits(edits, [], plan, plan.shapes[0])))
-    self.assertEmpty(list(packer.pack_prompts([], plan, plain=True)))
+    self.assertEmpty(
+        list(edits_lib.pack_edits(edits, [], plan, plan.shapes[0]))
+    )
+    self.assertEmpty(list(edits_lib.pack_prompts([], plan, plain=True)))
 
 
 class Model:

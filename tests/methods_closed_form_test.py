@@ -24,7 +24,7 @@ from absl.testing import absltest, parameterized
 
 from jaxedit import edited as edited_lib
 from jaxedit import targets as targets_lib
-from jaxedit.batching import packer
+from jaxedit.batching import edits as edits_lib
 from jaxedit.batching import plan as plan_lib
 from jaxedit.deltas import Dense, LowRank
 from jaxedit.methods import closed_form, parity
@@ -241,7 +241,7 @@ class OracleTest(parameterized.TestCase):
     whole, _, want = case.edit(some)
     small = plan_lib.plan_shapes(some, slots=4, token_budget=16)
     self.assertGreater(
-        len(list(packer.pack_prompts(some, small, plain=False))), 1
+        len(list(edits_lib.pack_prompts(some, small, plain=False))), 1
     )
     small = dataclasses.replace(small, resident_bytes=1000)
     parts, _, info = case.edit(some, plan=small)

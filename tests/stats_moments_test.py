@@ -11,8 +11,9 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from jaxedit import io
+from jaxedit.batching import packer
 from jaxedit.models import decoder
-from jaxedit.stats import accumulate, moments, packing
+from jaxedit.stats import accumulate, moments
 from jaxedit.testing import models
 from jaxedit.types import PADDING, InputError, Tap
 
@@ -58,7 +59,7 @@ class PackingTest(parameterized.TestCase):
   def test_every_token_once_with_restarting_positions(self):
     texts = draw_texts()
     seen = []
-    for row in packing.pack(texts, 16):
+    for row in packer.first_fit(texts, 16):
       self.assertNotIn(1, row.segment_ids)
       for segment_ids in range(2, row.segment_ids.max() + 1):
         here = row.segment_ids == segment_ids
@@ -71,7 +72,7 @@ class PackingTest(parameterized.TestCase):
     self.assertCountEqual(map(tuple, seen), map(tuple, texts))
 
   def test_long_texts_lose_their_end_and_empty_ones_go(self):
-    rows = list(packing.pack([[1] * 50, [], [2] * 50], 8, max_length=5))
+    rows = list(packer.first_fit([[1] * 50, [], [2] * 50], 8, max_length=5))
     self.assertLen(rows, 2)
     np.testing.assert_array_equal(rows[0].tokens, [1] * 5 + [0] * 3)
     self.assertEqual([row.count for row in rows], [5, 5])
@@ -81,12 +82,12 @@ class PackingTest(parameterized.TestCase):
       while True:
         yield [1, 2, 3]
 
-    row = next(packing.pack(endless(), 8, open_rows=2))
+    row = next(packer.first_fit(endless(), 8, open_rows=2))
     self.assertEqual(row.count, 6)
 
   def test_sizes_are_checked(self):
     with self.assertRaisesRegex(InputError, 'at least 1'):
-      list(packing.pack([[1]], 0))
+      list(packer.first_fit([[1]], 0))
 
 
 class CollectTest(parameterized.TestCase):
@@ -108,7 +109,7 @@ class CollectTest(parameterized.TestCase):
         batch_rows=3,
         merge_batches=2,
     )
-    rows = packing.pack(texts, width)
+    rows = packer.first_fit(texts, width)
     return moments.collect(spec, params, rows, **(defaults | settings))
 
   @parameterized.product(family=models.FAMILIES)
@@ -187,8 +188,8 @@ class CollectTest(parameterized.TestCase):
     # Widths at which the down projection of one layer dominates all else.
     spec = models.tiny_spec('llama', mlp_width=512, width=512)
     params = models.random_params(spec, 0)
-    rows = list(packing.pack(self.texts, 64))[:1]
-    batch = packing.stack(rows, 2)
+    rows = list(packer.first_fit(self.texts, 64))[:1]
+    batch = packer.stack(rows, 2)
     shape = jax.ShapeDtypeStruct((1, 512, 512), jnp.float32)
 
     def cost(fn):
@@ -243,7 +244,7 @@ class ResumeTest(parameterized.TestCase):
 
   def collect(self, rows=None, **settings):
     if rows is None:
-      rows = packing.pack(self.texts, 16)
+      rows = packer.first_fit(self.texts, 16)
     defaults = dict(
         layers=(0, 2), source=SOURCE, cap=10**9, batch_rows=2, merge_batches=2,
         checkpoint=self.path, checkpoint_seconds=0.0,
@@ -254,7 +255,7 @@ class ResumeTest(parameterized.TestCase):
 
   def interrupt(self, after):
     def stopping():
-      for i, row in enumerate(packing.pack(self.texts, 16)):
+      for i, row in enumerate(packer.first_fit(self.texts, 16)):
         if i == after:
           raise KeyboardInterrupt
         yield row
@@ -273,7 +274,7 @@ class ResumeTest(parameterized.TestCase):
     self.addCleanup(setattr, moments, 'add_batch', add)
     moments.add_batch = lambda *a, **k: computed.append(1) or add(*a, **k)
     resumed = self.collect()
-    rows = len(list(packing.pack(self.texts, 16)))
+    rows = len(list(packer.first_fit(self.texts, 16)))
     self.assertLen(computed, -(-(rows - record['rows']) // 2))
     np.testing.assert_array_equal(resumed.gram, whole.gram)
     self.assertEqual(dict(resumed.provenance), dict(whole.provenance))
@@ -293,12 +294,12 @@ class ResumeTest(parameterized.TestCase):
   def test_refuses_other_text(self):
     self.interrupt(9)
     with self.assertRaisesRegex(InputError, 'other text.*delete it'):
-      self.collect(packing.pack(self.texts[::-1], 16))
+      self.collect(packer.first_fit(self.texts[::-1], 16))
 
   def test_refuses_a_corpus_that_became_shorter(self):
     self.interrupt(17)
     with self.assertRaisesRegex(InputError, 'other text.*delete it'):
-      self.collect(packing.pack(self.texts[:5], 16))
+      self.collect(packer.first_fit(self.texts[:5], 16))
 
   def test_refuses_a_damaged_checkpoint(self):
     self.interrupt(9)

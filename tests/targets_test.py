@@ -14,9 +14,8 @@ from absl.testing import absltest, parameterized
 
 from jaxedit import placement
 from jaxedit import targets as targets_lib
-from jaxedit.batching import budget
 from jaxedit.batching import plan as plan_lib
-from jaxedit.targets import engine
+from jaxedit.targets import budget, engine
 from jaxedit.targets import run as run_lib
 from jaxedit.testing import facts, models
 from jaxedit.text import encoding

@@ -8,10 +8,8 @@ import text_tokenizers
 from absl.testing import absltest, parameterized
 
 from jaxedit import testing, types
-from jaxedit.batching import (
-    buckets,
-    packer,
-)
+from jaxedit.batching import buckets
+from jaxedit.batching import edits as edits_lib
 from jaxedit.batching import plan as plan_lib
 from jaxedit.eval import datasets
 from jaxedit.text import (
@@ -239,7 +237,7 @@ class SpeedTest(absltest.TestCase):
     seen = []
     for number, shape in enumerate(plan.shapes):
       order = [i for i, e in enumerate(encoded) if plan.shape_of(e) == number]
-      for packed in packer.pack_edits(encoded, order, plan, shape):
+      for packed in edits_lib.pack_edits(encoded, order, plan, shape):
         seen.extend(packed.edit[packed.edit >= 0].tolist())
     # Twenty times what it takes: this only finds work that grows too fast.
     self.assertLess(time.perf_counter() - begin, 10)

@@ -49,12 +49,12 @@ from experiments.benchmark import stages as stages_lib
 from experiments.benchmark.config import BenchmarkConfig
 from experiments.benchmark.setup import Setup
 from jaxedit import io
-from jaxedit.batching.budget import plan_batches
 from jaxedit.methods.base import EditBatch, Run
 from jaxedit.models.spec import param_shapes
 from jaxedit.runs import cli, method_flags
 from jaxedit.runs.config import RunConfig
 from jaxedit.runs.output import Output
+from jaxedit.targets.budget import plan_batches
 from jaxedit.types import InputError, Progress, silent
 
 _RESULTS = ('results.json', 'section.md', 'time.png', 'time.svg')

@@ -26,10 +26,10 @@ from experiments.benchmark import costs, lengths, torch_baseline, torch_model
 from experiments.benchmark.machine import timed
 from experiments.benchmark.setup import Setup
 from experiments.benchmark.stages import Stage, dtype_of
-from jaxedit.batching.budget import plan_batches
 from jaxedit.methods import closed_form
 from jaxedit.methods.base import EditBatch
 from jaxedit.solve.ridge import LowRankUpdate
+from jaxedit.targets.budget import plan_batches
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import Progress, Targets
 

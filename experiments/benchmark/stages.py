@@ -23,11 +23,11 @@ from experiments.benchmark import costs, lengths
 from experiments.benchmark.machine import peak_bytes, timed
 from experiments.benchmark.setup import Setup
 from jaxedit import edited as edited_lib
+from jaxedit.batching import packer
 from jaxedit.batching.plan import BatchPlan
 from jaxedit.deltas import Edited, LowRank
 from jaxedit.methods.base import Info
 from jaxedit.stats import moments as moments_lib
-from jaxedit.stats import packing
 from jaxedit.types import SHARED, Progress
 
 # Tokens of a sequence that moments are collected from.
@@ -115,7 +115,7 @@ def time_moments(setup: Setup, progress: Progress) -> Stage:
   """
   spec, layers = setup.model.spec, setup.recipe.layers
   rows, calls = setup.settings.moments_rows, 1 + setup.settings.repeat
-  batch = packing.stack(list(_random_rows(setup, rows)), rows)
+  batch = packer.stack(list(_random_rows(setup, rows)), rows)
   size = moments_lib.key_width(spec, setup.recipe.site)
   total = jnp.zeros((len(layers), size, size), jnp.float32)
   stage = Stage('moments', 'token', batch.tokens.size)
@@ -175,12 +175,12 @@ def time_collection(setup: Setup, progress: Progress) -> Stage:
   return stage
 
 
-def _random_rows(setup: Setup, count: int) -> Iterator[packing.Row]:
+def _random_rows(setup: Setup, count: int) -> Iterator[packer.Row]:
   """Sequences of random tokens."""
   width = min(_TEXT, setup.model.spec.max_positions)
   rng = np.random.default_rng(0)
   for _ in range(count):
-    yield packing.Row(
+    yield packer.Row(
         rng.integers(0, len(setup.tokenizer), width, np.int32),
         np.arange(width, dtype=np.int32),
         np.full(width, SHARED + 1, np.int32),

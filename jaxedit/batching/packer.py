@@ -1,53 +1,41 @@
-"""Lays the sequences of edits end to end in packed batches of one static shape.
+"""Lays token sequences out in arrays of a static shape; numpy only.
 
-Axis letters as in `jaxedit.types`: E slots, B sequences, N packed tokens, K
-chunks an edit, P' prefix tokens of all sequences, O output tokens.
+There are two layouts. In a packed batch sequences lie end to end on one axis of
+N tokens (`types.PackedSequences`): linear maps run without padding, and only
+attention sees sequences. In padded rows [B, T] a row holds segments side by side
+(`types.TokenLayout`): a prompt and the answers that branch from it, or texts
+that do not see each other:
+
+  tokens    a a a b b b b c c .
+  segment   2 2 2 3 3 3 3 4 4 0
+  position  0 1 2 0 1 2 3 0 1 0
+
+`end_to_end` makes a packed batch at once and `Packer` one whose sequences come
+and go (`slots`); `groups` cuts a list of sequences into batches, and `first_fit`
+a stream of texts into rows, whose number nobody knows.
+
+Axis letters as in `jaxedit.types`: B sequences, T tokens of a sequence, N packed
+tokens, O output tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
-import flax
 import numpy as np
 
-from jaxedit.batching import plan as plan_lib
-from jaxedit.batching.plan import (
-    BatchPlan,
-    BatchShape,
-)
-from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import (
     PADDING,
     SHARED,
-    Array,
+    InputError,
     OutputTokens,
     PackedSequences,
     TokenLayout,
 )
 
-
-@flax.struct.dataclass
-class PackedBatch:
-  """Tokens of some edits after their shared prefixes, end to end.
-
-  Attributes:
-    edit: [E] int32 index of the edit in a slot, or -1.
-    context: [B] int32 context of a sequence, which is also its shared prefix.
-    tokens: [1, N] int32.
-    rows: the sequences, B = E * (sequences an edit).
-    anchor: [E, sequences an edit] int32 packed index of the first anchor; of
-      `pack_prompts` [B, K], of every chunk's anchor; N where there is none.
-    prefix: the tokens before the anchor as packed sequences; None where they
-      are not needed separately.
-  """
-
-  edit: Array
-  context: Array
-  tokens: Array
-  rows: PackedSequences
-  anchor: Array
-  prefix: OutputTokens | None
+# Open rows. On WikiText-2 paragraphs 16 leave a few per mille of padding.
+OPEN_ROWS = 16
 
 
 class Packer:
@@ -87,164 +75,249 @@ class Packer:
     return PackedSequences(layout, *copies)
 
 
-def pack_shared_prefix(plan: BatchPlan) -> tuple[np.ndarray, TokenLayout]:
-  """Makes sequences of the shared prefixes; that of the KL prompt is empty.
+def end_to_end(
+    start: np.ndarray,
+    length: np.ndarray,
+    *,
+    width: int,
+    token_budget: int,
+    real: np.ndarray | None = None,
+) -> PackedSequences:
+  """Packs sequences in order.
 
   Args:
-    plan: of the run.
+    start: [B] position of the first token.
+    length: [B] tokens.
+    width: T, no sequence is longer.
+    token_budget: N, no fewer than all tokens.
+    real: [B] tokens that others may attend to, the first ones; the rest are
+      padding that is run. All unless given.
 
   Returns:
-    ([sequences an edit, P] int32 tokens, their layout).
+    The sequences.
   """
-  tokens = np.zeros([plan.rows, plan.shared], np.int32)
-  segment_ids = np.full(tokens.shape, PADDING, np.int32)
-  for c, ids in enumerate(plan.shared_prefix):
-    tokens[c, : len(ids)] = ids
-    segment_ids[c, : len(ids)] = SHARED
-  positions = np.where(segment_ids, np.arange(plan.shared, dtype=np.int32), 0)
-  return tokens, TokenLayout(positions.astype(np.int32), segment_ids)
-
-
-def pack_edits(
-    edits: Sequence[EncodedEdit],
-    order: Sequence[int],
-    plan: BatchPlan,
-    batch_shape: BatchShape,
-) -> Iterator[PackedBatch]:
-  """Packs whole sequences of edits, in order.
-
-  Args:
-    edits: the batch.
-    order: those to lay out, as indices.
-    plan: of the run.
-    batch_shape: of the plan, the one that the edits belong to.
-
-  Yields:
-    Packed batches.
-  """
-  spans = {
-      i: list(plan_lib.sequence_spans(edits[i], plan.shared_prefix))
-      for i in order
-  }
-  limits = (batch_shape.prefill_shape[1], batch_shape.prefix_shape[0])
-  load = lambda i: (
-      sum(len(ids) for ids, _, _ in spans[i]),
-      sum(cut for _, _, cut in spans[i]),
+  total = int(length.sum())
+  assert total <= token_budget and length.max(initial=0) <= width
+  column = np.arange(width, dtype=np.int32)
+  inside = column < length[:, None]
+  first = np.cumsum(length) - length
+  row = np.full([token_budget], len(length), np.int32)
+  back = np.zeros([token_budget], np.int32)
+  row[:total], back[:total] = np.nonzero(inside)
+  place = lambda of, empty: np.where(inside, of[:, None] + column, empty)
+  seen = inside if real is None else column < real[:, None]
+  return PackedSequences(
+      TokenLayout(
+          place(start, 0).astype(np.int32),
+          np.where(seen, SHARED, PADDING).astype(np.int32),
+      ),
+      place(first, token_budget).astype(np.int32),
+      row,
+      back,
   )
-  for chosen in _groups(order, load, batch_shape.prefill_shape[0], limits):
-    yield _packed_batch(
-        [(i, spans[i]) for i in chosen],
-        plan.rows,
-        batch_shape.prefill_shape,
-        batch_shape.prefix_shape,
-    )
 
 
-def pack_prompts(
-    edits: Sequence[EncodedEdit],
-    plan: BatchPlan,
+def select(
+    rows: PackedSequences,
+    begin: np.ndarray,
+    count: np.ndarray,
     *,
-    plain: bool,
-    text: bool = False,
-) -> Iterator[PackedBatch]:
-  """Packs prompts up to the last anchor, one sequence a slot, no KL prompts.
+    width: int,
+    budget: int,
+) -> OutputTokens:
+  """Selects consecutive tokens of every sequence, in order.
 
   Args:
-    edits: the batch.
-    plan: of the run.
-    plain: the plain prompts, or those of all other contexts.
-    text: continue to the end of the target text.
+    rows: B packed sequences.
+    begin: [B] first token, an index into the sequence.
+    count: [B] how many; nobody asks where that is 0.
+    width: no count is larger.
+    budget: O, no fewer than all that are selected.
+
+  Returns:
+    The tokens.
+  """
+  start = rows.layout.positions[:, 0] + begin
+  chosen = end_to_end(start, count, width=width, token_budget=budget)
+  row, column = np.nonzero(chosen.index < budget)
+  index = np.full([budget], len(rows.row), np.int32)
+  index[: len(row)] = rows.index[row, begin[row] + column]
+  return OutputTokens(index, chosen)
+
+
+def groups(
+    loads: Iterable[Sequence[int]],
+    limits: Sequence[int],
+    *,
+    most: int | None = None,
+    kind: Sequence[Any] | None = None,
+) -> Iterator[slice]:
+  """Cuts a list where the next entry would not fit.
+
+  Args:
+    loads: what an entry takes of every limit; one alone may exceed them.
+    limits: what a group has.
+    most: entries a group at most.
+    kind: of every entry; a group has one.
 
   Yields:
-    Packed batches.
+    The entries of every group.
   """
-  rows = [
-      (i, c, plan_lib.prompt_ids(edit, c, text))
-      for i, edit in enumerate(edits)
-      for c in (range(1) if plain else range(1, plan.contexts))
-  ]
-  shape = plan.prompts.text if text else plan.prompts.upto
-  load = lambda r: (len(rows[r][2]) - len(plan.shared_prefix[rows[r][1]]),)
-  for group in _groups(range(len(rows)), load, shape[0], shape[1:2]):
-    chosen, context = [], np.zeros([shape[0]], np.int32)
-    for slot, r in enumerate(group):
-      i, c, ids = rows[r]
-      start = len(plan.shared_prefix[c])
-      chosen.append((i, [(ids[start:], start, 0)]))
-      context[slot] = c
-    packed = _packed_batch(chosen, 1, shape, None)
-    anchor = np.full([shape[0], plan.stages], shape[1], np.int32)
-    for slot, r in enumerate(group):
-      i, c, _ = rows[r]
-      anchors = [edits[i].stage(k, c).anchor for k in range(edits[i].stages)]
-      anchors = np.array(anchors) - len(plan.shared_prefix[c])
-      anchor[slot, : len(anchors)] = packed.rows.index[slot, anchors]
-    yield packed.replace(context=context, anchor=anchor)
+  begin, end, used = 0, 0, (0,) * len(limits)
+  for end, load in enumerate(loads):
+    total = tuple(map(int.__add__, used, map(int, load)))
+    if end > begin and (
+        end - begin == most
+        or any(x > limit for x, limit in zip(total, limits))
+        or (kind is not None and kind[end] != kind[begin])
+    ):
+      yield slice(begin, end)
+      begin, total = end, tuple(map(int, load))
+    used = total
+    end += 1
+  if end > begin:
+    yield slice(begin, end)
 
 
-def _groups(
-    order: Sequence[int],
-    load: Callable[[int], tuple[int, ...]],
-    slots: int,
-    limits: tuple[int, ...],
-) -> Iterator[list[int]]:
-  """Cuts a sequence where the next edit would not fit."""
-  group: list[int] = []
-  total = np.zeros(len(limits), int)
-  for i in order:
-    size = np.array(load(i))
-    if group and (len(group) == slots or (total + size > limits).any()):
-      yield group
-      group, total = [], np.zeros(len(limits), int)
-    group.append(i)
-    total += size
-  if group:
-    yield group
+class Segment(NamedTuple):
+  """Tokens side by side in a padded row.
+
+  Attributes:
+    ids: token ids.
+    start: position of the first one.
+    segment_id: see `types.TokenLayout`.
+  """
+
+  ids: Sequence[int]
+  start: int = 0
+  segment_id: int = SHARED
 
 
-def _packed_batch(
-    chosen: Sequence[tuple[int, list]],
-    width: int,
-    shape: tuple[int, int, int],
-    left: tuple[int, int] | None,
-) -> PackedBatch:
-  """Makes one packed batch; `width` is the number of sequences an edit."""
-  slots, token_budget, length = shape
-  rows = Packer(slots * width, length, token_budget)
-  tokens = np.zeros([1, token_budget], np.int32)
-  edit = np.full([slots], -1, np.int32)
-  anchor = np.full([slots, width], token_budget, np.int32)
-  cuts = []
-  at = 0
-  for e, (i, spans) in enumerate(chosen):
-    edit[e] = i
-    for c, (ids, start, cut) in enumerate(spans):
-      here = np.arange(at, at + len(ids), dtype=np.int32)
-      rows.put(e * width + c, here, start)
-      tokens[0, here] = ids
-      anchor[e, c] = at + cut
-      cuts.append((e * width + c, here[:cut], start))
-      at += len(ids)
-  outputs = None
-  if left is not None:
-    outputs = _cut(cuts, token_budget, slots * width, left)
-  context = np.arange(slots * width, dtype=np.int32) % width
-  return PackedBatch(edit, context, tokens, rows.packing(), anchor, outputs)
+def pad_segments(
+    rows: Sequence[Iterable[Segment]], shape: tuple[int, int]
+) -> tuple[np.ndarray, TokenLayout]:
+  """Lays segments side by side and pads every row on the right.
+
+  Args:
+    rows: segments of every row.
+    shape: (B, T); there may be fewer rows.
+
+  Returns:
+    ([B, T] int32 tokens, 0 at padding; their layout).
+  """
+  tokens, positions, segment_ids = np.zeros((3, *shape), np.int32)
+  for r, row in enumerate(rows):
+    end = 0
+    for ids, start, segment_id in row:
+      begin, end = end, end + len(ids)
+      tokens[r, begin:end] = ids
+      positions[r, begin:end] = np.arange(start, start + len(ids))
+      segment_ids[r, begin:end] = segment_id
+  return tokens, TokenLayout(positions, segment_ids)
 
 
-def _cut(
-    cuts: Sequence[tuple[int, np.ndarray, int]],
-    token_budget: int,
-    count: int,
-    shape: tuple[int, int],
-) -> OutputTokens:
-  """Makes sequences of the cuts (sequence, packed indices, first position)."""
-  kept = np.full([shape[0]], token_budget, np.int32)
-  rows = Packer(count, shape[1], shape[0])
-  at = 0
-  for row, here, start in cuts:
-    there = np.arange(at, at + len(here), dtype=np.int32)
-    rows.put(row, there, start)
-    kept[there] = here
-    at += len(here)
-  return OutputTokens(kept, rows.packing())
+def pad(
+    rows: Iterable[Sequence[int]], shape: tuple[int, int]
+) -> tuple[np.ndarray, TokenLayout]:
+  """Pads sequences on the right; see `pad_segments`."""
+  return pad_segments([[Segment(ids)] for ids in rows], shape)
+
+
+class Row(NamedTuple):
+  """One row of T tokens with texts side by side.
+
+  Attributes:
+    tokens: [T] int32, 0 at padding.
+    positions: [T] int32, from 0 in every text.
+    segment_ids: [T] int32, `PADDING` or 2, 3, ... one a text.
+  """
+
+  tokens: np.ndarray
+  positions: np.ndarray
+  segment_ids: np.ndarray
+
+  @property
+  def count(self) -> int:
+    """Tokens, without padding."""
+    return int(np.count_nonzero(self.segment_ids != PADDING))
+
+  @property
+  def texts(self) -> int:
+    """Texts in the row."""
+    return max(int(self.segment_ids.max(initial=PADDING)) - SHARED, 0)
+
+
+def _close(texts: Sequence[Sequence[int]], width: int) -> Row:
+  """Lays texts side by side."""
+  row = [Segment(ids, 0, i) for i, ids in enumerate(texts, SHARED + 1)]
+  (tokens,), layout = pad_segments([row], (1, width))
+  return Row(tokens, layout.positions[0], layout.segment_ids[0])
+
+
+def first_fit(
+    texts: Iterable[Sequence[int]],
+    width: int = 512,
+    *,
+    max_length: int | None = None,
+    open_rows: int = OPEN_ROWS,
+) -> Iterator[Row]:
+  """Packs a stream of texts into rows; their order decides everything.
+
+  A text longer than the limit loses its end. A text goes into the first open
+  row with room; where none has room a new row is opened, and the fullest is
+  given out when too many are open.
+
+  Args:
+    texts: token ids, special tokens included; empty ones are skipped.
+    width: tokens a row (T).
+    max_length: longest text, tokens; None for the width of the row.
+    open_rows: rows that wait for texts that fit.
+
+  Yields:
+    Rows with at least one text each.
+
+  Raises:
+    InputError: a size is not positive.
+  """
+  limit = width if max_length is None else min(max_length, width)
+  if min(width, limit, open_rows) < 1:
+    raise InputError(
+        f'cannot pack: the width {width}, the longest text {limit} and the'
+        f' number of open rows {open_rows} must be at least 1'
+    )
+  waiting: list[list[Sequence[int]]] = []
+  free: list[int] = []
+  for text in texts:
+    text = text[:limit]
+    if not len(text):
+      continue
+    place = next((i for i, r in enumerate(free) if r >= len(text)), None)
+    if place is None:
+      if len(waiting) == open_rows:
+        fullest = free.index(min(free))
+        free.pop(fullest)
+        yield _close(waiting.pop(fullest), width)
+      waiting.append([])
+      free.append(width)
+      place = len(waiting) - 1
+    waiting[place].append(text)
+    free[place] -= len(text)
+    if not free[place]:
+      free.pop(place)
+      yield _close(waiting.pop(place), width)
+  for row in waiting:
+    yield _close(row, width)
+
+
+def stack(rows: Sequence[Row], number: int) -> Row:
+  """Stacks rows into one batch of a fixed number of rows.
+
+  Args:
+    rows: at least one and at most `number` rows of one width T.
+    number: rows of the batch (B); the missing ones are padding.
+
+  Returns:
+    A `Row` whose arrays are [B, T].
+  """
+  missing = ((0, number - len(rows)), (0, 0))
+  return Row(*(np.pad(np.stack(part), missing) for part in zip(*rows)))

@@ -8,7 +8,7 @@ tokens before the anchor A, then the suffix from the anchor on:
   shared prefix     prefix  suffix
   t t t t t t t t | t t t | A t t t y y y
 
-A packed batch (`packer`) holds prefix and suffix of some edits. Suffixes are
+A packed batch (`edits`) holds prefix and suffix of some edits. Suffixes are
 optimised by continuous batching: a batch has a fixed number of slots, a token
 budget and a logit budget; a finished edit frees them for the next (`slots`). So
 there is no padding, and one compiled shape serves edits of any length up to the
@@ -18,7 +18,7 @@ shape of their own, as attention does pad sequences.
 Axis letters as in `jaxedit.types`: E slots, C contexts, B sequences, N token
 budget, S suffix tokens, P prefix tokens, O logit budget.
 
-This file, `packer` and `slots` use numpy arrays only and do not import models.
+The package uses numpy arrays only; models import it, not the reverse.
 """
 
 from __future__ import annotations

@@ -38,7 +38,9 @@ import jax
 import numpy as np
 
 from jaxedit import deltas as deltas_lib
-from jaxedit.batching.buckets import round_up
+from jaxedit.batching import packer
+from jaxedit.batching.buckets import POWERS, octaves, round_up
+from jaxedit.batching.packer import Segment
 from jaxedit.deltas import SiteDelta
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
@@ -54,9 +56,8 @@ from jaxedit.types import (
 )
 
 # Lengths of a batch, tokens, and scored tokens a query on average.
-_LENGTHS = (8, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
-_SCORED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512, 1024)
-_ROWS = tuple(2**i for i in range(16))
+_LENGTHS = (8, 12, 16, 20, *octaves(2, 24))
+_SCORED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, *octaves(1, 64))
 # Longer batches have fewer queries: attention needs B T T numbers.
 _FULL_WIDTH = 128
 # Cost of a batch beside its tokens, in tokens: weights are read once more.
@@ -279,7 +280,7 @@ def _cut(
     tokens.
   """
   order = sorted(range(len(queries)), key=lambda i: -queries[i].tokens)
-  most = round_up(max(1, min(batch_size, len(queries))), _ROWS)
+  most = round_up(max(1, min(batch_size, len(queries))), POWERS)
 
   def counts(width: int) -> set[int]:
     full = max(1, min(most, most * _FULL_WIDTH // width))
@@ -318,28 +319,25 @@ def _lay_out(
     scored: int,
 ) -> _Batch:
   """Writes queries into arrays of shape (B, T), with B * `scored` labels."""
-  tokens, position, segment = np.zeros((3, *shape), np.int32)
+  rows: list[list[Segment]] = []
   index: list[int] = []
   labels: list[int] = []
   for r, query in enumerate(queries):
     length = len(query.prompt)
-    tokens[r, :length] = query.prompt
-    position[r, :length] = np.arange(length)
-    segment[r, :length] = SHARED
-    end = length
+    rows.append([Segment(query.prompt)])
+    end = r * shape[1] + length
+    last = end - 1
     for branch, answer in enumerate(query.answers, SHARED + 1):
+      rows[-1].append(Segment(answer[:-1], length, branch))
       begin, end = end, end + len(answer) - 1
-      tokens[r, begin:end] = answer[:-1]
-      position[r, begin:end] = length + np.arange(end - begin)
-      segment[r, begin:end] = branch
-      own = range(r * shape[1] + begin, r * shape[1] + end)
-      index += [r * shape[1] + length - 1, *own]
+      index += [last, *range(begin, end)]
       labels += answer
+  tokens, layout = packer.pad_segments(rows, shape)
   chunks = _chunks(shape[0], scored)
   spare = [0] * (chunks[0] * chunks[1] - len(index))
   return _Batch(
       tokens,
-      TokenLayout(position, segment),
+      layout,
       np.asarray(index + spare, np.int32).reshape(chunks),
       np.asarray(labels + spare, np.int32).reshape(chunks),
       np.asarray([*edit_ids, *[0] * (shape[0] - len(queries))], np.int32),

@@ -39,8 +39,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxedit import targets as targets_lib
-from jaxedit.batching import packer
-from jaxedit.batching.packer import PackedBatch
+from jaxedit.batching import edits as edits_lib
+from jaxedit.batching.edits import PackedBatch
 from jaxedit.batching.plan import BatchPlan
 from jaxedit.deltas import Codebook, Edited
 from jaxedit.methods.base import (
@@ -233,7 +233,7 @@ def keys_of(
     [E, F] keys.
   """
   found = []
-  for batch in packer.pack_prompts(edits, plan.independent(), plain=True):
+  for batch in edits_lib.pack_prompts(edits, plan.independent(), plain=True):
     keys = np.asarray(_read_keys(spec, params, batch, layer=layer))
     found.append(keys[batch.edit >= 0])
   return np.concatenate(found)

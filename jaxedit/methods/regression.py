@@ -25,19 +25,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxedit.batching import packer
 from jaxedit.batching.buckets import round_up
 from jaxedit.methods import gradient
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
 from jaxedit.numerics import wide
-from jaxedit.types import (
-    PADDING,
-    SHARED,
-    Array,
-    PackedSequences,
-    Params,
-    TokenLayout,
-)
+from jaxedit.types import Array, PackedSequences, Params
 
 
 class Rule(NamedTuple):
@@ -99,11 +93,6 @@ class Goals(NamedTuple):
 _LEAST = (16, 64)
 
 
-def power_of_two(n: int) -> int:
-  """The lowest power of two not below n, and at least 1."""
-  return 1 << max(n - 1, 0).bit_length()
-
-
 def shape_of(
     groups: Sequence[Sequence[Sequence[int]]],
     pads: bool,
@@ -146,25 +135,21 @@ def pack(
     Numpy arrays.
   """
   count, width, budget = shape
-  tokens = np.zeros([1, budget], np.int32)
-  index = np.full([count, width], budget, np.int32)
-  segment_ids = np.full([count, width], PADDING, np.int32)
-  row = np.full([budget], count, np.int32)
-  column = np.zeros([budget], np.int32)
-  longest, at = max(map(len, texts), default=0), 0
-  for r, ids in enumerate(texts):
-    length = len(ids) if pad is None else longest
-    here = np.arange(at, at + length, dtype=np.int32)
-    tokens[0, here] = 0 if pad is None else pad
-    tokens[0, here[: len(ids)]] = ids
-    index[r, :length], segment_ids[r, : len(ids)] = here, SHARED
-    row[here], column[here] = r, np.arange(length)
-    at += length
-  positions = np.repeat(np.arange(width, dtype=np.int32)[None], count, axis=0)
-  rows = PackedSequences(
-      TokenLayout(positions, segment_ids), index, row, column
+  real = np.zeros(count, np.int32)
+  real[: len(texts)] = [len(ids) for ids in texts]
+  run = (
+      real
+      if pad is None
+      else np.where(np.arange(count) < len(texts), real.max(initial=0), 0)
   )
-  return Texts(tokens, rows, row < count)
+  rows = packer.end_to_end(
+      np.zeros_like(run), run, width=width, token_budget=budget, real=real
+  )
+  tokens = np.zeros([1, budget], np.int32)
+  tokens[0, : run.sum()] = 0 if pad is None else pad
+  for index, ids in zip(rows.index, texts):
+    tokens[0, index[: len(ids)]] = ids
+  return Texts(tokens, rows, rows.row < count)
 
 
 def run_block(

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxedit import targets as targets_lib
+from jaxedit.batching.buckets import POWERS, round_up
 from jaxedit.deltas import Dense, Edited
 from jaxedit.methods import regression
 from jaxedit.methods.base import (
@@ -253,7 +254,7 @@ class _Fitting:
   ):
     self._groups = groups
     # A power of two, so that small batches share compiled code.
-    count = regression.power_of_two(groups)
+    count = round_up(groups, POWERS)
     self.side_by_side = min(config.side_by_side, count)
     self._model, self._config = (spec, params), config
     self._texts, self._targets = state.preserved, targets
@@ -313,8 +314,7 @@ class _Fitting:
     config = self._config
     count = self.side_by_side
     shape = regression.shape_of([job.texts for job in jobs], config.pads)
-    most = max(4, *(len(job.states) for job in jobs))
-    most = regression.power_of_two(most)
+    most = round_up(max(4, *(len(job.states) for job in jobs)), POWERS)
     place = np.full([count, most], shape[2], np.int32)
     z = np.zeros([count, most, self._targets.z.shape[1]], self._targets.z.dtype)
     packed = []

@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxedit.batching import buckets, packer
+from jaxedit.batching.buckets import round_up
 from jaxedit.deltas import SiteDelta
 from jaxedit.models import (
     decode_state,
@@ -40,18 +42,10 @@ __all__ = ['GREEDY', 'Decoding', 'generate', 'refuse_faulty']
 # Numbers of random streams are int32 on the device.
 _STREAMS = 2**31
 
-# Tokens of a batch of prompts and of a cache, and sequences of the first batch;
-# each is another compiled program.
-_LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-_CACHES = tuple(width for width in _LENGTHS if width >= 64)
-_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
+# Tokens of a batch of prompts and of a cache.
+_LENGTHS, _CACHES = buckets.octaves(1, 16), buckets.octaves(1, 64)
 # A batch is not halved below this: reading the weights dominates its cost then.
 _FEW = 4
-
-
-def _fit(ladder: Sequence[int], size: int) -> int:
-  """Returns the first bucket of a ladder that is not below `size`."""
-  return next((step for step in ladder if step >= size), size)
 
 
 def refuse_faulty(
@@ -199,7 +193,7 @@ class _DecodeLoop:
     rows = len(self.slots)
     while not self.waiting and rows // 2 >= max(_FEW, len(texts)):
       rows //= 2
-    width = _fit(_CACHES, max(map(self._columns, texts)))
+    width = round_up(max(map(self._columns, texts)), _CACHES)
     if self._state is None:
       self._state = decode_state.empty(
           self._spec,
@@ -225,15 +219,15 @@ class _DecodeLoop:
 
   def _assign(self, chosen: Sequence[int]) -> None:
     """Prefills prompts and assigns them to slots."""
-    width = _fit(_LENGTHS, max(len(self._prompts[i]) for i in chosen))
-    tokens = np.zeros((self._chunk, width), np.int32)
+    width = round_up(max(len(self._prompts[i]) for i in chosen), _LENGTHS)
+    prompts = [self._prompts[i] for i in chosen]
+    tokens, _ = packer.pad(prompts, (self._chunk, width))
     # Unused sequences of the prefill have one token and get no slot.
     length, stream, edit_id = np.zeros((3, self._chunk), np.int32)
     length[:] = 1
     slots = np.full(self._chunk, len(self.slots), np.int32)
     for row, i in enumerate(chosen):
       length[row] = len(self._prompts[i])
-      tokens[row, : length[row]] = self._prompts[i]
       stream[row], edit_id[row] = self._streams[i], self._edit_ids[i]
       slots[row] = self.slots.index(None)
       self.slots[slots[row]] = i
@@ -326,7 +320,7 @@ def generate(
           per_edit=edit_ids is not None,
       ),
       rule=rule,
-      rows=min(_fit(_ROWS, len(prompts)), batch_size),
+      rows=min(round_up(len(prompts), buckets.HALVES), batch_size),
       streams=range(len(prompts)) if streams is None else streams,
       edit_ids=[0] * len(prompts) if edit_ids is None else edit_ids,
   )

@@ -18,7 +18,6 @@ import numpy as np
 
 from jaxedit import edited as edited_lib
 from jaxedit import io
-from jaxedit.batching.budget import plan_batches
 from jaxedit.deltas import UNEDITED
 from jaxedit.eval.evaluation import Evaluation, evaluate
 from jaxedit.methods.base import EditBatch, Run
@@ -36,6 +35,7 @@ from jaxedit.runs.layer_search import Trial
 from jaxedit.runs.output import Output
 from jaxedit.runs.provenance import versions
 from jaxedit.runs.session import target_settings
+from jaxedit.targets.budget import plan_batches
 from jaxedit.trace import effects, plots, results
 
 FILES = ('suggested.flags', 'suggest.json')

@@ -19,12 +19,13 @@ import numpy as np
 from absl import logging
 
 from jaxedit import io
+from jaxedit.batching import packer
 from jaxedit.methods.base import Moments as Need
 from jaxedit.methods.settings import setting
 from jaxedit.models import assets
 from jaxedit.models.loading import Model
 from jaxedit.runs.config import RunConfig
-from jaxedit.stats import corpora, moments, packing, storage
+from jaxedit.stats import corpora, moments, storage
 from jaxedit.types import InputError, Progress, silent
 
 # Widest key whose eigenvalues are computed at the end: minutes beyond.
@@ -192,7 +193,7 @@ def collect(
   found = moments.collect(
       model.spec,
       model.params,
-      packing.pack(texts, config.width),
+      packer.first_fit(texts, config.width),
       layers=config.layers,
       source=moments.Source(model.hash, config.corpus, config.seed),
       site=config.site,

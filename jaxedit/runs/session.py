@@ -25,7 +25,6 @@ import numpy as np
 
 from jaxedit import edited as edited_lib
 from jaxedit import io
-from jaxedit.batching.budget import plan_batches
 from jaxedit.batching.plan import BatchPlan
 from jaxedit.checkpoint import Checkpoint
 from jaxedit.convert import hub
@@ -50,6 +49,7 @@ from jaxedit.runs.method_flags import Chosen
 from jaxedit.runs.output import Output
 from jaxedit.runs.provenance import versions
 from jaxedit.runs.tasks import TASKS, Task
+from jaxedit.targets.budget import plan_batches
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.text.token_cache import TokenCache
 from jaxedit.types import InputError, Progress, silent

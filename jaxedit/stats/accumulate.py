@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxedit import io
-from jaxedit.stats.packing import Row
+from jaxedit.batching.packer import Row
 from jaxedit.types import InputError
 
 # What the file of a checkpoint says it is.

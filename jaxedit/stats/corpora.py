@@ -11,7 +11,7 @@ Documents come in an order that the seed shuffles. Samples are drawn from the
 model's own distribution at temperature 1 among the most probable tokens: keys
 of such text stand in for those of the training text where that is not at hand.
 
-Not here: packing (`packing`), collecting (`moments`).
+Not here: packing (`batching.packer`), collecting (`moments`).
 """
 
 from __future__ import annotations

@@ -31,9 +31,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxedit.batching import packer
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec, param_shapes
-from jaxedit.stats import accumulate, packing
+from jaxedit.stats import accumulate
 from jaxedit.stats.published import load_npz
 from jaxedit.stats.storage import Moments, load, save
 from jaxedit.types import (
@@ -108,7 +109,7 @@ def add_batch(
     total: Array,
     spec: ModelSpec,
     params: Params,
-    batch: packing.Row,
+    batch: packer.Row,
     *,
     layers: tuple[int, ...],
     site: str,
@@ -199,8 +200,8 @@ def check(
 
 
 def _first_width(
-    spec: ModelSpec, rows: Iterable[packing.Row]
-) -> tuple[int, Iterator[packing.Row]]:
+    spec: ModelSpec, rows: Iterable[packer.Row]
+) -> tuple[int, Iterator[packer.Row]]:
   """Reads the width off the first row; returns all rows again.
 
   Raises:
@@ -232,7 +233,7 @@ def _mirror(sums: np.ndarray) -> None:
 def collect(
     spec: ModelSpec,
     params: Params,
-    rows: Iterable[packing.Row],
+    rows: Iterable[packer.Row],
     *,
     layers: Sequence[int],
     source: Source,
@@ -249,7 +250,7 @@ def collect(
   Args:
     spec: the architecture.
     params: canonical parameters.
-    rows: packed text, see `packing.pack`; the same for the same source.
+    rows: packed text, see `packer.first_fit`; the same for the same source.
     layers: layers to collect.
     source: for the provenance.
     site: linear map whose input is the key.
@@ -291,11 +292,11 @@ def collect(
   )
   with progress('second moments', cap, 'token') as advance:
 
-    def add(rows: Sequence[packing.Row]) -> np.ndarray:
+    def add(rows: Sequence[packer.Row]) -> np.ndarray:
       part = jnp.zeros(shape, jnp.promote_types(dtype, jnp.float32))
       for first in range(0, len(rows), batch_rows):
         few = rows[first : first + batch_rows]
-        batch = packing.stack(few, batch_rows)
+        batch = packer.stack(few, batch_rows)
         part = add_batch(part, spec, params, batch, layers=layers, site=site)
         part.block_until_ready()
         advance(sum(row.count for row in few))

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxedit.batching.packer import PackedBatch
+from jaxedit.batching.edits import PackedBatch
 from jaxedit.batching.slots import SlotLayout
 from jaxedit.models import packing
 from jaxedit.models.blocks import stored

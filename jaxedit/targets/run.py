@@ -22,7 +22,7 @@ from typing import Protocol
 import jax
 import numpy as np
 
-from jaxedit.batching import packer
+from jaxedit.batching import edits as edits_lib
 from jaxedit.batching.plan import BatchPlan, edit_load
 from jaxedit.models.spec import ModelSpec
 from jaxedit.targets.partial_forward import shared_prefix_kv
@@ -102,7 +102,7 @@ def optimize(
   kept = len(edits) - len(missing)
   if not waiting:
     return targets, Work(kept=kept)
-  tokens, layout = packer.pack_shared_prefix(plan)
+  tokens, layout = edits_lib.pack_shared_prefix(plan)
   shared_prefix = _shared_prefix_kv(spec, params, tokens, layout)
   jax.block_until_ready(shared_prefix)
   seconds = {'prefill': time.monotonic() - begin}

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxedit import numerics
-from jaxedit.batching import packer
+from jaxedit.batching import edits as edits_lib
 from jaxedit.batching import slots as slots_lib
-from jaxedit.batching.packer import PackedBatch
+from jaxedit.batching.edits import PackedBatch
 from jaxedit.batching.plan import (
     BatchPlan,
     BatchShape,
@@ -174,7 +174,7 @@ class Scheduler:
       self, order: Sequence[int]
   ) -> Iterator[tuple[tuple[int, int], Result]]:
     """Optimises the edits of `order`; yields ((edit, chunk), result)."""
-    source = packer.pack_edits(
+    source = edits_lib.pack_edits(
         self._edits, order, self._plan, self._batch_shape
     )
     while True:

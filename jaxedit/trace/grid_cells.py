@@ -19,15 +19,9 @@ from typing import NamedTuple
 import flax
 import numpy as np
 
+from jaxedit.batching import packer
 from jaxedit.trace.restoration import Restoration
-from jaxedit.types import (
-    PADDING,
-    SHARED,
-    Array,
-    OutputTokens,
-    PackedSequences,
-    TokenLayout,
-)
+from jaxedit.types import Array, OutputTokens, PackedSequences
 
 
 class GridCells(NamedTuple):
@@ -126,30 +120,6 @@ def grid_cells(
   return GridCells(case, draw, token, layer, entry, stop)
 
 
-def pack(
-    lengths: np.ndarray, entry: np.ndarray, token_budget: int
-) -> list[slice]:
-  """Cuts rows into tiles.
-
-  Args:
-    lengths: [n] columns of a row.
-    entry: [n] ascending entry layers; a tile has one.
-    token_budget: N.
-
-  Returns:
-    The rows of every tile.
-  """
-  found, begin, used = [], 0, 0
-  for i, length in enumerate(lengths):
-    if i > begin and (used + length > token_budget or entry[i] != entry[begin]):
-      found.append(slice(begin, i))
-      begin, used = i, 0
-    used += length
-  if begin < len(lengths):
-    found.append(slice(begin, len(lengths)))
-  return found
-
-
 def choose_budget(
     groups: Sequence[tuple[np.ndarray, np.ndarray]], most: int
 ) -> int:
@@ -192,7 +162,7 @@ def packed(
   """Builds a tile.
 
   Args:
-    mine: its rows, see `pack`.
+    mine: its rows, one of `packer.groups`.
     shape: of all tiles.
     lengths: [cases] tokens of a case.
     labels: the tokens scored in every case.
@@ -203,17 +173,12 @@ def packed(
   """
   pad = lambda x: np.pad(np.asarray(x, np.int32), (0, shape.rows - len(x)))
   token, length = pad(mine.token), pad(lengths[mine.case] - mine.token)
-  rows = _packed(token, length, shape.width, shape.token_budget)
+  rows = packer.end_to_end(
+      token, length, width=shape.width, token_budget=shape.token_budget
+  )
   wanted = [labels[case] for case in mine.case]
   count = pad([len(x) for x in wanted])
-  size = shape.rows * shape.scored
-  asked = _packed(token + length - count, count, shape.scored, size)
-  row, column = np.nonzero(asked.index < size)
-  kept = np.full(size, shape.token_budget, np.int32)
-  kept[asked.index[row, column]] = rows.index[
-      row, (length - count)[row] + column
-  ]
-  label = np.zeros(size, np.int32)
+  label = np.zeros(shape.rows * shape.scored, np.int32)
   label[: count.sum()] = np.concatenate(wanted)
   return PackedBatch(
       entry=np.int32(mine.entry[0]),
@@ -221,27 +186,8 @@ def packed(
       token=token,
       stop=pad(mine.stop),
       rows=rows,
-      outputs=OutputTokens(kept, asked),
+      outputs=packer.select(
+          rows, length - count, count, width=shape.scored, budget=len(label)
+      ),
       label=label,
-  )
-
-
-def _packed(
-    first: np.ndarray, length: np.ndarray, width: int, token_budget: int
-) -> PackedSequences:
-  """Rows of so many columns from a position on, end to end."""
-  column = np.arange(width, dtype=np.int32)
-  inside = column < length[:, None]
-  start = np.cumsum(length) - length
-  index = np.where(inside, start[:, None] + column, token_budget).astype(
-      np.int32
-  )
-  back = np.full(token_budget, len(index), np.int32), np.zeros(
-      token_budget, np.int32
-  )
-  for to, where in zip(back, np.nonzero(inside)):
-    to[index[inside]] = where
-  segments = np.where(inside, SHARED, PADDING).astype(np.int32)
-  return PackedSequences(
-      TokenLayout(first[:, None] + column, segments), index, *back
   )

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxedit.batching import packer
 from jaxedit.models.spec import ModelSpec
 from jaxedit.trace import grid_cells as cells_lib
 from jaxedit.trace import partial_run
@@ -128,7 +129,7 @@ class Grids:
     sizes = [(length, mine.entry) for mine, length in rows]
     token_budget = cells_lib.choose_budget(sizes, self.token_budget)
     parts = [
-        cells_lib.pack(length, mine.entry, token_budget)
+        list(packer.groups(length[:, None], (token_budget,), kind=mine.entry))
         for mine, length in rows
     ]
     most = max((p.stop - p.start for part in parts for p in part), default=1)

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Prompts are padded to a multiple of so many tokens, long ones to an eighth of a
-# power of two: every width is a program.
-_STEP = 4
+from jaxedit.batching import packer
+from jaxedit.batching.buckets import octaves, round_up
+from jaxedit.types import PADDING
+
+# Widths to which prompts are padded: every one is a program.
+_WIDTHS = octaves(4, step=4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +40,7 @@ def groups(lengths: np.ndarray, size: int) -> list[Group]:
   Returns:
     The groups; those of one width have one size.
   """
-  power = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
-  step = np.maximum(_STEP, 2 ** np.maximum(power - 3, 0))
-  width = -(-lengths // step) * step
+  width = np.array([round_up(int(length), _WIDTHS) for length in lengths])
   found = []
   for w in np.unique(width):
     mine = np.flatnonzero(width == w)
@@ -64,9 +65,6 @@ def padded(
   Returns:
     ([G, T] int32 ids, [G, T] bool where there are any).
   """
-  ids = np.zeros((count, width), np.int32)
-  valid = np.zeros((count, width), bool)
-  valid[:, 0] = True
-  for i, row in enumerate(rows):
-    ids[i, : len(row)], valid[i, : len(row)] = row, True
-  return ids, valid
+  rows = [*rows, *[np.zeros(1, np.int32)] * (count - len(rows))]
+  ids, layout = packer.pad(rows, (count, width))
+  return ids, layout.segment_ids != PADDING

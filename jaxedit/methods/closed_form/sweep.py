@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxedit import targets as targets_lib
-from jaxedit.batching import packer
-from jaxedit.batching.packer import PackedBatch
+from jaxedit.batching import edits as edits_lib
+from jaxedit.batching.edits import PackedBatch
 from jaxedit.batching.plan import BatchPlan
 from jaxedit.deltas import Dense, LayerDeltas, LowRank
 from jaxedit.methods.closed_form import segment_sum
@@ -287,7 +287,7 @@ class LayerSweep:
     self._stages = np.array([edit.stages for edit in edits])
     self._first = np.cumsum(self._stages) - self._stages
     self._sides = tuple(
-        list(packer.pack_prompts(edits, plan, plain=plain, text=self._text))
+        list(edits_lib.pack_prompts(edits, plan, plain=plain, text=self._text))
         for plain in (True, False)
     )
     self._segments = tuple(
@@ -298,7 +298,7 @@ class LayerSweep:
         for side, each in zip(self._sides, (1, plan.contexts - 1))
     )
     first = recipe.layers[0]
-    tokens, layout = packer.pack_shared_prefix(plan)
+    tokens, layout = edits_lib.pack_shared_prefix(plan)
     self._shared_prefix, kv = None, None
     if tokens.shape[1]:
       h, kv = _enter_shared_prefix(spec, params, tokens, layout, layer=first)
