@@ -261,7 +261,7 @@ class WholeRunTest(Case):
       self.assertIn('es', names)
       self.assertNotIn('text', done.records[0]['after'])
     else:
-      self.assertEqual(names, {})
+      self.assertSameElements(names, ['learned'])
     self.assertNotIn('1. The mother', done.out)
     self.assertTrue(all(row['written'] for row in done.records))
 
@@ -290,7 +290,9 @@ class SkippedTest(Case):
         fact('Toko', 'Tower'),
         fact('Sydney', tiny_model.DROPPED),
     )
-    done = self.succeed(FACT, data=data, on_bad_record='skip', num_edits=6)
+    done = self.succeed(
+        FACT, data=data, on_bad_record='skip', num_edits=6, batch_size=4
+    )
     self.assertEqual([row['number'] for row in done.records], [2, 3])
     skipped = done.results['skipped']
     self.assertEqual([one['number'] for one in skipped], [1, 4, 5])
@@ -340,7 +342,7 @@ class DeltaTest(Case):
     umask = os.umask(0o077)
     try:
       done = self.succeed(
-          FACT, num_edits=1, moments_tokens=401, save_model=True,
+          FACT, num_edits=1, moments_tokens=200, save_model=True,
           max_new_tokens=0,
       )  # fmt: skip
     finally:

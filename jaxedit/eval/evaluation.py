@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from jaxedit.edited import scoring
@@ -170,7 +170,7 @@ def by_category(
     are fewer than two categories.
   """
   groups: dict[str, list[dict[str, Any]]] = {}
-  for entry in evaluation.per_record:
+  for entry in _in_force(evaluation.per_record):
     groups.setdefault(entry.get('category', ''), []).append(entry)
   if len(groups) < 2:
     return {}
@@ -183,8 +183,13 @@ def by_category(
 def _summed(
     entries: list[dict[str, Any]], preferred: Sequence[Any], seed: int
 ) -> Evaluation:
-  summary = metrics.aggregate(metrics.by_case(entries), seed)
+  summary = metrics.aggregate(metrics.by_case(_in_force(entries)), seed)
   return Evaluation(entries, summary, tuple(preferred))
+
+
+def _in_force(entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+  """The records whose facts no later edit has written otherwise."""
+  return [entry for entry in entries if not entry.get('superseded')]
 
 
 def _check_given(

@@ -38,6 +38,11 @@ Free generation: what the model says by itself (see `scorers.generation`).
   contains            the text has the new object as a run of words
   paraphrase_contains the same at the first paraphrase
 
+The optimisation
+
+  learned             it ended with a probability of 0.5 or more a target token
+                      (see `runs.edit_reports`)
+
 Numbers of the three protocols are not comparable with each other.
 
 Intervals are 95 % percentile bootstrap intervals over records (`statistics`).
@@ -83,6 +88,7 @@ NAMES: Mapping[str, str] = {
     'paraphrase_contains': 'same, at first paraphrase',
     'true_preferred': 'old object beats new one',
     'true_acc': 'all tokens of the old object right',
+    'learned': 'the optimisation reached its target',
 }
 PORTABILITY = 'portability_'
 _SUCCESS = ('es', 'ps', 'ns')

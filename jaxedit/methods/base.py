@@ -331,8 +331,9 @@ def info_of(record: Mapping[str, Any]) -> Info:
 def per_edit(report: TargetReport, edits: int) -> dict[str, list[Any]]:
   """Lists the values of a report by edit, as plain JSON types.
 
-  Of an edit with several targets: the mean loss, the sum of the steps and the
-  largest distance.
+  Of an edit with several targets: the mean loss, the sum of the steps, the
+  largest distance, and the lowest probability a target token at the end of the
+  optimisation (`probability`, a geometric mean over the target's tokens).
 
   Args:
     report: how targets were found and written.
@@ -343,13 +344,18 @@ def per_edit(report: TargetReport, edits: int) -> dict[str, list[Any]]:
   """
   finite = lambda x: float(x) if np.isfinite(x) else None
   found: dict[str, list[Any]] = {
-      name: [] for name in ('states', 'loss', 'likelihood', 'steps', 'distance')
-  }
+      name: []
+      for name in (
+          'states', 'loss', 'likelihood', 'probability', 'steps', 'distance'
+      )
+  }  # fmt: skip
   for i in range(edits):
     mine = np.flatnonzero(report.edit == i)
     found['states'].append(len(mine))
     for name in ('loss', 'likelihood'):
       found[name].append(finite(getattr(report.targets, name)[mine].mean()))
+    worst = report.targets.likelihood[mine].max()
+    found['probability'].append(finite(np.exp(-worst)))
     found['steps'].append(int(report.targets.steps[mine].sum()))
     far = report.distance[:, mine].max(axis=1)
     found['distance'].append([finite(x) for x in far])

@@ -16,6 +16,7 @@ from jaxedit.eval.scorers import perplexity as perplexity_lib
 from jaxedit.methods.base import Info
 from jaxedit.runs.clock import Clock
 from jaxedit.runs.config import RunConfig
+from jaxedit.runs.edit_reports import EditReports
 from jaxedit.runs.provenance import versions
 from jaxedit.types import InputError, Progress
 
@@ -189,7 +190,7 @@ def work(session: Session, info: Info) -> dict[str, Any]:
 
 def write(
     session: Session,
-    info: Info,
+    became: EditReports,
     evaluations: Mapping[str, Evaluation],
     results: Mapping[str, Any],
     clock: Clock,
@@ -198,7 +199,7 @@ def write(
 
   Args:
     session: what was worked on.
-    info: how the edits went.
+    became: of the edits.
     evaluations: name ('pre', 'post', ...) -> evaluation.
     results: further entries.
     clock: the seconds by stage.
@@ -206,7 +207,7 @@ def write(
   before, after = evaluations['pre'], evaluations['post']
   folder = session.config.folder
   io.write_jsonl(
-      folder / 'records.jsonl', _records(session, info, before, after)
+      folder / 'records.jsonl', _records(session, became, before, after)
   )
   io.write_json(
       folder / 'results.json',
@@ -223,20 +224,20 @@ def write(
 
 def _records(
     session: Session,
-    info: Info,
+    became: EditReports,
     before: Evaluation,
     after: Evaluation,
 ) -> list[dict[str, Any]]:
   """One JSON object a request: the edit, how it went, before and after."""
-  drop = lambda entry: {
-      k: v for k, v in entry.items() if k not in ('number', 'id', 'case')
-  }
+  info, known = became.info, ('number', 'id', 'case', 'superseded')
+  drop = lambda entry: {k: v for k, v in entry.items() if k not in known}
   return [
       {
           'number': record.number,
           'id': record.id,
           **session.task.described(record),
           'written': bool(info.written[i]),
+          **became.record(i),
           **{name: values[i] for name, values in info.per_edit.items()},
           'before': drop(before.per_record[i]),
           'after': drop(after.per_record[i]),
@@ -291,23 +292,22 @@ def knowledge(evaluation: Evaluation) -> dict[str, float]:
 
 def lines(
     session: Session,
-    info: Info,
-    before: Evaluation,
-    after: Evaluation,
-    fluency: Mapping[str, Any],
+    became: EditReports,
+    results: Mapping[str, Any],
+    evaluations: Mapping[str, Evaluation],
     clock: Clock,
 ) -> list[str]:
   """What a program prints at the end.
 
   Args:
     session: what was worked on.
-    info: how the edits went.
-    before: the unedited model's evaluation.
-    after: the edited one's.
-    fluency: perplexities, see `perplexity`.
+    became: of the edits.
+    results: of the run.
+    evaluations: 'pre' and 'post'.
     clock: the seconds by stage.
   """
-  found = ['']
+  before, after = evaluations['pre'], evaluations['post']
+  info, found = became.info, ['']
   known = knowledge(before)
   if known:
     found.append(
@@ -321,6 +321,7 @@ def lines(
         f'{lost} edits were not written: their loss, keys or change were not'
         ' finite.'
     )
+  found += became.lines(results)
   found += ['', report.table(before, after), '']
   if session.task.max_new_tokens and session.config.show:
     show = (
@@ -329,7 +330,7 @@ def lines(
     found.append(
         show(session.loaded.requests, before, after, session.config.show)
     )
-  if fluency:
+  if fluency := results.get('perplexity'):
     old, new = (fluency[k]['value'] for k in ('pre', 'post'))
     found.append(
         f'perplexity of {session.config.perplexity_text}: {old:.2f} before,'

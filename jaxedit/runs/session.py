@@ -41,7 +41,7 @@ from jaxedit.methods.config import MethodConfig
 from jaxedit.models import loading, saving
 from jaxedit.models import tokenizer as tokenizer_lib
 from jaxedit.models.loading import Model
-from jaxedit.runs import cli, moments, needs, report
+from jaxedit.runs import cli, edit_reports, moments, needs, report
 from jaxedit.runs.cache import TargetFiles, digest, edit_digest
 from jaxedit.runs.clock import Clock, compile_seconds
 from jaxedit.runs.config import RunConfig, errors
@@ -375,22 +375,26 @@ def _work(
         file=sys.stderr,
     )
   fluency |= report.perplexity(session, outcome.edited, 'post', clock, progress)
+  became = edit_reports.edit_reports(session, outcome.info)
+  before, after = became.marked(before), became.marked(after, after=True)
   evaluations = {'pre': before, 'post': after}
   results: dict[str, Any] = {
       'protocol': session.meaning,
       'work': work,
+      **became.results(after),
   }
   if fluency:
     results['perplexity'] = fluency
   if config.save_model:
     with clock('save_model'):
-      results['saved'], evaluations['saved'] = _save_and_judge(
+      results['saved'], saved = _save_and_judge(
           session, outcome, folder, scorers, before, progress
       )
+      evaluations['saved'] = became.marked(saved, after=True)
   clock.stop()
   results |= task.tables(evaluations)
-  report.write(session, outcome.info, evaluations, results, clock)
-  return report.lines(session, outcome.info, before, after, fluency, clock)
+  report.write(session, became, evaluations, results, clock)
+  return report.lines(session, became, results, evaluations, clock)
 
 
 def _cache(session: Session, output: Output) -> TargetFiles:

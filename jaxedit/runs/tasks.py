@@ -54,6 +54,7 @@ class FactTask:
         kinds=(self.kind,),
         limit=self.config.num_edits,
         on_bad_record=self.config.on_bad_record,
+        batch_size=_sequence(self.config),
         zsre_target=self.config.zsre_target,
     )
 
@@ -170,6 +171,7 @@ class TextTask:
         kinds=(self.kind,),
         limit=self.config.num_edits,
         on_bad_record=self.config.on_bad_record,
+        batch_size=_sequence(self.config),
         facts=self.config.facts,
     )
 
@@ -333,6 +335,12 @@ class TextTask:
         for name, one in evaluations.items()
     }
     return {'categories': found} if any(found.values()) else {}
+
+
+def _sequence(config: RunConfig) -> int | None:
+  """Cases a batch, where a later batch may edit what an earlier one did."""
+  fixed = not config.reset and not config.per_category
+  return config.batch_size if fixed else None
 
 
 Task = FactTask | TextTask

@@ -82,6 +82,7 @@ def open_requests(
     format: str = 'auto',  # pylint: disable=redefined-builtin
     limit: int | None = None,
     on_bad_record: str = 'fail',
+    batch_size: int | None = None,
     **options: Any,
 ) -> RequestFile:
   """Opens a file of requests, to load with one check or another.
@@ -96,6 +97,8 @@ def open_requests(
       all by default. With 'fail' only so many are looked at, with 'skip' so
       many good ones are found if the file has them.
     on_bad_record: 'fail' raises, 'skip' passes over cases with bad records.
+    batch_size: cases a batch, if they are edited in a sequence of batches: a
+      later batch may then edit a fact again.
     **options: fields of `Options`.
 
   Returns:
@@ -124,6 +127,7 @@ def open_requests(
       format=format,
       limit=limit,
       on_bad_record=on_bad_record,
+      batch_size=batch_size,
   )
 
 

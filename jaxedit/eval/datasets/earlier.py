@@ -8,6 +8,8 @@ from typing import NamedTuple
 from jaxedit.eval.datasets.entries import named
 from jaxedit.types import EditRequest
 
+Key = tuple[str, str]
+
 
 class Converted(NamedTuple):
   """An entry as requests; they are good if there are no errors."""
@@ -22,10 +24,17 @@ class Converted(NamedTuple):
 class Earlier:
   """The edits and cases that came before."""
 
-  def __init__(self, unique: bool):
-    self._unique = unique
+  def __init__(self, unique: bool, batch: int | None = None):
+    """Begins a file.
+
+    Args:
+      unique: whether nothing may be edited twice.
+      batch: cases a batch of a sequence, in a later one of which a fact may be
+        edited again; None for one batch.
+    """
+    self._unique, self._batch, self._count = unique, batch, 0
     self._cases: dict[str, Converted] = {}
-    self._edits: dict[tuple[str, str], list[EditRequest]] = {}
+    self._edits: dict[Key, list[EditRequest]] = {}  # of the batch
 
   def errors(
       self, case: Sequence[Converted], found: Iterator[Sequence[str]]
@@ -36,7 +45,9 @@ class Earlier:
       case: its entries.
       found: what the check said of each request of entries without errors.
     """
-    own: dict[tuple[str, str], list[EditRequest]] = {}
+    if self._batch and self._count % self._batch == 0:
+      self._edits = {}  # a batch begins
+    own: dict[Key, list[EditRequest]] = {}
     errors, cases = [], {}
     for one in case:
       # A case that returns is reported even if its first part was bad.
@@ -46,16 +57,17 @@ class Earlier:
       if not messages:
         messages += self._broken_case(one.requests[0].case)
         for i, request in enumerate(one.requests, 1):
-          more, key = list(next(found)), _key(request)
+          more, key = list(next(found)), edit_key(request)
           if self._unique:
             same = [*self._edits.get(key, ()), *own.get(key, ())]
-            more += _repeated(request, same)
+            more += _repeated(request, same, bool(self._batch))
           title = f'rewrite {i}: ' if len(one.requests) > 1 else ''
           messages += [title + message for message in more]
           own.setdefault(key, []).append(request)
       errors.append(messages)
     self._cases |= cases
     if not any(errors):
+      self._count += 1
       for key, requests in own.items():
         self._edits.setdefault(key, []).extend(requests)
     return errors
@@ -70,26 +82,30 @@ class Earlier:
     ]
 
 
-def _key(request: EditRequest) -> tuple[str, str]:
+def edit_key(request: EditRequest) -> Key:
+  """What a request edits: its subject and prompt, white space aside."""
   squeeze = lambda text: ' '.join(text.split())
   return squeeze(request.subject or ''), squeeze(request.prompt)
 
 
 def _repeated(
-    request: EditRequest, earlier: Sequence[EditRequest]
+    request: EditRequest, earlier: Sequence[EditRequest], batches: bool
 ) -> list[str]:
   """Says what is wrong with an edit of what was edited before."""
+  keep = 'keep one'
+  if batches:
+    keep += ', or let them stand in different batches (--batch_size)'
   for one in earlier:
     if request.target.split() == one.target.split():
       if request.case == one.case:
         return [f'it makes the same edit as {named(one)}; drop one of them.']
     elif request.subject is None:
       return [
-          f'it answers the question of {named(one)} in another way; keep one.'
+          f'it answers the question of {named(one)} in another way; {keep}.'
       ]
     else:
       return [
           f'it writes {request.target!r} where {named(one)} writes'
-          f' {one.target!r} for the same subject and prompt; keep one.'
+          f' {one.target!r} for the same subject and prompt; {keep}.'
       ]
   return []

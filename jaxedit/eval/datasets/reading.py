@@ -9,7 +9,8 @@ or left as a whole: no limit and no error cuts a case.
 White space around targets and answers and after prompts is dropped, as a target
 brings its own space; the answer of a question may begin with some. Unpaired
 surrogates become U+FFFD. Two facts that edit one (subject, prompt) are an
-error, whether their targets agree or not. So are a question with two answers, and one
+error, whether their targets agree or not, unless they stand in different batches
+of a sequence (`batch_size`), of which the last wins. So are a question with two answers, and one
 that is asked twice with the same answer, unless in two cases: those are edited
 apart, and AKEW's share facts. White space counts as one space in that
 comparison, and case matters. Facts to trace may repeat.
@@ -97,10 +98,11 @@ class RequestFile:
       format: str,  # pylint: disable=redefined-builtin
       limit: int | None,
       on_bad_record: str,
+      batch_size: int | None = None,
   ):
     self.source = source
     self._kinds = tuple(dict.fromkeys(one.kind for one in formats))
-    self._options, self._limit = options, limit
+    self._options, self._limit, self._batch = options, limit, batch_size
     self._skips = on_bad_record == 'skip'
     long = self._kinds == (TEXT,)
     blob = entries.read(source, self._content(), long=long)
@@ -128,7 +130,7 @@ class RequestFile:
         and their number are reported.
     """
     requests, skipped, errors = [], [], []
-    earlier = Earlier(unique=KNOWN not in self._kinds)
+    earlier = Earlier(KNOWN not in self._kinds, self._batch)
     for case, found in self._checked(check, earlier):
       if not any(found):
         requests += [request for one in case for request in one.requests]
