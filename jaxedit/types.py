@@ -77,15 +77,18 @@ class TokenLayout:
   A token attends to a token of its sequence whose position is not after its own
   and whose segment is `SHARED` or its own. So left padding, right padding,
   packed texts (segments 2, 3, ...) and answers that branch from one shared
-  prefix (segments 2, 3, ...) are the same computation.
+  prefix (segments 2, 3, ...) are the same computation. In an encoder a token
+  attends to later ones too.
 
   Attributes:
     positions: [B, T] int32, rotary or learned position of the token.
     segment_ids: [B, T] int32, `PADDING`, `SHARED` or an id from 2 up.
+    causal: whether positions matter as above, static; of an encoder, False.
   """
 
   positions: Array
   segment_ids: Array
+  causal: bool = flax.struct.field(pytree_node=False, default=True)
 
 
 @flax.struct.dataclass

@@ -194,12 +194,13 @@ class UsualTest(parameterized.TestCase):
 
 
 class FakeEncoder:
-  """Embeds a text by its length in two dimensions, and remembers."""
+  """Stands in for `retrieval.embed`: a text's length in two dimensions."""
 
   def __init__(self):
     self.seen = []
 
-  def embed(self, texts):
+  def embed(self, encoder, texts):
+    assert encoder is self
     self.seen += texts
     return np.array([[len(text), 1.0] for text in texts], np.float32)
 
@@ -222,6 +223,9 @@ class ScoresTest(absltest.TestCase):
 
   def test_encoder(self):
     encoder = FakeEncoder()
+    self.enterContext(
+        mock.patch.object(similarity.retrieval, 'embed', encoder.embed)
+    )
     rows = similarity.scores(['ab c', 'x'], ['ab c', 'ab c'], encoder=encoder)
     self.assertEqual(list(rows[0]), list(similarity.NAMES))
     # Every text once, with the space of the protocol.
@@ -230,6 +234,12 @@ class ScoresTest(absltest.TestCase):
     expected = (2 * 4 + 1) / np.sqrt((4 + 1) * (16 + 1))
     np.testing.assert_allclose(cosines, [1.0, expected])
     self.assertEqual(similarity.scores([], [], encoder=encoder), [])
+
+  def test_cosine(self):
+    a = np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [2.0, 0.0]])
+    b = np.array([[0.0, 3.0], [2.0, 2.0], [1.0, 0.0], [-1.0, 0.0]])
+    np.testing.assert_allclose(similarity.cosine(a, b), [0.0, 1.0, 0.0, -1.0])
+    self.assertEqual(similarity.cosine(a[:0], b[:0]).shape, (0,))
 
   def test_missing_packages(self):
     self.assertEqual(similarity.missing(), [])

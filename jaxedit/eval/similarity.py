@@ -12,7 +12,7 @@ The published protocol of long-form editing (UnKEBench and AnyEdit):
   rouge_2_recall   the same of pairs of neighbouring words
   rouge_l_recall   share of the different words of r that lie in a longest
                    common subsequence of one sentence of r and one of p
-  minilm_cosine    cosine of sentence embeddings (see `minilm`), there called
+  minilm_cosine    cosine of sentence embeddings (see `retrieval`), there called
                    'Bert Score' although it is not BERTScore
 
 The usual definitions:
@@ -58,7 +58,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from jaxedit.eval import matching, minilm
+from jaxedit import retrieval
+from jaxedit.eval import matching
+from jaxedit.models.encoder import Encoder
 from jaxedit.text import scripts
 from jaxedit.types import InputError
 
@@ -99,7 +101,7 @@ def scores(
     predictions: Sequence[str],
     references: Sequence[str],
     *,
-    encoder: minilm.Encoder | None = None,
+    encoder: Encoder | None = None,
 ) -> list[dict[str, float]]:
   """Scores predictions against their references with everything there is.
 
@@ -134,16 +136,32 @@ def scores(
   # A reference often stands for several predictions; embed each text once.
   texts = list(dict.fromkeys([*map(_spaced, predictions), *references]))
   place = {text: i for i, text in enumerate(texts)}
-  vectors = encoder.embed(texts)
-  cosines = minilm.cosine(
+  vectors = retrieval.embed(encoder, texts)
+  cosines = cosine(
       vectors[[place[_spaced(p)] for p in predictions]],
       vectors[[place[r] for r in references]],
   )
   both = [
-      {**row, 'minilm_cosine': float(cosine)}
-      for row, cosine in zip(rows, cosines)
+      {**row, 'minilm_cosine': float(one)} for row, one in zip(rows, cosines)
   ]
   return [{m: row[m] for m in NAMES if m in row} for row in both]
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+  """Returns the cosine of each pair of rows.
+
+  Args:
+    a: [N, D].
+    b: [N, D].
+
+  Returns:
+    [N] f64 from -1 to 1; 0 where a row is zero.
+  """
+  a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+  length = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+  product = np.sum(a * b, axis=-1)
+  safe = np.where(length > 0, length, 1.0)
+  return np.clip(np.where(length > 0, product / safe, 0.0), -1.0, 1.0)
 
 
 def bleu_char(prediction: str, reference: str) -> float:

@@ -6,6 +6,7 @@ interventions as arguments and returns its activations:
   sequential:       h += attn(norm(h));  h += mlp(norm'(h))
   parallel:         h += attn(norm(h)) + mlp(norm'(h))
   parallel_shared:  h += attn(norm(h)) + mlp(norm(h))
+  post:             h = norm(h + attn(h));  h = norm'(h + mlp(h))
 
 The residual stream h is f32 or wider for weights of any dtype; the inputs of
 matrix products are cast to the dtype of the weights, or to that of the
@@ -276,7 +277,7 @@ class AttentionInputs(NamedTuple):
 
 
 class Block(nn.Module):
-  """One block; see the module head for its three shapes.
+  """One block; see the module head for its four shapes.
 
   `__call__` is `attention_half` and then `mlp_half`. Called separately, the MLP
   can run again under another delta without its attention. Activations are
@@ -312,7 +313,10 @@ class Block(nn.Module):
     h, x = self._attention_half(h, inputs, prefix, run, intervene)
     m = run.edited('mlp', x, self.mlp(x, run))
     run.seen['mlp'] = m = intervene('mlp', m)
-    h = run.edited('block', before, h + m)
+    h = h + m
+    if self.spec.residual == 'post':
+      h = self.mlp_norm(h)
+    h = run.edited('block', before, h)
     run.seen['block'] = h = intervene('block', h)
     return h, run.seen
 
@@ -337,7 +341,8 @@ class Block(nn.Module):
     return run.edited('mlp', x, self.mlp(x, run)), run.seen
 
   def _attention_half(self, h, inputs, prefix, run, intervene):
-    context = self.attn_norm(h)
+    post = self.spec.residual == 'post'
+    context = h if post else self.attn_norm(h)
     h, x = _kept(inputs, h), _kept(inputs, context)
     a = run.edited('attn', x, self.attn(x, context, inputs, prefix, run))
     run.seen['attn'] = a = intervene('attn', a)
@@ -346,6 +351,9 @@ class Block(nn.Module):
     if self.spec.residual == 'parallel':
       return h + a, self.mlp_norm(h)
     h = h + a
+    if post:
+      h = self.attn_norm(h)
+      return h, h
     return h, self.mlp_norm(h)
 
 

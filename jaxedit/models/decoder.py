@@ -73,7 +73,7 @@ def visible(query: TokenLayout, key: TokenLayout, window: int | None) -> Array:
   """Computes the attention mask of two layouts (see `types.TokenLayout`).
 
   Args:
-    query: [B, T] layout of the queries.
+    query: [B, T] layout of the queries; says whether attention is causal.
     key: [B, T'] layout of the keys.
     window: sliding window in tokens, or None.
 
@@ -82,8 +82,10 @@ def visible(query: TokenLayout, key: TokenLayout, window: int | None) -> Array:
   """
   q = TokenLayout(query.positions[:, :, None], query.segment_ids[:, :, None])
   k = TokenLayout(key.positions[:, None, :], key.segment_ids[:, None, :])
-  mask = (k.positions <= q.positions) & (k.segment_ids != PADDING)
-  mask &= (k.segment_ids == SHARED) | (k.segment_ids == q.segment_ids)
+  mask = (k.segment_ids == SHARED) | (k.segment_ids == q.segment_ids)
+  mask &= k.segment_ids != PADDING
+  if query.causal:
+    mask &= k.positions <= q.positions
   if window is not None:
     mask &= q.positions - k.positions < window
   return mask

@@ -81,6 +81,8 @@ def load_model(
     folder: str | os.PathLike[str],
     dtype: str = 'float32',
     progress: Progress = silent,
+    *,
+    names: Sequence[str] = families.NAMES,
 ) -> Model:
   """Loads a Hugging Face folder.
 
@@ -88,6 +90,7 @@ def load_model(
     folder: has config.json and model.safetensors, or shards with their index.
     dtype: 'float32' or 'bfloat16', of every parameter.
     progress: is told upstream tensors.
+    names: the families that are wanted.
 
   Returns:
     The model, its parameters on the default device.
@@ -100,18 +103,20 @@ def load_model(
         f'dtype {dtype!r} is not supported; use one of {", ".join(DTYPES)}'
     )
   folder = pathlib.Path(folder)
-  config, source, layout = open_model(folder)
+  config, source, layout = open_model(folder, names)
   params, digest = _read_params(source, layout, DTYPES[dtype], progress)
   return Model(layout.spec, params, folder, digest, config)
 
 
 def open_model(
     folder: str | os.PathLike[str],
+    names: Sequence[str] = families.NAMES,
 ) -> tuple[dict[str, Any], checkpoint.Checkpoint, Layout]:
   """Reads and checks everything but the weights.
 
   Args:
     folder: as for `load_model`.
+    names: the families that are wanted.
 
   Returns:
     The config, the headers of the weight files, and what goes where.
@@ -123,7 +128,7 @@ def open_model(
   problems: list[str] = []
   spec = source = None
   try:
-    spec = families.spec_from_hf(config)
+    spec = families.spec_from_hf(config, names)
   except InputError as error:
     where = pathlib.Path(folder) / 'config.json'
     problems += [f'{where}: {problem}' for problem in error.problems]
@@ -152,7 +157,11 @@ def match(spec: spec_lib.ModelSpec, source: checkpoint.Checkpoint) -> Layout:
   family = families.get(spec.family)
   slots, full_names, problems = {}, {}, []
   for full, wanted in tensors.upstream_slots(spec, family.TENSORS).items():
-    name = tensors.find_name(full, family.PREFIX, source.tensors)
+    known = (full, *(full.replace(*pair) for pair in _older(family)))
+    tries = (
+        tensors.find_name(name, family.PREFIX, source.tensors) for name in known
+    )
+    name = next(filter(None, tries), None)
     if name is None:
       leaves = ', '.join(slot.path for slot in wanted)
       problems.append(
@@ -180,6 +189,11 @@ def match(spec: spec_lib.ModelSpec, source: checkpoint.Checkpoint) -> Layout:
   return Layout(spec, slots, full_names, copies, tuple(ignored))
 
 
+def _older(family: Any) -> tuple[tuple[str, str], ...]:
+  """Endings of a family's names, and what older checkpoints have there."""
+  return getattr(family, 'OLDER', ())
+
+
 def _misfit(tensor: checkpoint.Tensor, slot: tensors.Slot) -> list[str]:
   """Compares a tensor with the place it goes to."""
   shape, problems = tensors.upstream_shape(slot), []
@@ -203,9 +217,10 @@ def _tied_copies(
     slots: Mapping[str, Sequence[tensors.Slot]],
 ) -> dict[str, str]:
   """Finds a stored head that a tied model takes from its embedding."""
-  family = families.get(spec.family)
-  head = family.TENSORS['head/kernel'].name
-  if not spec.tied or head not in source.tensors:
+  if not spec.tied:
+    return {}
+  head = families.get(spec.family).TENSORS['head/kernel'].name
+  if head not in source.tensors:
     return {}
   embedding = [
       name

@@ -1,4 +1,4 @@
-"""The architecture of a decoder, as one frozen, hashable value.
+"""The architecture of a model, as one frozen, hashable value.
 
 A `ModelSpec` holds what changes the mathematics and nothing else. It is a
 static argument of every jitted function, so two models of one shape share
@@ -6,6 +6,7 @@ compiled code. Families (`families/<hf model_type>.py`) build it from a Hugging
 Face config; `param_shapes` gives the canonical parameter tree that goes with it:
 
   embed/embedding [V, D]                embed/position [max_positions, D]
+  embed/type [token_types, D]           embed/norm/{scale, bias} [D]
   layers/attn_norm/{scale, bias} [L, D]
   layers/attn/{q, k, v}/kernel [L, D, heads * H]    layers/attn/out/kernel [L, N * H, D]
   layers/mlp_norm/{scale, bias} [L, D]
@@ -13,7 +14,8 @@ Face config; `param_shapes` gives the canonical parameter tree that goes with it
   final_norm/{scale, bias} [D]          head/kernel [D, V]    head/bias [V]
 
 Leaves that an architecture lacks are absent: biases, the norm of a block with
-one shared norm, `gate` of a plain MLP, `head/kernel` of a tied head. Linear
+one shared norm, `gate` of a plain MLP, `head/kernel` of a tied head, the norm
+of embeddings unless blocks are post-norm, and the final norm where they are. Linear
 kernels are [in, out] in every family.
 """
 
@@ -43,7 +45,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-  """What a decoder computes.
+  """What a decoder, or an encoder, computes.
 
   Attributes:
     family: Hugging Face model_type, the name of the file in `families`.
@@ -58,7 +60,8 @@ class ModelSpec:
     norm: 'rms' or 'layer'.
     norm_eps: added to the variance.
     residual: 'sequential', 'parallel' (attention and MLP each with a norm of
-      its own) or 'parallel_shared' (both read one norm).
+      its own), 'parallel_shared' (both read one norm) or 'post' (BERT: the norm
+      follows the sum, and that of the embeddings).
     activation: 'silu', 'gelu' (exact) or 'gelu_tanh'.
     gated: whether the MLP has a gate.
     rotary: 'half' (rotates the two halves), 'interleaved' (neighbouring pairs)
@@ -67,9 +70,11 @@ class ModelSpec:
     rope_theta: base of the wavelengths.
     rope_scaling: stretching of the wavelengths, or None.
     learned_positions: whether the embedding adds a learned position table.
+    token_types: rows of the table of token types that is added too, or 0.
     qkv_bias: bias on q, k and v.
     out_bias: bias on the attention output.
     mlp_bias: bias on the MLP's maps.
+    head: whether there is a language model head; False for encoders.
     head_bias: bias on the head.
     tied: whether the head is the embedding.
     window: sliding attention window in tokens, or None.
@@ -99,9 +104,11 @@ class ModelSpec:
   rope_theta: float = 10000.0
   rope_scaling: RopeScaling | None = None
   learned_positions: bool = False
+  token_types: int = 0
   qkv_bias: bool = False
   out_bias: bool = False
   mlp_bias: bool = False
+  head: bool = True
   head_bias: bool = False
   tied: bool = False
   window: int | None = None
@@ -123,6 +130,8 @@ def param_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
   shapes: dict[str, tuple[int, ...]] = {'embed/embedding': (spec.vocab, D)}
   if spec.learned_positions:
     shapes['embed/position'] = (spec.max_positions, D)
+  if spec.token_types:
+    shapes['embed/type'] = (spec.token_types, D)
 
   def norm(path: str, lead: tuple[int, ...]) -> None:
     shapes[f'{path}/scale'] = (*lead, D)
@@ -134,6 +143,8 @@ def param_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     if bias:
       shapes[f'layers/{path}/bias'] = (L, fan_out)
 
+  if spec.residual == 'post':
+    norm('embed/norm', ())
   norm('layers/attn_norm', (L,))
   linear('attn/q', D, N, spec.qkv_bias)
   linear('attn/k', D, G, spec.qkv_bias)
@@ -145,8 +156,9 @@ def param_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     linear('mlp/gate', D, F, spec.mlp_bias)
   linear('mlp/up', D, F, spec.mlp_bias)
   linear('mlp/down', F, D, spec.mlp_bias)
-  norm('final_norm', ())
-  if not spec.tied:
+  if spec.residual != 'post':
+    norm('final_norm', ())
+  if spec.head and not spec.tied:
     shapes['head/kernel'] = (D, spec.vocab)
   if spec.head_bias:
     shapes['head/bias'] = (spec.vocab,)

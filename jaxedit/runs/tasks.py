@@ -11,7 +11,8 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxedit.eval import datasets, evaluation, minilm, similarity
+from jaxedit.convert import hub
+from jaxedit.eval import datasets, evaluation, similarity
 from jaxedit.eval.datasets import Loaded
 from jaxedit.eval.datasets.reading import RequestFile
 from jaxedit.eval.evaluation import Evaluation
@@ -203,7 +204,7 @@ class TextTask:
     """Loads the requests that can be edited and judged."""
     # Refused now, as it is needed after the weights only.
     if self.config.encoder != 'none':
-      minilm.find_encoder(self.config.encoder, progress)
+      hub.find_encoder(self.config.encoder, progress)
     edit = self._encoder(tokens, spec)
     check = _check(spec, edit, self.scorers(tokens, spec))
     loaded = self.file.load(
@@ -290,7 +291,7 @@ class TextTask:
     if not self.max_new_tokens:
       return ()
     if model is not None and self.config.encoder != 'none':
-      encoder = minilm.load_encoder(self.config.encoder)
+      encoder = hub.load_encoder(self.config.encoder)
     return (
         LongForm(
             tokens,

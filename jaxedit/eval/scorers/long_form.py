@@ -31,10 +31,10 @@ from typing import Any
 import numpy as np
 
 from jaxedit.eval import matching, similarity
-from jaxedit.eval.minilm import Encoder
 from jaxedit.eval.scorers import base
 from jaxedit.eval.scorers.base import Generation, Judged, Prompt, Questions
 from jaxedit.models.decode import GREEDY, Decoding
+from jaxedit.models.encoder import Encoder
 from jaxedit.text import passages
 from jaxedit.text.chat import Chat
 from jaxedit.text.token_cache import TokenCache

@@ -6,6 +6,7 @@ A family module has
   TENSORS   canonical leaf path -> tensors.Source
   PREFIX    what base model checkpoints leave out of every name
   IGNORED   tensors that may be present and are not needed
+  OLDER     if there are such: endings of tensor names, and what they were once
 
 A config field is read by the family, or listed as harmless here or in the
 family, or empty; any other field is refused, because it could change the
@@ -16,13 +17,15 @@ from __future__ import annotations
 
 import importlib
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxedit.models import spec as spec_lib
 from jaxedit.types import InputError
 
+# Decoders, which are edited, and encoders of texts.
 NAMES = ('gpt2', 'gpt_neox', 'gptj', 'llama', 'mistral', 'qwen2')
+ENCODERS = ('bert',)
 
 # Fields that transformers writes for every model and that leave a decoder's
 # forward pass as it is: bookkeeping, outputs, training, and text generation.
@@ -65,19 +68,26 @@ def get(model_type: str) -> types.ModuleType:
   Raises:
     InputError: there is no such family; the sentence lists those there are.
   """
-  if model_type not in NAMES:
-    raise InputError(
-        f'model_type {model_type!r} is not supported; supported are '
-        f'{", ".join(NAMES)}'
-    )
+  if model_type not in NAMES + ENCODERS:
+    raise InputError(_unsupported(model_type, NAMES))
   return importlib.import_module(f'{__name__}.{model_type}')
 
 
-def spec_from_hf(config: Mapping[str, Any]) -> spec_lib.ModelSpec:
+def _unsupported(model_type: Any, names: Sequence[str]) -> str:
+  return (
+      f'model_type {model_type!r} is not supported; supported are '
+      f'{", ".join(names)}'
+  )
+
+
+def spec_from_hf(
+    config: Mapping[str, Any], names: Sequence[str] = NAMES
+) -> spec_lib.ModelSpec:
   """Reads the architecture out of a Hugging Face config of any family.
 
   Args:
     config: the parsed config.json.
+    names: the families that are wanted.
 
   Returns:
     What the model computes.
@@ -88,6 +98,8 @@ def spec_from_hf(config: Mapping[str, Any]) -> spec_lib.ModelSpec:
   """
   if 'model_type' not in config:
     raise InputError(
-        'the config has no model_type; add one of ' + ', '.join(NAMES)
+        'the config has no model_type; add one of ' + ', '.join(names)
     )
+  if config['model_type'] not in names:
+    raise InputError(_unsupported(config['model_type'], names))
   return get(config['model_type']).spec_from_hf(config)

