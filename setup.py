@@ -54,6 +54,7 @@ setuptools.setup(
     package_dir={'jaxedit.kernels': 'kernels'},
     package_data={
         'jaxedit.eval.datasets': ['*.jsonl'],
+        'jaxedit.stats': ['*.jsonl'],
         'jaxedit.trace': ['*.j2'],
         'experiments': ['flagfiles/*.flags'],
     },

@@ -7,6 +7,7 @@ below, seven times more than we are anywhere.
 from __future__ import annotations
 
 import functools
+from unittest import mock
 
 import hf_oracle
 import jax
@@ -18,6 +19,7 @@ from absl.testing import absltest
 from jaxedit import testing
 from jaxedit.models import decode, decoder, loading
 from jaxedit.models import tokenizer as tokenizer_lib
+from jaxedit.stats import corpora
 
 SENTENCES = (
     'The lighthouse on the northern cape was built in 1871.',
@@ -106,6 +108,22 @@ class SmolLm2Test(absltest.TestCase):
     # Measured: 1.5e-4, on logits from -32 to 39.
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-4)
     np.testing.assert_array_equal(ours.argmax(-1), theirs.argmax(-1))
+
+  def test_shipped_samples_are_of_this_model(self):
+    tokenizer = self.tokenizer
+    with mock.patch.object(decode, 'generate') as generate:
+      texts = corpora.sample(
+          self.ours.spec,
+          self.ours.params,
+          corpora.sample_starts(tokenizer),
+          tokens=15360,
+          seed=0,
+          stop_ids=[tokenizer.eos_token_id],
+          model=self.ours.hash,
+          tokenizer=tokenizer,
+      )
+    generate.assert_not_called()
+    self.assertBetween(sum(map(len, texts)), 15360, 15360 + 64 * 68)
 
   def test_greedy_texts(self):
     prompts = self.tokenizer(list(PROMPTS))['input_ids']

@@ -152,6 +152,7 @@ class SetupTest(absltest.TestCase):
   def test_package_data(self):
     data = setup_arguments()['package_data']
     self.assertIn('*.jsonl', data['jaxedit.eval.datasets'])
+    self.assertIn('*.jsonl', data['jaxedit.stats'])
     self.assertIn('*.j2', data['jaxedit.trace'])
     self.assertIn('flagfiles/*.flags', data['experiments'])
     for name in ('demo_facts.jsonl', 'demo_passages.jsonl'):

@@ -150,6 +150,7 @@ def _texts(
       seed=config.seed,
       stop_ids=[i for i in (tokenizer.eos_token_id,) if i is not None],
       model=model.hash,
+      tokenizer=tokenizer,
       store=_beside(config.out, '.texts'),
       progress=progress,
   )

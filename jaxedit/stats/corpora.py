@@ -29,6 +29,7 @@ import numpy as np
 from jaxedit import io
 from jaxedit.models import decode
 from jaxedit.models.spec import ModelSpec
+from jaxedit.stats import shipped
 from jaxedit.types import InputError, Params, Progress, silent
 
 KINDS = 'self, file:PATH, jsonl:PATH:FIELD or hf:ID[:CONFIG[:FIELD]]'
@@ -349,6 +350,7 @@ def sample(
     batch_rows: int = 64,
     top_k: int = 50,
     model: str = '',
+    tokenizer: Any = None,
     store: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
 ) -> list[list[int]]:
@@ -366,6 +368,7 @@ def sample(
     top_k: draw among the k most probable; 0 among all. 50 keeps nearly all of
       the probability and avoids the tail where small models lose the thread.
     model: hash of the model, which a store must agree with.
+    tokenizer: of the model; with it, texts that the package ships are used.
     store: file that keeps finished batches; one left by the same run is
       continued. It stays: what needs the texts says when they are done with.
     progress: is told tokens.
@@ -391,6 +394,8 @@ def sample(
       top_k=top_k,
   )  # fmt: skip
   samples = _Samples(store, identity)
+  if tokenizer is not None and not samples.batches:
+    samples.texts, samples.batches = shipped.texts(identity, tokenizer)
   with progress('sampling', tokens, 'token') as advance:
     have = sum(map(len, samples.texts))
     advance(min(have, tokens))
