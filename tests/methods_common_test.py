@@ -22,7 +22,7 @@ from absl.testing import absltest, parameterized
 
 from jaxedit import edited as edited_lib
 from jaxedit.batching import plan as plan_lib
-from jaxedit.deltas import UNEDITED, Edited
+from jaxedit.deltas import UNEDITED, Codebook, Edited
 from jaxedit.methods import base
 from jaxedit.methods.anyedit import anyedit
 from jaxedit.methods.base import EditBatch, Editor, Info, Run
@@ -134,6 +134,10 @@ class Done(NamedTuple):
       return np.asarray(
           _logits(self.model.params, edited) - _logits(self.model.params)
       )
+
+
+def _is_codebook(done: Done) -> bool:
+  return isinstance(done.edited.deltas[0], Codebook)
 
 
 class Bench(NamedTuple):
@@ -256,6 +260,8 @@ class CommonTest(parameterized.TestCase):
 
   @every_case
   def test_order_of_edits_does_not_matter(self, case):
+    if bench(case).editor.ordered:
+      self.skipTest('edits are made one after the other')
     b, order = bench(case), [3, 1, 0, 2]
     some, want = b.edits(), done(case)[0]
     got = b.edit([some[i] for i in order])
@@ -302,7 +308,7 @@ class CommonTest(parameterized.TestCase):
       self.assert_close(apart.effect(i), alone.effect())
       self.assert_same_reports(apart.info, alone.info, [(i, 0)])
       total = total + apart.effect(i)
-    if b.editor.cumulative:  # entries of a memory
+    if _is_codebook(joint):  # entries do not see each other
       self.assert_close(total, joint.effect())
       return
     # Edits of one batch see each other, so together they differ.
@@ -386,6 +392,8 @@ class CommonTest(parameterized.TestCase):
       self.skipTest('optimises no hidden states')
     for got in done(case):
       self.assertTrue(got.info.written.all())
+      if got.info.targets is None:
+        continue
       distance = np.array(got.info.per_edit['distance'])
       self.assertLess(distance[:, -1].mean(), 0.95)
 
@@ -397,7 +405,8 @@ class CommonTest(parameterized.TestCase):
       both = b.edit(b.edits(6), state=first.state)
       self.assertTrue(both.info.written.all())
       self.assertEqual(shape(both.state), shape(first.state))
-      self.assert_close(both.effect(), first.effect())
+      if _is_codebook(first):
+        self.assert_close(both.effect(), first.effect())
       return
     with jax.enable_x64(True):
       params = edited_lib.apply(b.model.params, first.edited)

@@ -182,6 +182,7 @@ class Editor(NamedTuple):
   bytes_of: Callable[[Any, Sequence[EncodedEdit]], int] = lambda *_: 0
   finish: Callable[[Any, Edited], Edited] = lambda model, edited: edited
   cumulative: bool = False
+  ordered: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
