@@ -81,7 +81,7 @@ class TPatcherTest(absltest.TestCase):
     rng, n, m = np.random.default_rng(3), 4, 50
     draw = lambda *shape: rng.standard_normal(shape) / 4
     config = t_patcher.TPatcherConfig(
-        top=7, memory_weight=2.0, memory_margin_1=0.5, memory_margin_2=-0.5
+        top=7, memory_weight=2.0, memory_margin_1=0.5, memory_margin_2=0.5
     )
     tail = Tail(
         draw(n, spec.width), draw(n, spec.width), np.array([5, 6, 7, 0]),

@@ -8,7 +8,7 @@ is active there, and is trained on
 
   L = nll of the target, smoothed                      the edit
     + alc max_i exp(m_a - (k_i . x_i + b_i))           active on its own token
-    + mlc top(exp(s - own + m_1)) + mlc top(exp(s - m_2)),   s = k_i . m + b_i
+    + mlc top(exp(s - own + m_1)) + mlc top(exp(s + m_2)),   s = k_i . m + b_i
 
 over a memory m of inputs that shall stay silent; top is the mean of the largest.
 Training ends as soon as the model answers with the target. Then the patch is
@@ -83,7 +83,8 @@ class TPatcherConfig(MethodConfig):
     active_weight: alc.
     memory_weight: mlc.
     active_margin: m_a.
-    margins: (m_1, m_2).
+    memory_margin_1: m_1.
+    memory_margin_2: m_2.
     top: pairs of input and neuron that the memory's loss counts.
     check_from: updates before success is looked for.
     check_every: updates between looks.
@@ -107,10 +108,12 @@ class TPatcherConfig(MethodConfig):
   )
   active_margin: float = 0.0
   memory_margin_1: float = setting(
-      0.0, 'how much less active a neuron is on the memory than on its token'
+      0.0,
+      'how much less active a neuron is on the memory than on its token (m_1)',
+      low=0,
   )
   memory_margin_2: float = setting(
-      0.0, 'activation on the memory above which it counts'
+      0.0, 'how far below zero a neuron is on the memory (m_2)', low=0
   )
   top: int = setting(
       125,
@@ -228,7 +231,7 @@ def loss_of(
     return total / jnp.maximum(jnp.sum(found), 1)
 
   silent = top(seen - mine + config.memory_margin_1)
-  silent += top(seen - config.memory_margin_2)
+  silent += top(seen + config.memory_margin_2)
   loss = edit + config.active_weight * active + config.memory_weight * silent
   return loss, jnp.all(best | ~tail.mask)
 

@@ -157,14 +157,11 @@ class RunConfig:
   )
   preserve: str = setting(
       'self',
-      f'UnKE: text whose outputs are kept: {corpora.KINDS}',
-      only='text',
+      f'UnKE, T-Patcher: text that stays as it is: {corpora.KINDS}',
   )
-  preserve_count: int = setting(
-      20, 'UnKE: how many texts of it', low=1, only='text'
-  )
+  preserve_count: int = setting(20, 'how many texts of --preserve', low=1)
   preserve_tokens: int = setting(
-      128, 'UnKE: the longest of them', unit='tokens', low=1, only='text'
+      128, 'the longest of them', unit='tokens', low=1
   )
 
   # The evaluation.
