@@ -173,6 +173,8 @@ class Editor(NamedTuple):
     cumulative: whether `edit` returns all edits so far, those of the state and
       of this batch (a codebook, a memory), not what the batch adds to the model
       it is given. In a sequence it is then given the unedited model.
+    ordered: whether edits of a batch are made one after the other, so that their
+      order matters.
   """
 
   needs: tuple[Need, ...]

@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxedit.batching import packer
+from jaxedit.batching import edits as edits_lib
 from jaxedit.batching.buckets import round_up
-from jaxedit.batching.packer import PackedBatch
+from jaxedit.batching.edits import PackedBatch
 from jaxedit.batching.plan import BatchPlan
 from jaxedit.deltas import ACTIVATIONS, Edited, Neurons
 from jaxedit.models import decoder
@@ -109,7 +109,7 @@ def tail_of(
   parts: list[Tail] = []
   for side in (True,) if plain else (True, False):
     plan = plan.independent()
-    for batch in packer.pack_prompts(edits, plan, plain=side, text=True):
+    for batch in edits_lib.pack_prompts(edits, plan, plain=side, text=True):
       part = _part(edits, batch, most)
       x, out = _read(spec, params, batch, part.x)
       used = batch.edit >= 0
