@@ -236,9 +236,9 @@ def calinet(spec: ModelSpec, config: CalinetConfig) -> Editor:
             (spec, model.params), config, state, tail, mine, edits
         )
         states.append(_with(state, branch, bool(len(mine))))
-        owner = tail.edit[np.isin(tail.edit, mine)]
+        whose = tail.edit[np.isin(tail.edit, mine)]
         for i in mine:
-          loss[i], found[i] = losses[owner == i].mean(), right[owner == i].all()
+          loss[i], found[i] = losses[whose == i].mean(), right[whose == i].all()
           steps[i] = int(count)
         advance(int((group == number).sum()))
     written = finite & np.isfinite(loss)
