@@ -329,7 +329,6 @@ METHOD = Method(
     'a small MLP beside the last one, trained on many facts at once',
     CalinetConfig,
     calinet,
-    accepts=frozenset({'fact'}),
     chunkable=False,
     source='arXiv 2210.03329',
     small={'branch_neurons': 4, 'branch_steps': 5},
