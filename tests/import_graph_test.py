@@ -94,6 +94,7 @@ SHARED_BY_METHODS = tuple(
         'config',
         'gradient',
         'parity',
+        'patches',
         'regression',
         'settings',
     )
