@@ -24,9 +24,8 @@ from absl import flags
 from experiments import memit_batch
 from experiments.benchmark.compare import cosines
 from jaxedit import io
-from jaxedit.runs import cli, method_flags, report
+from jaxedit.runs import cli, editing, inputs, method_flags, report
 from jaxedit.runs import config as config_lib
-from jaxedit.runs import session as session_lib
 from jaxedit.runs.clock import Clock
 from jaxedit.runs.config import RunConfig
 from jaxedit.runs.output import Output
@@ -72,7 +71,7 @@ def agreement(one: Targets, other: Targets) -> dict[str, Any]:
   }
 
 
-def compare(session: session_lib.Session) -> dict[str, Any]:
+def compare(session: inputs.Session) -> dict[str, Any]:
   """Edits with both arithmetics.
 
   Args:
@@ -90,9 +89,9 @@ def compare(session: session_lib.Session) -> dict[str, Any]:
   evaluations, targets = {}, []
   for name, one in (('bfloat16', model), ('float32', wide)):
     mine = dataclasses.replace(session, model=one)
-    outcome = session_lib.edit(mine, state, progress=cli.progress_bar)
+    outcome = editing.edit(mine, state, progress=cli.progress_bar)
     targets.append(outcome.info.targets.targets)
-    evaluations[name] = session_lib.judge(
+    evaluations[name] = editing.judge(
         mine, outcome, scorers, progress=cli.progress_bar
     )
   return {**agreement(*targets), **report.tables(evaluations)}
@@ -112,7 +111,7 @@ def main() -> None:
       config.output_dir, cli.given(), overwrite=config.overwrite
   ) as output:
     cli.use_compilation_cache(config.compilation_cache)
-    session = session_lib.load(
+    session = inputs.load(
         config,
         chosen,
         'fact',

@@ -39,7 +39,7 @@ from jaxedit.models import tokenizer as tokenizer_lib
 from jaxedit.models.decode import GREEDY, Decoding
 from jaxedit.models.loading import Model
 from jaxedit.models.spec import ModelSpec
-from jaxedit.runs import needs, session
+from jaxedit.runs import editing, needs
 from jaxedit.runs.config import RunConfig
 from jaxedit.runs.tasks import sample_contexts
 from jaxedit.targets.budget import plan_batches
@@ -255,7 +255,7 @@ def edit(
       EditBatch(encoded, plan, group, wanted),
       Run(progress=progress),
   )
-  session.require_some(result.info)
+  editing.require_some(result.info)
   return EditedModel(model, result.edited, result.info, chat=chat)
 
 

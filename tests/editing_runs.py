@@ -20,7 +20,7 @@ from jaxedit.eval import datasets, evaluation
 from jaxedit.eval.scorers.long_form import LongForm, end_ids
 from jaxedit.eval.scorers.teacher_forced import TeacherForced
 from jaxedit.models import loading, tokenizer
-from jaxedit.runs import moments, session
+from jaxedit.runs import editing, moments
 from jaxedit.stats import corpora
 from jaxedit.text import chat as chat_lib
 from jaxedit.text.token_cache import TokenCache
@@ -203,9 +203,9 @@ class Case(programs.Case):
       **changes: flags.
     """
     unreached = [
-        (session, 'judge'),
-        (session, '_edit_in_sequence'),
-        (session, '_edit_independent'),
+        (editing, 'judge'),
+        (editing, '_edit_in_sequence'),
+        (editing, '_edit_independent'),
         (moments, 'collect'),
         (corpora, 'sample'),
     ]

@@ -12,7 +12,7 @@ import tiny_model
 from absl.testing import absltest, parameterized
 from editing_runs import TEXTS, Case, fact, interrupted_at, text
 
-from jaxedit.runs import moments, report, session
+from jaxedit.runs import editing, inputs, moments, report
 from jaxedit.runs.cache import TargetFiles
 
 both_kinds = parameterized.named_parameters(
@@ -115,7 +115,7 @@ class InterruptedTest(Case):
     self.refuse(FACT, 'model: exists, and no run', save_model=True,
                 weights=True, **settings)  # fmt: skip
     stop = mock.Mock(side_effect=KeyboardInterrupt)
-    with mock.patch.object(session, '_edit_in_sequence', stop):
+    with mock.patch.object(editing, '_edit_in_sequence', stop):
       done = FACT.run(**settings)
     self.assertEqual(done.code, 130)
     self.assertFalse((place / 'results.json').exists())
@@ -164,7 +164,7 @@ class NotFiniteTest(Case):
   def test_a_part_of_them_fails_alone(self):
     data = TEXT.write(self.bad()['TEXT'], self.bad('')['TEXT'], *TEXTS[2:])
     two = mock.Mock(return_value=[[0, 1], [2, 3]])
-    with mock.patch.object(session, '_parts', two):
+    with mock.patch.object(inputs, '_parts', two):
       done = self.succeed(TEXT, model=TEXT.poisoned, data=data)
     written = [row['written'] for row in done.records]
     self.assertEqual(written, [False, False, True, True])

@@ -18,7 +18,7 @@ from editing_runs import FACTS, TEXTS, Case, fact, text
 from experiments import edit
 from jaxedit import edited as edited_lib
 from jaxedit.convert import hub
-from jaxedit.runs import session, tasks
+from jaxedit.runs import editing, tasks
 from jaxedit.stats import moments
 from jaxedit.testing import facts
 
@@ -388,7 +388,7 @@ class BadMomentsTest(RefusalCase):
   def test_too_little_text(self):
     path = FACT.path('text.txt')
     path.write_text('the tongue of Paris')
-    with mock.patch.object(session, 'judge') as judge:
+    with mock.patch.object(editing, 'judge') as judge:
       done = FACT.run(moments_corpus=f'file:{path}')
     judge.assert_not_called()
     self.assertEqual(done.code, 2)

@@ -25,7 +25,7 @@ from jaxedit.eval import datasets
 from jaxedit.methods.base import EditBatch, Run
 from jaxedit.methods.registry import METHODS
 from jaxedit.models import decoder, loading, saving, tokenizer
-from jaxedit.runs import moments, session
+from jaxedit.runs import editing, moments
 from jaxedit.stats import moments as stats_moments
 from jaxedit.text import encoding
 
@@ -642,7 +642,7 @@ class OtherMethodsTest(Case):
         temperature=1, top_k=5, top_p=0.9, repetition_penalty=1.2, seed=4
     )
     judge = mock.Mock(side_effect=KeyboardInterrupt)
-    with mock.patch.object(session, 'judge', judge):
+    with mock.patch.object(editing, 'judge', judge):
       self.assertEqual(TEXT.run(**settings).code, 130)
     (scorer,) = judge.call_args.args[2]
     self.assertEqual(scorer.decoding._asdict(), settings)

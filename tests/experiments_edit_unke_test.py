@@ -12,7 +12,7 @@ from editing_runs import LONG, TEXTS, Case, interrupted_at
 from jaxedit import edited as edited_lib
 from jaxedit.deltas import Dense
 from jaxedit.models import tokenizer
-from jaxedit.runs import needs, session
+from jaxedit.runs import editing, inputs, needs
 from jaxedit.stats import corpora
 from jaxedit.targets import run as targets_run
 
@@ -32,7 +32,7 @@ class UnkeTest(Case):
     """Lets two changes of a block fit into memory."""
     leaves = jax.tree.leaves(TEXT.base.params['layers'])
     block = 4 * sum(leaf[0].size for leaf in leaves)
-    return mock.patch.object(session, '_SIDE_BYTES', 2 * block)
+    return mock.patch.object(inputs, '_SIDE_BYTES', 2 * block)
 
   def test_whole_run(self):
     done = TEXT.block
@@ -136,7 +136,7 @@ class UnkeTest(Case):
     stop = mock.Mock(side_effect=KeyboardInterrupt)
     with (
         mock.patch.object(needs, 'pad_id', pad),
-        mock.patch.object(session, 'judge', stop),
+        mock.patch.object(editing, 'judge', stop),
     ):
       TEXT.unke(parity='anyedit')
     self.assertEqual(pad(words), words.eos_token_id)

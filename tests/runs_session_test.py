@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from absl.testing import absltest, parameterized
 
-from jaxedit.runs import needs, session
+from jaxedit.runs import inputs, needs
 from jaxedit.runs.clock import Clock, compile_seconds
 from jaxedit.runs.config import RunConfig
 from jaxedit.runs.tasks import first_of_each
@@ -29,7 +29,7 @@ class BatchesTest(parameterized.TestCase):
       (1, [[0], [1, 2], [3]]), (2, [[0, 1, 2], [3]]), (3, [[0, 1, 2, 3]])
   )
   def test_cases_are_never_cut(self, size, want):
-    self.assertEqual(session.batches_of((0, 1, 1, 2), size), want)
+    self.assertEqual(inputs.batches_of((0, 1, 1, 2), size), want)
 
   def test_first_of_each_category(self):
     some = [
@@ -54,8 +54,8 @@ class BatchesTest(parameterized.TestCase):
         bytes_of=lambda model, some: each * len(some)
     )
     config = RunConfig(batch_size=size, reset=reset)
-    with mock.patch.object(session, '_SIDE_BYTES', 9):
-      found = session._parts(config, editor, None, 'abcd', (0, 1, 2, 3))
+    with mock.patch.object(inputs, '_SIDE_BYTES', 9):
+      found = inputs._parts(config, editor, None, 'abcd', (0, 1, 2, 3))
     self.assertEqual(found, want)
 
   def test_padding_token(self):

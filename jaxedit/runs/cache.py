@@ -16,6 +16,9 @@ from typing import Any
 import numpy as np
 
 from jaxedit import io
+from jaxedit.methods.config import MethodConfig
+from jaxedit.models.loading import Model
+from jaxedit.runs.provenance import versions
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import Targets
 
@@ -119,3 +122,13 @@ class TraceFiles:
 
   def _path(self, parts: tuple[Any, ...]) -> pathlib.Path:
     return self._folder / f'{digest(self._about, *parts)}.safetensors'
+
+
+def target_settings(model: Model, config: MethodConfig) -> dict[str, Any]:
+  """What targets depend on, beside the edits; plain JSON types."""
+  return {
+      'jaxedit': versions()['jaxedit'],
+      'model': model.hash,
+      'dtype': str(model.params['embed']['embedding'].dtype),
+      **(config.objective() or {}),
+  }

@@ -20,7 +20,7 @@ from jaxedit.methods.base import Info
 from jaxedit.types import EditRequest
 
 if TYPE_CHECKING:
-  from jaxedit.runs.session import Session
+  from jaxedit.runs.inputs import Session
 
 LEARNED = 0.5
 _LISTED = 5  # edits that are printed; results.json has all

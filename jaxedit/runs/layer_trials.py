@@ -29,12 +29,11 @@ from jaxedit.runs import (
     layer_search_report,
     moments,
 )
-from jaxedit.runs.cache import TargetFiles
+from jaxedit.runs.cache import TargetFiles, target_settings
 from jaxedit.runs.layer_inputs import Proposal, Search
 from jaxedit.runs.layer_search import Trial
 from jaxedit.runs.output import Output
 from jaxedit.runs.provenance import versions
-from jaxedit.runs.session import target_settings
 from jaxedit.targets.budget import plan_batches
 from jaxedit.trace import effects, plots, results
 

@@ -21,7 +21,7 @@ from jaxedit.runs.provenance import versions
 from jaxedit.types import InputError, Progress
 
 if TYPE_CHECKING:
-  from jaxedit.runs.session import Session
+  from jaxedit.runs.inputs import Session
 
 # What --overwrite removes; the moments may be this run's own input.
 _RESULTS = ('results.json', 'records.jsonl', 'delta.safetensors', 'deltas')

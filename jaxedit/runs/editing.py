@@ -1,0 +1,243 @@
+"""Edits by a protocol: independent batches, or a sequence that may resume.
+
+After each batch of a sequence the sum of the edits and the editor's state are
+kept (`checkpoint`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxedit import edited as edited_lib
+from jaxedit.checkpoint import Checkpoint
+from jaxedit.deltas import UNEDITED, Edited
+from jaxedit.edited import files
+from jaxedit.eval import evaluation
+from jaxedit.eval.evaluation import Evaluation
+from jaxedit.eval.scorers.base import Scorer
+from jaxedit.methods import base
+from jaxedit.methods.base import EditBatch, Info, Run
+from jaxedit.runs.cache import TargetFiles, digest, edit_digest
+from jaxedit.runs.inputs import Session, batches_of
+from jaxedit.runs.output import Output
+from jaxedit.types import InputError, Progress, silent
+
+
+@dataclasses.dataclass(frozen=True)
+class SessionResult:
+  """What editing returned.
+
+  Attributes:
+    edited: the edit; of independent batches, side by side.
+    edit_ids: which of them each request belongs to; None for one edit.
+    info: of all requests together.
+  """
+
+  edited: Edited
+  edit_ids: tuple[int, ...] | None
+  info: Info
+
+
+def edit(
+    session: Session,
+    state: Any,
+    kept: tuple[TargetFiles, Output] | None = None,
+    progress: Progress = silent,
+) -> SessionResult:
+  """Makes all edits of a session, by its protocol.
+
+  Args:
+    session: what to work on.
+    state: what the editor's `init` returned.
+    kept: where targets and checkpoints are kept; None keeps nothing.
+    progress: progress display.
+
+  Returns:
+    The edit, or independent edits side by side.
+  """
+  cache = None if kept is None else kept[0]
+  if session.config.reset:
+    return _edit_independent(session, state, Run(cache, progress))
+  outcome = _edit_in_sequence(session, state, kept, progress)
+  edited = session.editor.finish(session.model, outcome.edited)
+  return dataclasses.replace(outcome, edited=edited)
+
+
+def _edit_independent(session: Session, state: Any, run: Run) -> SessionResult:
+  """Edits batches that know nothing of each other."""
+  editor, model, plan = session.editor, session.model, session.plan
+  if session.alone:
+    requests = session.loaded.requests
+    batch = EditBatch(session.encoded, plan, session.cases, requests)
+    result = editor.edit(model, state, batch, run)
+    return SessionResult(result.edited, session.cases, result.info)
+  batches = batches_of(session.cases, session.config.batch_size)
+  results = [
+      editor.edit(model, state, session.batch(some), run) for some in batches
+  ]
+  return SessionResult(
+      edited_lib.stack([one.edited for one in results]),
+      tuple(b for b, some in enumerate(batches) for _ in some),
+      base.join_infos([one.info for one in results]),
+  )
+
+
+def _edit_in_sequence(
+    session: Session,
+    state: Any,
+    kept: tuple[TargetFiles, Output] | None,
+    progress: Progress,
+) -> SessionResult:
+  """Edits batch after batch, each on the model that the last one left."""
+  config, model = session.config, session.model
+  batches = batches_of(session.cases, config.batch_size)
+  total, infos, first = UNEDITED, [], 0
+  checkpoint, start = None, state
+  if kept is not None and len(batches) > 1:
+    checkpoint = Checkpoint(kept[1].unfinished / 'sequence')
+    found = checkpoint.restore()
+    if found is not None:
+      step, arrays, record = found
+      first = step + 1
+      total, state, infos = _unpacked(arrays, record, state)
+  earlier = digest()
+  for number, indices in enumerate(batches):
+    encoded = [session.encoded[i] for i in indices]
+    if number >= first:
+      cache = None
+      if kept is not None:
+        # In a sequence targets depend on all earlier edits.
+        cache = kept[0] if number == 0 else kept[0].after(earlier)
+      current = model
+      if number and not session.editor.cumulative:
+        # From the base each time: bf16 weights are rounded once in all.
+        params = edited_lib.apply(model.params, total)
+        current = dataclasses.replace(model, params=params)
+      result = session.editor.edit(
+          current,
+          state,
+          session.batch(indices),
+          Run(cache, progress),
+      )
+      state = result.state
+      if session.editor.cumulative:
+        total = result.edited
+      else:
+        total = edited_lib.add(total, result.edited)
+      infos.append(result.info)
+      if checkpoint is not None and number + 1 < len(batches):
+        checkpoint.save(number, *_packed(total, state, start, infos))
+    earlier = digest(earlier, *map(edit_digest, encoded))
+  deltas = tuple(map(edited_lib.compact, total.deltas))
+  return SessionResult(
+      total.replace(deltas=deltas), None, base.join_infos(infos)
+  )
+
+
+def _packed(
+    total: Edited, state: Any, start: Any, infos: Sequence[Info]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """What a sequence resumes from, as arrays and a record.
+
+  Leaves of the state that no batch has changed are found again by `init`.
+  """
+  arrays, deltas = files.packed(total)
+  pairs = zip(jax.tree.leaves(state), jax.tree.leaves(start))
+  changed = {f'state/{i}': x for i, (x, y) in enumerate(pairs) if x is not y}
+  record = {'deltas': deltas, 'infos': [base.info_record(i) for i in infos]}
+  return {**arrays, **changed}, record
+
+
+def _unpacked(
+    arrays: Mapping[str, np.ndarray], record: Mapping[str, Any], start: Any
+) -> tuple[Edited, Any, list[Info]]:
+  """What `_packed` saved."""
+  leaves, tree = jax.tree.flatten(start)
+  leaves = [arrays.get(f'state/{i}', x) for i, x in enumerate(leaves)]
+  state = jax.tree.unflatten(tree, leaves)
+  infos = [_kept(base.info_of(one)) for one in record['infos']]
+  return Edited(files.unpacked(arrays, record['deltas'])), state, infos
+
+
+def _kept(info: Info) -> Info:
+  """The report of a batch that an interrupted run has edited."""
+  work = info.work
+  if work is not None:
+    work = work._replace(kept=len(info.written), seconds={})
+  return info._replace(seconds={}, work=work)
+
+
+def judge(
+    session: Session,
+    outcome: SessionResult | None,
+    scorers: Sequence[Scorer],
+    *,
+    before: Evaluation | None = None,
+    progress: Progress = silent,
+) -> Evaluation:
+  """Evaluates the edited model, or the unedited one.
+
+  Args:
+    session: what to work on.
+    outcome: what editing returned; None for the unedited model.
+    scorers: what to measure.
+    before: the unedited model's evaluation of the same requests.
+    progress: progress display.
+
+  Returns:
+    The evaluation of all requests, each under the edit it belongs to.
+  """
+  requests, config = session.loaded.requests, session.config
+
+  def call(edited: Edited, some: Sequence[Any], old: Any, ids: Any = None):
+    lm = edited_lib.open_model(
+        session.model, edited, batch_size=config.eval_batch_size
+    )
+    return evaluation.evaluate(
+        lm,
+        some,
+        scorers,
+        before=old,
+        edit_ids=ids,
+        seed=config.seed,
+        progress=progress,
+    )
+
+  if outcome is None:
+    return call(UNEDITED, requests, before)
+  if outcome.edit_ids is None or session.alone:
+    return call(outcome.edited, requests, before, outcome.edit_ids)
+  # A change of many facts a sequence would not fit; the sequences of a batch
+  # share one.
+  parts = [
+      call(
+          edited_lib.select(outcome.edited, number),
+          [requests[i] for i in some],
+          evaluation.select(before, some) if before else None,
+      )
+      for number, some in enumerate(
+          batches_of(session.cases, config.batch_size)
+      )
+  ]
+  return evaluation.join(parts, seed=config.seed)
+
+
+def require_some(info: Info, output: Output | None = None) -> None:
+  """Refuses a run in which no edit could be written.
+
+  Args:
+    info: of all edits.
+    output: forgets what was found, which is of no use.
+
+  Raises:
+    InputError: with the method's reason.
+  """
+  if len(info.written) and not info.written.any():
+    if output is not None:
+      output.forget()
+    raise InputError(f'no edit was written: {info.reason}')
