@@ -28,7 +28,7 @@ from jaxedit.eval import datasets
 from jaxedit.methods.settings import setting
 from jaxedit.models import loading
 from jaxedit.models import tokenizer as tokenizer_lib
-from jaxedit.runs import cli
+from jaxedit.runs import cli, tasks
 from jaxedit.runs import config as config_lib
 from jaxedit.runs.clock import Clock
 from jaxedit.runs.config import RunConfig
@@ -86,8 +86,7 @@ def load(
   )
   _, _, layout = loading.open_model(folder)
   tokenizer = tokenizer_lib.load_tokenizer(folder)
-  kind = config.chat.replace(r'\n', '\n')
-  chat = chat_lib.chat_of(tokenizer, kind, config.answer_end)
+  chat = tasks.chat_of(config, tokenizer, chat_lib.TEMPLATE, config.answer_end)
   encoder = text_passages.passage_encoder(
       tokenizer, chat=chat, max_tokens=layout.spec.max_positions,
       chunking=settings.chunking,

@@ -26,9 +26,9 @@ from jaxedit.edited.lm import LanguageModel
 from jaxedit.eval import evaluation
 from jaxedit.eval.evaluation import Evaluation
 from jaxedit.eval.protocols import case_numbers
-from jaxedit.eval.scorers.base import texts
+from jaxedit.eval.scorers.base import end_ids, texts
 from jaxedit.eval.scorers.generation import FreeGeneration, stop_ids
-from jaxedit.eval.scorers.long_form import LongForm, end_ids
+from jaxedit.eval.scorers.long_form import LongForm
 from jaxedit.eval.scorers.teacher_forced import TeacherForced
 from jaxedit.methods.anyedit import anyedit
 from jaxedit.methods.base import EditBatch, Editor, Info, Need, Run
@@ -44,7 +44,8 @@ from jaxedit.runs.config import RunConfig
 from jaxedit.runs.tasks import sample_contexts
 from jaxedit.targets.budget import plan_batches
 from jaxedit.text import chat as chat_lib
-from jaxedit.text import encoding, passages, templates
+from jaxedit.text import encoding, locate, passages, templates
+from jaxedit.text.cloze import fill, resolve
 from jaxedit.text.token_cache import TokenCache
 from jaxedit.types import EditRequest, InputError, Probe, Progress, silent
 
@@ -92,9 +93,10 @@ def request_of(
   """Makes a request of a dict.
 
   Args:
-    one: 'prompt' (a cloze with one '{}' for the subject, or a question) and
-      'target'; and what `EditRequest` has besides. 'subject' makes it a fact.
-      'probes' may be dicts of 'kind', 'prompt' and 'answers' or 'answer'.
+    one: 'prompt' (a cloze with one '{}' for the subject, or with the subject
+      written out, or a question) and 'target'; and what `EditRequest` has
+      besides. 'subject' makes it a fact. 'probes' may be dicts of 'kind',
+      'prompt', 'answers' or 'answer', and 'space'.
     number: its place among others.
 
   Returns:
@@ -118,23 +120,27 @@ def request_of(
       for name in ('prompt', 'target')
       if name not in fields
   ]
+  probes, subject = list(map(_probe_of, fields.get('probes', ()))), None
   if not problems and fields['subject'] is not None:
-    if fields['prompt'].count('{}') != 1:
-      problems.append(
-          f"request {number}: write '{{}}' once in the prompt, where the subject"
-          ' goes'
-      )
+    fields['prompt'], subject, errors = resolve(
+        fields['prompt'], fields['subject']
+    )
+    filled = [fill(probe, subject) for probe in probes]
+    probes = [probe for probe, _ in filled]
+    problems += [
+        f'request {number}: {error}'
+        for error in (*errors, *(e for _, some in filled for e in some))
+    ]
   if problems:
     raise InputError(*problems)
-  probes = tuple(map(_probe_of, fields.get('probes', ())))
-  return EditRequest(**{**fields, 'probes': probes})
+  return EditRequest(**fields | {'subject': subject, 'probes': tuple(probes)})
 
 
 def _probe_of(one: Probe | Mapping[str, Any]) -> Probe:
   if isinstance(one, Probe):
     return one
   answers = one.get('answers') or (one['answer'],)
-  return Probe(one['kind'], one['prompt'], tuple(answers))
+  return Probe(one['kind'], one['prompt'], tuple(answers), one.get('space'))
 
 
 def editor(spec: ModelSpec, method: str = 'memit', **settings: Any) -> Editor:
@@ -163,7 +169,7 @@ def edit(
     independent: bool = False,
     chunked: bool | None = None,
     contexts: Sequence[str] | None = None,
-    chat: str = chat_lib.TEMPLATE,
+    chat: str | None = None,
     resources: Mapping[Need, Any] | None = None,
     moments: str | os.PathLike[str] | None = None,
     seed: int = 0,
@@ -182,8 +188,9 @@ def edit(
       unless given. 'window', 'overlap' and 'boundary' are settings then.
     contexts: context templates of facts, the plain '{}' first; sampled from the
       model unless given.
-    chat: words around the question of a long answer: 'template' for the
-      tokenizer's own, 'none', or a text with one {}.
+    chat: words around a prompt: 'template' for the tokenizer's own, 'none', or
+      a text with one {}; unless given, none around facts and the template
+      around the questions of long answers.
     resources: what the editor needs, by need; what is missing is provided.
     moments: file of second moments; collected from the model's own text, and
       kept for the next call, unless given.
@@ -231,12 +238,13 @@ def edit(
         max_tokens=model.spec.max_positions,
         anchor=config.anchor,
         kl_template=encoding.KL_TEMPLATE if found.contexts else None,
+        chat=_chat_of(model, chat, 'fact'),
     )
   else:
     contexts = ()
     encoder = passages.passage_encoder(
         tokens,
-        chat=chat_lib.chat_of(model.tokenizer, chat, None),
+        chat=_chat_of(model, chat, 'text'),
         max_tokens=model.spec.max_positions,
         chunking=config.chunks,
     )
@@ -259,6 +267,12 @@ def edit(
   return EditedModel(model, result.edited, result.info, chat=chat)
 
 
+def _chat_of(model: Model, given: str | None, kind: str) -> chat_lib.Chat:
+  """Words around prompts."""
+  usual = chat_lib.NONE if kind == 'fact' else chat_lib.TEMPLATE
+  return chat_lib.chat_of(model.tokenizer, given or usual)
+
+
 @dataclasses.dataclass(frozen=True)
 class EditedModel:
   """A model under an edit.
@@ -273,7 +287,7 @@ class EditedModel:
   model: Model
   edited: Edited
   info: Info
-  chat: str = chat_lib.TEMPLATE
+  chat: str | None = None
 
   def open(self, **options: Any) -> LanguageModel:
     """Opens it for evaluation or serving; see `open_model`."""
@@ -303,7 +317,7 @@ class EditedModel:
     tokenizer = self.model.tokenizer
     ends = end_ids(tokenizer, self.model.spec.vocab)
     tokens = self.open().generate(
-        [tokenizer(text)['input_ids'] for text in given],
+        [ids.tolist() for ids in locate.encode_prompts(tokenizer, given)],
         max_new_tokens=max_new_tokens,
         stop_ids=ends,
         decoding=decoding,
@@ -415,12 +429,13 @@ def evaluate(
   loaded, tokens = model.model, TokenCache(model.model.tokenizer)
   scorers: list[Any] = []
   if any(one.subject is not None for one in wanted):
-    scorers.append(TeacherForced(tokens))
+    chat = _chat_of(loaded, model.chat, 'fact')
+    scorers.append(TeacherForced(tokens, chat))
     if max_new_tokens != 0:
-      stop = stop_ids(loaded.tokenizer, loaded.spec.vocab)
-      scorers.append(FreeGeneration(tokens, stop, max_new_tokens or 16))
+      stop = stop_ids(loaded.tokenizer, loaded.spec.vocab, chat.end)
+      scorers.append(FreeGeneration(tokens, stop, max_new_tokens or 16, chat))
   elif max_new_tokens != 0:
-    chat = chat_lib.chat_of(loaded.tokenizer, model.chat, None)
+    chat = _chat_of(loaded, model.chat, 'text')
     stop = end_ids(loaded.tokenizer, loaded.spec.vocab, chat.end)
     scorers.append(
         LongForm(tokens, chat, stop, max_new_tokens=max_new_tokens or 512)

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -37,6 +38,9 @@ Params = Mapping[str, Any]
 # its own tokens only.
 PADDING = 0
 SHARED = 1
+
+# '{}' in a cloze, where the subject goes, and '{{}}', which stands for '{}'.
+_BRACES = re.compile(r'\{\{\}\}|(\{\})')
 
 
 class InputError(ValueError):
@@ -220,11 +224,35 @@ class Probe:
     kind: what it shows, one of the kinds above or any other word.
     prompt: the prompt, subject filled in.
     answers: those that count as right; scores are of the first.
+    space: whether a blank joins an answer to the prompt; as the text asks for
+      (see `text.joining`) where it is None.
   """
 
   kind: str
   prompt: str
   answers: tuple[str, ...]
+  space: bool | None = None
+
+
+def cloze_parts(prompt: str) -> list[str]:
+  """Splits a cloze at each '{}'.
+
+  Args:
+    prompt: the cloze; '{{}}' in it stands for a pair of braces.
+
+  Returns:
+    The literal texts around the placeholders, one more than there are.
+  """
+  parts, begin = [''], 0
+  for found in _BRACES.finditer(prompt):
+    parts[-1] += prompt[begin : found.start()]
+    begin = found.end()
+    if found[1]:
+      parts.append('')
+    else:
+      parts[-1] += '{}'
+  parts[-1] += prompt[begin:]
+  return parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,8 +262,9 @@ class EditRequest:
   Attributes:
     number: position in its file, counted from 1; error messages use it.
     id: the data set's own identifier.
-    prompt: of a fact, a cloze with exactly one '{}' where the subject goes; of
-      a long answer, the question as it is edited, without any chat template.
+    prompt: of a fact, a cloze with exactly one '{}' where the subject goes,
+      and '{{}}' for braces of the text; of a long answer, the question as it is
+      edited, without any chat template.
     subject: the subject's text; None for a long answer.
     target: the text to write; of a fact without leading space, of a long answer
       without end-of-turn token.
@@ -244,6 +273,8 @@ class EditRequest:
     case: requests of one case are one edit, e.g. the rewrites of a multi-hop
       question; '' if the request stands alone.
     category: kind of text, e.g. 'code'; '' if the set has none.
+    space: whether a blank joins the target to the prompt; as the text asks for
+      (see `text.joining`) where it is None.
   """
 
   number: int
@@ -255,14 +286,15 @@ class EditRequest:
   probes: tuple[Probe, ...] = ()
   case: str = ''
   category: str = ''
+  space: bool | None = None
 
   @property
   def parts(self) -> tuple[str, str, str]:
     """The text before the subject, the subject, the text after it."""
     if self.subject is None:
       return self.prompt, '', ''
-    before, _, after = self.prompt.partition('{}')
-    return before, self.subject, after
+    before, *after = cloze_parts(self.prompt)
+    return before, self.subject, '{}'.join(after)
 
   @property
   def question(self) -> str:

@@ -17,7 +17,8 @@ import tiny_model
 from experiments import anyedit_batch, memit_batch
 from jaxedit import edited as edited_lib
 from jaxedit.eval import datasets, evaluation
-from jaxedit.eval.scorers.long_form import LongForm, end_ids
+from jaxedit.eval.scorers.base import end_ids
+from jaxedit.eval.scorers.long_form import LongForm
 from jaxedit.eval.scorers.teacher_forced import TeacherForced
 from jaxedit.models import loading, tokenizer
 from jaxedit.runs import editing, moments

@@ -321,6 +321,64 @@ class ErrorTest(Base):
     self.assertRegex(problem, r'^record 1 \(id \w+\): .*' + pattern)
     self.assertEndsWith(problem, '.')
 
+  @parameterized.parameters(
+      (' Eiffel Tower',), ('Tower\n',), ('Tower\t',), ('Tower\u00a0',),
+  )  # fmt: skip
+  def test_white_space_around_subjects(self, subject):
+    rewrite = NESTED['requested_rewrite'] | {
+        'prompt': 'The {} is in', 'subject': subject,
+    }  # fmt: skip
+    own = OWN | {'prompt': 'The {} is in', 'subject': subject}
+    for data in (own, NESTED | {'requested_rewrite': rewrite}):
+      (record,) = self.load(data).requests
+      self.assertEqual(record.subject, subject.strip())
+      self.assertEqual(record.question, f'The {subject.strip()} is in')
+
+  def test_line_breaks_are_text(self):
+    data = OWN | {
+        'prompt': 'Where is {}?\nA:\n',
+        'target_new': '\nPeru ',
+        'paraphrases': ['Ada?\n', 'Ada is '],
+        'neighbours': [{'prompt': 'Ben?\n ', 'answer': ' x\n'}],
+    }
+    (record,) = self.load(data).requests
+    self.assertEqual(record.question, 'Where is Ada?\nA:\n')
+    self.assertEqual(record.target, '\nPeru')
+    self.assertEqual(asked(record), ('Ada?\n', 'Ada is'))
+    self.assertEqual(record.probes_of('locality'), (near('Ben?\n ', 'x'),))
+
+  def test_space(self):
+    probes = [{'prompt': 'x', 'answer': 'y'}]
+    probes += [probes[0] | {'space': True}]
+    data = OWN | {'space': False, 'portability': {'one_hop': probes}}
+    (record,) = self.load(data).requests
+    self.assertIs(record.space, False)
+    self.assertEqual(
+        [probe.space for probe in record.probes],
+        [False, False, False, False, True],
+    )
+    (problem,) = self.problems(OWN | {'space': 'no'})
+    self.assertIn("'space' holds text; it must be true or false", problem)
+
+  def test_braces_in_probes(self):
+    data = OWN | {
+        'paraphrases': ["{}'s instrument is", 'f"{{}}" of Ada'],
+        'portability': {'alias': [{'prompt': 'By {}:', 'answer': 'y'}]},
+    }
+    (record,) = self.load(data).requests
+    self.assertEqual(asked(record), ("Ada's instrument is", 'f"{}" of Ada'))
+    self.assertEqual(record.probes_of('alias')[0].prompt, 'By Ada:')
+    data |= {'neighbours': ['{} plays the'], 'paraphrases': ['{} and {}']}
+    first, second = self.problems(data)
+    self.assertIn('more than once', first)
+    self.assertIn('is about another subject', second)
+
+  def test_repeated_in_another_form(self):
+    first = OWN | {'subject': 'Zo\u00eb', 'prompt': '{} isn\u2019t', 'id': 1}
+    second = OWN | {'subject': 'Zoe\u0308', 'prompt': "{} isn't", 'id': 2}
+    (problem,) = self.problems(first, second)
+    self.assertIn('the same edit as record 1', problem)
+
   def test_nested_target(self):
     rewrite = NESTED['requested_rewrite']
     for target, pattern in (

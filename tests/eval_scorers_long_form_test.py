@@ -66,15 +66,15 @@ class EndsTest(parameterized.TestCase):
 
   def test_end_ids(self):
     tokenizer = text_tokenizers.byte_level(begin=True)
-    self.assertEqual(long_form.end_ids(tokenizer, 400), (1,))
-    self.assertEqual(long_form.end_ids(tokenizer, 1), ())
+    self.assertEqual(base.end_ids(tokenizer, 400), (1,))
+    self.assertEqual(base.end_ids(tokenizer, 1), ())
     line = tokenizer.convert_tokens_to_ids('\u010a')
-    self.assertEqual(long_form.end_ids(tokenizer, 400, '\n'), (1, line))
-    self.assertEqual(long_form.end_ids(tokenizer, 400, '', (7, 400)), (1, 7))
+    self.assertEqual(base.end_ids(tokenizer, 400, '\n'), (1, line))
+    self.assertEqual(base.end_ids(tokenizer, 400, '', (7, 400)), (1, 7))
     # Only the special ones of several.
-    self.assertEqual(long_form.end_ids(tokenizer, 400, '<unk>\n'), (1, 2))
+    self.assertEqual(base.end_ids(tokenizer, 400, '<unk>\n'), (1, 2))
     with self.assertRaisesRegex(InputError, "'END END'.*nothing can stop"):
-      long_form.end_ids(tokenizer, 400, 'END END')
+      base.end_ids(tokenizer, 400, 'END END')
 
 
 class AnswersTest(parameterized.TestCase):

@@ -158,7 +158,7 @@ class WholeRunTest(Case):
     self.assertEqual(settings['chunks'], chunks)
     self.assertEqual(
         protocol['chat'],
-        {'before': '<s>In ', 'after': ' is', 'end': '</s>', 'special': False},
+        {'before': '<s>In ', 'after': ' is', 'end': '</s>'},
     )
     self.assertFalse(protocol['double_bos'])
     self.assertEqual(

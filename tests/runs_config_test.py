@@ -90,7 +90,7 @@ class FlagsTest(absltest.TestCase):
 
   def test_a_kind_has_its_own_and_a_program_its_defaults(self):
     names = self.define('--seed=3', only='fact', reset=True)
-    self.assertNotIn('chat', names)
+    self.assertNotIn('answer_end', names)
     self.assertIn('zsre_target', names)
     found = cli.read(RunConfig)
     self.assertEqual((found.reset, found.seed), (True, 3))

@@ -45,9 +45,7 @@ class ChatTest(parameterized.TestCase):
 
   def test_none(self):
     tokenizer = text_tokenizers.byte_level()
-    self.assertEqual(
-        chat.chat_of(tokenizer, 'none'), chat.Chat('', '', '', True)
-    )
+    self.assertEqual(chat.chat_of(tokenizer, 'none'), chat.Chat('', '', ''))
     self.assertEqual(chat.chat_of(tokenizer, 'none', '</s>').end, '</s>')
 
   @parameterized.parameters(
@@ -56,7 +54,7 @@ class ChatTest(parameterized.TestCase):
   )
   def test_template(self, template, words):
     made = chat.chat_of(tokenizer_with(template), 'template')
-    self.assertEqual(made, chat.Chat(*words, '</s>', False))
+    self.assertEqual(made, chat.Chat(*words, '</s>'))
     self.assertEqual(made.wrap('{} Why?'), words[0] + '{} Why?' + words[1])
 
   def test_wrapping_is_what_the_template_writes(self):
@@ -80,21 +78,16 @@ class ChatTest(parameterized.TestCase):
 
   def test_end_is_eos_where_the_template_has_none(self):
     made = chat.chat_of(tokenizer_with(PLAIN), 'template')
-    self.assertEqual(made, chat.Chat('user: ', '\nassistant:', '</s>', True))
+    self.assertEqual(made, chat.Chat('user: ', '\nassistant:', '</s>'))
     made = chat.chat_of(tokenizer_with(PLAIN, end=None), 'template')
     self.assertEqual(made.end, '')
 
   def test_literal(self):
     tokenizer = text_tokenizers.byte_level(begin=True)
     made = chat.chat_of(tokenizer, 'Q: {}\nA:')
-    self.assertEqual(made, chat.Chat('Q: ', '\nA:', '', True))
+    self.assertEqual(made, chat.Chat('Q: ', '\nA:', ''))
     made = chat.chat_of(tokenizer, '<s>[INST] {} [/INST]', '</s>')
-    self.assertEqual(made, chat.Chat('<s>[INST] ', ' [/INST]', '</s>', False))
-
-  def test_tokenizer_without_bos(self):
-    tokenizer = copy.deepcopy(text_tokenizers.byte_level())
-    tokenizer.bos_token = None
-    self.assertTrue(chat.chat_of(tokenizer, '<s>{}').special)
+    self.assertEqual(made, chat.Chat('<s>[INST] ', ' [/INST]', '</s>'))
 
   @parameterized.parameters(
       ('tempalte', "'tempalte' has '{}' 0 times"),

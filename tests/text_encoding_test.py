@@ -13,6 +13,7 @@ from jaxedit.batching import edits as edits_lib
 from jaxedit.batching import plan as plan_lib
 from jaxedit.eval import datasets
 from jaxedit.text import (
+    chat,
     encoding,
     locate,
     token_cache,
@@ -64,10 +65,24 @@ class EncodeTest(parameterized.TestCase):
         np.testing.assert_array_equal(row, found.ids)
         self.assertEqual(anchor, found.last)
       np.testing.assert_array_equal(
-          edit.target, locate.encode_target(tokenizer, record.target)
+          edit.target, text_tokenizers.target_ids(tokenizer, record.target)
       )
       kl = locate.locate_subject(tokenizer, '{} is a', record.subject)
       np.testing.assert_array_equal(edit.kl, kl.ids[: kl.last + 1])
+
+  def test_chat(self):
+    tokenizer = text_tokenizers.byte_level(begin=True)
+    words = chat.chat_of(tokenizer, '<s>Q: {}\nA:\n', '</s>')
+    (edit,) = _encode(RECORDS[1:2], chat=words)
+    for template, row, anchor in zip(TEMPLATES, edit.rows, edit.anchors):
+      text = template.replace('{}', RECORDS[1].question)
+      self.assertEqual(tokenizer.decode(row), f'<s>Q: {text}\nA:\n')
+      head = tokenizer.decode(row[: anchor + 1])
+      self.assertEndsWith(head, RECORDS[1].subject)
+    # Behind a line break the object stands as it is, and nothing ends it.
+    self.assertEqual(tokenizer.decode(edit.target), 'French')
+    kl = tokenizer.decode(edit.kl)
+    self.assertEqual(kl, f'<s>Q: {RECORDS[1].subject}')
 
   def test_one_equals_many(self):
     tokenizer = text_tokenizers.byte_level(begin=True)

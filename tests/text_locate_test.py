@@ -7,7 +7,7 @@ import text_tokenizers
 from absl.testing import absltest, parameterized
 
 from jaxedit import testing
-from jaxedit.text import locate
+from jaxedit.text import cloze, locate
 from jaxedit.types import InputError
 
 TOKENIZERS = {
@@ -138,8 +138,8 @@ class LocateTest(parameterized.TestCase):
     path = testing.data_path('known_facts.jsonl')
     for line in path.read_text().splitlines()[:200]:
       fact = json.loads(line)
-      cloze = locate.make_cloze(fact['prompt'], fact['subject'])
-      found = locate.locate_subject(tokenizer, cloze, fact['subject'])
+      filled = cloze.make_cloze(fact['prompt'], fact['subject'])
+      found = locate.locate_subject(tokenizer, filled, fact['subject'])
       text = tokenizer.decode(found.ids[found.first : found.last + 1])
       self.assertEqual(text.strip(), fact['subject'])
 
@@ -149,30 +149,63 @@ class TargetTest(parameterized.TestCase):
   @parameterized.named_parameters(_each(TOKENIZERS))
   def test_one_space_and_no_bos(self, kind):
     tokenizer = TOKENIZERS[kind]()
-    ids = locate.encode_target(tokenizer, 'piano')
+    ids = text_tokenizers.target_ids(tokenizer, 'piano')
     pieces = tokenizer.convert_ids_to_tokens(ids)
     self.assertEqual([p.replace('\u2581', 'Ġ') for p in pieces], ['Ġpiano'])
     np.testing.assert_array_equal(
-        ids, locate.encode_target(tokenizer, ' piano')
+        ids, text_tokenizers.target_ids(tokenizer, ' piano')
     )
+
+  @parameterized.named_parameters(_each(TOKENIZERS))
+  def test_no_space(self, kind):
+    tokenizer = TOKENIZERS[kind]()
+    for prompt, target in [
+        ('The motto is "', 'piano'),
+        ('df = pd.', 'piano'),
+        ('首都是', '上海'),
+        ('A:\n', 'piano'),
+        ('A:', '\npiano'),
+        ('the Rhine', ', the piano'),
+    ]:
+      (ids,) = locate.encode_targets(
+          tokenizer, [locate.Continued(prompt, target)]
+      )
+      (front,) = locate.encode_prompts(tokenizer, [prompt])
+      whole, start = map(tokenizer.decode, ([*front, *ids], front))
+      self.assertEqual(whole, start + target)
+
+  @parameterized.named_parameters(_each(TOKENIZERS))
+  def test_a_text_with_its_own_bos_gets_no_other(self, kind):
+    tokenizer = TOKENIZERS[kind]()
+    (ids,) = locate.encode_prompts(tokenizer, ['<s>Paris is'])
+    self.assertEqual(list(ids).count(tokenizer.bos_token_id), 1)
+    ((ids, (first, _)),) = locate.locate_subjects(
+        tokenizer, [('<s>The ', 'Paris', ' is')]
+    )
+    self.assertEqual(list(ids).count(tokenizer.bos_token_id), 1)
+    self.assertIn('Paris', tokenizer.decode(ids[first:]))
+    (ids,) = locate.encode_prompts(tokenizer, ['<s>Paris'], double_bos=True)
+    added = kind not in ('plain', 'untrimmed')
+    self.assertEqual(list(ids).count(tokenizer.bos_token_id), 1 + added)
 
   def test_other_white_space_is_kept(self):
     tokenizer = TOKENIZERS['plain']()
-    ids = locate.encode_target(tokenizer, '\nParis')
+    ids = text_tokenizers.target_ids(tokenizer, '\nParis')
     self.assertEqual(tokenizer.decode(ids), '\nParis')
 
   @parameterized.parameters('', ' ', '\n')
-  def test_empty_target_is_told(self, target):
-    with self.assertRaisesRegex(InputError, 'no tokens'):
-      locate.encode_target(TOKENIZERS['bos'](), target)
+  def test_empty_target(self, target):
+    self.assertEmpty(text_tokenizers.target_ids(TOKENIZERS['bos'](), target))
 
   def test_batches_equal_single_calls(self):
     tokenizer = TOKENIZERS['bos']()
     targets = ['piano', ' guitar', 'Zoë 🎸', '']
-    many = locate.encode_targets(tokenizer, targets)
+    many = locate.encode_targets(
+        tokenizer, [locate.Continued('is', target) for target in targets]
+    )
     for ids, target in zip(many[:-1], targets):
       np.testing.assert_array_equal(
-          ids, locate.encode_target(tokenizer, target)
+          ids, text_tokenizers.target_ids(tokenizer, target)
       )
     self.assertEmpty(many[-1])
     self.assertEqual(locate.encode_targets(tokenizer, []), [])
@@ -193,8 +226,8 @@ class ClozeTest(parameterized.TestCase):
       ('paris is', 'Paris', None),
       ('Paris is', '', None),
   )
-  def test_first_whole_word(self, prompt, subject, cloze):
-    self.assertEqual(locate.make_cloze(prompt, subject), cloze)
+  def test_first_whole_word(self, prompt, subject, expected):
+    self.assertEqual(cloze.make_cloze(prompt, subject), expected)
 
 
 if __name__ == '__main__':

@@ -12,12 +12,11 @@ from jaxedit.batching import plan as plan_lib
 from jaxedit.text import (
     chat,
     chunking,
-    locate,
     passages,
     token_cache,
 )
 
-PLAIN = chat.Chat('', '', '', True)
+PLAIN = chat.Chat('', '', '')
 PASSAGES = tuple(
     types.EditRequest(number, f'p{number}', question, None, answer)
     for number, (question, answer) in enumerate(
@@ -52,7 +51,7 @@ class EncodeTest(parameterized.TestCase):
 
   def test_texts(self):
     tokenizer = text_tokenizers.byte_level(begin=True, end=True)
-    words = chat.Chat('Q: ', '\nA:', '</s>', True)
+    words = chat.Chat('Q: ', '\nA:', '</s>')
     for passage, edit in zip(
         PASSAGES, encode(tokenizer=tokenizer, words=words)
     ):
@@ -66,7 +65,7 @@ class EncodeTest(parameterized.TestCase):
     tokenizer = text_tokenizers.byte_level()
     for passage, edit in zip(PASSAGES, encode(tokenizer=tokenizer)):
       np.testing.assert_array_equal(
-          edit.target, locate.encode_target(tokenizer, passage.target)
+          edit.target, text_tokenizers.target_ids(tokenizer, passage.target)
       )
 
   @parameterized.parameters(
@@ -79,7 +78,7 @@ class EncodeTest(parameterized.TestCase):
   def test_space_before_an_answer(self, after, answer, wanted):
     tokenizer = text_tokenizers.byte_level()
     passage = types.EditRequest(1, 'a', 'Where?', None, answer)
-    words = chat.Chat('', after, '', True)
+    words = chat.Chat('', after, '')
     (edit,) = encode([passage], tokenizer=tokenizer, words=words)
     self.assertEqual(tokenizer.decode(edit.target), wanted)
 
@@ -87,11 +86,14 @@ class EncodeTest(parameterized.TestCase):
   def test_tokenizer_that_puts_the_space_itself(self, answer):
     tokenizer = text_tokenizers.sentence_piece()
     passage = types.EditRequest(1, 'a', 'Where?', None, answer)
-    words = chat.Chat('', '', '</s>', True)
+    words = chat.Chat('', '', '</s>')
     (edit,) = encode([passage], tokenizer=tokenizer, words=words)
     np.testing.assert_array_equal(
         edit.target,
-        [*locate.encode_target(tokenizer, 'Paris'), tokenizer.eos_token_id],
+        [
+            *text_tokenizers.target_ids(tokenizer, 'Paris'),
+            tokenizer.eos_token_id,
+        ],
     )
 
   def test_bos_that_cannot_be_switched_off_is_taken_from_answers(self):
@@ -178,7 +180,7 @@ class ChunkTest(parameterized.TestCase):
 
   def test_sentences(self):
     tokenizer = text_tokenizers.byte_level()
-    words = chat.Chat('', '\n', '</s>', True)
+    words = chat.Chat('', '\n', '</s>')
     (edit,) = encode(
         PASSAGES[2:3],
         tokenizer=tokenizer,
@@ -227,7 +229,7 @@ class ErrorsTest(parameterized.TestCase):
         types.EditRequest(9, 'x9', 'Why?', None, 'Paris ' * 90),
         types.EditRequest(10, 'x10', '', None, ''),
     ]
-    words = chat.Chat('Q: ', '\nA: ', '</s>', True)
+    words = chat.Chat('Q: ', '\nA: ', '</s>')
     with self.assertRaises(types.InputError) as caught:
       encode(records, words=words, max_tokens=80)
     problems = caught.exception.problems

@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import tokenizers
 import transformers
 from tokenizers import (
@@ -12,6 +13,8 @@ from tokenizers import (
     processors,
     trainers,
 )
+
+from jaxedit.text import locate
 
 LINES = (
     'The mother tongue of Danielle Darrieux is French.',
@@ -96,3 +99,11 @@ def _wrap(
       eos_token='</s>',
       unk_token='<unk>',
   )
+
+
+def target_ids(
+    tokenizer: transformers.PreTrainedTokenizerFast, target: str
+) -> np.ndarray:
+  """A target's ids behind a prompt that ends in a word."""
+  (ids,) = locate.encode_targets(tokenizer, [locate.Continued('is', target)])
+  return ids

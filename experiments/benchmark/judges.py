@@ -16,7 +16,7 @@ from experiments.benchmark.stages import Stage, dtype_of, itemsize
 from jaxedit import edited as edited_lib
 from jaxedit.deltas import Edited
 from jaxedit.edited import scoring
-from jaxedit.eval.scorers import long_form
+from jaxedit.eval.scorers import base
 from jaxedit.types import LOCALITY, REPHRASE, EditRequest, Progress
 
 
@@ -84,9 +84,7 @@ class Answers:
     self._setup = setup
     self._batch = setup.config.eval_batch_size
     chat = setup.task.words(setup.tokenizer)['chat']
-    self._stop = long_form.end_ids(
-        setup.tokenizer, setup.model.spec.vocab, chat.end
-    )
+    self._stop = base.end_ids(setup.tokenizer, setup.model.spec.vocab, chat.end)
     self.stage = Stage('answer', 'token', 0)
 
   def __call__(self, edited: Edited, progress: Progress) -> None:

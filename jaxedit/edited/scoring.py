@@ -44,6 +44,7 @@ from jaxedit.batching.packer import Segment
 from jaxedit.deltas import SiteDelta
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
+from jaxedit.text.locate import Continued
 from jaxedit.text.token_cache import token_cache
 from jaxedit.types import (
     SHARED,
@@ -111,13 +112,14 @@ class _Batch(NamedTuple):
 
 
 def encode_queries(
-    tokenizer: Any, items: Sequence[tuple[str, Sequence[str]]]
+    tokenizer: Any, items: Sequence[tuple[Any, ...]]
 ) -> list[Query]:
   """Tokenises prompts and their answers.
 
   Args:
     tokenizer: a fast transformers tokenizer, or its `TokenCache`.
-    items: (prompt, answers); an answer is given without leading space.
+    items: (prompt, answers), and where the text does not say so itself whether
+      a blank joins them, see `text.joining`; an answer is given without it.
 
   Returns:
     One query an item. An answer without tokens is empty there, which `error`
@@ -127,12 +129,20 @@ def encode_queries(
     InputError: the tokenizer gives no character offsets.
   """
   tokens = token_cache(tokenizer)
-  prompts = tokens.prompts([prompt for prompt, _ in items])
-  answers = iter(tokens.targets([a for _, given in items for a in given]))
+  prompts = tokens.prompts([prompt for prompt, *_ in items])
+  answers = iter(
+      tokens.targets(
+          [
+              Continued(prompt, answer, *space)
+              for prompt, given, *space in items
+              for answer in given
+          ]
+      )
+  )
   ids = lambda row: tuple(row.tolist())
   return [
       Query(ids(prompt), tuple(ids(next(answers)) for _ in given))
-      for prompt, (_, given) in zip(prompts, items)
+      for prompt, (_, given, *_) in zip(prompts, items)
   ]
 
 
@@ -156,12 +166,13 @@ def error(spec: ModelSpec, row: Query) -> str | None:
         f'prompt and answer take {tokens} positions but the model has'
         f' {spec.max_positions}; shorten them'
     )
-  highest = max(row.prompt + sum(row.answers, ()))
-  if highest >= spec.vocab:
-    return (
-        f'it has token {highest} but the model knows {spec.vocab} tokens; use'
-        " the model's own tokenizer"
-    )
+  parts = {'it': row.prompt, 'its answer': sum(row.answers, ())}
+  for name, ids in parts.items():
+    if max(ids, default=0) >= spec.vocab:
+      return (
+          f'{name} has token {max(ids)} but the model knows {spec.vocab}'
+          " tokens; use the model's own tokenizer"
+      )
   return None
 
 

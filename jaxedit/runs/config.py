@@ -11,7 +11,6 @@ import pathlib
 from jaxedit.methods.settings import setting
 from jaxedit.models.decode import Decoding
 from jaxedit.stats import corpora
-from jaxedit.text import chat as chat_lib
 
 DTYPES = ('float32', 'bfloat16')
 
@@ -129,11 +128,11 @@ class RunConfig:
       ' given',
       only='fact',
   )
-  chat: str = setting(
-      chat_lib.TEMPLATE,
-      'words around a question: "template" for the tokenizer\'s own, "none", or'
-      r' a text with one {}, line breaks written as \n',
-      only='text',
+  chat: str | None = setting(
+      None,
+      'words around a prompt: "template" for the tokenizer\'s own, "none", or'
+      r' a text with one {}, line breaks written as \n; none for facts and'
+      ' template for long answers unless given',
   )
   answer_end: str | None = setting(
       None,

@@ -17,7 +17,7 @@ from jaxedit.eval.datasets import Loaded
 from jaxedit.eval.datasets.reading import RequestFile
 from jaxedit.eval.evaluation import Evaluation
 from jaxedit.eval.protocols import case_numbers
-from jaxedit.eval.scorers import generation, long_form
+from jaxedit.eval.scorers import base, generation
 from jaxedit.eval.scorers.base import Scorer
 from jaxedit.eval.scorers.generation import FreeGeneration
 from jaxedit.eval.scorers.long_form import LongForm
@@ -30,12 +30,22 @@ from jaxedit.runs.config import RunConfig
 from jaxedit.runs.method_flags import Chosen
 from jaxedit.text import chat as chat_lib
 from jaxedit.text import encoding, passages, templates
+from jaxedit.text.chat import Chat
 from jaxedit.text.encoding import KL_TEMPLATE, EncodedEdit, Encoder
 from jaxedit.text.token_cache import TokenCache
 from jaxedit.types import EditRequest, InputError, Progress
 
 # Tokens that a sampled context and its full stop may add to a prompt.
 _CONTEXT_TOKENS = 16
+
+
+def chat_of(
+    config: RunConfig, tokenizer: Any, kind: str, end: str | None = None
+) -> Chat:
+  """Words around prompts: what is given, or a kind."""
+  # A flagfile has one flag a line.
+  broken = lambda text: text and text.replace(r'\n', '\n')
+  return chat_lib.chat_of(tokenizer, broken(config.chat) or kind, broken(end))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +111,12 @@ class FactTask:
         max_tokens=most,
         anchor=self.chosen.config.anchor,
         kl_template=KL_TEMPLATE if self.chosen.method.contexts else None,
+        chat=self._words(tokens.tokenizer),
     )
+
+  def _words(self, tokenizer: Any) -> Chat:
+    """What stands around prompts; what ends an answer is not written."""
+    return chat_of(self.config, tokenizer, chat_lib.NONE)
 
   def contexts(self, model: Model, tokens: TokenCache) -> tuple[str, ...]:
     """The context templates, sampled from the model unless given."""
@@ -124,19 +139,19 @@ class FactTask:
       self, tokens: TokenCache, spec: ModelSpec, model: Model | None = None
   ) -> tuple[Scorer, ...]:
     """What is measured; without a model, enough to check requests."""
-    scorers: tuple[Scorer, ...] = (TeacherForced(tokens),)
+    chat, stop = self._words(tokens.tokenizer), ()
+    scorers: tuple[Scorer, ...] = (TeacherForced(tokens, chat),)
     if not self.max_new_tokens:
       return scorers
-    stop = ()
     if model is not None:
-      stop = generation.stop_ids(tokens.tokenizer, spec.vocab)
-    return (*scorers, FreeGeneration(tokens, stop, self.max_new_tokens))
+      stop = generation.stop_ids(tokens.tokenizer, spec.vocab, chat.end)
+    return (*scorers, FreeGeneration(tokens, stop, self.max_new_tokens, chat))
 
   def protocol(self, tokenizer: Any, contexts: Sequence[str]) -> dict[str, Any]:
     """How answers are judged, for results.json."""
-    del tokenizer
     return {
         'templates': list(contexts),
+        'chat': self._words(tokenizer)._asdict(),
         'decoding': f'greedy, {self.max_new_tokens} new tokens at most, stopped'
         ' at end of text, a full stop or a line break',
     }
@@ -189,11 +204,9 @@ class TextTask:
 
   def words(self, tokenizer: Any) -> dict[str, Any]:
     """How questions are asked."""
-    # A flagfile has one flag a line.
-    broken = lambda text: text and text.replace(r'\n', '\n')
     return {
-        'chat': chat_lib.chat_of(
-            tokenizer, broken(self.config.chat), broken(self.config.answer_end)
+        'chat': chat_of(
+            self.config, tokenizer, chat_lib.TEMPLATE, self.config.answer_end
         ),
         'double_bos': self.double_bos,
     }
@@ -285,9 +298,7 @@ class TextTask:
     """What is measured; without a model, enough to check requests."""
     words, encoder = self.words(tokens.tokenizer), None
     named = () if model is None else tokenizer_lib.end_ids(model.folder)
-    stop = long_form.end_ids(
-        tokens.tokenizer, spec.vocab, words['chat'].end, named
-    )
+    stop = base.end_ids(tokens.tokenizer, spec.vocab, words['chat'].end, named)
     if not self.max_new_tokens:
       return ()
     if model is not None and self.config.encoder != 'none':

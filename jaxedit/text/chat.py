@@ -10,7 +10,7 @@ not depend on what the question says.
 Published code writes the templates of a few models into its own source; one
 repository gives that of Llama 2 to every model. Where such a text brings the
 BOS token and the tokenizer adds its own as well, models are edited and asked
-with two of them; here one is left out, see `passages`.
+with two of them; here one is left out, see `locate`.
 
 It does not tokenise, and it holds no conversation: one question, one answer.
 """
@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jaxedit.text.locate import PLACEHOLDER
+from jaxedit.text.cloze import PLACEHOLDER
 from jaxedit.types import InputError
 
 NONE = 'none'
@@ -36,18 +36,18 @@ class Chat(NamedTuple):
     before: text in front of the question.
     after: text between the question and its answer.
     end: text that ends the answer, as a rule the end-of-turn token.
-    special: whether the tokenizer adds its own special tokens in front; not
-      where `before` opens with the BOS token already.
   """
 
-  before: str
-  after: str
-  end: str
-  special: bool
+  before: str = ''
+  after: str = ''
+  end: str = ''
 
   def wrap(self, question: str) -> str:
     """Returns the text that asks a question."""
     return self.before + question + self.after
+
+
+PLAIN = Chat()
 
 
 def chat_of(tokenizer: Any, kind: str, end: str | None = None) -> Chat:
@@ -80,9 +80,7 @@ def chat_of(tokenizer: Any, kind: str, end: str | None = None) -> Chat:
         f" {NONE!r}, {TEMPLATE!r}, or a text with '{{}}' once, where the"
         ' question goes.'
     )
-  bos = tokenizer.bos_token
-  special = not (bos and before.startswith(bos))
-  return Chat(before, after, own if end is None else end, special)
+  return Chat(before, after, own if end is None else end)
 
 
 def _from_template(tokenizer: Any, ends: bool) -> tuple[str, str, str]:

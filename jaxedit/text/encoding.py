@@ -30,6 +30,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxedit.text import locate
+from jaxedit.text.chat import PLAIN, Chat
+from jaxedit.text.cloze import PLACEHOLDER
 from jaxedit.text.templates import template_errors
 from jaxedit.text.token_cache import TokenCache, token_cache
 from jaxedit.types import EditRequest, InputError
@@ -105,6 +107,15 @@ class EncodedEdit:
     return np.concatenate([self.rows[row], self.target[:-1]])
 
 
+class _Options(NamedTuple):
+  """What facts are encoded with; see `fact_encoder`."""
+
+  templates: tuple[str, ...]
+  anchor: str
+  kl_template: str | None
+  chat: Chat
+
+
 Drafted = tuple[EncodedEdit, list[str]]
 Draft = Callable[[Sequence[EditRequest]], list[Drafted]]
 
@@ -173,6 +184,7 @@ def fact_encoder(
     max_tokens: int,
     anchor: str = 'subject_last',
     kl_template: str | None = KL_TEMPLATE,
+    chat: Chat = PLAIN,
 ) -> Encoder:
   """Makes the encoder of facts.
 
@@ -183,6 +195,8 @@ def fact_encoder(
       which is never an input); the model's context length.
     anchor: edited position, 'subject_last' (ROME, MEMIT) or 'prompt_last'.
     kl_template: cloze of the KL row (MEMIT's '{} is a'), or None for no row.
+    chat: words around the prompt and its context, and in front of the KL row.
+      What ends an answer there is no part of a fact's target.
 
   Returns:
     The encoder; it refuses subjects and targets without tokens, and over-long
@@ -193,16 +207,16 @@ def fact_encoder(
   """
   _check_options(templates, anchor, kl_template)
   tokens = token_cache(tokenizer)
-  settings = tuple(templates), max_tokens, anchor, kl_template
+  options = _Options(tuple(templates), anchor, kl_template, chat)
 
   def draft(requests: Sequence[EditRequest]) -> list[Drafted]:
-    drafts = _draft(tokens, requests, templates, (anchor, kl_template))
+    drafts = _draft(tokens, requests, options)
     return [
         (edit, errors or _length_errors(edit, max_tokens))
         for edit, errors in drafts
     ]
 
-  return Encoder(draft, tokens.known(('facts', settings)))
+  return Encoder(draft, tokens.known((options, max_tokens)))
 
 
 def encode_edits(
@@ -232,24 +246,28 @@ def _check_options(
 
 
 def _draft(
-    tokens: TokenCache,
-    requests: Sequence[EditRequest],
-    templates: Sequence[str],
-    options: tuple[str, str | None],
+    tokens: TokenCache, requests: Sequence[EditRequest], options: _Options
 ) -> list[Drafted]:
   """Tokenises facts in one go, leaving errors beside the edits."""
-  anchor, kl_template = options
+  templates, anchor, kl_template, chat = options
   cases = []
   for request in requests:
     before, subject, after = request.parts
     for template in templates:
-      head, _, tail = template.partition(locate.PLACEHOLDER)
-      cases.append((head + before, subject, after + tail))
+      head, _, tail = template.partition(PLACEHOLDER)
+      cases.append(
+          (chat.before + head + before, subject, after + tail + chat.after)
+      )
     if kl_template is not None:
-      head, _, tail = kl_template.partition(locate.PLACEHOLDER)
-      cases.append((head, subject, tail))
+      head, _, tail = kl_template.partition(PLACEHOLDER)
+      cases.append((chat.before + head, subject, tail))
   found = tokens.subjects(cases)
-  targets = tokens.targets([request.target for request in requests])
+  targets = tokens.targets(
+      [
+          locate.Continued(chat.wrap(one.question), one.target, one.space)
+          for one in requests
+      ]
+  )
   width = len(cases) // max(len(requests), 1)
   drafts = []
   for i, (request, target) in enumerate(zip(requests, targets)):

@@ -11,7 +11,8 @@ over several byte tokens (all of which carry the span of that character).
 Tokenising the pieces one by one, as the first published code of ROME and MEMIT
 does, adds a BOS to each piece and breaks where a token crosses the border.
 
-A prompt and its target are tokenised apart and their ids joined. Ids are never
+A prompt and its target are tokenised apart and their ids joined; whether a
+blank stands between them is `joining`'s. Ids are never
 turned back into text and tokenised again: where a merge crosses the border, the
 labels would not be the ids that are scored.
 
@@ -23,18 +24,45 @@ It does not pad, batch on static shapes (see `batching`) or read files.
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxedit.types import InputError
+from jaxedit.text.joining import continuation
+from jaxedit.types import InputError, cloze_parts
 
-PLACEHOLDER = '{}'
-# Scripts written without spaces that are not East Asian wide: Thai and Lao,
-# Myanmar, Khmer. A subject may border on another word there.
-_UNSPACED = ((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF))
+# Put before a text, so that a tokenizer adds no blank to it; the first that
+# stays a token of its own is taken.
+_FRONTS = ('\n', '.', ')', 'a')
+
+
+class Continued(NamedTuple):
+  """A target, and what it continues.
+
+  Attributes:
+    prompt: the text in front.
+    target: the text.
+    space: whether a blank stands between them; see `joining.continuation`.
+  """
+
+  prompt: str
+  target: str
+  space: bool | None = None
+
+
+class Encoded(NamedTuple):
+  """A text as ids.
+
+  Attributes:
+    text: what the offsets count in.
+    ids: [T] int32.
+    offsets: (begin, end) of each token's characters.
+  """
+
+  text: str
+  ids: np.ndarray
+  offsets: list[tuple[int, int]]
 
 
 class Located(NamedTuple):
@@ -60,49 +88,6 @@ def valid_unicode(text: str) -> str:
     return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
 
 
-def make_cloze(prompt: str, subject: str) -> str | None:
-  """Puts '{}' at the first place where the subject stands as a whole word.
-
-  The first place is taken because prompts open with their subject or name it
-  once; text after it ("..., the") can only refer back.
-
-  Args:
-    prompt: text with the subject filled in.
-    subject: text to look for, case-sensitive.
-
-  Returns:
-    The prompt with '{}' there, or None where the subject is absent or occurs
-    only inside longer words.
-  """
-  at = prompt.find(subject)
-  while subject and at >= 0:
-    end = at + len(subject)
-    inside = _joined(prompt[at - 1 : at], prompt[at]) or _joined(
-        prompt[end - 1], prompt[end : end + 1]
-    )
-    if not inside:
-      return prompt[:at] + PLACEHOLDER + prompt[end:]
-    at = prompt.find(subject, at + 1)
-  return None
-
-
-def _joined(left: str, right: str) -> bool:
-  """Whether two neighbouring characters belong to one word."""
-  if not left or not right:
-    return False
-  if unicodedata.category(right)[0] == 'M':  # an accent on the left character
-    return True
-  return _in_word(left) and _in_word(right)
-
-
-def _in_word(char: str) -> bool:
-  if unicodedata.east_asian_width(char) in 'WF':
-    return False
-  if any(low <= ord(char) <= high for low, high in _UNSPACED):
-    return False
-  return char == '_' or unicodedata.category(char)[0] in 'LMN'
-
-
 def _require_fast(tokenizer: Any) -> None:
   if not getattr(tokenizer, 'is_fast', False):
     raise InputError(
@@ -126,34 +111,48 @@ def _tokenize(tokenizer: Any, texts: Sequence[str], special: bool) -> Any:
 
 
 def _encode(
-    tokenizer: Any, texts: Sequence[str]
+    tokenizer: Any, texts: Sequence[str], double_bos: bool = False
 ) -> list[tuple[np.ndarray, list[tuple[int, int]]]]:
-  """Returns ids and offsets a text, less what the tokenizer puts at the end."""
+  """Returns ids and offsets a text, less what the tokenizer puts at the end.
+
+  A text that brings the BOS token gets no other.
+  """
   if not texts:
     return []
   _require_fast(tokenizer)
   out = _tokenize(tokenizer, texts, True)
-  rows = []
-  for ids, spans, added in zip(
-      out['input_ids'], out['offset_mapping'], out['special_tokens_mask']
+  rows, bos = [], getattr(tokenizer, 'bos_token', None)
+  for text, ids, spans, added in zip(
+      texts, out['input_ids'], out['offset_mapping'], out['special_tokens_mask']
   ):
-    stop = len(ids)
+    start, stop = 0, len(ids)
+    if bos and not double_bos and text.startswith(bos):
+      while start < stop and added[start] and spans[start][1] == 0:
+        start += 1
     # An EOS that the tokenizer appends would cut prompt and target apart.
-    while stop and added[stop - 1] and spans[stop - 1][0] == spans[stop - 1][1]:
+    while (
+        stop > start
+        and added[stop - 1]
+        and spans[stop - 1][0] == spans[stop - 1][1]
+    ):
       stop -= 1
     if not stop and ids:  # no text: keep what stands in front of any text
       (mask,) = _tokenize(tokenizer, ['a'], True)['special_tokens_mask']
       stop = mask.index(0) if 0 in mask else 0
-    rows.append((np.asarray(ids[:stop], np.int32), spans[:stop]))
+    rows.append((np.asarray(ids[start:stop], np.int32), spans[start:stop]))
   return rows
 
 
-def encode_prompts(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
+def encode_prompts(
+    tokenizer: Any, texts: Sequence[str], double_bos: bool = False
+) -> list[np.ndarray]:
   """Tokenises texts that will be continued.
 
   Args:
     tokenizer: a fast transformers tokenizer.
     texts: the texts.
+    double_bos: let the tokenizer add its BOS token even to a text that brings
+      it, as published code does.
 
   Returns:
     One [T] int32 array a text, with BOS if the tokenizer adds one and without
@@ -163,7 +162,7 @@ def encode_prompts(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
     InputError: the tokenizer gives no offsets.
   """
   texts = [valid_unicode(text) for text in texts]
-  return [ids for ids, _ in _encode(tokenizer, texts)]
+  return [ids for ids, _ in _encode(tokenizer, texts, double_bos)]
 
 
 def locate_subjects(
@@ -215,12 +214,13 @@ def locate_subject(
     InputError: the prompt has not one '{}', no token overlaps the subject, or
       the tokenizer gives no offsets.
   """
-  if prompt.count(PLACEHOLDER) != 1:
+  parts = cloze_parts(prompt)
+  if len(parts) != 2:
     raise InputError(
-        f'the prompt {prompt!r} has {prompt.count(PLACEHOLDER)} placeholders;'
+        f'the prompt {prompt!r} has {len(parts) - 1} placeholders;'
         " write '{}' once, where the subject goes."
     )
-  before, _, after = prompt.partition(PLACEHOLDER)
+  before, after = parts
   case = (prefix_text + before, subject, after)
   ((ids, span),) = locate_subjects(tokenizer, [case])
   if span is None:
@@ -236,17 +236,21 @@ def no_subject(subject: str) -> str:
   )
 
 
-def encode_targets(tokenizer: Any, targets: Sequence[str]) -> list[np.ndarray]:
+def encode_targets(
+    tokenizer: Any,
+    targets: Sequence[Continued],
+    special: Sequence[str] = (),
+) -> list[np.ndarray]:
   """Tokenises texts that continue a prompt.
 
-  One space is put before a target that does not start with white space, and no
-  BOS is added. Tokenizers that put a space before every text by themselves
-  (SentencePiece models of the Llama 2 kind) get the bare target, as they would
-  turn the space into a token of its own.
+  A blank joins a target to its prompt where `joining.continuation` says so.
+  No BOS is added.
 
   Args:
     tokenizer: a fast transformers tokenizer.
-    targets: the texts.
+    targets: the texts, and what they continue.
+    special: texts of the tokenizer's special tokens, behind which no blank
+      stands.
 
   Returns:
     One [n] int32 array a target; n is 0 where nothing is left to tokenise.
@@ -254,47 +258,91 @@ def encode_targets(tokenizer: Any, targets: Sequence[str]) -> list[np.ndarray]:
   Raises:
     InputError: the tokenizer gives no offsets.
   """
-  if not targets:
-    return []
-  _require_fast(tokenizer)
-  doubles = _doubles_space(tokenizer)
-  texts = []
-  for target in map(valid_unicode, targets):
-    if not target.strip():
-      target = ''
-    elif doubles:
-      target = target.removeprefix(' ')
-    elif not target[0].isspace():
-      target = ' ' + target
-    texts.append(target)
-  rows = _tokenize(tokenizer, texts, False)['input_ids']
-  return [np.asarray(ids, np.int32) for ids in rows]
+  texts = [continuation(*one, special) for one in targets]
+  return [one.ids for one in encode_continuations(tokenizer, texts)]
 
 
-def _doubles_space(tokenizer: Any) -> bool:
-  """Whether the tokenizer adds a space even where the text begins with one."""
-  plain, spaced = _tokenize(tokenizer, ['a', ' a'], False)['input_ids']
-  first = tokenizer.convert_ids_to_tokens(plain[:1])
-  return plain != spaced and bool(first) and str(first[0]).startswith('\u2581')
+def encode_continuations(tokenizer: Any, texts: Sequence[str]) -> list[Encoded]:
+  """Tokenises texts as they continue another one, without special tokens.
 
-
-def encode_target(tokenizer: Any, target: str) -> np.ndarray:
-  """Tokenises one target; see `encode_targets`.
+  Tokenizers that put a blank before every text by themselves (SentencePiece
+  models of the Llama 2 kind) would make a token of the text's own blank, so it
+  is left out; and a text without one is tokenised behind a character whose
+  tokens are dropped.
 
   Args:
     tokenizer: a fast transformers tokenizer.
-    target: the text that continues a prompt.
+    texts: the texts, with the blank that they begin with, if any.
 
   Returns:
-    [n] int32, n at least 1.
+    One entry a text. Its own text lacks the blank that was left out.
 
   Raises:
-    InputError: nothing is left to tokenise.
+    InputError: the tokenizer gives no offsets.
   """
-  (ids,) = encode_targets(tokenizer, [target])
-  if not len(ids):
-    raise InputError(no_target(target))
-  return ids
+  if not texts:
+    return []
+  _require_fast(tokenizer)
+  texts = [valid_unicode(text) for text in texts]
+  adds, doubles = _adds_blank(tokenizer)
+  if doubles:
+    plain = [text.removeprefix(' ') for text in texts]
+  else:
+    plain = texts
+  found = _plain(tokenizer, plain)
+  if adds:
+    glued = [i for i, t in enumerate(texts) if t and not t.startswith(' ')]
+    inside = _inside(tokenizer, [texts[i] for i in glued])
+    for i, one in zip(glued, inside):
+      found[i] = one
+  return found
+
+
+def _plain(tokenizer: Any, texts: Sequence[str]) -> list[Encoded]:
+  """Tokenises texts by themselves."""
+  out = _tokenize(tokenizer, texts, False)
+  found = []
+  for text, ids, spans in zip(texts, out['input_ids'], out['offset_mapping']):
+    # Some tokenizers add their BOS token whatever they are asked to.
+    own = ids[:1] == [tokenizer.bos_token_id] and spans[0][1] == 0
+    found.append(Encoded(text, np.asarray(ids[own:], np.int32), spans[own:]))
+  return found
+
+
+def _inside(tokenizer: Any, texts: Sequence[str]) -> list[Encoded]:
+  """Tokenises texts as they stand inside another one."""
+  found: list[Encoded | None] = [None] * len(texts)
+  for front in _FRONTS:
+    left = [i for i, one in enumerate(found) if one is None]
+    rows = _plain(tokenizer, [front + texts[i] for i in left]) if left else ()
+    for i, row in zip(left, rows):
+      count = sum(end <= 1 for _, end in row.offsets)
+      spans = [(begin - 1, end - 1) for begin, end in row.offsets[count:]]
+      if all(begin >= 0 for begin, _ in spans):
+        found[i] = Encoded(texts[i], row.ids[count:], spans)
+  left = [i for i, one in enumerate(found) if one is None]
+  for i, row in zip(
+      left, _plain(tokenizer, [texts[i] for i in left]) if left else ()
+  ):
+    found[i] = row
+  return found
+
+
+def _adds_blank(tokenizer: Any) -> tuple[bool, bool]:
+  """Whether the tokenizer puts a blank before a text.
+
+  Returns:
+    (before one that has none, also before one that begins with one).
+  """
+  plain, spaced = _plain(tokenizer, ['a', ' a'])
+  (inside,) = _inside(tokenizer, ['a'])
+  first = tokenizer.convert_ids_to_tokens(plain.ids[:1].tolist())
+  doubles = (
+      plain.ids.tolist() != spaced.ids.tolist()
+      and bool(first)
+      and str(first[0]).startswith('\u2581')
+  )
+  return plain.ids.tolist() != inside.ids.tolist(), doubles
 
 
 def no_target(target: str) -> str:

@@ -11,9 +11,8 @@ front, so that the labels do not depend on the question. Special tokens that are
 written out, such as the end of turn, become the tokens they name. With chunks
 the target is foretold by several states, see `chunking`.
 
-One space joins an answer to a question that ends in a word or a mark, as in
-`locate.encode_targets`; behind white space and special tokens the answer stands
-as it is. Tokenizers that put a space before every text do so here too.
+A blank joins an answer to what asks it where `joining.continuation` says so, as
+it joins a fact's target.
 
 Source: the rows of UnKE (Deng et al. 2024, arXiv 2405.15349) and AnyEdit (Jiang
 et al. 2025, arXiv 2502.05628). Published code writes the BOS token of some
@@ -33,9 +32,10 @@ import numpy as np
 
 from jaxedit.text import chunking as chunking_lib
 from jaxedit.text import locate
-from jaxedit.text.chat import Chat, special_tokens
+from jaxedit.text.chat import Chat
 from jaxedit.text.chunking import Chunking
 from jaxedit.text.encoding import Drafted, EncodedEdit, Encoder
+from jaxedit.text.joining import continuation
 from jaxedit.text.token_cache import TokenCache, token_cache
 from jaxedit.types import EditRequest
 
@@ -122,12 +122,8 @@ def _questions(
     tokens: TokenCache, questions: Sequence[str], chat: Chat, double_bos: bool
 ) -> list[np.ndarray]:
   """Tokenises wrapped questions."""
-  rows = tokens.prompts([chat.wrap(question) for question in questions])
-  if chat.special or double_bos:
-    return rows
-  # What stands in front of no text at all stands in front of every text.
-  (front,) = tokens.prompts([''])
-  return [row[len(front) :] for row in rows]
+  wrapped = [chat.wrap(question) for question in questions]
+  return tokens.prompts(wrapped, double_bos)
 
 
 def _draft(
@@ -136,8 +132,7 @@ def _draft(
   """Tokenises requests in one go, leaving errors beside the edits."""
   questions = [request.prompt for request in requests]
   rows = _questions(tokens, questions, options.chat, options.double_bos)
-  pairs = [(request.prompt, request.target) for request in requests]
-  answers = _answers(tokens.tokenizer, pairs, options.chat)
+  answers = _answers(tokens, requests, options.chat)
   drafts = []
   for request, row, (text, ids, offsets) in zip(requests, rows, answers):
     errors = []
@@ -166,53 +161,24 @@ def _draft(
 
 
 def _answers(
-    tokenizer: Any, pairs: Sequence[tuple[str, str]], chat: Chat
+    tokens: TokenCache, requests: Sequence[EditRequest], chat: Chat
 ) -> list[tuple[str, np.ndarray, list[tuple[int, int]]]]:
   """Tokenises answers with their ends: (text without end, ids, offsets)."""
-  if not pairs:
-    return []
-  texts = []
-  space, closing = _space(tokenizer), special_tokens(tokenizer)
-  for question, answer in pairs:
-    answer = locate.valid_unicode(answer)
-    asked = chat.wrap(question)
-    if not answer.strip():
-      answer = ''
-    elif not space:
-      answer = answer.removeprefix(' ')
-    elif not (
-        asked[-1:].isspace() or answer[0].isspace() or asked.endswith(closing)
-    ):
-      answer = space + answer
-    texts.append(answer)
   end = locate.valid_unicode(chat.end)
-  out = _tokenize(tokenizer, [text + end for text in texts])
-  found = []
-  for text, ids, offsets in zip(texts, out['input_ids'], out['offset_mapping']):
-    # Some tokenizers add their BOS token whatever they are asked to.
-    own = ids[:1] == [tokenizer.bos_token_id] and offsets[0][1] == 0
-    found.append((text, np.asarray(ids[own:], np.int32), offsets[own:]))
-  return found
-
-
-def _space(tokenizer: Any) -> str:
-  """The space before an answer, none where the tokenizer puts it by itself."""
-  target = locate.encode_target(tokenizer, 'a').tolist()
-  return ' ' if target == _tokenize(tokenizer, [' a'])['input_ids'][0] else ''
-
-
-def _tokenize(tokenizer: Any, texts: Sequence[str]) -> Any:
-  """Tokenises texts without the special tokens around them."""
-  return tokenizer(
-      list(texts),
-      add_special_tokens=False,
-      return_offsets_mapping=True,
-      return_attention_mask=False,
-      return_token_type_ids=False,
-      padding=False,
-      truncation=False,
-      verbose=False,
-  )
+  texts = [
+      continuation(
+          chat.wrap(one.prompt),
+          locate.valid_unicode(one.target),
+          one.space,
+          tokens.special,
+      )
+      + end
+      for one in requests
+  ]
+  found = locate.encode_continuations(tokens.tokenizer, texts)
+  return [
+      (text.removesuffix(end), ids, offsets) for text, ids, offsets in found
+  ]
 
 
 def _length_errors(question: int, answer: int, max_tokens: int) -> list[str]:

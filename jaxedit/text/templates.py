@@ -23,7 +23,8 @@ import unicodedata
 from collections.abc import Callable, Sequence
 
 from jaxedit import io
-from jaxedit.text.locate import PLACEHOLDER, valid_unicode
+from jaxedit.text.cloze import PLACEHOLDER
+from jaxedit.text.locate import valid_unicode
 from jaxedit.types import InputError
 
 Sample = Callable[[list[str], int, int], list[str]]

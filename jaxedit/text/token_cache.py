@@ -6,12 +6,15 @@ both: all of them share one cache.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxedit.text import locate
+from jaxedit.text.chat import special_tokens
+from jaxedit.text.joining import continuation
 
 
 class TokenCache:
@@ -25,13 +28,24 @@ class TokenCache:
     self.tokenizer = tokenizer
     self._known: dict[Hashable, dict[Any, Any]] = {}
 
-  def prompts(self, texts: Sequence[str]) -> list[np.ndarray]:
+  def prompts(
+      self, texts: Sequence[str], double_bos: bool = False
+  ) -> list[np.ndarray]:
     """See `locate.encode_prompts`."""
+    if double_bos:
+      return locate.encode_prompts(self.tokenizer, texts, True)
     return self._look_up(locate.encode_prompts, texts)
 
-  def targets(self, texts: Sequence[str]) -> list[np.ndarray]:
+  def targets(self, targets: Sequence[locate.Continued]) -> list[np.ndarray]:
     """See `locate.encode_targets`."""
-    return self._look_up(locate.encode_targets, texts)
+    texts = [continuation(*one, self.special) for one in targets]
+    found = self._look_up(locate.encode_continuations, texts)
+    return [one.ids for one in found]
+
+  @functools.cached_property
+  def special(self) -> tuple[str, ...]:
+    """Texts of the tokenizer's special tokens."""
+    return special_tokens(self.tokenizer)
 
   def subjects(
       self, cases: Sequence[tuple[str, str, str]]

@@ -218,7 +218,8 @@ def judged(tokenizer: Any, one: EncodedFact, token: int) -> EncodedFact:
   """Compares the model's answer with the attribute."""
   attribute, completes = one.fact.target, 'unasked'
   if attribute:
-    first = locate.encode_targets(tokenizer, [attribute])[0][:1]
+    asked = locate.Continued(one.fact.question, attribute, one.fact.space)
+    first = locate.encode_targets(tokenizer, [asked])[0][:1]
     completes = 'begins' if token in first else 'misses'
     if tokenizer.decode([token]).strip() == attribute:
       completes = 'whole'

@@ -23,8 +23,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxedit.eval.datasets import fields as lib
-from jaxedit.text.locate import PLACEHOLDER
-from jaxedit.types import SUB_QUESTION, Probe
+from jaxedit.text.cloze import PLACEHOLDER
+from jaxedit.types import SUB_QUESTION, Probe, cloze_parts
 
 FACTS = ('unstructured', 'structured')
 _REWRITE = 'requested_rewrite'
@@ -72,26 +72,27 @@ def _rewrite(fields: lib.Fields, options: lib.Options) -> lib.Parts:
 def _object(fields: lib.Fields) -> str:
   """Returns the text of the new object, given bare or as {str, id}."""
   if isinstance(fields.data.get('target_new'), str):
-    return fields.text('target_new').strip()
-  return fields.inner('target_new').text('str').strip()
+    return fields.target('target_new')
+  return fields.inner('target_new').target('str')
 
 
 def _triplet(fields: lib.Fields) -> Probe:
   prompt = _filled(fields, whole=True)
-  return Probe(SUB_QUESTION, prompt, (fields.text('target').strip(),))
+  return Probe(SUB_QUESTION, prompt, (fields.target('target'),))
 
 
 def _filled(fields: lib.Fields, whole: bool) -> str:
   """Returns the prompt with its subject; a whole one may do without."""
   prompt, subject = fields.text('prompt'), fields.text('subject').strip()
-  count = prompt.count(PLACEHOLDER)
+  parts = cloze_parts(prompt)
+  count = len(parts) - 1
   if count > 1 or (prompt.strip() and not count and not whole):
     fields.error(
         'prompt',
         f"has {count} placeholders; write '{PLACEHOLDER}' once, where the"
         ' subject goes.',
     )
-  return prompt.replace(PLACEHOLDER, subject).strip()
+  return subject.join(parts).strip()
 
 
 def _matches(data: Mapping[str, Any]) -> bool:

@@ -22,13 +22,13 @@ def read(
   """Reads one object."""
   del name, options
   rewrite = fields.inner('requested_rewrite')
-  true = rewrite.inner('target_true').text('str').strip()
+  true = rewrite.inner('target_true').target('str')
   near = fields.texts('neighborhood_prompts', optional=True)
   return [
       {
           'prompt': rewrite.text('prompt'),
           'subject': rewrite.text('subject'),
-          'target': rewrite.inner('target_new').text('str').strip(),
+          'target': rewrite.inner('target_new').target('str'),
           'target_true': true,
           'rephrases': fields.texts('paraphrase_prompts', optional=True),
           'probes': [Probe(LOCALITY, prompt, (true,)) for prompt in near],

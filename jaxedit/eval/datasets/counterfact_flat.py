@@ -10,6 +10,7 @@ Other fields are passed over. Source: Wang et al. 2023, arXiv 2308.07269.
 from __future__ import annotations
 
 from jaxedit.eval.datasets import fields as lib
+from jaxedit.text.joining import trim_prompt
 from jaxedit.types import LOCALITY, Probe
 
 
@@ -18,15 +19,15 @@ def read(
 ) -> list[lib.Parts]:
   """Reads one object."""
   del name, options
-  near = fields.text('locality_prompt').rstrip()
-  answer = fields.text('locality_ground_truth').strip()
+  near = trim_prompt(fields.text('locality_prompt'))
+  answer = fields.target('locality_ground_truth')
   return [
       {
           'prompt': fields.text('prompt'),
           'subject': fields.text('subject'),
-          'target': fields.text('target_new').strip(),
-          'target_true': fields.text('ground_truth').strip(),
-          'rephrases': [fields.text('rephrase_prompt').rstrip()],
+          'target': fields.target('target_new'),
+          'target_true': fields.target('ground_truth'),
+          'rephrases': [trim_prompt(fields.text('rephrase_prompt'))],
           'probes': [Probe(LOCALITY, near, (answer,))],
       }
   ]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from jaxedit.eval.datasets.entries import named
+from jaxedit.text.cloze import plain_form
 from jaxedit.types import EditRequest
 
 Key = tuple[str, str]
@@ -83,9 +84,13 @@ class Earlier:
 
 
 def edit_key(request: EditRequest) -> Key:
-  """What a request edits: its subject and prompt, white space aside."""
-  squeeze = lambda text: ' '.join(text.split())
-  return squeeze(request.subject or ''), squeeze(request.prompt)
+  """What a request edits: its subject and prompt, however they are written."""
+  return _squeeze(request.subject or ''), _squeeze(request.prompt)
+
+
+def _squeeze(text: str) -> str:
+  """What texts have in common that differ in nothing but how they look."""
+  return ' '.join(plain_form(text).split())
 
 
 def _repeated(
@@ -96,7 +101,7 @@ def _repeated(
   if batches:
     keep += ', or let them stand in different batches (--batch_size)'
   for one in earlier:
-    if request.target.split() == one.target.split():
+    if _squeeze(request.target) == _squeeze(one.target):
       if request.case == one.case:
         return [f'it makes the same edit as {named(one)}; drop one of them.']
     elif request.subject is None:

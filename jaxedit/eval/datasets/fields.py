@@ -9,11 +9,14 @@ It does not open files and does not look at more than one object.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxedit.text import locate
-from jaxedit.types import Probe
+from jaxedit.text.cloze import fill, plain_form, resolve
+from jaxedit.text.joining import trim_prompt, trim_target
+from jaxedit.types import REPHRASE, Probe
 
 FACT, TEXT, KNOWN = 'fact', 'text', 'known'  # kinds of requests
 JSON_NAMES = {
@@ -93,15 +96,24 @@ class Fields:
     return Fields(numbered, self._inside + name, self.errors)
 
   def texts(self, name: str, optional: bool = False) -> tuple[str, ...]:
-    """Returns a list of texts, without white space at their ends."""
+    """Returns a list of prompts, without blanks at their ends."""
     items = self.items(name, optional)
-    return tuple(items.text(key).rstrip() for key in items.data)
+    return tuple(trim_prompt(items.text(key)) for key in items.data)
+
+  def target(self, name: str, optional: bool = False) -> str:
+    """Returns a text that continues a prompt, without white space around it."""
+    return trim_target(self.text(name, optional))
+
+  def flag(self, name: str) -> bool | None:
+    """Returns true or false, or None where the field is absent."""
+    given = self.data.get(name)
+    return None if given is None else self.get(name, bool)
 
   def probe(self, kind: str, name: str) -> Probe:
-    """Returns the probe {prompt, answer} of a field."""
+    """Returns the probe {prompt, answer, space} of a field."""
     fields = self.inner(name)
-    prompt = fields.text('prompt').rstrip()
-    return Probe(kind, prompt, (fields.text('answer').strip(),))
+    prompt = trim_prompt(fields.text('prompt'))
+    return Probe(kind, prompt, (fields.target('answer'),), fields.flag('space'))
 
 
 class Options(NamedTuple):
@@ -146,30 +158,27 @@ class Format(NamedTuple):
 
 
 def finish_fact(parts: Parts, errors: list[str]) -> Parts:
-  """Puts '{}' where the subject is, and strips the texts of a fact."""
-  subject, prompt = parts['subject'], parts['prompt'].rstrip()
-  count = prompt.count(locate.PLACEHOLDER)
-  if count > 1:
-    errors.append(
-        f"the prompt has {count} placeholders; write '{{}}' once, where the"
-        ' subject goes.'
-    )
-  elif not count and prompt.strip() and subject.strip():
-    subject = subject.strip()
-    cloze = locate.make_cloze(prompt, subject)
-    if cloze is None:
-      where = 'only inside a longer word' if subject in prompt else 'nowhere'
-      errors.append(
-          f'the subject {subject!r} is {where} in the prompt {prompt!r}; write'
-          " '{}' where the subject goes."
-      )
-    prompt = cloze or prompt
+  """Puts '{}' where the subject is, and the subject where a probe has '{}'."""
+  cloze = resolve(parts['prompt'], parts['subject'])
+  errors.extend(cloze.errors)
   new, true = parts['target'], parts['target_true']
-  if new and new.split() == true.split():
+  if new and plain_form(new).split() == plain_form(true).split():
     errors.append(
         f'target_new and target_true are both {new!r}; there is nothing to'
         ' edit, give another target.'
     )
+  rephrased = [Probe(REPHRASE, text, (new,)) for text in parts['rephrases']]
+  probes = []
+  for probe in (*rephrased, *parts['probes']):
+    if probe.space is None:
+      probe = dataclasses.replace(probe, space=parts.get('space'))
+    probe, found = fill(probe, cloze.subject)
+    probes.append(probe)
+    errors.extend(found)
   return parts | {
-      'prompt': prompt, 'subject': subject, 'target_true': true or None,
-  }  # fmt: skip
+      'prompt': cloze.prompt,
+      'subject': cloze.subject,
+      'target_true': true or None,
+      'rephrases': (),
+      'probes': probes,
+  }

@@ -19,8 +19,8 @@ Whether a model knows a fact is not its business.
 from __future__ import annotations
 
 from jaxedit.eval.datasets import fields as lib
-from jaxedit.text import locate
-from jaxedit.types import EditRequest
+from jaxedit.text.cloze import PLACEHOLDER, resolve
+from jaxedit.types import EditRequest, cloze_parts
 
 NAME = 'known'
 
@@ -37,7 +37,7 @@ def read(
       {
           'prompt': fields.text('prompt', optional=bool(template)) or template,
           'subject': subject,
-          'target': fields.text('attribute').strip(),
+          'target': fields.target('attribute'),
           'template': template,
       }
   ]
@@ -45,9 +45,18 @@ def read(
 
 def finish(parts: lib.Parts, errors: list[str]) -> lib.Parts:
   """Puts '{}' where the subject is."""
-  subject = parts['subject'].strip()
-  cloze = _cloze(parts['prompt'], subject, parts.get('template', ''), errors)
-  return {'prompt': cloze, 'subject': subject, 'target': parts['target']}
+  prompt, subject = parts['prompt'], parts['subject'].strip()
+  before, *rest = cloze_parts(parts.get('template', ''))
+  given = before + subject
+  if rest and len(cloze_parts(prompt)) == 1 and prompt.startswith(given):
+    prompt = prompt[: len(before)] + PLACEHOLDER + prompt[len(given) :]
+  cloze = resolve(prompt, subject)
+  errors.extend(cloze.errors)
+  return {
+      'prompt': cloze.prompt,
+      'subject': cloze.subject,
+      'target': parts['target'],
+  }
 
 
 def traced(edited: lib.Format) -> lib.Format:
@@ -80,29 +89,6 @@ def single(prompt: str, subject: str) -> tuple[EditRequest | None, list[str]]:
   parts = {name: fields.text(name) for name in fields.data} | {'target': ''}
   fact = EditRequest(1, '1', **finish(parts, fields.errors))
   return None if fields.errors else fact, fields.errors
-
-
-def _cloze(prompt: str, subject: str, template: str, errors: list[str]) -> str:
-  """Puts '{}' where the subject is; what is wrong goes to `errors`."""
-  mark = locate.PLACEHOLDER
-  if mark in prompt:
-    if prompt.count(mark) > 1:
-      errors.append(
-          f"the prompt has {prompt.count(mark)} placeholders; write '{mark}'"
-          ' once, where the subject goes.'
-      )
-    return prompt.rstrip()
-  before, found, _ = template.partition(mark)
-  if found and prompt.startswith(before + subject):
-    return before + mark + prompt[len(before + subject) :].rstrip()
-  cloze = locate.make_cloze(prompt.rstrip(), subject)
-  if cloze is None and prompt.strip() and subject:
-    where = 'only inside a longer word' if subject in prompt else 'nowhere'
-    errors.append(
-        f'the subject {subject!r} is {where} in the prompt {prompt!r}; write'
-        f" the subject as it stands there, or '{mark}' in its place."
-    )
-  return cloze or ''
 
 
 FORMAT = lib.Format(

@@ -4,15 +4,19 @@ Facts, by field; fields of other names are errors, so that a slip of the pen
 loses nothing silently:
 
   prompt       text. '{}' where the subject goes, or the subject filled in: the
-               first place where it stands as a word is taken.
+               first place where it stands as a word is taken. '{{}}' stands for
+               braces of the text.
   subject      text.
   target_new   text, the object to write.
   target_true  text or absent, the object that the model should hold now.
-  paraphrases  list of texts or absent, subject filled in.
+  paraphrases  list of texts or absent, subject filled in or '{}'.
   neighbours   list or absent, prompts about other subjects: a text, whose right
                answer is `target_true`, or {"prompt": text, "answer": text}.
   portability  object or absent, kind ('alias', 'reversed', 'one_hop') -> list
                of {"prompt": text, "answer": text}.
+  space        true, false or absent: whether a blank joins targets to prompts;
+               absent, the texts decide (`text.joining`). Also of a
+               {"prompt": ...}, for it alone.
   id           text or whole number or absent (the record's number).
   comment      anything; it is not read.
 
@@ -30,7 +34,7 @@ Questions with answers; EditEverything {`id`, `question`, `answer`, `category`}
   category       text or absent, kind of text.
   case           text or absent; records of one case, which stand one after
                  another, are one edit.
-  id, comment    as above.
+  space, id, comment    as above.
 
   {"question": "Who is Ada?", "answer": "Ada was born by the sea. She ...",
    "sub_questions": [{"prompt": "Where was Ada born?", "answer": "By the sea"}]}
@@ -41,16 +45,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from jaxedit.eval.datasets import fields as lib
+from jaxedit.text.joining import trim_prompt
 from jaxedit.types import LOCALITY, REPHRASE, SUB_QUESTION, Probe
 
 NAME = 'jaxedit'
 _FACT_FIELDS = (
     'prompt', 'subject', 'target_new', 'target_true', 'paraphrases',
-    'neighbours', 'portability', 'id', 'comment',
+    'neighbours', 'portability', 'space', 'id', 'comment',
 )  # fmt: skip
 _TEXT_FIELDS = (
     'question', 'answer', 'paraphrases', 'sub_questions', 'category', 'case',
-    'id', 'comment',
+    'space', 'id', 'comment',
 )  # fmt: skip
 
 
@@ -60,7 +65,7 @@ def read_fact(
   """Reads a fact."""
   del name, options
   fields.refuse_others(_FACT_FIELDS)
-  true = fields.text('target_true', optional=True).strip()
+  true = fields.target('target_true', optional=True)
   kinds = fields.inner('portability', optional=True)
   others = []
   for kind in kinds.data:
@@ -71,10 +76,11 @@ def read_fact(
       {
           'prompt': fields.text('prompt'),
           'subject': fields.text('subject'),
-          'target': fields.text('target_new').strip(),
+          'target': fields.target('target_new'),
           'target_true': true,
           'rephrases': fields.texts('paraphrases', optional=True),
           'probes': [*_neighbours(fields, true), *others],
+          'space': fields.flag('space'),
       }
   ]
 
@@ -85,7 +91,7 @@ def _neighbours(fields: lib.Fields, true: str) -> Iterator[Probe]:
     if not isinstance(value, str):
       yield items.probe(LOCALITY, key)
       continue
-    yield Probe(LOCALITY, items.text(key).rstrip(), (true,))
+    yield Probe(LOCALITY, trim_prompt(items.text(key)), (true,))
     if not true and not fields.data.get('target_true'):
       items.error(
           key,
@@ -104,12 +110,13 @@ def read_text(
   asked = fields.texts('paraphrases', optional=True)
   return [
       {
-          'prompt': fields.text('question').strip(),
+          'prompt': trim_prompt(fields.text('question')).lstrip(),
           'target': fields.text('answer').rstrip(),
-          'rephrases': [text.strip() for text in asked],
+          'rephrases': [text.lstrip() for text in asked],
           'probes': [items.probe(SUB_QUESTION, key) for key in items.data],
           'category': fields.text('category', optional=True).strip(),
           'case': fields.text('case', optional=True).strip(),
+          'space': fields.flag('space'),
       }
   ]
 

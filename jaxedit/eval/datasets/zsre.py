@@ -12,6 +12,7 @@ Other fields are passed over. Source: Mitchell et al. 2021, arXiv 2110.11309.
 from __future__ import annotations
 
 from jaxedit.eval.datasets import fields as lib
+from jaxedit.text.joining import trim_prompt
 from jaxedit.types import LOCALITY, Probe
 
 TARGETS = ('alt', 'answers')
@@ -35,12 +36,10 @@ def read(
       {
           'prompt': fields.text('src'),
           'subject': fields.text('subject'),
-          'target': true if written else fields.text('alt').strip(),
+          'target': true if written else fields.target('alt'),
           'target_true': '' if written else true,
-          'rephrases': [fields.text('rephrase').rstrip()],
-          'probes': [
-              Probe(LOCALITY, question, (fields.text('loc_ans').strip(),))
-          ],
+          'rephrases': [trim_prompt(fields.text('rephrase'))],
+          'probes': [Probe(LOCALITY, question, (fields.target('loc_ans'),))],
       }
   ]
 

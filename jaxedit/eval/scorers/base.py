@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from jaxedit.edited.scoring import Query, Scored
 from jaxedit.models.decode import GREEDY, Decoding
-from jaxedit.types import EditRequest
+from jaxedit.types import EditRequest, InputError
 
 
 class Prompt(NamedTuple):
@@ -150,3 +150,36 @@ def texts_of(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
   return tokenizer.batch_decode(
       [[token] for token in tokens], clean_up_tokenization_spaces=False
   )
+
+
+def end_ids(
+    tokenizer: Any, vocab: int, chat_end: str = '', named: Iterable[int] = ()
+) -> tuple[int, ...]:
+  """Lists the tokens that end an answer.
+
+  Args:
+    tokenizer: a transformers tokenizer.
+    vocab: rows of the model's embedding; ids from there up cannot occur.
+    chat_end: text that ends a turn of the chat, '' without one. Of several
+      tokens the special ones count.
+    named: further ids, those of the model's generation_config.json.
+
+  Returns:
+    Ids of the end-of-text token, of the end of a turn and those named,
+    ascending.
+
+  Raises:
+    InputError: the end of a turn is several tokens, all of them ordinary.
+  """
+  ends = {tokenizer.eos_token_id, *named} - {None}
+  if chat_end:
+    ids = tokenizer(chat_end, add_special_tokens=False)['input_ids']
+    if len(ids) > 1:
+      ids = [i for i in ids if i in tokenizer.added_tokens_decoder]
+    if not ids:
+      raise InputError(
+          f'the end of a turn, {chat_end!r}, is no token of this tokenizer, so'
+          ' nothing can stop at it; name the token that ends a turn, or none'
+      )
+    ends |= set(ids)
+  return tuple(sorted(i for i in ends if i < vocab))

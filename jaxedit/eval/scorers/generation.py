@@ -27,6 +27,7 @@ from typing import Any
 from jaxedit.eval import matching
 from jaxedit.eval.scorers import base
 from jaxedit.eval.scorers.base import Generation, Judged, Prompt, Questions
+from jaxedit.text.chat import Chat
 from jaxedit.text.token_cache import TokenCache
 from jaxedit.types import REPHRASE, EditRequest
 
@@ -44,11 +45,13 @@ class FreeGeneration(base.Scorer):
     tokens: of the model's tokenizer.
     stop_ids: tokens that end a text, see `stop_ids`.
     max_new_tokens: tokens at most.
+    chat: words around every prompt.
   """
 
   tokens: TokenCache
   stop_ids: tuple[int, ...]
   max_new_tokens: int = MAX_NEW_TOKENS
+  chat: Chat = Chat()
 
   @property
   def generation(self) -> Generation:
@@ -56,7 +59,8 @@ class FreeGeneration(base.Scorer):
 
   def prepare(self, requests: Sequence[EditRequest]) -> list[Questions]:
     asked = [_asked(request) for request in requests]
-    ids = iter(self.tokens.prompts([text for some in asked for text in some]))
+    wrapped = [self.chat.wrap(text) for some in asked for text in some]
+    ids = iter(self.tokens.prompts(wrapped))
     return [
         Questions(
             prompts=[
@@ -125,23 +129,22 @@ class FreeGeneration(base.Scorer):
     return found
 
 
-def stop_ids(tokenizer: Any, vocab: int) -> tuple[int, ...]:
+def stop_ids(tokenizer: Any, vocab: int, chat_end: str = '') -> tuple[int, ...]:
   """Lists the tokens that end a free generation.
 
   Args:
     tokenizer: a transformers tokenizer.
     vocab: rows of the model's embedding; ids from there up cannot occur.
+    chat_end: text that ends a turn of the chat; '' without one.
 
   Returns:
-    Ids of the end-of-text token and of every token whose text holds a full stop,
+    Ids of the end-of-text token, of those that end a turn, and of every token whose text holds a full stop,
     of any script, or a line break.
   """
   size = min(len(tokenizer), vocab)
   texts = base.texts_of(tokenizer, range(size))
   stops = {i for i, t in enumerate(texts) if set(_STOPS + _BREAK) & set(t)}
-  if tokenizer.eos_token_id is not None and tokenizer.eos_token_id < vocab:
-    stops.add(tokenizer.eos_token_id)
-  return tuple(sorted(stops))
+  return tuple(sorted(stops.union(base.end_ids(tokenizer, vocab, chat_end))))
 
 
 def _squeeze(text: str) -> str:

@@ -38,7 +38,7 @@ from jaxedit.models.encoder import Encoder
 from jaxedit.text import passages
 from jaxedit.text.chat import Chat
 from jaxedit.text.token_cache import TokenCache
-from jaxedit.types import REPHRASE, SUB_QUESTION, EditRequest, InputError
+from jaxedit.types import REPHRASE, SUB_QUESTION, EditRequest
 
 _QUESTION, _PARAPHRASE, _SUB = 'question', 'paraphrase', 'sub'
 _RECALLS = ('rouge_1_recall', 'rouge_2_recall', 'rouge_l_recall')
@@ -51,7 +51,7 @@ class LongForm(base.Scorer):
   Attributes:
     tokens: of the model's tokenizer.
     chat: words around a question.
-    stop_ids: tokens that end an answer, see `end_ids`.
+    stop_ids: tokens that end an answer, see `base.end_ids`.
     double_bos: ask with two BOS tokens, see `text.passages`.
     sub_questions: whether to ask them.
     encoder: for `minilm_cosine`.
@@ -159,36 +159,3 @@ def _stream(request: EditRequest, place: int) -> int:
   name = f'{request.number}/{request.id}/{place}'.encode()
   digest = hashlib.blake2b(name, digest_size=4).digest()
   return int.from_bytes(digest, 'big') >> 1
-
-
-def end_ids(
-    tokenizer: Any, vocab: int, chat_end: str = '', named: Iterable[int] = ()
-) -> tuple[int, ...]:
-  """Lists the tokens that end an answer.
-
-  Args:
-    tokenizer: a transformers tokenizer.
-    vocab: rows of the model's embedding; ids from there up cannot occur.
-    chat_end: text that ends a turn of the chat, '' without one. Of several
-      tokens the special ones count.
-    named: further ids, those of the model's generation_config.json.
-
-  Returns:
-    Ids of the end-of-text token, of the end of a turn and those named,
-    ascending.
-
-  Raises:
-    InputError: the end of a turn is several tokens, all of them ordinary.
-  """
-  ends = {tokenizer.eos_token_id, *named} - {None}
-  if chat_end:
-    ids = tokenizer(chat_end, add_special_tokens=False)['input_ids']
-    if len(ids) > 1:
-      ids = [i for i in ids if i in tokenizer.added_tokens_decoder]
-    if not ids:
-      raise InputError(
-          f'the end of a turn, {chat_end!r}, is no token of this tokenizer, so'
-          ' nothing can stop at it; name the token that ends a turn, or none'
-      )
-    ends |= set(ids)
-  return tuple(sorted(i for i in ends if i < vocab))

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from jaxedit.edited import scoring
 from jaxedit.eval import metrics
 from jaxedit.eval.scorers.base import Judged, Questions, Replies, Scorer
+from jaxedit.text.chat import Chat
 from jaxedit.text.token_cache import TokenCache
 from jaxedit.types import LOCALITY, REPHRASE, EditRequest, InputError
 
@@ -35,16 +36,22 @@ class TeacherForced(Scorer):
 
   Attributes:
     tokens: of the model's tokenizer.
+    chat: words around every prompt.
   """
 
   tokens: TokenCache
+  chat: Chat = Chat()
 
   def prepare(self, requests: Sequence[EditRequest]) -> list[Questions]:
     asked = [_asked(request) for request in requests]
-    items = [item for some in asked for _, *item in some]
+    items = [
+        (self.chat.wrap(prompt), *rest)
+        for some in asked
+        for _, prompt, *rest in some
+    ]
     queries = iter(scoring.encode_queries(self.tokens, items))
     return [
-        Questions(queries=[(prompt, next(queries)) for _, prompt, _ in some])
+        Questions(queries=[(prompt, next(queries)) for _, prompt, *_ in some])
         for some in asked
     ]
 
@@ -71,7 +78,7 @@ def _judge(
     before: Sequence[Sequence[int]] | None,
 ) -> Judged:
   groups: dict[str, list[Sequence[scoring.Scored]]] = {}
-  for (group, _, _), scores in zip(_asked(request), reply.scores):
+  for (group, *_), scores in zip(_asked(request), reply.scores):
     groups.setdefault(group, []).append(scores)
   values = _metrics(groups)
   preferred = tuple(scores[0].argmax for scores in groups.get(LOCALITY, ()))
@@ -87,19 +94,22 @@ def _judge(
 
 def _asked(
     request: EditRequest,
-) -> list[tuple[str, str, tuple[str, ...]]]:
-  """Lists (group, prompt, answers), the edit prompt and rephrases first."""
+) -> list[tuple[str, str, tuple[str, ...], bool | None]]:
+  """Lists (group, prompt, answers, space), edit prompt and rephrases first."""
   objects = (request.target,)
   if request.target_true is not None:
     objects += (request.target_true,)
-  asked = [(_EDIT, request.question, objects)]
-  asked += [(REPHRASE, p.prompt, objects) for p in request.probes_of(REPHRASE)]
+  asked = [(_EDIT, request.question, objects, request.space)]
   asked += [
-      (LOCALITY, probe.prompt, (probe.answers[0], request.target))
-      for probe in request.probes_of(LOCALITY)
+      (REPHRASE, probe.prompt, objects, probe.space)
+      for probe in request.probes_of(REPHRASE)
   ]
   asked += [
-      (probe.kind, probe.prompt, probe.answers[:1])
+      (LOCALITY, one.prompt, (one.answers[0], request.target), one.space)
+      for one in request.probes_of(LOCALITY)
+  ]
+  asked += [
+      (probe.kind, probe.prompt, probe.answers[:1], probe.space)
       for probe in request.probes
       if probe.kind not in _GROUPS
   ]
