@@ -1,6 +1,7 @@
 """Every format of facts loads; each error of a file names its record."""
 
 import collections
+import gzip
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ from absl.testing import absltest, parameterized
 
 from jaxedit import testing
 from jaxedit.eval import datasets
+from jaxedit.eval.datasets import entries
 from jaxedit.types import InputError, Probe
 
 FORMATS = ('counterfact', 'zsre', 'counterfact_flat', 'jaxedit')
@@ -188,6 +190,54 @@ class FormatTest(Base):
     (record,) = self.load(ZSRE, zsre_target='answers').requests
     self.assertEqual((record.target, record.target_true), ('harp', None))
 
+  @parameterized.parameters(
+      {'New Question': 'Its seat is', 'New Answer': 'Leeds'},
+      {'Reasoning': {'prompt': 'Its seat is', 'ground_truth': 'Leeds'}},
+      {'Reasoning': [{'prompt': 'Its seat is', 'ground_truth': ['Leeds']}]},
+      {'Reasoning': [{'prompt': 'Its seat is', 'ground_truth': [['Leeds']]}]},
+  )
+  def test_portability_of_known_formats(self, **portability):
+    wanted = (Probe('one_hop', 'Its seat is', ('Leeds',)),)
+    for data in (ZSRE, FLAT):
+      loaded = self.load(data | {'portability': portability})
+      (record,) = loaded.requests
+      self.assertEqual(record.probes_of('one_hop'), wanted)
+      self.assertNotIn('portability', loaded.unread)
+
+  def test_kinds_of_portability(self):
+    one = {'prompt': 'x', 'ground_truth': 'y'}
+    data = {'Subject_Aliasing': [one, one], 'Logical Generalization': one}
+    (record,) = self.load(FLAT | {'portability': data}).requests
+    kinds = [probe.kind for probe in record.probes[2:]]
+    self.assertEqual(kinds, ['alias', 'alias', 'logical_generalization'])
+    data['Reasoning'] = [{'prompt': 'x', 'ground_truth': []}]
+    (problem,) = self.problems(FLAT | {'portability': data})
+    self.assertIn("portability.Reasoning[1].ground_truth' is an empty", problem)
+
+  def test_fields_that_are_not_read(self):
+    loaded = self.load(ZSRE, ZSRE | {'src': 'What, Ada?', 'more': 1})
+    self.assertEqual(loaded.unread, ('cond', 'more', 'pred'))
+    self.assertEqual(self.load(OWN | {'comment': 'x'}).unread, ())
+    self.assertEqual(self.load(FLAT).unread, ())
+
+  @parameterized.parameters(
+      (
+          'KnowEdit',
+          dict(prompt='x', subject='y', target_new='z', ground_truth=['v'],
+               locality={}, portability={'Reasoning': []}),
+      ),
+      ('WikiBio', dict(text='x', labels='y', concept='z', locality={})),
+      ('WikiBigEdit', dict(tag='P1', subject='x', update='y', ans='z')),
+      ('CKnowEdit', dict(prompt='x', target_old='y', target_new='z')),
+      ('MQuAKE', dict(requested_rewrite=[{'prompt': '{}'}], questions=['x'])),
+  )  # fmt: skip
+  def test_formats_that_are_not_read(self, name, data):
+    for kind in (datasets.FACT, datasets.TEXT):
+      (problem,) = self.problems(data, kinds=(kind,))
+      self.assertRegex(
+          problem, f'record 1 .* is one of {name}.* not read; write'
+      )
+
   def test_format_is_detected_by_the_first_known_object(self):
     loaded = self.load({'odd': 1}, FLAT, on_bad_record='skip')
     self.assertEqual(loaded.format, 'counterfact_flat')
@@ -238,7 +288,7 @@ class FileTest(Base):
     self.assertStartsWith(problems[1], 'record 3 (id 3): field')
 
   def test_only_bad_lines(self):
-    self.write('{\n "prompt": 1\n}')
+    self.write('prompt: 1\nsubject: 2')
     with self.assertRaisesRegex(InputError, 'not JSON at line 1'):
       datasets.load_requests(self.path)
 
@@ -251,6 +301,38 @@ class FileTest(Base):
     self.write('{"a":' * 100_000)
     with self.assertRaisesRegex(InputError, 'not JSON at line 1'):
       datasets.load_requests(self.path)
+
+  def test_one_object_over_several_lines(self):
+    self.write(json.dumps(OWN, indent=2) + '\n')
+    (record,) = datasets.load_requests(self.path).requests
+    self.assertEqual(record.target, OWN['target_new'])
+    self.write(json.dumps(OWN, indent=2)[:-5])
+    with self.assertRaisesRegex(InputError, 'not JSON at line') as caught:
+      datasets.load_requests(self.path)
+    self.assertLen(caught.exception.problems, 1)
+
+  def test_gzip(self):
+    text = json.dumps(OWN).encode()
+    self.write(gzip.compress(text) + gzip.compress(b'\n' + text[:-1] + b'}'))
+    loaded = datasets.load_requests(self.path, limit=1)
+    self.assertEqual(loaded.requests[0].target, OWN['target_new'])
+    with open(self.path, 'rb') as file:
+      self.assertEqual(loaded.sha256, hashlib.sha256(file.read()).hexdigest())
+    self.write(gzip.compress(text)[:-9])
+    with self.assertRaisesRegex(InputError, 'damaged gzip file'):
+      datasets.load_requests(self.path)
+    self.write(gzip.compress(text * 9))
+    with mock.patch.object(entries, '_MOST_UNPACKED', 2 * len(text)):
+      with self.assertRaisesRegex(InputError, 'unpacks to more than'):
+        datasets.load_requests(self.path)
+
+  def test_a_key_twice(self):
+    line = json.dumps(OWN)
+    for text in (line[:-1] + ', "subject": "Ben"}', f'[{line}]'):
+      text = text.replace('"harp"', '"harp", "target_true": "lute"')
+      self.write(text)
+      with self.assertRaisesRegex(InputError, 'stands twice in an object'):
+        datasets.load_requests(self.path)
 
   def test_encoding(self):
     self.write(b'{"prompt": "x"}\n{"prompt": "\xff"}')

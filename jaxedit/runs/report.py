@@ -75,6 +75,13 @@ def notes(loaded: Loaded, wanted: int | None, found: int) -> list[str]:
         f'  record {one.number} (id {one.id}): {one.reason}'
         for one in loaded.skipped[:_LISTED]
     ]
+  if loaded.unread:
+    names = ', '.join(map(repr, loaded.unread[:_LISTED]))
+    more = len(loaded.unread) - _LISTED
+    lines.append(
+        f'note: {loaded.source}: fields that are not read: {names}'
+        + (f' and {more} more' if more > 0 else '')
+    )
   if wanted and found < wanted:
     lines.append(
         f'note: --num_edits={wanted}: {loaded.source} holds {found} good records;'
@@ -108,6 +115,7 @@ def protocol(session: Session, sources: Mapping[str, Any]) -> dict[str, Any]:
           'format': loaded.format,
           'sha256': loaded.sha256,
           'records': len(loaded.requests),
+          'unread_fields': list(loaded.unread),
       },
       'batch_size': config.batch_size,
       'mode': 'independent' if config.reset else 'sequential',

@@ -7,7 +7,7 @@
                         object
   case_id               the identifier
 
-Other fields are passed over. Source: Meng et al. 2022, arXiv 2202.05262.
+Other fields are not read. Source: Meng et al. 2022, arXiv 2202.05262.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
   prompt, subject, target_new, ground_truth, rephrase_prompt   texts
   locality_prompt, locality_ground_truth                       a neighbour
+  portability                                                  see `fields`
   case_id                                                      the identifier
 
-Other fields are passed over. Source: Wang et al. 2023, arXiv 2308.07269.
+Other fields are not read. Source: Wang et al. 2023, arXiv 2308.07269.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ def read(
           'target': fields.target('target_new'),
           'target_true': fields.target('ground_truth'),
           'rephrases': [trim_prompt(fields.text('rephrase_prompt'))],
-          'probes': [Probe(LOCALITY, near, (answer,))],
+          'probes': [
+              Probe(LOCALITY, near, (answer,)),
+              *lib.portability(fields),
+          ],
       }
   ]
 

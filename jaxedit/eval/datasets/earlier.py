@@ -20,6 +20,7 @@ class Converted(NamedTuple):
   case: str = ''
   requests: Sequence[EditRequest] = ()
   errors: Sequence[str] = ()
+  unread: Sequence[str] = ()  # fields that no reader looks at
 
 
 class Earlier:

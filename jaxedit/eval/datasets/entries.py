@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import io as io_lib
 import pathlib
+import re
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,7 +15,11 @@ from jaxedit import io
 from jaxedit.text import locate
 from jaxedit.types import InputError
 
+IDS = dict.fromkeys(('id', 'case_id', 'known_id')).keys()
 DEMO, DEMO_PASSAGES = 'demo', 'demo_passages'
+_MOST_UNPACKED = 1 << 28
+# The first line of one object over several lines.
+_OPEN = re.compile(r'\s*\{[^\n]*(?<=[{\[,])[ \t\r]*\n')
 _LISTED = 20  # errors reported in full before only their count is
 
 
@@ -27,7 +35,7 @@ class Entry:
   def id(self) -> str:
     """The data set's identifier, or the number where it gives none."""
     if isinstance(self.data, dict):
-      for name in ('id', 'case_id', 'known_id'):
+      for name in IDS:
         value = self.data.get(name)
         if isinstance(value, str | int) and not isinstance(value, bool):
           return locate.valid_unicode(str(value))
@@ -74,22 +82,23 @@ def entries(blob: bytes, source: str) -> Iterator[Entry]:
   """Yields the objects of a list, or of the lines, numbered from 1.
 
   Args:
-    blob: the file, UTF-8.
+    blob: the file, UTF-8, which may be compressed by gzip.
     source: its name, for errors.
 
   Raises:
     InputError: no UTF-8, or a list that is no JSON.
   """
-  text = _decode(blob, source)
-  if text.lstrip()[:1] == '[':
+  text = _decode(_decompressed(blob, source), source)
+  if text.lstrip()[:1] == '[' or _OPEN.match(text):
     try:
       values = io.parse_json(text)
     except ValueError as error:
       line = getattr(error, 'lineno', 1)
       raise InputError(
-          f'{source}: not JSON at line {line} ({error}); correct the list'
-          ' there.'
+          f'{source}: not JSON at line {line} ({error}); correct it there, or'
+          ' write one object a line.'
       ) from error
+    values = values if isinstance(values, list) else [values]
     yield from (Entry(i, value) for i, value in enumerate(values, 1))
     return
   number = 0
@@ -119,6 +128,26 @@ def shorten(errors: Sequence[str], source: str) -> list[str]:
       f'{source}: {len(errors)} errors in all, the first {_LISTED} are listed;'
       ' correct the file, or skip bad records.',
   ]
+
+
+def _decompressed(blob: bytes, source: str) -> bytes:
+  """Unpacks a gzip file; other bytes stay as they are."""
+  if blob[:2] != b'\x1f\x8b':
+    return blob
+  try:
+    with gzip.GzipFile(fileobj=io_lib.BytesIO(blob)) as packed:
+      found = packed.read(_MOST_UNPACKED + 1)
+  except (OSError, EOFError, zlib.error) as error:
+    raise InputError(
+        f'{source}: is a damaged gzip file ({error}); pack it again or give the'
+        ' plain file.'
+    ) from error
+  if len(found) > _MOST_UNPACKED:
+    raise InputError(
+        f'{source}: unpacks to more than {_MOST_UNPACKED} bytes; give a part of'
+        ' it.'
+    )
+  return found
 
 
 def _decode(blob: bytes, source: str) -> str:

@@ -10,15 +10,18 @@ It does not open files and does not look at more than one object.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxedit.text import locate
 from jaxedit.text.cloze import fill, plain_form, resolve
 from jaxedit.text.joining import trim_prompt, trim_target
-from jaxedit.types import REPHRASE, Probe
+from jaxedit.types import ALIAS, ONE_HOP, REPHRASE, Probe
 
 FACT, TEXT, KNOWN = 'fact', 'text', 'known'  # kinds of requests
+# EasyEdit's words for kinds of probes that have one of ours.
+_KINDS = {'subject_aliasing': ALIAS, 'reasoning': ONE_HOP}
 JSON_NAMES = {
     type(None): 'null', bool: 'true or false', int: 'a number',
     float: 'a number', str: 'text', list: 'a list', dict: 'an object',
@@ -37,7 +40,8 @@ class Fields:
     """Opens an object; None stands for one whose error is reported already."""
     self.data = {} if data is None else data
     self.errors = [] if errors is None else errors
-    self._inside = inside
+    self.seen: set[str] = set()  # names of fields that were asked for
+    self.inside = inside
     self._reported = data is None
 
   def get(self, name: str, wanted: type, default: Any = None) -> Any:
@@ -51,6 +55,7 @@ class Fields:
     Returns:
       The value, the default, or None where the field has an error.
     """
+    self.seen.add(name)
     value = self.data.get(name)
     if value is None and default is not None:
       return default
@@ -65,6 +70,7 @@ class Fields:
 
   def text(self, name: str, optional: bool = False) -> str:
     """Returns a text, '' where it has an error or may be absent and is."""
+    self.seen.add(name)
     if optional and self.data.get(name) is None:
       return ''
     value = self.get(name, str)
@@ -74,10 +80,11 @@ class Fields:
 
   def error(self, name: str, what: str) -> None:
     """Reports an error of a field."""
-    self.errors.append(f"field '{self._inside}{name}' {what}")
+    self.errors.append(f"field '{self.inside}{name}' {what}")
 
   def refuse_others(self, known: Sequence[str]) -> None:
     """Reports every field that has none of the known names."""
+    self.seen.update(known)
     for name in self.data:
       if name not in known:
         self.errors.append(
@@ -87,13 +94,13 @@ class Fields:
   def inner(self, name: str, optional: bool = False) -> Fields:
     """Opens an object inside this one."""
     value = self.get(name, dict, {} if optional else None)
-    return Fields(value, f'{self._inside}{name}.', self.errors)
+    return Fields(value, f'{self.inside}{name}.', self.errors)
 
   def items(self, name: str, optional: bool = False) -> Fields:
     """Opens a list inside this object, as fields '[1]', '[2]', ..."""
     values = self.get(name, list, [] if optional else None)
     numbered = {f'[{i}]': value for i, value in enumerate(values or (), 1)}
-    return Fields(numbered, self._inside + name, self.errors)
+    return Fields(numbered, self.inside + name, self.errors)
 
   def texts(self, name: str, optional: bool = False) -> tuple[str, ...]:
     """Returns a list of prompts, without blanks at their ends."""
@@ -114,6 +121,48 @@ class Fields:
     fields = self.inner(name)
     prompt = trim_prompt(fields.text('prompt'))
     return Probe(kind, prompt, (fields.target('answer'),), fields.flag('space'))
+
+
+def portability(fields: Fields) -> list[Probe]:
+  """Reads what EasyEdit's files say of an edit's consequences, if anything.
+
+  `portability` is {"New Question": text, "New Answer": text}, or an object of
+  kind -> {"prompt": text, "ground_truth": text or list} or a list of these.
+
+  Args:
+    fields: of a record.
+  """
+  if not fields.data.get('portability'):
+    fields.seen.add('portability')
+    return []
+  inner = fields.inner('portability')
+  if 'New Question' in inner.data:
+    question = trim_prompt(inner.text('New Question'))
+    return [Probe(ONE_HOP, question, (inner.target('New Answer'),))]
+  found = []
+  for name, value in inner.data.items():
+    kind = re.sub(r'\W+', '_', name.strip()).lower()
+    several = isinstance(value, list)
+    items = inner.items(name) if several else inner
+    for key in items.data if several else [name]:
+      one = items.inner(key)
+      prompt = trim_prompt(one.text('prompt'))
+      answers = _answers(one, 'ground_truth')
+      found.append(Probe(_KINDS.get(kind, kind), prompt, answers))
+  return found
+
+
+def _answers(fields: Fields, name: str) -> tuple[str, ...]:
+  """Returns a text, or the texts of a list, which may lie in lists."""
+  given = fields.data.get(name)
+  while isinstance(given, list) and given and isinstance(given[0], list):
+    given = given[0]
+  if not isinstance(given, list):
+    return (fields.target(name),)
+  texts = Fields({name: given}, fields.inside, fields.errors).texts(name)
+  if not texts:
+    fields.error(name, 'is an empty list; add the answer.')
+  return tuple(map(trim_target, texts)) or ('',)
 
 
 class Options(NamedTuple):

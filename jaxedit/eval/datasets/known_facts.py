@@ -6,7 +6,7 @@
   template   text or absent, the prompt with '{}' where the subject goes
   known_id   the identifier
 
-Other fields are passed over: the known facts of ROME (Meng et al. 2022, arXiv
+Other fields are not read: the known facts of ROME (Meng et al. 2022, arXiv
 2202.05262, section 2). Facts to edit are read as well; there the true object
 follows, and the object to write is not looked at.
 

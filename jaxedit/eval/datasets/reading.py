@@ -27,7 +27,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from jaxedit.eval.datasets import entries
+from jaxedit.eval.datasets import entries, foreign
 from jaxedit.eval.datasets.earlier import Converted, Earlier
 from jaxedit.eval.datasets.entries import named, shorten
 from jaxedit.eval.datasets.fields import (
@@ -70,6 +70,7 @@ class Loaded:
     source: the path as given, or the name of a demo.
     sha256: of the file's bytes, in hex.
     format: the format it was read as.
+    unread: fields of its records that were not looked at.
   """
 
   requests: tuple[EditRequest, ...]
@@ -77,6 +78,7 @@ class Loaded:
   source: str
   sha256: str
   format: str
+  unread: tuple[str, ...] = ()
 
 
 class RequestFile:
@@ -129,11 +131,12 @@ class RequestFile:
       InputError: no good record, or with 'fail' any error; the first 20 errors
         and their number are reported.
     """
-    requests, skipped, errors = [], [], []
+    requests, skipped, errors, unread = [], [], [], set()
     earlier = Earlier(KNOWN not in self._kinds, self._batch)
     for case, found in self._checked(check, earlier):
       if not any(found):
         requests += [request for one in case for request in one.requests]
+        unread.update(name for one in case for name in one.unread)
         continue
       for one, messages in zip(case, found, strict=True):
         reason = ' '.join(messages) or 'another record of its case is bad.'
@@ -144,7 +147,12 @@ class RequestFile:
     if not requests:
       raise InputError(self._no_records())
     return Loaded(
-        tuple(requests), tuple(skipped), self.source, self.sha256, self.format
+        tuple(requests),
+        tuple(skipped),
+        self.source,
+        self.sha256,
+        self.format,
+        tuple(sorted(unread)),
     )
 
   def _checked(
@@ -198,7 +206,13 @@ class RequestFile:
       probes = [Probe(REPHRASE, prompt, target) for prompt in asked]
       parts['probes'] = (*probes, *parts.get('probes', ()))
       requests.append(EditRequest(**name | parts))
-    return Converted(**name, case=case, requests=requests, errors=fields.errors)
+    return Converted(
+        **name,
+        case=case,
+        requests=requests,
+        errors=fields.errors,
+        unread=sorted(entry.data.keys() - fields.seen - entries.IDS),
+    )
 
   def _detect(self, formats: Sequence[Format]) -> Format:
     """Tells the format by the first object with known fields."""
@@ -206,6 +220,8 @@ class RequestFile:
     for entry in copy.copy(self._entries):
       empty = False
       if isinstance(entry.data, dict):
+        if sentence := foreign.refused(entry.data):
+          raise InputError(f'{self.source}: {named(entry)} {sentence}')
         if found := _format_of(formats, entry.data):
           return found
         strange = strange or entry
@@ -216,6 +232,9 @@ class RequestFile:
     if strange is None and errors:
       raise InputError(*shorten(errors, self.source))
     fields = ', '.join(map(repr, strange.data)) if strange else 'no objects'
+    for name, value in (strange.data if strange else {}).items():
+      if isinstance(value, list) and value and isinstance(value[0], dict):
+        fields += f'; {name!r} holds a list of objects: give that list itself'
     names = dict.fromkeys(one.name for one in formats)
     needs = ', or '.join(_NEEDS[kind] for kind in self._kinds)
     raise InputError(

@@ -4,7 +4,7 @@
   sub_question, sub_answer          lists of texts, one answer a sub-question
   id                                the identifier
 
-Other fields are passed over. Source: Deng et al. 2024, arXiv 2405.15349.
+Other fields are not read. Source: Deng et al. 2024, arXiv 2405.15349.
 """
 
 from __future__ import annotations

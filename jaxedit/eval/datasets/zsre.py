@@ -5,8 +5,9 @@
                            first of `answers` is true; or that one is written
                            (ROME, MEMIT), see `Options.zsre_target`
   loc, loc_ans             a neighbour, a NaturalQuestions input
+  portability              as EasyEdit adds it, see `fields.portability`
 
-Other fields are passed over. Source: Mitchell et al. 2021, arXiv 2110.11309.
+Other fields are not read. Source: Mitchell et al. 2021, arXiv 2110.11309.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ def read(
           'target': true if written else fields.target('alt'),
           'target_true': '' if written else true,
           'rephrases': [trim_prompt(fields.text('rephrase'))],
-          'probes': [Probe(LOCALITY, question, (fields.target('loc_ans'),))],
+          'probes': [
+              Probe(LOCALITY, question, (fields.target('loc_ans'),)),
+              *lib.portability(fields),
+          ],
       }
   ]
 
