@@ -234,6 +234,13 @@ class ScoreTest(parameterized.TestCase):
 
 class EncodeTest(absltest.TestCase):
 
+  def test_whose_token_the_model_lacks(self):
+    spec = models.tiny_spec('llama', vocab=97, layers=1)
+    answer = scoring.error(spec, scoring.Query((1, 2), ((3,), (97,))))
+    self.assertStartsWith(answer, 'its answer has token 97 but')
+    prompt = scoring.error(spec, scoring.Query((98, 2), ((97,),)))
+    self.assertStartsWith(prompt, 'it has token 98 but')
+
   def test_prompts_keep_bos_and_answers_bring_a_space(self):
     tokenizer = text_tokenizers.byte_level(begin=True)
     rows = scoring.encode_queries(
