@@ -4,9 +4,12 @@ one that was not.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import time
+import unittest
+from unittest import mock
 
 import programs
 from absl.testing import absltest
@@ -52,7 +55,7 @@ class Run:
   def finish(self) -> str:
     """Lets it end; returns what it has told on standard error."""
     process = self.start()
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=1800)
     assert process.returncode == 0, err
     del out
     return err
@@ -63,6 +66,52 @@ class Run:
   @property
   def results(self):
     return io.read_json(self.folder / 'results.json')
+
+
+class TwiceTest(absltest.TestCase):
+
+  def test_the_same_command_writes_the_same_bytes(self):
+    """But for seconds, which stand in results.json alone."""
+    setup = programs.Setup(memit_batch)
+    self.addCleanup(setup.close)
+    facts = [
+        {
+            'prompt': 'The mother tongue of {} is',
+            'subject': name,
+            'target_new': 'twin city',
+            'target_true': 'French',
+        }
+        for name in ('Danielle', 'Toko', 'Sydney')
+    ]
+    given = dict(
+        data=setup.write(*facts), layers='0,1', batch_size=2, value_steps=3,
+        moment_weight=20, max_new_tokens=3, save_model=True,
+        moments_corpus=f'file:{setup.text}', moments_tokens=400,
+    )  # fmt: skip
+    runs = []
+    for seed in '12':  # of Python's sets
+      cache = {'JAXEDIT_CACHE': str(setup.path('cache'))}
+      with mock.patch.dict(os.environ, {'PYTHONHASHSEED': seed, **cache}):
+        runs.append(Run(setup, **given))
+        runs[-1].finish()
+    one, other = (self.written(run.folder) for run in runs)
+    self.assertIn('model/model.safetensors', one)
+    for name in sorted({*one, *other}):
+      self.assertEqual(one.get(name), other.get(name), name)
+
+  def written(self, folder):
+    """File -> bytes, without seconds and the folder's own name."""
+    found = {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob('*')
+        if path.is_file()
+    }
+    results = io.parse_json(found['results.json'])
+    for part in (results, results['work']):
+      for name in ('timing', 'seconds'):
+        part.pop(name, None)
+    results['saved'].pop('folder')
+    return found | {'results.json': json.dumps(results)}
 
 
 class ResumeTest(absltest.TestCase):
@@ -79,6 +128,7 @@ class ResumeTest(absltest.TestCase):
         for found, wait in zip(moments, waits)
     ]
     told = f'JAXEDIT_RESUME_SEED={SEED}: {moments} {waits} {killed}'
+    print(told)
     self.assertTrue(killed[0][1], told)
     if (broken.folder / 'unfinished').exists():  # it had not ended before
       broken.finish()
@@ -125,6 +175,38 @@ class ResumeTest(absltest.TestCase):
         setup, 24, 2, data=setup.write(*answers), layers='0,1', window=3, slots=1,
         moment_weight=20, value_steps=10, max_new_tokens=3,
         moments_corpus=f'file:{setup.text}', moments_tokens=400,
+    )  # fmt: skip
+
+
+@unittest.skipUnless(
+    os.environ.get('JAXEDIT_RESUME_DEMO'),
+    'takes minutes: JAXEDIT_RESUME_DEMO=1 runs it on the demo model',
+)
+class DemoModelTest(ResumeTest):
+  """The same on SmolLM2-135M, with few steps."""
+
+  def demo(self, program):
+    cache = os.environ.get('JAXEDIT_CACHE', '')
+    setup = programs.Setup(program)
+    self.addCleanup(setup.close)
+    known = {'JAXEDIT_CACHE': cache}  # has the model
+    self.enter_context(mock.patch.dict(os.environ, known))
+    return setup
+
+  def test_a_sequence_of_facts(self):
+    self.check(
+        self.demo(memit_batch), 40, 8, model='smollm2-135m-instruct',
+        data='demo', num_edits=40, method='alphaedit', layers='1,2,3,4', batch_size=10,
+        slots=5, value_steps=4, value_rate=5, max_new_tokens=0,
+        moments_tokens=15360,
+    )  # fmt: skip
+
+  def test_long_answers_alone(self):
+    self.check(
+        self.demo(anyedit_batch), 6, 4, model='smollm2-135m-instruct',
+        data='demo', num_edits=6, layers='8', window=20, slots=2,
+        moment_weight=0.2, value_steps=4, value_rate=10, max_new_tokens=16,
+        moments_tokens=15360,
     )  # fmt: skip
 
 
