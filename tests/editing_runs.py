@@ -13,6 +13,7 @@ from unittest import mock
 import numpy as np
 import programs
 import tiny_model
+from absl.testing import parameterized
 
 from experiments import anyedit_batch, memit_batch
 from jaxedit import edited as edited_lib
@@ -186,6 +187,21 @@ class Texts(programs.Setup):
   def mute(self):
     """A model without a chat template."""
     return tiny_model.make(self.folder / 'mute')
+
+
+# One of each serves all tests of a file; `both_kinds` gives their names.
+SETUPS = {'FACT': Facts, 'TEXT': Texts}
+setup_of = functools.cache(lambda name: SETUPS[name]())
+both_kinds = parameterized.named_parameters(
+    ('facts', 'FACT'), ('texts', 'TEXT')
+)
+
+
+def close():
+  """Ends the set-ups of a file."""
+  for name in SETUPS:
+    setup_of(name).close()
+  setup_of.cache_clear()
 
 
 class Case(programs.Case):

@@ -9,6 +9,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import types
 from unittest import mock
 
 import jax
@@ -20,6 +21,7 @@ from absl.testing import absltest, parameterized
 from experiments.benchmark import __main__ as benchmark
 from experiments.benchmark import config as config_lib
 from experiments.benchmark import (
+    judges,
     machine,
     presets,
     report,
@@ -552,7 +554,7 @@ class ProgramTest(parameterized.TestCase):
         ' b.define_flags(); flags.FLAGS(sys.argv);'
         ' x, y = cli.read(c.RunConfig), cli.read(c.BenchmarkConfig);'
         ' assert not c.errors(x, y); print([y.window, y.overlap,'
-        ' x.max_answer_tokens, y.edited_layers, y.value_steps])'
+        ' x.max_answer_tokens, y.layers, y.value_steps])'
     )
     done = subprocess.run(
         [sys.executable, '-c', code, '--preset=gpt2-xl', '--output_dir=o',
@@ -565,6 +567,11 @@ class ProgramTest(parameterized.TestCase):
     )  # fmt: skip
     self.assertEqual(done.returncode, 0, done.stderr)
     self.assertEqual(done.stdout.strip(), '[6, 1, None, (1, 3), 3]')
+
+  def test_no_answers_without_new_tokens(self):
+    settings = config_lib.BenchmarkConfig(window=3, max_new_tokens=0)
+    setup = types.SimpleNamespace(independent=True, settings=settings)
+    self.assertEqual(judges.judges_of(setup), [])
 
   def test_wrong_flags_are_told_at_once(self):
     done = subprocess.run(

@@ -34,23 +34,17 @@ PROMPTS = [
     'The mother tongue of Danielle is twin city',
     'The mother tongue of Sydney is capital Tower',
 ]
-both_kinds = parameterized.named_parameters(
-    ('facts', 'FACT'), ('texts', 'TEXT')
-)
+both_kinds = editing_runs.both_kinds
+setup_of = editing_runs.setup_of
 
 
 def setUpModule():
   global FACT, TEXT
-  FACT, TEXT = editing_runs.Facts(), editing_runs.Texts()
+  FACT, TEXT = map(setup_of, editing_runs.SETUPS)
 
 
 def tearDownModule():
-  TEXT.close()
-  FACT.close()
-
-
-def setup_of(name):
-  return globals()[name]
+  editing_runs.close()
 
 
 def logits(params):

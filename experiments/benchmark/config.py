@@ -88,7 +88,10 @@ class BenchmarkConfig:
       low=1,
   )
   max_new_tokens: int = setting(
-      64, 'longest answer given in the stage "answer"', unit='tokens', low=1
+      64,
+      'longest answer given in the stage "answer"; 0 leaves it out',
+      unit='tokens',
+      low=0,
   )
   baseline: str = setting(
       'none',

@@ -124,6 +124,8 @@ class Answers:
     stage.more = {'texts': len(written), 'question_tokens': asked}
 
 
-def judge(setup: Setup) -> Evaluation | Answers:
-  """Chooses the stage of facts, or of long answers."""
-  return (Answers if setup.independent else Evaluation)(setup)
+def judges_of(setup: Setup) -> list[Evaluation | Answers]:
+  """Chooses the stage of facts, or of long answers if any are generated."""
+  if not setup.independent:
+    return [Evaluation(setup)]
+  return [Answers(setup)] if setup.settings.max_new_tokens else []

@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxedit.convert import hub
 from jaxedit.eval import datasets, evaluation, similarity
@@ -49,13 +49,22 @@ def chat_of(
 
 
 @dataclasses.dataclass(frozen=True)
-class FactTask:
-  """Facts: a cloze with a subject, written under context templates."""
+class _Task:
+  """What tasks share.
+
+  Attributes:
+    config: settings of the run.
+    chosen: the method.
+    kind: of the requests.
+    options: settings that their reader takes.
+    longest: tokens of a generated text, unless given.
+  """
 
   config: RunConfig
   chosen: Chosen
-  kind = 'fact'
-  double_bos = False
+  kind: ClassVar[str]
+  options: ClassVar[tuple[str, ...]]
+  longest: ClassVar[int]
 
   @functools.cached_property
   def file(self) -> RequestFile:
@@ -66,14 +75,24 @@ class FactTask:
         limit=self.config.num_edits,
         on_bad_record=self.config.on_bad_record,
         batch_size=_sequence(self.config),
-        zsre_target=self.config.zsre_target,
+        **{name: getattr(self.config, name) for name in self.options},
     )
 
   @property
   def max_new_tokens(self) -> int:
-    """Length of generated texts."""
+    """Length of generated texts; 0 for none."""
     given = self.config.max_new_tokens
-    return generation.MAX_NEW_TOKENS if given is None else given
+    return self.longest if given is None else given
+
+
+@dataclasses.dataclass(frozen=True)
+class FactTask(_Task):
+  """Facts: a cloze with a subject, written under context templates."""
+
+  kind = 'fact'
+  options = ('zsre_target',)
+  longest = generation.MAX_NEW_TOKENS
+  double_bos = False
 
   @functools.cached_property
   def given_contexts(self) -> tuple[str, ...]:
@@ -172,30 +191,12 @@ class FactTask:
 
 
 @dataclasses.dataclass(frozen=True)
-class TextTask:
+class TextTask(_Task):
   """Long answers to questions, in the words of a chat."""
 
-  config: RunConfig
-  chosen: Chosen
   kind = 'text'
-
-  @functools.cached_property
-  def file(self) -> RequestFile:
-    """The file of requests, read once."""
-    return datasets.open_requests(
-        self.config.data,
-        kinds=(self.kind,),
-        limit=self.config.num_edits,
-        on_bad_record=self.config.on_bad_record,
-        batch_size=_sequence(self.config),
-        facts=self.config.facts,
-    )
-
-  @property
-  def max_new_tokens(self) -> int:
-    """Length of generated answers."""
-    given = self.config.max_new_tokens
-    return 512 if given is None else given
+  options = ('facts',)
+  longest = 512
 
   @property
   def double_bos(self) -> bool:
