@@ -103,7 +103,10 @@ class BadRecordTest(RefusalCase):
   def test_same_fact_twice(self):
     data = FACT.write(FACTS[0], FACTS[1], FACTS[0])
     self.refuse(
-        'FACT', r'record 3 .* same edit as record 1 .*; drop', data=data
+        'FACT',
+        r'record 3 .* same edit as record 1 .*; drop',
+        data=data,
+        batch_size=3,
     )
 
   def test_conflicting_facts(self):
