@@ -210,7 +210,7 @@ class BadFlagTest(RefusalCase):
        "the chat 'Q: ' has '{}' 0 times; give"),
       ('chat_twice', 'TEXT', dict(chat='{} {}'), "has '{}' 2 times; give"),
       ('encoder', 'TEXT', dict(encoder='nowhere'),
-       "'nowhere' names no sentence encoder"),
+       "'nowhere' names no text encoder"),
       ('end', 'TEXT', dict(answer_end='the end'),
        "'the end', is no token .*name the token"),
       ('states', 'TEXT', dict(states='kept', reset=False, batch_size=2),
