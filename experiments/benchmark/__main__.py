@@ -100,7 +100,7 @@ def measure(
   if settings.moments_tokens:
     texts.append(stages_lib.time_collection(setup, progress))
   factor, state = stages_lib.time_factor(setup, progress)
-  judging = judges.judges_of(setup)
+  scoring = judges.judges_of(setup)
   # Chosen now, when the preconditioners have their place in memory.
   plan = plan_batches(
       model,
@@ -132,7 +132,7 @@ def measure(
     stages_lib.add_edit(setup, stages, info)
     for stage in merging:
       stages_lib.add_merge(setup, stage, edited, seconds)
-    for judge in judging:
+    for judge in scoring:
       judge(edited, progress)
     del edited  # a whole model's, when the next one is made
     if rival:
@@ -144,7 +144,7 @@ def measure(
     targets = info.targets.targets
     facts = rival.facts(state, targets, stages, progress=progress)
   stages = [*texts, factor, *stages.values(), *merging]
-  stages += [judge.stage for judge in judging]
+  stages += [judge.stage for judge in scoring]
   return stages, facts
 
 
