@@ -9,15 +9,18 @@ and a CRC-32 a tensor:
   format    kind and version of the file, e.g. 'jaxedit-delta-1'
   jaxedit   the record
   crc32     tensor name -> checksum
+  header_crc32   of all that the header says: the strings above, and each
+                 tensor's name, dtype and shape
 
-`stream_tensors` writes the format by hand: `safetensors.numpy.save_file` needs
-all tensors in memory, orders metadata at random and makes its files private.
-Reading is safetensors' own.
+Safetensors files are written by hand, as `safetensors.numpy.save_file` needs all
+tensors in memory, orders metadata at random and makes its files private; and
+read by hand, header first, as a header may be anything.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import itertools
 import json
@@ -28,25 +31,32 @@ import platform
 import re
 import secrets
 import shutil
+import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
-import safetensors
 
 from jaxedit.types import InputError
 
 StrPath = str | os.PathLike[str]
 
-_MOST_BYTES = 1 << 26
+# Of a JSON file, and of the header of a safetensors file.
+MOST_BYTES = 1 << 26
 _MOST_NESTED = 100
+_MOST_VALUES = 1 << 23
 _JSON_NAMES = {dict: 'an object', list: 'a list'}
 # A lone half of a surrogate pair; before it, what only looks like one.
 _SURROGATE = re.compile(
     r'\\\\|\\u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w|(\\u[dD][89a-fA-F]\w\w)'
 )
+_HEADER_SUM = 'header_crc32'
+# The strings of files that were written without it.
+_EARLIER = (
+    {'format', 'jaxedit', 'crc32'}, {'kind', 'record'},
+)  # fmt: skip
 _MAKE_ROOM = 'choose another place or make room there'
 
 # Safetensors' dtype codes.
@@ -248,24 +258,60 @@ def write_jsonl(path: StrPath, rows: Iterable[Mapping[str, Any]]) -> None:
   write_text(path, ''.join(dump(row) + '\n' for row in rows))
 
 
-# JSON from outside.
+# Files from outside.
 
 
-def parse_json(text: str | bytes) -> Any:
+def file_size(path: StrPath) -> int:
+  """The bytes of a file.
+
+  Raises:
+    OSError: there is none, or it is a folder, a pipe or a device.
+  """
+  found = os.stat(path)
+  if stat.S_ISDIR(found.st_mode):
+    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+  if not stat.S_ISREG(found.st_mode):
+    # It may never end, or wait for a writer for ever.
+    raise OSError(errno.EINVAL, 'a pipe or a device, not a file', path)
+  return found.st_size
+
+
+def read_bytes(path: StrPath, most: int = MOST_BYTES) -> bytes:
+  """Reads a file into memory.
+
+  Args:
+    path: the file.
+    most: bytes that it may have.
+
+  Raises:
+    OSError: it cannot be read, is larger, or is a pipe or a device.
+  """
+  size = file_size(path)
+  if size > most:
+    text = f'{size} bytes, more than the {most} that such a file may have'
+    raise OSError(errno.EFBIG, text, path)
+  return pathlib.Path(path).read_bytes()
+
+
+def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
   """Parses JSON from outside.
 
   Args:
     text: one document; bytes are UTF-8, with or without a byte order mark.
+    finite: refuse NaN and infinite numbers, which Python reads and JSON lacks.
 
   Returns:
     The value; unpaired surrogates, which no tokenizer accepts, are U+FFFD.
 
   Raises:
-    ValueError: it is no JSON, has a key twice in an object, or is nested more
-      than 100 deep.
+    ValueError: it is no JSON, has a key twice in an object, is nested more than
+      100 deep, has more than 8 million values, or numbers that are not finite.
   """
   if isinstance(text, bytes):
     text = text.decode('utf-8-sig')
+  # Each value takes some 60 bytes, whatever its size in the file.
+  if text.count(',') + text.count('[') + text.count('{') > _MOST_VALUES:
+    raise ValueError(f'it has more than {_MOST_VALUES} values')
   if '\\u' in text:
     text = _SURROGATE.sub(lambda m: r'\ufffd' if m[1] else m[0], text)
   too_deep = f'it is nested more than {_MOST_NESTED} deep'
@@ -275,6 +321,8 @@ def parse_json(text: str | bytes) -> Any:
     raise ValueError(too_deep) from None
   nodes = [value]
   for _ in range(_MOST_NESTED + 1):
+    if finite and any(isinstance(x, float) and x - x != 0 for x in nodes):
+      raise ValueError('it has a number that is not finite')
     nodes = [node for node in nodes if isinstance(node, dict | list)]
     if not nodes:
       return value
@@ -286,14 +334,20 @@ def parse_json(text: str | bytes) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   found = dict(pairs)
   if len(found) < len(pairs):
-    keys = [key for key, _ in pairs]
-    twice = next(key for key in keys if keys.count(key) > 1)
-    raise ValueError(f'the key {twice!r} stands twice in an object')
+    seen: set[str] = set()
+    for key, _ in pairs:
+      if key in seen:
+        raise ValueError(f'the key {key!r} stands twice in an object')
+      seen.add(key)
   return found
 
 
 def read_json(
-    path: StrPath, kind: type = dict, *, remedy: str = 'fetch it again'
+    path: StrPath,
+    kind: type = dict,
+    *,
+    remedy: str = 'fetch it again',
+    finite: bool = False,
 ) -> Any:
   """Reads a JSON file from outside; see `parse_json`.
 
@@ -301,25 +355,17 @@ def read_json(
     path: the file, of 64 MiB at most.
     kind: what it must hold, dict or list.
     remedy: ends every error message.
+    finite: see `parse_json`.
 
   Raises:
     InputError: it cannot be read, is too large, or no such JSON.
   """
-  path = pathlib.Path(path)
   try:
-    size = path.stat().st_size
-    blob = path.read_bytes() if size <= _MOST_BYTES else b''
+    value = parse_json(read_bytes(path), finite=finite)
   except OSError as error:
     raise InputError(
         f'{path}: cannot be read ({error.strerror or error}); {remedy}'
     ) from error
-  if size > _MOST_BYTES:
-    raise InputError(
-        f'{path}: has {size} bytes, more than the {_MOST_BYTES} that such a'
-        f' file may have; {remedy}'
-    )
-  try:
-    value = parse_json(blob)
   except ValueError as error:
     raise InputError(
         f'{path}: is not valid JSON ({error}); {remedy}'
@@ -375,29 +421,112 @@ def stream_tensors(
     stream.write(tensor_bytes(read(name)))
 
 
-@contextlib.contextmanager
-def open_tensors(
+class TensorEntry(NamedTuple):
+  """Where a tensor lies in a safetensors file.
+
+  Attributes:
+    code: its dtype code, of `DTYPES` or another.
+    shape: its shape.
+    start: bytes before it in the file.
+    size: its bytes.
+  """
+
+  code: str
+  shape: tuple[int, ...]
+  start: int
+  size: int
+
+
+def read_header(
     path: StrPath, remedy: str = 'fetch it again'
-) -> Iterator[safetensors.safe_open]:
-  """Opens a safetensors file; its header fits its size.
+) -> tuple[dict[str, str], dict[str, TensorEntry]]:
+  """Reads and checks the header of a safetensors file, and no tensor.
 
   Args:
     path: the file.
     remedy: ends every error message.
 
+  Returns:
+    (its free strings, name -> entry, in the order of the file); the tensors
+    follow each other and end with the file.
+
   Raises:
     InputError: it is missing, cut short, damaged or no safetensors file.
   """
   try:
-    with safetensors.safe_open(path, 'numpy') as source:
-      yield source
+    size = file_size(path)
+    with open(path, 'rb') as stream:
+      length = int.from_bytes(stream.read(8), 'little')
+      if size < 8 or length > min(size - 8, MOST_BYTES):
+        raise ValueError(f'its header has {length} bytes, the file {size}')
+      header = parse_json(stream.read(length))
+    return _entries(header, 8 + length, size)
   except FileNotFoundError as error:
     raise InputError(f'{path}: there is no such file; {remedy}') from error
-  except (OSError, safetensors.SafetensorError) as error:
+  except (OSError, ValueError) as error:
+    reason = getattr(error, 'strerror', None) or error
     raise InputError(
-        f'{path}: is cut short or damaged, or no safetensors file ({error});'
+        f'{path}: is cut short or damaged, or no safetensors file ({reason});'
         f' {remedy}'
     ) from error
+
+
+def _entries(
+    header: Any, start: int, size: int
+) -> tuple[dict[str, str], dict[str, TensorEntry]]:
+  """Checks a parsed header; raises ValueError."""
+  metadata = header.pop('__metadata__', {}) if type(header) is dict else None
+  if type(metadata) is not dict or not all(
+      type(x) is str for x in metadata.values()
+  ):
+    raise ValueError('its header is no table of tensors and texts')
+  entries = {}
+  for name, raw in header.items():
+    try:
+      code, shape = raw['dtype'], raw['shape']
+      first, last = raw['data_offsets']
+      whole = all(type(x) is int and x >= 0 for x in (*shape, first, last))
+    except (KeyError, TypeError, ValueError):
+      whole = False
+    if not whole or type(code) is not str or type(shape) is not list:
+      raise ValueError(f'tensor {name[:80]!r} has no dtype, shape and place')
+    known = DTYPES.get(code)
+    if known and last - first != math.prod(shape) * known.itemsize:
+      raise ValueError(f'tensor {name[:80]!r} has bytes for another shape')
+    entries[name] = TensorEntry(code, tuple(shape), start + first, last - first)
+  # Tensors without elements share their place with the next one.
+  entries = dict(sorted(entries.items(), key=lambda x: (x[1].start, x[1].size)))
+  for entry in entries.values():
+    if entry.start != start or entry.size < 0:
+      raise ValueError('its tensors overlap or leave gaps')
+    start += entry.size
+  if start != size:
+    raise ValueError(f'its tensors end at byte {start}, the file at {size}')
+  return metadata, entries
+
+
+def read_tensor(path: StrPath, entry: TensorEntry) -> np.ndarray:
+  """Reads one tensor, of a dtype of `DTYPES`, into memory of its own.
+
+  Raises:
+    OSError: the file ends before the tensor does, or cannot be read.
+  """
+  raw = np.empty(entry.size, np.uint8)
+  with open(path, 'rb') as stream:
+    stream.seek(entry.start)
+    if stream.readinto(raw.data) != entry.size:
+      raise OSError(errno.EIO, 'it became shorter while it was read', path)
+  return raw.view(DTYPES[entry.code]).reshape(entry.shape)
+
+
+def _header_sum(
+    metadata: Mapping[str, str],
+    kinds: Mapping[str, tuple[str, tuple[int, ...]]],
+) -> str:
+  """CRC-32 of all that a header says, but for itself and for offsets."""
+  said = {k: v for k, v in metadata.items() if k != _HEADER_SUM}
+  text = json.dumps([said, kinds], sort_keys=True)
+  return str(zlib.crc32(text.encode()))
 
 
 def write_tensors(
@@ -426,6 +555,7 @@ def write_tensors(
       'jaxedit': json.dumps(record, sort_keys=True),
       'crc32': json.dumps(sums, sort_keys=True),
   }
+  metadata[_HEADER_SUM] = _header_sum(metadata, kinds)
   with new_file(path) as stream:
     stream_tensors(stream, kinds, arrays.__getitem__, metadata)
 
@@ -436,10 +566,11 @@ def read_tensors(
     remedy: str,
     names: Iterable[str] | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-  """Reads tensors and checks their checksums.
+  """Reads tensors and checks their checksums, and that of the header.
 
   Args:
-    path: file that `write_tensors` made.
+    path: file that `write_tensors` made. Files of earlier versions have no
+      checksum of the header; they are read as well.
     kind: what it must be, or several of which it must be one.
     remedy: ends every error message.
     names: tensors to read; None reads all, () the record alone.
@@ -451,29 +582,43 @@ def read_tensors(
     InputError: it is missing, cut short or of another kind, or a tensor is
       missing or altered.
   """
-  with open_tensors(path, remedy) as source:
-    record, sums = _parse_header(source.metadata(), path, kind, remedy)
-    present, tensors = set(source.keys()), {}
-    for name in sorted(present | sums.keys()) if names is None else names:
-      array = source.get_tensor(name) if name in present else None
-      if array is None or zlib.crc32(tensor_bytes(array)) != sums.get(name):
-        raise InputError(f'{path}: {name} is missing or damaged; {remedy}')
-      tensors[name] = array
+  metadata, entries = read_header(path, remedy)
+  record, sums = _parse_header(metadata, entries, path, kind, remedy)
+  tensors = {}
+  for name in sorted(entries.keys() | sums) if names is None else names:
+    array = None
+    if name in entries and entries[name].code in DTYPES:
+      try:
+        array = read_tensor(path, entries[name])
+      except (OSError, MemoryError) as error:
+        raise InputError(
+            f'{path}: {name} cannot be read ({error}); {remedy}'
+        ) from error
+    if array is None or zlib.crc32(tensor_bytes(array)) != sums.get(name):
+      raise InputError(f'{path}: {name} is missing or damaged; {remedy}')
+    tensors[name] = array
   return tensors, record
 
 
 def _parse_header(
-    header: Mapping[str, str] | None,
+    header: Mapping[str, str],
+    entries: Mapping[str, TensorEntry],
     path: StrPath,
     kind: str | tuple[str, ...],
     remedy: str,
 ) -> tuple[dict[str, Any], dict[str, int]]:
   """Returns the record and the checksums of a header."""
-  header, known = header or {}, (kind,) if isinstance(kind, str) else kind
+  known = (kind,) if isinstance(kind, str) else kind
   # Moments of earlier versions say 'kind' and 'record', which holds the sums.
   if header.get('format', header.get('kind')) not in known:
     raise InputError(f'{path}: is not a file of {known[0]!r}; {remedy}')
+  kinds = {name: (entry.code, entry.shape) for name, entry in entries.items()}
   try:
+    # What is neither of now nor of earlier is of now, with a damaged key.
+    if header.keys() not in _EARLIER and (
+        header.get(_HEADER_SUM) != _header_sum(header, kinds)
+    ):
+      raise ValueError('its checksum is another')
     record = parse_json(header.get('jaxedit') or header['record'])
     sums = parse_json(header['crc32']) if 'crc32' in header else record['crc32']
   except (KeyError, TypeError, ValueError) as error:

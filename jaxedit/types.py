@@ -43,17 +43,38 @@ SHARED = 1
 _BRACES = re.compile(r'\{\{\}\}|(\{\})')
 
 
+_LISTED = 20  # lines of a message
+_LONGEST = 1000  # characters of a line
+_CONTROL = re.compile(r'[\x00-\x1f\x7f-\x9f]+')
+
+
 class InputError(ValueError):
   """Input that cannot be used, with messages that say what to do.
 
   Attributes:
-    problems: one message an error. Several errors are collected and raised
-      once; programs print them and exit with code 2.
+    problems: one message an error, each of 1,000 characters at most: the middle
+      of a longer one is left out. Several errors are collected and raised once;
+      programs print the first of them and exit with code 2.
   """
 
   def __init__(self, *problems: str):
-    self.problems = tuple(problems)
-    super().__init__('\n'.join(problems))
+    self.problems = tuple(map(_cut, problems))
+    super().__init__('\n'.join(self.lines()))
+
+  def lines(self) -> list[str]:
+    """Lists the messages, one a line and 20 at most; the last counts others."""
+    lines = [_CONTROL.sub(' ', problem) for problem in self.problems[:_LISTED]]
+    if len(self.problems) > _LISTED:
+      left = len(self.problems) - _LISTED + 1
+      lines[-1] = f'and {left} more errors, {len(self.problems)} in all'
+    return lines
+
+
+def _cut(text: str) -> str:
+  """Leaves out the middle of a long message, whose end says what to do."""
+  if len(text) <= _LONGEST:
+    return text
+  return f'{text[: _LONGEST - 305]} ... {text[-300:]}'
 
 
 class Progress(Protocol):

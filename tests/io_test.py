@@ -174,8 +174,24 @@ class JsonTest(Case):
     self.assertEqual(read(list), [])
     io.write_text(self.path, '12')
     self.refused('file: holds 12 where a list is needed; mend it', read, list)
-    with mock.patch.object(io, '_MOST_BYTES', 1):
-      self.refused('file: has 2 bytes, more than the 1 .*; mend it', read)
+    os.truncate(self.path, io.MOST_BYTES + 1)
+    self.refused('cannot be read .67108865 bytes, more than .*; mend it', read)
+    pipe = self.root / 'pipe'
+    os.mkfifo(pipe)
+    for path in (pipe, '/dev/zero'):
+      self.refused('a pipe or a device.*fetch it again', io.read_json, path)
+      self.refused('a pipe or a device.*fetch it again', io.read_header, path)
+
+  def test_numbers_that_are_not_finite(self):
+    for text in ('[{"a": NaN}]', '1e999', '[-Infinity]'):
+      with self.assertRaisesRegex(ValueError, 'not finite'):
+        io.parse_json(text, finite=True)
+    self.assertEqual(io.parse_json('[1e999, 1e99]'), [float('inf'), 1e99])
+    self.assertEqual(io.parse_json('[true, 2]', finite=True), [True, 2])
+
+  def test_many_values(self):
+    with self.assertRaisesRegex(ValueError, 'more than 8388608 values'):
+      io.parse_json('[' + '[],' * 2**22 + '[]]')
 
 
 class TensorsTest(Case):
@@ -246,6 +262,48 @@ class TensorsTest(Case):
   def test_other_headers(self, header, pattern):
     safetensors.numpy.save_file({'x': np.zeros(1)}, self.path, header)
     self.refused(pattern, self.read)
+
+  def test_every_flipped_bit_is_found(self):
+    self.tensors = {'x': np.arange(3, dtype=np.float32), 'y': np.zeros(2)}
+    whole = self.write(count=5, name='a')
+    for bit in range(8 * len(whole)):
+      blob = bytearray(whole)
+      blob[bit // 8] ^= 1 << bit % 8
+      self.path.write_bytes(blob)
+      with self.assertRaises(InputError, msg=f'bit {bit}'):
+        self.read()
+
+  def test_a_header_that_is_written_anew(self):
+    def rewrite(change):
+      whole = self.write(count=5)
+      length = int.from_bytes(whole[:8], 'little')
+      header = json.loads(whole[8 : 8 + length])
+      change(header)
+      raw = json.dumps(header).encode()
+      blob = len(raw).to_bytes(8, 'little') + raw + whole[8 + length :]
+      self.path.write_bytes(blob)
+
+    rewrite(lambda header: None)
+    self.read()
+    for change in (
+        lambda x: x['__metadata__'].update(jaxedit='{"count": 6}'),
+        lambda x: x['__metadata__'].update(other=''),
+        lambda x: x['__metadata__'].pop('header_crc32') and x.update(a={}),
+        lambda x: x['turned'].update(dtype='F32'),
+        lambda x: x['turned'].update(shape=[2, 3]),
+        lambda x: x['turned'].update(shape=[-2, -3]),
+        lambda x: x['turned'].update(shape=6),
+        lambda x: x['turned'].update(shape=[3, 2.0]),
+        lambda x: x['turned'].update(data_offsets=[0, 24]),
+        lambda x: x['turned'].update(data_offsets=[-24, 0]),
+        lambda x: x['turned'].update(data_offsets=[[], {}]),
+        lambda x: x['turned'].update(data_offsets=[1]),
+        lambda x: x.update(turned=[]),
+        lambda x: x.update(__metadata__=[]),
+        lambda x: x.update(__metadata__={'format': 5}),
+    ):
+      rewrite(change)
+      self.refused('damaged', self.read)
 
   def test_earlier_layout(self):
     x = np.arange(4.0)

@@ -7,7 +7,6 @@ other here. Nothing here knows a model or writes.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import pathlib
 from collections.abc import Mapping
@@ -34,24 +33,41 @@ class Tensor:
   Attributes:
     name: upstream name.
     path: its file.
-    code: safetensors dtype code, e.g. 'BF16'.
-    shape: its shape.
+    entry: where in it, and what.
   """
 
   name: str
   path: pathlib.Path
-  code: str
-  shape: tuple[int, ...]
+  entry: io.TensorEntry
+
+  @property
+  def code(self) -> str:
+    """Its safetensors dtype code, e.g. 'BF16'."""
+    return self.entry.code
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Its shape."""
+    return self.entry.shape
 
   @property
   def size(self) -> int:
     """Its bytes."""
-    return math.prod(self.shape) * io.DTYPES[self.code].itemsize
+    return self.entry.size
 
   def read(self) -> np.ndarray:
-    """Reads the tensor into memory of its own."""
-    with io.open_tensors(self.path) as source:
-      return source.get_tensor(self.name)
+    """Reads the tensor into memory of its own.
+
+    Raises:
+      InputError: it cannot be read.
+    """
+    try:
+      return io.read_tensor(self.path, self.entry)
+    except OSError as error:
+      raise InputError(
+          f'{self.path}: cannot be read ({error.strerror or error}); fetch it'
+          ' again'
+      ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +112,9 @@ def read_header(path: pathlib.Path) -> Header:
   Raises:
     InputError: the file is cut short or is no safetensors file.
   """
-  tensors = {}
-  with io.open_tensors(path) as source:
-    for name in source.keys():
-      part = source.get_slice(name)
-      shape = tuple(part.get_shape())
-      tensors[name] = Tensor(name, path, part.get_dtype(), shape)
-    return Header(source.metadata() or {}, tensors)
+  metadata, entries = io.read_header(path)
+  tensors = {name: Tensor(name, path, one) for name, one in entries.items()}
+  return Header(metadata, tensors)
 
 
 def open_folder(folder: str | os.PathLike[str]) -> Checkpoint:
@@ -162,18 +174,22 @@ def _shard_names(folder: pathlib.Path, index: Mapping[str, Any]) -> list[str]:
         f'{folder / INDEX} has no weight_map from tensors to files; fetch it '
         'again'
     )
-  names = list(dict.fromkeys(weights.values()))
   strange = [
-      f'{folder / INDEX} names the file {name!r}, which is not a plain '
+      f'{folder / INDEX} names the file {str(name)[:80]!r}, which is not a plain '
       '.safetensors file name of this folder'
-      for name in names
+      for name in weights.values()
       if not isinstance(name, str)
       or pathlib.PurePath(name).name != name
       or not name.endswith('.safetensors')
+      or len(name) > 255
   ]
+  if not isinstance(index.get('metadata') or {}, dict):
+    strange.append(
+        f'{folder / INDEX}: its metadata is no object; fetch it again'
+    )
   if strange:
     raise InputError(*strange)
-  return names
+  return list(dict.fromkeys(weights.values()))
 
 
 def _index_faults(

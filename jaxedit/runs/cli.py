@@ -191,8 +191,8 @@ def attempt(main: Callable[[], None], rest: Sequence[str]) -> int:
       raise InputError(f'unexpected arguments: {" ".join(rest[1:])}')
     main()
   except InputError as e:
-    for problem in e.problems:
-      print(f'error: {problem}', file=sys.stderr)
+    for line in e.lines():
+      print(f'error: {line}', file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print('interrupted', file=sys.stderr)
