@@ -488,7 +488,7 @@ class ErrorTest(Base):
   def test_twenty_are_listed(self):
     bad = _people(*'abcdefghijklmnopqrstuvwxy', target_new='')
     problems = self.problems(*bad)
-    self.assertLen(problems, 21)
+    self.assertLen(problems, 20)
     self.assertIn('25 errors in all', problems[-1])
     self.assertIn(self.path, problems[-1])
     self.assertLen(self.problems(*bad[:20]), 20)

@@ -20,7 +20,7 @@ DEMO, DEMO_PASSAGES = 'demo', 'demo_passages'
 _MOST_UNPACKED = 1 << 28
 # The first line of one object over several lines.
 _OPEN = re.compile(r'\s*\{[^\n]*(?<=[{\[,])[ \t\r]*\n')
-_LISTED = 20  # errors reported in full before only their count is
+_LISTED = 19  # errors listed before the one that counts them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,7 @@ def entries(blob: bytes, source: str) -> Iterator[Entry]:
 
 def shorten(errors: Sequence[str], source: str) -> list[str]:
   """Leaves out all errors but the first, and says how many there are."""
-  if len(errors) <= _LISTED:
+  if len(errors) <= _LISTED + 1:
     return list(errors)
   return [
       *errors[:_LISTED],

@@ -128,7 +128,7 @@ class RequestFile:
       The requests with where they came from.
 
     Raises:
-      InputError: no good record, or with 'fail' any error; the first 20 errors
+      InputError: no good record, or with 'fail' any error; the first 19 errors
         and their number are reported.
     """
     requests, skipped, errors, unread = [], [], [], set()
