@@ -6,15 +6,18 @@ command restores the newest step and goes on from there.
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import shutil
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxedit import io
 from jaxedit.types import InputError
 
 
@@ -59,15 +62,15 @@ class Checkpoint:
         if not v.size
     }
     tree = {'arrays': full, 'step': np.asarray(step)}
+    said = {'record': dict(record), 'empty': empty, 'crc32': _sums(full)}
+    said['record_crc32'] = _sum(said)
     try:
       with self._manager(ocp) as manager:
         manager.save(
             step,
             args=ocp.args.Composite(
                 arrays=ocp.args.StandardSave(tree),
-                record=ocp.args.JsonSave(
-                    {'record': dict(record), 'empty': empty}
-                ),
+                record=ocp.args.JsonSave(said),
             ),
         )
     except OSError as e:
@@ -83,7 +86,8 @@ class Checkpoint:
       (step, arrays, record), or None where there is none.
 
     Raises:
-      InputError: it cannot be read.
+      InputError: it cannot be read, or is not what was saved. Steps of earlier
+        versions have no checksums.
     """
     if not self._folder.is_dir():
       return None
@@ -101,15 +105,24 @@ class Checkpoint:
                 record=ocp.args.JsonRestore(),
             ),
         )
-    except (OSError, ValueError, KeyError) as e:
+      read, said = found['arrays'].get('arrays', {}), found['record']
+      arrays = {name: np.asarray(array) for name, array in read.items()}
+      if 'record_crc32' in said and (
+          said.pop('record_crc32') != _sum(said)
+          or said['crc32'] != _sums(arrays)
+      ):
+        raise ValueError('its checksums are others')
+      for name, (dtype, shape) in said['empty'].items():
+        arrays[name] = np.zeros(shape, dtype)
+      return step, arrays, said['record']
+    except (
+        Exception
+    ) as e:  # what Orbax raises on damaged files is not specified
+      reason = ' '.join(str(e).split()) or type(e).__name__
       raise InputError(
-          f'{self._folder}: the checkpoint cannot be read ({e}); delete it'
+          f'{self._folder}: the checkpoint cannot be read ({reason[:300]});'
+          ' delete it'
       ) from e
-    read = found['arrays'].get('arrays', {})
-    arrays = {name: np.asarray(array) for name, array in read.items()}
-    for name, (dtype, shape) in found['record']['empty'].items():
-      arrays[name] = np.zeros(shape, dtype)
-    return step, arrays, found['record']['record']
 
   def clear(self) -> None:
     """Removes the checkpoint."""
@@ -121,3 +134,17 @@ class Checkpoint:
         enable_async_checkpointing=False,
     )
     return ocp.CheckpointManager(self._folder, options=options)
+
+
+def _sums(arrays: Mapping[str, jax.Array | np.ndarray]) -> dict[str, int]:
+  """CRC-32 of every array."""
+  return {
+      name: zlib.crc32(io.tensor_bytes(np.asarray(array)))
+      for name, array in arrays.items()
+  }
+
+
+def _sum(said: Mapping[str, Any]) -> int:
+  """CRC-32 of a record, whose keys become texts in a file."""
+  text = json.dumps(json.loads(json.dumps(said)), sort_keys=True)
+  return zlib.crc32(text.encode())

@@ -600,6 +600,35 @@ def read_tensors(
   return tensors, record
 
 
+def take(
+    record: Mapping[str, Any],
+    kinds: Mapping[str, type],
+    path: StrPath,
+    remedy: str,
+) -> list[Any]:
+  """Takes fields out of the record of a file.
+
+  Args:
+    record: of `read_tensors`.
+    kinds: name -> type that its value must have.
+    path: the file.
+    remedy: ends the message.
+
+  Returns:
+    The values, in the order of `kinds`.
+
+  Raises:
+    InputError: a field is missing or of another type.
+  """
+  for name, kind in kinds.items():
+    if type(record.get(name)) is not kind:
+      raise InputError(
+          f'{path}: is damaged, its record has {str(record.get(name))[:40]!r} as'
+          f' {name!r}; {remedy}'
+      )
+  return [record[name] for name in kinds]
+
+
 def _parse_header(
     header: Mapping[str, str],
     entries: Mapping[str, TensorEntry],

@@ -3,6 +3,8 @@
 import dataclasses
 import pathlib
 import tempfile
+import tracemalloc
+import zipfile
 from unittest import mock
 
 import jax
@@ -357,12 +359,44 @@ class FilesTest(parameterized.TestCase):
     with self.assertRaisesRegex(InputError, 'no such file.*collect them'):
       moments.load(self.path)
     self.path.parent.mkdir()
-    io.write_tensors(self.path, {'x': np.zeros(2)}, kind='else', record={})
-    with self.assertRaisesRegex(InputError, 'is not a file of'):
-      moments.load(self.path)
+    for kind, words in (('else', 'something else'), ('jaxedit 5', 'jaxedit 5')):
+      io.write_tensors(self.path, {'x': np.zeros(2)}, kind=kind, record={})
+      with self.assertRaisesRegex(InputError, f'{words}.*not second moments'):
+        moments.load(self.path)
+    for sign in (b'PK', b'GGUF', b'\x80', b'{', b'\x1f\x8b', b'\x93NUMPY'):
+      self.path.write_bytes(sign + b'x' * 20)
+      with self.assertRaisesRegex(InputError, 'not second moments') as caught:
+        moments.load(self.path)
+      # The advice names a file that is not there yet.
+      self.assertIn('m-2.safetensors', str(caught.exception))
     self.path.write_bytes(b'not a file at all')
     with self.assertRaisesRegex(InputError, 'damaged.*collect them'):
       moments.load(self.path)
+
+  @parameterized.parameters(
+      (dict(count=0), 'says that 0 tokens'),
+      (dict(count=-5), 'says that -5 tokens'),
+      (dict(count='7'), "record has '7' as 'count'"),
+      (dict(provenance=[]), "record has '\\[\\]' as 'provenance'"),
+      (dict(layers=[4, 6, {}]), 'its layers are no numbers'),
+      (dict(layers=[4, 5]), 'layer 5 has no matrix'),
+      (dict(gram=np.full((3, 8, 8), np.nan)), 'layer 4: .* not finite'),
+      (dict(gram=np.stack([-np.eye(8)] * 3)), 'layer 4: .* negative'),
+      (dict(gram=np.stack([np.ones((8, 8)) - 2 * np.eye(8)] * 3)), 'negative'),
+      (dict(gram=np.stack([3 - 2 * np.eye(8)] * 3)), 'larger than the squares'),
+      (dict(gram=np.ones((3, 8, 7))), 'layer 4 has no matrix'),
+      (dict(gram=np.stack([np.eye(7)] * 3)), 'width 7, where the model has 8'),
+      (dict(gram=np.ones((3, 8, 8), np.float32)), 'layer 4 has no matrix'),
+  )
+  def test_refuses_what_cannot_be(self, changes, pattern):
+    record = {'count': 10, 'layers': [4, 6, 7], 'provenance': {
+        'site': 'mlp/down', 'model': 'abc'}} | changes  # fmt: skip
+    grams = record.pop('gram', np.stack([np.eye(8)] * 3))
+    tensors = {f'gram/{n}': gram for n, gram in zip((4, 6, 7), grams)}
+    kind = 'jaxedit second moments 1'
+    io.write_tensors(self.path, tensors, kind=kind, record=record)
+    with self.assertRaisesRegex(InputError, pattern):
+      moments.load(self.path, width=8)
 
   @parameterized.parameters(4, 100, -8)
   def test_refuses_a_file_cut_short(self, size):
@@ -433,7 +467,7 @@ class PublishedTest(parameterized.TestCase):
 
   def test_tells_every_fault_at_once(self):
     self.write('transformer.h.5.mlp.fc_out', self.sums[0], size=1000)
-    path = self.write('transformer.h.6.mlp.fc_out', self.sums[0][:3])
+    self.write('transformer.h.6.mlp.fc_out', self.sums[0][:3])
     cut = self.write('transformer.h.7.mlp.fc_out', self.sums[0])
     cut.write_bytes(cut.read_bytes()[:200])
     pickled = np.array([{'a': 1}], object)
@@ -445,13 +479,68 @@ class PublishedTest(parameterized.TestCase):
     self.assertLen(problems, 6)
     self.assertIn('0 archives of mlp/down in layer 4', problems[0])
     self.assertIn('2 archives of mlp/down in layer 5', problems[1])
-    self.assertIn(f'{path}: mom2.mom2 has shape [3, 8]', problems[2])
+    self.assertIn('mom2.mom2.npy has shape [3, 8], where [8, 8]', problems[2])
     self.assertIn('no readable', problems[3])
     self.assertIn('no readable', problems[4])
     self.assertIn('counts 0 tokens', problems[5])
 
+  def test_archives_that_hurt(self):
+    path = self.write('transformer.h.3.mlp.fc_out', self.sums[0])
+    whole = path.read_bytes()
+
+    def header(at, value, width=2):
+      # In the entry's own header and, 10 bytes further, in the directory.
+      blob = bytearray(whole)
+      for sign, shift in ((b'PK\3\4', 0), (b'PK\1\2', 2)):
+        start = blob.find(sign)
+        while start >= 0:
+          place = slice(start + at + shift, start + at + shift + width)
+          blob[place] = value.to_bytes(width, 'little')
+          start = blob.find(sign, start + 4)
+      return bytes(blob)
+
+    big = whole.replace(b'(8, 8), }   ', b'(8, 8**9), }')
+    wide = whole.replace(b"'shape': (8, 8)", b"'shape':(8<<9,)")
+    for blob, pattern in (
+        (header(6, 1), 'encrypted'),
+        (header(8, 93), 'compress'),
+        (header(8, 12), 'compress'),
+        (big, 'no readable'),
+        (wide, 'no readable'),
+        (whole[:-30], 'no readable'),
+        (b'', 'no zip archive'),
+        (whole[:-12] + b'\xff' * 12, 'no readable'),
+    ):
+      path.write_bytes(blob)
+      with self.assertRaisesRegex(InputError, pattern):
+        moments.load_npz(path, layers=[3], width=8)
+    for entries in (
+        {'mom2.count': np.inf}, {'mom2.count': 1e30}, {'mom2.count': np.nan},
+        {'mom2.count': -5}, {'mom2.count': 2.5}, {'mom2.count': [50]},
+        {'mom2.mom2': -self.sums[0]}, {'mom2.mom2': self.sums[0] * np.nan},
+    ):  # fmt: skip
+      self.write('transformer.h.3.mlp.fc_out', self.sums[0], **entries)
+      with self.assertRaises(InputError):
+        moments.load_npz(path, layers=[3], width=8)
+
+  def test_an_archive_is_unpacked_as_far_as_its_shape_goes(self):
+    path = self.folder / 'h.3.mlp.fc_out_float32_mom2_1.npz'
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+      with archive.open('mom2.mom2.npy', 'w') as stream:
+        head = {'descr': '<f4', 'fortran_order': False, 'shape': (8, 8)}
+        np.lib.format.write_array_header_1_0(stream, head)
+        for _ in range(64):
+          stream.write(bytes(1 << 20))
+      with archive.open('mom2.count.npy', 'w') as stream:
+        np.lib.format.write_array(stream, np.asarray(50))
+    tracemalloc.start()
+    self.addCleanup(tracemalloc.stop)
+    with self.assertRaisesRegex(InputError, 'not the bytes of its shape'):
+      moments.load_npz(path, layers=[3], width=8)
+    self.assertLess(tracemalloc.get_traced_memory()[1], 1 << 22)
+
   def test_wrong_model_width(self):
-    with self.assertRaisesRegex(InputError, r'needs \[16, 16\]'):
+    with self.assertRaisesRegex(InputError, r'where \[16, 16\] is needed'):
       moments.load_npz(self.folder, layers=[5], width=16)
 
 

@@ -379,6 +379,7 @@ def _plan_faults(path: pathlib.Path, header: Header, plan: Plan) -> list[str]:
 def _open(path: pathlib.Path) -> mmap.mmap:
   """Maps a file that begins as a GGUF file does."""
   try:
+    io.file_size(path)
     with path.open('rb') as file:
       if file.read(4) != b'GGUF':
         raise types.InputError(

@@ -136,7 +136,9 @@ def load_hf_flax_msgpack(
     raise InputError(f'{path}: there is no such file')
   try:
     tree = flax.serialization.msgpack_restore(path.read_bytes())
-  except ValueError as error:
+  # What a damaged file raises is not specified: besides msgpack's own, what
+  # numpy raises where a dtype or a shape is none.
+  except Exception as error:
     raise InputError(
         f'{path}: is damaged or no Flax msgpack file ({error}); fetch it again'
     ) from error

@@ -16,7 +16,7 @@ width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -140,18 +140,27 @@ def apply(params: Params, edited: Edited, dtype: Any = None) -> Params:
     Parameters of the edited model.
 
   Raises:
-    InputError: the edit cannot be merged.
+    InputError: the edit cannot be merged, or is of another model.
   """
   if edited.unmergeable:
     raise InputError(f'the edit cannot be merged: {edited.unmergeable}')
   merged = params
   for delta in edited.deltas:
     names = path(delta).split('/')
-    old = merged
-    for name in names:
-      old = old[name]
+    old = _leaf(merged, names)
+    if old is None or not all(0 <= n < len(old) for n in delta.layers):
+      raise InputError(
+          f'the edit changes {path(delta)} of layers {list(delta.layers)}, which'
+          ' the model does not have; load the model it was made for'
+      )
+    change = full(delta)
+    if change.shape[1:] != old.shape[1:]:
+      raise InputError(
+          f'the edit changes {path(delta)} by {list(change.shape[1:])}, where the'
+          f' model has {list(old.shape[1:])}; load the model it was made for'
+      )
     layers = jnp.asarray(delta.layers)
-    exact = old[layers].astype(wide(old.dtype)) + full(delta)
+    exact = old[layers].astype(wide(old.dtype)) + change
     new = old.astype(dtype or old.dtype)
     new = new.at[layers].set(exact.astype(new.dtype))
     merged = _replace(merged, names, new)
@@ -178,6 +187,14 @@ def revert(params: Params, base: Params, edited: Edited) -> Params:
       old = old[name]
     params = _replace(params, names, old)
   return params
+
+
+def _leaf(params: Params, names: Sequence[str]) -> Array | None:
+  """Looks up a leaf; None where there is none."""
+  node: Any = params
+  for name in names:
+    node = node.get(name) if isinstance(node, Mapping) else None
+  return None if isinstance(node, Mapping) else node
 
 
 def _replace(tree: Params, path: Sequence[str], leaf: Array) -> dict[str, Any]:

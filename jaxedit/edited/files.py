@@ -124,7 +124,8 @@ def load(
     (the edit, its metadata).
 
   Raises:
-    InputError: no such file, damaged, not a delta, or made for another model.
+    InputError: no such file, damaged, with numbers that are not finite, not a
+      delta, or made for another model.
   """
   remedy = 'copy or make it again'
   formats = (_FORMAT, _FIRST_FORMAT)
@@ -134,14 +135,40 @@ def load(
   try:
     made_for = metadata['model_hash']
     edited = read(tensors, record)
+    _check(edited, made_for)
   except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-    raise InputError(f'{path}: damaged; {remedy}') from error
+    raise InputError(f'{path}: damaged ({error}); {remedy}') from error
   if model_hash is not None and made_for != model_hash:
     raise InputError(
         f'{path}: made for model {made_for[:12]}, given'
         f' {model_hash[:12]}; load the model it was made for'
     )
   return edited, metadata
+
+
+def _check(edited: Edited, made_for: Any) -> None:
+  """Refuses an edit that fits no model; raises ValueError."""
+  if type(made_for) is not str:
+    raise ValueError('it does not say which model it was made for')
+  size = edited.size
+  if size is not None and (type(size) is not int or size < 1):
+    raise ValueError(f'it holds {size!r} edits side by side')
+  for delta in edited.deltas:
+    name = f'the {type(delta).__name__} delta of {delta.site!r}'
+    layers = delta.layers
+    if not all(type(n) is int and n >= 0 for n in layers) or (
+        type(delta.site) is not str
+    ):
+      raise ValueError(f'{name} has layers {str(layers)[:80]}')
+    lead = (len(layers),) if size is None else (len(layers), size)
+    for leaf in _leaves(type(delta)):
+      array = getattr(delta, leaf)
+      if array.shape[: len(lead)] != lead:
+        raise ValueError(f'{leaf} of {name} has shape {array.shape}')
+      array = np.asarray(array)
+      bound = leaf in ('radii', 'thresholds')  # which may be infinite
+      if not (np.isinf(array) & bound | np.isfinite(array)).all():
+        raise ValueError(f'{leaf} of {name} holds numbers that are not finite')
 
 
 def _edited(

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -125,12 +126,17 @@ def find(name: str, cache: io.StrPath | None = None) -> pathlib.Path | None:
 
 
 def _is_complete(folder: pathlib.Path, files: Mapping[str, int]) -> bool:
-  """Checks that the files an entry was made with are there, by size."""
+  """Checks that an entry holds the files it was made with, byte for byte.
+
+  Entries of earlier versions hold no checksums: there sizes have to do.
+  """
   try:
-    files = files or io.read_json(folder / _SOURCE)['files']
+    source = io.read_json(folder / _SOURCE)
+    files = files or source['files']
+    sums = source.get('crc32', {})
     return all(
-        (folder / name).stat().st_size == size for name, size in files.items()
-    )
+        io.file_size(folder / name) == size for name, size in files.items()
+    ) and all(_crc32(folder / name) == crc for name, crc in sums.items())
   except (OSError, ValueError, KeyError, TypeError, AttributeError):
     return False
 
@@ -160,8 +166,19 @@ def keep(
   with io.new_folder(folder, is_complete, remedy=remedy) as part:
     make(part)
     sizes = {file.name: file.stat().st_size for file in part.iterdir()}
-    io.write_json(part / _SOURCE, {**source, 'files': sizes})
+    sums = {name: _crc32(part / name) for name in sizes}
+    about = {**source, 'files': sizes, 'crc32': sums}
+    io.write_json(part / _SOURCE, about)
   return folder
+
+
+def _crc32(path: pathlib.Path) -> int:
+  """CRC-32 of a file, which takes a second a GiB."""
+  crc, piece = 0, memoryview(bytearray(1 << 22))
+  with path.open('rb', buffering=0) as file:
+    while size := file.readinto(piece):
+      crc = zlib.crc32(piece[:size], crc)
+  return crc
 
 
 def sha256(path: pathlib.Path) -> str:
@@ -171,6 +188,7 @@ def sha256(path: pathlib.Path) -> str:
     InputError: it cannot be read.
   """
   try:
+    io.file_size(path)
     with path.open('rb') as file:
       return hashlib.file_digest(file, 'sha256').hexdigest()
   except OSError as error:

@@ -154,6 +154,12 @@ def match(spec: spec_lib.ModelSpec, source: checkpoint.Checkpoint) -> Layout:
   Raises:
     InputError: tensors missing, left over, of the wrong shape or dtype.
   """
+  if spec.layers > len(source.tensors):  # before a table of them is made
+    raise InputError(
+        f'{source.folder}: config.json asks for {spec.layers} layers, but there'
+        f' are {len(source.tensors)} tensors; fetch the complete checkpoint or'
+        ' correct config.json'
+    )
   family = families.get(spec.family)
   slots, full_names, problems = {}, {}, []
   for full, wanted in tensors.upstream_slots(spec, family.TENSORS).items():

@@ -11,6 +11,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxedit import io, types
+from jaxedit.models import tokenizer_rules
+
+# The files of a folder that make a tokenizer.
+_READ = (
+    'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
+    'added_tokens.json', 'config.json',
+)  # fmt: skip
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
@@ -104,23 +111,39 @@ def _settings(path: pathlib.Path) -> dict[str, Any]:
 
 def _folder_faults(folder: pathlib.Path) -> list[str]:
   """Lists what can be told without loading anything."""
-  problems = []
+  # transformers opens what it knows by name; a pipe would never answer.
+  problems = [
+      f'{path}: is a pipe or a device, not a file; remove it.'
+      for path in sorted(folder.iterdir())
+      if path.exists() and not path.is_file() and not path.is_dir()
+  ]
+  if problems:
+    return problems
   wanted = ('tokenizer.json', 'tokenizer.model', 'vocab.json', 'spiece.model')
   if not any((folder / name).is_file() for name in wanted):
     problems.append(
         f'{folder}: holds no tokenizer (looked for {", ".join(wanted)}); copy'
         ' the tokenizer files of the model there.'
     )
-  for name in ('tokenizer_config.json', 'config.json'):
+  found = {}
+  for name in _READ:
     try:
-      settings = _settings(folder / name)
+      found[name] = _settings(folder / name)
     except types.InputError as error:
       problems += error.problems
-      continue
+  rules = tokenizer_rules.errors(found.get('tokenizer.json', {}))
+  problems += [f'{folder / "tokenizer.json"}: {rule}' for rule in rules]
+  for name in ('tokenizer_config.json', 'config.json'):
+    auto_map = found.get(name, {}).get('auto_map') or {}
+    if not isinstance(auto_map, dict):
+      problems.append(
+          f'{folder / name}: auto_map is {str(auto_map)[:40]!r} where an object'
+          ' is needed; correct or remove it.'
+      )
     # Without this, transformers asks on the terminal whether to run the code.
     # A tokenizer.json is read without any, so its folder may name what it likes.
-    if (
-        'AutoTokenizer' in (settings.get('auto_map') or {})
+    elif (
+        'AutoTokenizer' in auto_map
         and not (folder / 'tokenizer.json').is_file()
     ):
       problems.append(
@@ -134,7 +157,8 @@ def _fill_roles(tokenizer: Any, config: Mapping[str, Any]) -> None:
   """Sets bos, eos and padding where the tokenizer's own files do not."""
   for role in ('bos_token', 'eos_token'):
     token = config.get(f'{role}_id')
-    if getattr(tokenizer, role) is None and type(token) is int:
+    known = type(token) is int and 0 <= token < len(tokenizer)
+    if getattr(tokenizer, role) is None and known:
       setattr(tokenizer, role, tokenizer.convert_ids_to_tokens(token))
   # A padding token past the embedding table would need a new row there.
   rows = config.get('vocab_size')

@@ -20,7 +20,7 @@ from jaxedit.methods.config import MethodConfig
 from jaxedit.models.loading import Model
 from jaxedit.runs.provenance import versions
 from jaxedit.text.encoding import EncodedEdit
-from jaxedit.types import Targets
+from jaxedit.types import InputError, Targets
 
 
 def digest(*parts: Any) -> str:
@@ -78,6 +78,8 @@ class TargetFiles:
     if not path.is_file():
       return None
     tensors, _ = io.read_tensors(path, self._KIND, 'delete it')
+    if tensors.keys() != Targets.__dataclass_fields__.keys():
+      raise InputError(f'{path}: is damaged, it has no targets; delete it')
     return Targets(**tensors)
 
   def put(self, edit: EncodedEdit, targets: Targets) -> None:

@@ -194,6 +194,15 @@ def attempt(main: Callable[[], None], rest: Sequence[str]) -> int:
     for line in e.lines():
       print(f'error: {line}', file=sys.stderr)
     return 2
+  except (MemoryError, jax.errors.JaxRuntimeError) as e:
+    if 'RESOURCE_EXHAUSTED' not in str(e) and not isinstance(e, MemoryError):
+      raise
+    reason = ' '.join(str(e).split())[:300] or 'out of memory'
+    print(
+        f'error: the memory does not suffice ({reason}); lower the batch sizes',
+        file=sys.stderr,
+    )
+    return 2
   except KeyboardInterrupt:
     print('interrupted', file=sys.stderr)
     return 130

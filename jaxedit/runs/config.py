@@ -107,6 +107,7 @@ class RunConfig:
       'edits optimised side by side; as many as are of use and have room in'
       ' memory unless given',
       low=1,
+      high=4096,
   )
   memory_gib: float | None = setting(
       None,
@@ -152,13 +153,18 @@ class RunConfig:
       'self', f'text to collect them from: {corpora.KINDS}'
   )
   moments_tokens: int | None = setting(
-      None, 'tokens to collect them from (default: 20 a key dimension)', low=1
+      None,
+      'tokens to collect them from (default: 20 a key dimension)',
+      low=1,
+      high=10**9,
   )
   preserve: str = setting(
       'self',
       f'UnKE, T-Patcher: text that stays as it is: {corpora.KINDS}',
   )
-  preserve_count: int = setting(20, 'how many texts of --preserve', low=1)
+  preserve_count: int = setting(
+      20, 'how many texts of --preserve', low=1, high=10_000
+  )
   preserve_tokens: int = setting(
       128, 'the longest of them', unit='tokens', low=1
   )
@@ -200,12 +206,14 @@ class RunConfig:
       ' once), a folder or a hub id',
       only='text',
   )
-  eval_batch_size: int = setting(64, 'sequences an evaluation batch', low=1)
+  eval_batch_size: int = setting(
+      64, 'sequences an evaluation batch', low=1, high=4096
+  )
   perplexity_text: str | None = setting(
       None, 'plain text file whose perplexity is measured before and after'
   )
   perplexity_tokens: int = setting(
-      20000, 'tokens of it that are scored at most', low=1
+      20000, 'tokens of it that are scored at most', low=1, high=10**8
   )
   show: int = setting(4, 'texts before and after to print', low=0)
 

@@ -55,7 +55,11 @@ class MomentsConfig:
   out: pathlib.Path
   corpus: str = setting('self', f'text: {corpora.KINDS}')
   tokens: int | None = setting(
-      None, 'sample size (default: 20 a key dimension)', unit='tokens'
+      None,
+      'sample size (default: 20 a key dimension)',
+      unit='tokens',
+      low=1,
+      high=10**9,
   )
   seed: int = 0
   site: str = setting(
@@ -67,7 +71,7 @@ class MomentsConfig:
       ' speed to attention and leaves little padding',
   )
   batch_rows: int = setting(
-      4, 'sequences computed at once; more on an accelerator'
+      4, 'sequences computed at once; more on an accelerator', low=1, high=4096
   )
   overwrite: bool = setting(False, 'replace an existing output')
 
@@ -242,11 +246,14 @@ def load(model: Model, need: Need, path: str | pathlib.Path) -> moments.Moments:
   Raises:
     InputError: the file is damaged, of another model, or lacks a layer.
   """
-  wanted = dict(layers=need.layers, model_hash=model.hash, site=need.site)
-  if not pathlib.Path(path).is_dir():
-    return moments.load(path, **wanted)
-  width = moments.key_width(model.spec, need.site)
-  return moments.load_npz(path, width=width, **wanted)
+  wanted = dict(
+      layers=need.layers,
+      model_hash=model.hash,
+      site=need.site,
+      width=moments.key_width(model.spec, need.site),
+  )
+  folder = pathlib.Path(path).is_dir()
+  return (moments.load_npz if folder else moments.load)(path, **wanted)
 
 
 def find(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,8 @@ _RESULTS = ('results.json', 'records.jsonl', 'delta.safetensors', 'deltas')
 WRITTEN = (*_RESULTS, 'model', 'templates.json', 'moments.safetensors')
 _LISTED = 5  # skipped records that are told at once; results.json has all
 _PERPLEXITY_TOKENS = 512  # a window
+_PERPLEXITY_BYTES = 1 << 31  # of its file
+_PERPLEXITY_CHARACTERS = 32  # read for each token that is scored
 _PERPLEXITY_BATCH = 32  # windows of 512 tokens run eight together
 
 
@@ -152,11 +153,13 @@ def perplexity(
   if not path:
     return {}
   try:
-    text = pathlib.Path(path).read_text('utf-8')
+    text = io.read_bytes(path, _PERPLEXITY_BYTES).decode('utf-8-sig')
   except (OSError, UnicodeDecodeError) as e:
     raise InputError(
         f'{path}: cannot be read as UTF-8 text ({e}); name a plain text'
     ) from None
+  # Tokenising takes 600 times a text's memory.
+  text = text[: _PERPLEXITY_CHARACTERS * session.config.perplexity_tokens]
   with clock('perplexity'):
     lm = edited_lib.open_model(
         session.model, edited, batch_size=_PERPLEXITY_BATCH

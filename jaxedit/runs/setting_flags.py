@@ -13,6 +13,7 @@ from jaxedit.types import InputError
 
 # A flag belongs to the module that asks for it, where --help shows it.
 flags.disclaim_key_flags()
+_MOST = 2**31 - 1  # of a whole number that has no bound of its own
 _EXAMPLES = {int: 'whole numbers, e.g. 4,5,6,7,8', float: 'numbers, e.g. 0.1,1'}
 
 
@@ -33,7 +34,8 @@ def define(setting: Setting, default: Any, text: str) -> None:
   elif setting.kind is bool:
     flags.DEFINE_bool(name, default, text)
   elif setting.kind is int:
-    bounds = dict(lower_bound=setting.low, upper_bound=setting.high)
+    high = _MOST if setting.high is None else setting.high
+    bounds = dict(lower_bound=setting.low, upper_bound=high)
     flags.DEFINE_integer(name, default, text, **bounds)
   elif setting.kind is float:
     _define_number(name, default, text, positive=setting.exclusive)

@@ -26,6 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
+# Share of the largest eigenvalue that rounding of f32 sums may put below 0.
+_ROUNDING = 1e-4
 
 
 class CovarianceFactor(NamedTuple):
@@ -178,8 +180,8 @@ def null_space(
     where `gram` holds numbers that are not finite.
 
   Raises:
-    ValueError: neither rule is given, the share is no share, or nothing is left
-      that may change.
+    ValueError: neither rule is given, the share is no share, an eigenvalue is
+      negative, or nothing is left that may change.
 
   Source: Fang et al. 2024 (AlphaEdit, arXiv 2410.02355), section 3.2. The share
   is ours.
@@ -193,6 +195,12 @@ def null_space(
   eigenvalues = np.asarray(eigenvalues)
   if not np.isfinite(eigenvalues).all():
     return NullSpaceBasis(jnp.full_like(gram, jnp.nan))
+  if eigenvalues[0] < -_ROUNDING * abs(eigenvalues).max():
+    raise ValueError(
+        f'the least eigenvalue is {eigenvalues[0]:.3g} and the largest'
+        f' {eigenvalues[-1]:.3g}; an average of k k^T has none below 0, so collect'
+        ' the second moments again'
+    )
   if threshold is None:
     # What rounding leaves below zero holds nothing.
     preserved = np.cumsum(np.maximum(eigenvalues[::-1], 0))

@@ -86,14 +86,18 @@ class Checkpoint:
     io.sweep(self._path)
     advice = 'delete it to start anew'
     tensors, record = io.read_tensors(self._path, KIND, advice)
-    theirs = record['identity']
+    kinds = {'rows': int, 'tokens': int, 'texts': int, 'digest': str}
+    theirs, *done = io.take(
+        record, {'identity': dict, **kinds}, self._path, advice
+    )
     other = [k for k, v in self._identity.items() if theirs.get(k) != v]
     if other:
       raise InputError(
           f'{self._path}: is of an interrupted run with another'
           f' {", ".join(other)}; repeat that run to finish it, or {advice}'
       )
-    done = (record[name] for name in Total._fields[1:])
+    if tensors.keys() != {'gram'}:
+      raise InputError(f'{self._path}: is damaged, it has no sums; {advice}')
     return Total(tensors['gram'], *done)
 
   def reached(self, total: Total, old: Total | None) -> Total:

@@ -35,6 +35,11 @@ from jaxedit.types import InputError, Params, Progress, silent
 KINDS = 'self, file:PATH, jsonl:PATH:FIELD or hf:ID[:CONFIG[:FIELD]]'
 # Documents that a streamed data set is shuffled among.
 _BUFFER = 10_000
+# Of a text file, which is read whole.
+_MOST_BYTES = 1 << 31
+# Characters of a document that are tokenised for each token that is taken: more
+# than any token of text has. Tokenising takes 600 times a text's memory.
+_CHARACTERS = 64
 # Faults of a file that are told in full.
 _SHOWN = 20
 _SAMPLES = 'jaxedit sampled text 1'
@@ -67,7 +72,7 @@ STARTS = (
 def _read(path: str | os.PathLike[str]) -> str:
   """Reads a UTF-8 file."""
   try:
-    return pathlib.Path(path).read_text('utf-8')
+    return io.read_bytes(path, _MOST_BYTES).decode('utf-8-sig')
   except OSError as error:
     raise InputError(
         f'{path}: cannot be read ({error.strerror}); check the path'
@@ -220,6 +225,7 @@ def fingerprint(corpus: str) -> str:
   digest = hashlib.sha256(corpus.encode())
   if path:
     try:
+      io.file_size(path)
       with open(path, 'rb') as source:
         digest.update(hashlib.file_digest(source, 'sha256').digest())
     except OSError as error:
@@ -274,7 +280,7 @@ def tokenised(
   documents = iter(documents)
   while some := list(itertools.islice(documents, 32)):
     yield from tokenizer(
-        some,
+        [text[: _CHARACTERS * max_length] for text in some],
         truncation=True,
         max_length=max_length,
         return_attention_mask=False,
@@ -314,15 +320,19 @@ class _Samples:
     advice = 'delete it to sample anew'
     io.sweep(self._path)
     found, record = io.read_tensors(self._path, _SAMPLES, advice)
-    other = [k for k, v in identity.items() if record['identity'].get(k) != v]
+    theirs, self.batches = io.take(
+        record, {'identity': dict, 'batches': int}, self._path, advice
+    )
+    other = [k for k, v in identity.items() if theirs.get(k) != v]
     if other:
       raise InputError(
           f'{self._path}: was sampled with another {", ".join(other)}; repeat'
           f' that run to finish it, or {advice}'
       )
+    if found.keys() != {'lengths', 'tokens'}:
+      raise InputError(f'{self._path}: is damaged, it has no texts; {advice}')
     cuts = np.cumsum(found['lengths'])[:-1]
     self.texts = [t.tolist() for t in np.split(found['tokens'], cuts)]
-    self.batches = record['batches']
 
   def add(self, texts: Sequence[list[int]]) -> None:
     """Appends a batch."""

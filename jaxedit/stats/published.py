@@ -18,11 +18,11 @@ from __future__ import annotations
 import os
 import pathlib
 import re
-import zipfile
 from collections.abc import Sequence
 
 import numpy as np
 
+from jaxedit.stats import npz, storage
 from jaxedit.stats.storage import Moments
 from jaxedit.types import InputError
 
@@ -65,30 +65,28 @@ def _read_archive(
 ) -> tuple[np.ndarray, int]:
   """Reads one archive: the average [F, F] in float64 and the token count."""
   try:
-    # numpy leaves a damaged archive open that it opened itself.
-    with open(path, 'rb') as file, np.load(file, allow_pickle=False) as archive:
-      count = int(archive['mom2.count'])
-      total = np.asarray(archive['mom2.mom2'], np.float64)
-  except (
-      OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile
-  ) as error:  # fmt: skip
+    found = npz.read(path, {'mom2.count': (), 'mom2.mom2': (width, width)})
+  except npz.ERRORS as error:
+    reason = getattr(error, 'strerror', None) or error or type(error).__name__
     raise InputError(
-        f'{path}: has no readable mom2.count and mom2.mom2 ({error}); download'
-        ' it again'
+        f'{path}: has no readable mom2.count and mom2.mom2 ({reason}); take'
+        ' the archive of this very model, or download it again'
     ) from error
-  size = total.shape[0] if total.ndim else 0
-  if total.shape != (size, size) or (width or size) != size or not size:
+  total = found['mom2.mom2'].astype(np.float64)
+  count = float(found['mom2.count'])
+  if total.shape[0] != total.shape[1] or not total.size:
     raise InputError(
-        f'{path}: mom2.mom2 has shape {list(total.shape)}; the model needs'
-        f' {[width or "F"] * 2}: take the archive of this very model'
+        f'{path}: mom2.mom2 has shape {list(total.shape)}, which is not square;'
+        ' take the archive of this very model'
     )
-  if count < 1 or not np.all(np.isfinite(total)):
+  if not (1 <= count < 2**63 and count == int(count)):
     raise InputError(
-        f'{path}: counts {count} tokens or holds numbers that are not finite;'
-        ' download it again'
+        f'{path}: says that it counts {count:g} tokens; download it again'
     )
   # An f32 running sum is symmetric up to rounding only.
-  return (total + total.T) / (2 * count), count
+  gram = (total + total.T) / (2 * count)
+  storage.check_gram(gram, f'{path}', 'download it again')
+  return gram, int(count)
 
 
 def load_npz(

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jaxedit.text import render_check
 from jaxedit.text.cloze import PLACEHOLDER
 from jaxedit.types import InputError
 
@@ -27,6 +28,10 @@ NONE = 'none'
 TEMPLATE = 'template'
 # No special token contains it, no template changes it.
 _MARKER = 'qzxjqzxj'
+_FAILS = (
+    'the chat template of the tokenizer fails ({}); mend it, or give the chat as a'
+    " text with '{{}}' where the question goes."
+)
 
 
 class Chat(NamedTuple):
@@ -92,15 +97,35 @@ def _from_template(tokenizer: Any, ends: bool) -> tuple[str, str, str]:
         " a text with '{}' where the question goes."
     )
   asked = [{'role': 'user', 'content': _MARKER}]
-  before, after = _around(_render(tokenizer, asked, True), 'question')
-  if not ends:
-    return before, after, ''
   answered = [
       {'role': 'user', 'content': 'a'},
       {'role': 'assistant', 'content': _MARKER},
   ]
+  _check(
+      tokenizer, [(asked, True), (answered, False)] if ends else [(asked, True)]
+  )
+  before, after = _around(_render(tokenizer, asked, True), 'question')
+  if not ends:
+    return before, after, ''
   _, rest = _around(_render(tokenizer, answered, False), 'answer')
   return before, after, _first_special(tokenizer, rest)
+
+
+def _check(
+    tokenizer: Any, conversations: Sequence[tuple[list[dict[str, str]], bool]]
+) -> None:
+  """Refuses a template that fails, does not end or needs too much memory."""
+  try:
+    template = tokenizer.get_chat_template()
+  except ValueError as error:  # several templates, none of them the default
+    raise InputError(
+        f'the tokenizer has no chat template to use ({error}); give the chat as'
+        " a text with '{}' where the question goes."
+    ) from error
+  special = tokenizer.special_tokens_map
+  special = {k: v for k, v in special.items() if isinstance(v, str)}
+  if reason := render_check.error(template, conversations, special):
+    raise InputError(_FAILS.format(reason))
 
 
 def _render(
@@ -111,10 +136,7 @@ def _render(
         list(turns), tokenize=False, add_generation_prompt=prompt
     )
   except Exception as error:  # a template is a program and may raise anything
-    raise InputError(
-        f'the chat template of the tokenizer fails ({error}); mend it, or give'
-        " the chat as a text with '{}' where the question goes."
-    ) from error
+    raise InputError(_FAILS.format(error)) from error
 
 
 def _around(text: str, part: str) -> tuple[str, str]:

@@ -64,7 +64,9 @@ class TraceConfig:
       'add noise to the embeddings, or put it in their place',
       choices=tuple(MODES),
   )
-  draws: int = _setting(10, 'corrupted copies of a prompt (ROME: 10)', low=1)
+  draws: int = _setting(
+      10, 'corrupted copies of a prompt (ROME: 10)', low=1, high=1000
+  )
   seed: int = noise_lib.SEED
 
   @property

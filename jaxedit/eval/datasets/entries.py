@@ -20,6 +20,7 @@ DEMO, DEMO_PASSAGES = 'demo', 'demo_passages'
 _MOST_UNPACKED = 1 << 28
 # The first line of one object over several lines.
 _OPEN = re.compile(r'\s*\{[^\n]*(?<=[{\[,])[ \t\r]*\n')
+_MOST_BYTES = 1 << 31
 _LISTED = 19  # errors listed before the one that counts them
 
 
@@ -66,7 +67,7 @@ def read(name: str, content: str, *, long: bool) -> bytes:
     demo = 'demo_passages.jsonl' if long else 'demo_facts.jsonl'
     return pathlib.Path(__file__).with_name(demo).read_bytes()
   try:
-    return pathlib.Path(name).read_bytes()
+    return io.read_bytes(name, _MOST_BYTES)
   except FileNotFoundError as error:
     raise InputError(
         f"{name}: there is no such file; check the path, or use '{DEMO}' for"

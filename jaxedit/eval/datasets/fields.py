@@ -22,6 +22,8 @@ from jaxedit.types import ALIAS, ONE_HOP, REPHRASE, Probe
 FACT, TEXT, KNOWN = 'fact', 'text', 'known'  # kinds of requests
 # EasyEdit's words for kinds of probes that have one of ours.
 _KINDS = {'subject_aliasing': ALIAS, 'reasoning': ONE_HOP}
+# Of a text. Longer ones are no edits, and take minutes and GiB to tokenise.
+MOST_CHARACTERS = 200_000
 JSON_NAMES = {
     type(None): 'null', bool: 'true or false', int: 'a number',
     float: 'a number', str: 'text', list: 'a list', dict: 'an object',
@@ -74,6 +76,12 @@ class Fields:
     if optional and self.data.get(name) is None:
       return ''
     value = self.get(name, str)
+    if value is not None and len(value) > MOST_CHARACTERS:
+      self.error(
+          name,
+          f'has {len(value):,} characters; give {MOST_CHARACTERS:,} at most.',
+      )
+      return ''
     if value is not None and not value.strip():
       self.error(name, 'is empty; write some text or drop the record.')
     return locate.valid_unicode(value or '')

@@ -156,6 +156,11 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
 
 def _factor(recipe: Recipe, gram: jax.Array, layer: int) -> Factored:
   """Factors the preconditioner of a layer and checks it."""
+  if not bool(jnp.all(jnp.isfinite(gram))):
+    raise InputError(
+        f'the second moments of layer {layer} hold numbers that are not finite;'
+        ' collect them again'
+    )
   try:
     factored = recipe.preconditioner.factor(gram)
   except ValueError as e:

@@ -152,6 +152,8 @@ class Fields:
     """
     known = self._read | families.HARMLESS | set(harmless)
     for name in sorted(set(self._config) - known):
+      if name.startswith('unsloth_'):  # bookkeeping of a training program
+        continue
       if not _is_empty(self._config[name]):
         self.problems.append(
             f'config field {name!r} is {self._config[name]!r}: it is unknown '
