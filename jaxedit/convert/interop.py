@@ -136,15 +136,17 @@ def load_hf_flax_msgpack(
     raise InputError(f'{path}: there is no such file')
   try:
     tree = flax.serialization.msgpack_restore(path.read_bytes())
-  # What a damaged file raises is not specified: besides msgpack's own, what
-  # numpy raises where a dtype or a shape is none.
+    if not isinstance(tree, Mapping):
+      raise InputError(f'{path}: does not hold a tree of parameters')
+    return from_hf_flax(tree, spec, dtype)
+  except InputError:
+    raise
+  # What a damaged file raises is not specified: beside msgpack's own, what numpy
+  # raises where a dtype or a shape is none, or a tree is too deep.
   except Exception as error:
     raise InputError(
         f'{path}: is damaged or no Flax msgpack file ({error}); fetch it again'
     ) from error
-  if not isinstance(tree, Mapping):
-    raise InputError(f'{path}: does not hold a tree of parameters')
-  return from_hf_flax(tree, spec, dtype)
 
 
 def from_nested(
@@ -240,7 +242,7 @@ def flatten(tree: Any) -> dict[str, Any]:
   def walk(node: Any, path: tuple[str, ...]) -> None:
     if isinstance(node, Mapping):
       items = list(node.items())
-    elif isinstance(node, Sequence):
+    elif isinstance(node, Sequence) and not isinstance(node, str | bytes):
       items = list(enumerate(node))
     else:
       # A leaf of an nnx.State is a variable.

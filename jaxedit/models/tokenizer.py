@@ -64,8 +64,11 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
           str(folder), trust_remote_code=False, local_files_only=True
       )
   # What a broken file raises is not specified: besides ValueError, OSError and
-  # ImportError, the part of tokenizers below Python raises plain Exception.
-  except Exception as error:
+  # ImportError, the part of tokenizers below Python raises plain Exception, and
+  # where it panics a BaseException of its own.
+  except BaseException as error:
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+      raise
     reason = ' '.join(str(error).split()) or type(error).__name__
     raise types.InputError(
         f'{folder}: its tokenizer does not load: {reason[:300]}'

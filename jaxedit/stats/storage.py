@@ -243,22 +243,25 @@ def _misshapen(
 def _other_kind(path: str | os.PathLike[str]) -> str:
   """Names what a file is instead of second moments; '' if it may be some."""
   try:
+    metadata, _ = io.read_header(path)
+  except InputError:
+    return _by_sign(path)
+  said = metadata.get('format', metadata.get('kind', ''))
+  if said.startswith('jaxedit') and said != _MOMENTS:
+    return f'a file of {said[:40]!r}'
+  return '' if said == _MOMENTS else 'a safetensors file of something else'
+
+
+def _by_sign(path: str | os.PathLike[str]) -> str:
+  """Names what a file is by how it begins; '' if that says nothing."""
+  try:
     io.file_size(path)
     with open(path, 'rb') as stream:
       head = stream.read(8)
   except OSError:
     return ''
-  for sign, name in _SIGNS.items():
-    if head.startswith(sign):
-      return name
-  try:
-    metadata, _ = io.read_header(path)
-  except InputError:
-    return ''
-  said = metadata.get('format', metadata.get('kind', ''))
-  if said.startswith('jaxedit') and said != _MOMENTS:
-    return f'a file of {said[:40]!r}'
-  return '' if said == _MOMENTS else 'a safetensors file of something else'
+  signs = [sign for sign in _SIGNS if head.startswith(sign)]
+  return _SIGNS[signs[0]] if signs else ''
 
 
 def _advice(path: str | os.PathLike[str], layers: Sequence[int] | None) -> str:
