@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-SECONDS = 20
+SECONDS = 30
 _MEMORY = 1 << 28  # bytes beyond what the imports take
 _MOST_CHARACTERS = 1 << 20
 # Nodes of a template whose output grows with its own length and the messages',
