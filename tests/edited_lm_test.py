@@ -143,7 +143,7 @@ class SideBySideTest(parameterized.TestCase):
   def test_a_second_batch_does_not_recompile(self):
     programs = (
         edited_lib.scoring._score, decode_state.prefill,
-        decode_state.generate_segment,
+        decode_state.step,
     )  # fmt: skip
     sizes, queries, prompts = [], random_queries(), random_prompts()
     other = lambda ids: tuple(98 - i for i in ids)

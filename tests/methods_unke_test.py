@@ -46,7 +46,7 @@ WINDOW = Chunking(3)
 STAGES = (
     engine.prefill,
     engine.assign,
-    engine.optimize_until_done,
+    engine.step,
     regression.enter,
     regression.reach,
     regression.aim,

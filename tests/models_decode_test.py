@@ -270,7 +270,7 @@ class GenerateTest(parameterized.TestCase):
     self.assertIn('stream 2147483648 does not exist', number)
 
   def test_a_number_does_not_recompile(self):
-    programs = decode_state.prefill, decode_state.generate_segment
+    programs = decode_state.prefill, decode_state.step
     count = lambda: [program._cache_size() for program in programs]
     write = functools.partial(self.write, prompts_of(SIZES))
     write(temperature=1.0, top_p=0.9, repetition_penalty=1.1)

@@ -36,7 +36,7 @@ STAGES = (
     engine.assign,
     engine.assign_chunk,
     engine.append_kv,
-    engine.optimize_until_done,
+    engine.step,
 )
 
 
@@ -252,10 +252,10 @@ class EaseTest(OracleCase):
     got, _ = run(pair, some, 'attn+mlp', config)
     self.agree(got, [[f] for f in want])
     # Another bound is another number, not another program.
-    sizes = engine.optimize_until_done._cache_size()
+    sizes = engine.step._cache_size()
     got, _ = run(pair, some, 'attn+mlp', EASY)
     self.agree(got, [[f] for f in every])
-    self.assertEqual(engine.optimize_until_done._cache_size(), sizes)
+    self.assertEqual(engine.step._cache_size(), sizes)
 
 
 class RoomTest(parameterized.TestCase):

@@ -28,7 +28,7 @@ from jaxedit.batching.plan import BatchPlan
 from jaxedit.deltas import Edited, LowRank
 from jaxedit.methods.base import Info
 from jaxedit.stats import moments as moments_lib
-from jaxedit.types import SHARED, Progress
+from jaxedit.types import Progress
 
 # Tokens of a sequence that moments are collected from.
 _TEXT = 512
@@ -179,12 +179,8 @@ def _random_rows(setup: Setup, count: int) -> Iterator[packer.Row]:
   """Sequences of random tokens."""
   width = min(_TEXT, setup.model.spec.max_positions)
   rng = np.random.default_rng(0)
-  for _ in range(count):
-    yield packer.Row(
-        rng.integers(0, len(setup.tokenizer), width, np.int32),
-        np.arange(width, dtype=np.int32),
-        np.full(width, SHARED + 1, np.int32),
-    )
+  draw = lambda: rng.integers(0, len(setup.tokenizer), width, np.int32)
+  return packer.first_fit((draw() for _ in range(count)), width)
 
 
 def _moment_flops(setup: Setup, tokens: int) -> dict[str, float]:

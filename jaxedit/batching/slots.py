@@ -1,4 +1,16 @@
-"""Allocates the slots, tokens and logits of a running batch to edits.
+"""Continuous batching: who has which slot, and the loop that runs it.
+
+A running batch has a fixed number of slots. An engine (`targets.scheduler` for
+edits, `models.decode` for texts) holds its explicit state on the device and
+works by the same words, of which `run` is the loop:
+
+  prefill   runs once what stays constant for waiting items, a batch at a time
+  assign    moves prefilled items to free slots of the running batch
+  step      runs the batch until an item may be done
+  free      gives the slot of an item that is done to the next one
+
+`SlotAllocator` also allocates the tokens and logits of a batch shape to edits,
+as these share one packed axis; a text has a row of the cache to itself.
 
 Axis letters as in `jaxedit.types`: E slots, C contexts, B sequences, N token
 budget, P prefix tokens, S suffix tokens, O logit budget, O' labels of a
@@ -7,7 +19,8 @@ sequence.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import flax
 import numpy as np
@@ -56,6 +69,63 @@ class SlotLayout:
   live: Array
 
 
+class SlotEngine(Protocol):
+  """Items that run side by side in slots."""
+
+  def fill(self) -> bool:
+    """Prefills waiting items and assigns them to free slots, as far as they fit.
+
+    Returns:
+      Whether any slot has an item.
+    """
+
+  def step(self) -> Iterable[tuple[int, Any]]:
+    """Runs the batch; returns (slot, result) of every item that is done."""
+
+  def free(self, slot: int) -> None:
+    """Frees the slot of an item that is done."""
+
+
+def run(engine: SlotEngine) -> Iterator[list[Any]]:
+  """Runs an engine until no item is left; yields the results of every step."""
+  while engine.fill():
+    done = list(engine.step())
+    for slot, _ in done:
+      engine.free(slot)
+    yield [result for _, result in done]
+
+
+class Slots:
+  """Who has which slot of a batch.
+
+  Attributes:
+    assigned: the item of every slot, or None.
+  """
+
+  def __init__(self, count: int):
+    self.assigned: list[Any] = [None] * count
+
+  @property
+  def free_slot(self) -> int | None:
+    """The first free slot, if there is one."""
+    return self.assigned.index(None) if None in self.assigned else None
+
+  @property
+  def active(self) -> list[int]:
+    """Slots that have an item."""
+    return [i for i, item in enumerate(self.assigned) if item is not None]
+
+  def free(self, slot: int) -> None:
+    """Frees a slot."""
+    self.assigned[slot] = None
+
+  def compacted(self, count: int) -> np.ndarray:
+    """[count] int32 old slot of a new one; past the end for a free one."""
+    active = self.active
+    free = [len(self.assigned)] * (count - len(active))
+    return np.array([*active, *free], np.int32)
+
+
 class Compaction(NamedTuple):
   """How the edits move to a smaller batch shape.
 
@@ -70,18 +140,20 @@ class Compaction(NamedTuple):
   tokens: np.ndarray
 
 
-class SlotAllocator:
+class SlotAllocator(Slots):
   """Allocates the slots, tokens and logits of one batch shape.
 
   Attributes:
     assigned: (edit, number of its chunk) of every slot, or None.
   """
 
+  assigned: list[tuple[EncodedEdit, int] | None]
+
   def __init__(self, plan: BatchPlan, batch_shape: BatchShape):
     slots, rows = batch_shape.slots, plan.rows
+    super().__init__(slots)
     count = slots * rows
     self._plan, self._batch_shape = plan, batch_shape
-    self.assigned: list[tuple[EncodedEdit, int] | None] = [None] * slots
     self._tokens = list(range(batch_shape.token_budget))[::-1]
     self._scored = list(range(batch_shape.logit_budget))[::-1]
     self._rows = packer.Packer(
@@ -101,11 +173,6 @@ class SlotAllocator:
     )
     self._label = np.zeros([batch_shape.logit_budget], np.int32)
     self._grown = [0] * slots
-
-  @property
-  def free_slot(self) -> int | None:
-    """A free slot, if there is one."""
-    return self.assigned.index(None) if None in self.assigned else None
 
   def fits(self, edit: EncodedEdit, k: int = 0) -> bool:
     """Says whether a chunk fits the free tokens and logits."""
@@ -204,7 +271,7 @@ class SlotAllocator:
     self._release(slot)
     for c in range(self._plan.rows):
       self._before[:, slot * self._plan.rows + c] = 0
-    self.assigned[slot] = None
+    super().free(slot)
 
   def _release(self, slot: int) -> None:
     plan, batch_shape = self._plan, self._batch_shape
@@ -226,7 +293,7 @@ class SlotAllocator:
     Returns:
       The new allocator and where its slots and tokens come from, or None.
     """
-    active = [slot for slot, one in enumerate(self.assigned) if one is not None]
+    active = self.active
     loads = np.array(
         [plan_lib.edit_load(self.assigned[slot][0]) for slot in active]
     )
@@ -238,7 +305,6 @@ class SlotAllocator:
     ):
       return None
     other, rows = SlotAllocator(self._plan, batch_shape), self._plan.rows
-    slots = np.full([batch_shape.slots], len(self.assigned), np.int32)
     source = np.full(
         [batch_shape.token_budget], self._batch_shape.token_budget, np.int32
     )
@@ -247,11 +313,10 @@ class SlotAllocator:
       here = self._rows.index[old * rows : (old + 1) * rows]
       taken = there < batch_shape.token_budget
       source[there[taken]] = here[taken]
-      slots[new] = old
       a, b = new * rows, old * rows
       other._before[:, a : a + rows] = self._before[:, b : b + rows]
       other._grown[new] = self._grown[old]
-    return Compaction(other, slots, source)
+    return Compaction(other, self.compacted(batch_shape.slots), source)
 
   def layout(self) -> SlotLayout:
     """The present layout, in copies."""

@@ -15,14 +15,16 @@ token is chosen in `sampling`.
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxedit.batching import buckets, packer
+from jaxedit.batching import slots as slots_lib
 from jaxedit.batching.buckets import round_up
+from jaxedit.batching.slots import Slots
 from jaxedit.deltas import SiteDelta
 from jaxedit.models import (
     decode_state,
@@ -115,13 +117,13 @@ def refuse_faulty(
     raise InputError(*problems)
 
 
-class _DecodeLoop:
-  """One run over a list of prompts.
+class _DecodeEngine:
+  """The slot engine (`batching.slots`) of one run over a list of prompts.
 
   Attributes:
     texts: new tokens of every prompt so far.
     waiting: prompts without a slot, the shortest first.
-    slots: the prompt of every slot, or None.
+    slots: the prompt of every slot.
   """
 
   def __init__(
@@ -139,47 +141,47 @@ class _DecodeLoop:
     self._spec, self._params, self._prompts = spec, params, prompts
     self._inputs, self._rule = inputs, rule
     self._streams, self._edit_ids = streams, edit_ids
-    self._most, self._rows = int(inputs.most), rows
+    self._most = int(inputs.most)
     # Prompts are prefilled a quarter of the batch at a time, so that few slots
     # have to be free for it and one program is enough.
     self._chunk = max(1, rows // 4)
     self._state: decode_state.DecodeState | None = None
+    self._shape = 0, 0  # slots, tokens of the cache
     self.texts: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     self.waiting = collections.deque(order)
-    self.slots: list[int | None] = [None] * rows
+    self.slots = Slots(rows)
 
-  @property
-  def going(self) -> bool:
-    """Whether any text is unfinished."""
-    return bool(self.waiting) or any(i is not None for i in self.slots)
-
-  def generate_segment(self) -> int:
-    """Assigns waiting prompts, generates a segment and frees slots.
-
-    Returns:
-      How many texts have ended.
-    """
+  def fill(self) -> bool:
+    """Assigns waiting prompts; returns whether any slot has a text."""
     coming = self._next_prompts()
-    self._resize([i for chosen in coming for i in chosen])
+    texts = [i for chosen in coming for i in chosen]
+    if not texts and not self.slots.active:
+      return False
+    self._resize(texts)
     for chosen in coming:
       self._assign(chosen)
-    self._state, out = decode_state.generate_segment(
+    return True
+
+  def step(self) -> Iterator[tuple[int, int]]:
+    """Generates a segment; yields (slot, prompt) of the texts that end."""
+    self._state, out = decode_state.step(
         self._spec, self._params, self._inputs, self._state, rule=self._rule
     )
     live, out = np.asarray(self._state.rows.live), np.asarray(out)
-    ended = 0
-    for row, i in enumerate(self.slots):
-      if i is not None:
-        self.texts[i] += [int(token) for token in out[row] if token >= 0]
-      if i is not None and not live[row]:
-        self.slots[row] = None
-        ended += 1
-    return ended
+    for slot in self.slots.active:
+      i = self.slots.assigned[slot]
+      self.texts[i] += [int(token) for token in out[slot] if token >= 0]
+      if not live[slot]:
+        yield slot, i
+
+  def free(self, slot: int) -> None:
+    """Frees the slot of a text that has ended."""
+    self.slots.free(slot)
 
   def _next_prompts(self) -> list[list[int]]:
     """Takes the prompts to assign now, in groups."""
-    free, coming = self.slots.count(None), []
+    free, coming = self.slots.assigned.count(None), []
     while self.waiting and free >= min(self._chunk, len(self.waiting)):
       size = min(self._chunk, len(self.waiting))
       coming.append([self.waiting.popleft() for _ in range(size)])
@@ -188,28 +190,17 @@ class _DecodeLoop:
 
   def _resize(self, coming: Sequence[int]) -> None:
     """Resizes the batch and its cache for the next segment."""
-    kept = [row for row, i in enumerate(self.slots) if i is not None]
-    texts = [*(self.slots[row] for row in kept), *coming]
-    rows = len(self.slots)
+    present = [self.slots.assigned[slot] for slot in self.slots.active]
+    texts, rows = [*present, *coming], len(self.slots.assigned)
     while not self.waiting and rows // 2 >= max(_FEW, len(texts)):
       rows //= 2
     width = round_up(max(map(self._columns, texts)), _CACHES)
-    if self._state is None:
-      self._state = decode_state.empty(
-          self._spec,
-          self._params,
-          self._inputs,
-          rows=rows,
-          width=width,
-          rule=self._rule,
-      )
-    elif (rows, width) != self._state.shape:
-      kept += [len(self.slots)] * (rows - len(kept))
-      self._state = decode_state.resize(
-          self._state, np.asarray(kept, np.int32), width
-      )
-      self.slots = [self.slots[row] for row in kept if row < len(self.slots)]
-      self.slots += [None] * (rows - len(self.slots))
+    if (rows, width) == self._shape:
+      return
+    kept, self._shape = self.slots.compacted(rows), (rows, width)
+    if self._state is not None:
+      self._state = decode_state.resize(self._state, kept, width)
+    self.slots.assigned = present + [None] * (rows - len(present))
 
   def _columns(self, i: int) -> int:
     """Tokens of a text in the cache after the next segment."""
@@ -225,12 +216,12 @@ class _DecodeLoop:
     # Unused sequences of the prefill have one token and get no slot.
     length, stream, edit_id = np.zeros((3, self._chunk), np.int32)
     length[:] = 1
-    slots = np.full(self._chunk, len(self.slots), np.int32)
+    slots = np.full(self._chunk, len(self.slots.assigned), np.int32)
     for row, i in enumerate(chosen):
       length[row] = len(self._prompts[i])
       stream[row], edit_id[row] = self._streams[i], self._edit_ids[i]
-      slots[row] = self.slots.index(None)
-      self.slots[slots[row]] = i
+      slots[row] = self.slots.free_slot
+      self.slots.assigned[slots[row]] = i
     fresh, first = decode_state.prefill(
         self._spec,
         self._params,
@@ -241,6 +232,8 @@ class _DecodeLoop:
         edit_id=edit_id,
         rule=self._rule,
     )
+    if self._state is None:
+      self._state = decode_state.empty(fresh, *self._shape)
     self._state = decode_state.assign(self._state, fresh, slots)
     for i, token in zip(chosen, np.asarray(first)):
       self.texts[i] = [int(token)]
@@ -307,7 +300,7 @@ def generate(
   rule, numbers = sampling.split(decoding)
   stop = np.zeros(spec.vocab, bool)
   stop[list(stop_ids)] = True
-  writer = _DecodeLoop(
+  engine = _DecodeEngine(
       spec,
       params,
       prompts,
@@ -325,6 +318,6 @@ def generate(
       edit_ids=[0] * len(prompts) if edit_ids is None else edit_ids,
   )
   with progress('generate', len(prompts), 'text') as advance:
-    while writer.going:
-      advance(writer.generate_segment())
-  return writer.texts
+    for ended in slots_lib.run(engine):
+      advance(len(ended))
+  return engine.texts

@@ -1,9 +1,9 @@
-"""The state of generation on a device, and the steps on it.
+"""Prefill, assignment and steps of generation on a device, over explicit state.
 
-  prefill           runs right-padded prompts and chooses their first tokens
-  assign            moves them to free slots of the running batch
-  generate_segment  generates a segment of tokens for every sequence
-  resize            changes the number of slots and the length of the cache
+  prefill  runs right-padded prompts and chooses their first tokens
+  assign   moves them to free slots of the running batch
+  step     generates a segment of tokens for every sequence
+  resize   changes the number of slots and the length of the cache
 
 Index p of a sequence's cache is position p, so sequences of different lengths
 share a batch. `decode` decides when to run which step.
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from jaxedit import deltas as deltas_lib
 from jaxedit.deltas import ActiveDeltas, SiteDelta
-from jaxedit.models import decoder, sampling
+from jaxedit.models import decoder, packing, sampling
 from jaxedit.models.spec import ModelSpec
 from jaxedit.types import (
     KV,
@@ -83,58 +83,25 @@ class DecodeInputs:
   per_edit: bool = flax.struct.field(pytree_node=False, default=False)
 
 
-def empty(
-    spec: ModelSpec,
-    params: Params,
-    inputs: DecodeInputs,
-    *,
-    rows: int,
-    width: int,
-    rule: sampling.Rule,
-) -> DecodeState:
+def empty(fresh: DecodeState, rows: int, width: int) -> DecodeState:
   """Makes a batch without texts.
 
   Args:
-    spec: the architecture.
-    params: canonical parameters; keys and values have their dtype.
-    inputs: the inputs that all calls share.
+    fresh: prefilled texts, whose dtypes and sizes it has.
     rows: B.
     width: P, tokens of the cache.
-    rule: static settings of the choice of tokens.
 
   Returns:
     The batch.
   """
-  dtype = params['layers']['attn']['k']['kernel'].dtype
-  shape = (spec.layers, rows, spec.kv_heads, width, spec.head_size)
-  zeros = lambda: jnp.zeros(rows, jnp.int32)
-  texts = TextState(
-      token=zeros(),
-      place=zeros(),
-      step=zeros(),
-      live=jnp.zeros(rows, bool),
-      stream=zeros(),
-      edit_id=zeros(),
-      seen=jnp.zeros((rows, spec.vocab), bool) if rule.penalised else None,
+  zeros = lambda x, *shape: jnp.zeros(shape, x.dtype)
+  put = lambda x: zeros(x, len(x), rows, *x.shape[2:])
+  cache = lambda x: zeros(x, len(x), rows, x.shape[2], width, x.shape[4])
+  return DecodeState(
+      jax.tree.map(lambda x: zeros(x, rows, *x.shape[1:]), fresh.rows),
+      tuple(map(cache, fresh.cache)),
+      jax.tree.map(put, fresh.choices),
   )
-  choices = ((),) * len(inputs.deltas)
-  if any(delta.chooses for delta in inputs.deltas):
-    ones = jnp.ones(rows, jnp.int32)
-    run = functools.partial(prefill, spec, rule=rule)
-    shapes, _ = jax.eval_shape(
-        run,
-        params,
-        inputs,
-        ones[:, None],
-        length=ones,
-        stream=ones,
-        edit_id=ones,
-    )
-    choices = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), shapes.choices
-    )
-  cache = (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-  return DecodeState(texts, cache, choices)
 
 
 def _run(
@@ -296,14 +263,14 @@ def resize(state: DecodeState, kept: Array, width: int) -> DecodeState:
   Returns:
     A batch with the slots of `kept`.
   """
-  take = functools.partial(jnp.take, indices=kept, mode='fill', fill_value=0)
+  take = functools.partial(packing.take_slots, slots=kept)
 
   def tokens(x: Array) -> Array:
     x = take(x[:, :, :, :width], axis=1)
     added = width - x.shape[3]
     return jnp.pad(x, (*((0, 0),) * 3, (0, added), (0, 0)))
 
-  rows = jax.tree.map(functools.partial(take, axis=0), state.rows)
+  rows = jax.tree.map(take, state.rows)
   choices = jax.tree.map(functools.partial(take, axis=1), state.choices)
   return DecodeState(rows, tuple(map(tokens, state.cache)), choices)
 
@@ -311,7 +278,7 @@ def resize(state: DecodeState, kept: Array, width: int) -> DecodeState:
 @functools.partial(
     jax.jit, static_argnames=('spec', 'rule'), donate_argnames='state'
 )
-def generate_segment(
+def step(
     spec: ModelSpec,
     params: Params,
     inputs: DecodeInputs,

@@ -1,4 +1,4 @@
-"""Moves activations between packed tokens and padded sequences.
+"""Moves activations between packed tokens, padded sequences and slots.
 
 See `types.PackedSequences`. `unflatten` and `flatten` are each other's
 transpose, and both gather: plain differentiation would turn one gather into a
@@ -65,3 +65,17 @@ def take(x: Array, outputs: OutputTokens) -> Array:
     [1, O, ...], 0 where there is none.
   """
   return jnp.take(x, outputs.index, axis=1, mode='fill', fill_value=0)
+
+
+def take_slots(x: Array, slots: Array, axis: int = 0) -> Array:
+  """Moves slots of a batch to another one.
+
+  Args:
+    x: an array of the old batch.
+    slots: [E'] int32 old slot of every new one; past the end for a free one.
+    axis: of the slots.
+
+  Returns:
+    The array of the new batch, 0 where a slot is free.
+  """
+  return jnp.take(x, slots, axis=axis, mode='fill', fill_value=0)

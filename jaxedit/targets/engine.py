@@ -1,6 +1,12 @@
-"""Slot engine: prefill, slot assignment and optimiser steps on a device.
+"""Prefill, assignment and optimiser steps on a device, over explicit state.
 
-Loop state is per slot: a finished edit is frozen while others continue, and a
+  prefill    runs a packed batch of edits up to the edited layer
+  assign     copies an edit, or its next chunk, to a slot of the running batch
+  step       optimises until an edit in a slot is done
+  append_kv  keeps a finished chunk as a prefix of the next
+  compact    moves all edits to a smaller batch
+
+`scheduler` decides when to run which. Loop state is per slot: a finished edit is frozen while others continue, and a
 new one starts from the unedited state.
 
 Axes as in `jaxedit.types`: E slots, C' sequences an edit, N token budget, S
@@ -16,6 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxedit.batching.edits import PackedBatch
+from jaxedit.batching.plan import BatchPlan, BatchShape
 from jaxedit.batching.slots import SlotLayout
 from jaxedit.models import packing
 from jaxedit.models.blocks import stored
@@ -88,6 +95,27 @@ def prefill(
     return Prefill(h, empty, empty, parts)
   split = lambda x: x.reshape(len(x), slots, rows, *x.shape[2:])
   return Prefill(h, split(kv.key), split(kv.value), parts)
+
+
+def empty(
+    prefilled: Prefill, plan: BatchPlan, batch_shape: BatchShape
+) -> PrefixCache:
+  """Makes the cache of a running batch without edits; see `Prefill`."""
+  zeros = lambda x, *shape: jnp.zeros(shape, x.dtype)
+  layers, _, _, groups, _, size = prefilled.key.shape
+  length = plan.shared + batch_shape.prefix_shape[1] + batch_shape.grow
+  shape = (layers, batch_shape.slots, plan.rows, groups)
+  kv = lambda x: zeros(x, *shape, length if layers else 1, size)
+  width = prefilled.h.shape[-1]
+  return PrefixCache(
+      zeros(prefilled.h, 1, batch_shape.token_budget, width),
+      kv(prefilled.key),
+      kv(prefilled.value),
+      jax.tree.map(
+          lambda x: zeros(x, batch_shape.slots, plan.rows, width),
+          prefilled.parts,
+      ),
+  )
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -200,16 +228,14 @@ def start(
 
 
 @jax.jit
-def move(
+def compact(
     cache: PrefixCache, state: OptState, slots: Array, tokens: Array
 ) -> tuple[PrefixCache, OptState]:
   """Moves all edits to a smaller batch shape (`slots.Compaction`)."""
-
-  def pick(x: Array, axis: int = 0) -> Array:
-    return jnp.take(x, slots, axis=axis, mode='fill', fill_value=0)
+  pick = functools.partial(packing.take_slots, slots=slots)
 
   def pick_rows(x: Array) -> Array:
-    kept = pick(x.reshape(len(x), len(state.done), -1, *x.shape[2:]), 1)
+    kept = pick(x.reshape(len(x), len(state.done), -1, *x.shape[2:]), axis=1)
     return kept.reshape(len(x), -1, *x.shape[2:])
 
   base = jnp.take(cache.base, tokens, axis=1, mode='fill', fill_value=0)
@@ -217,7 +243,9 @@ def move(
   kv = jax.tree.map(pick_rows, state.kv)
   parts = jax.tree.map(pick, cache.parts)
   return (
-      PrefixCache(base, pick(cache.key, 1), pick(cache.value, 1), parts),
+      PrefixCache(
+          base, pick(cache.key, axis=1), pick(cache.value, axis=1), parts
+      ),
       moved.replace(kv=kv, ran=jnp.zeros_like(state.ran)),
   )
 
@@ -227,7 +255,7 @@ def move(
     static_argnames=('spec', 'layer', 'return_kv', 'use_argmax_stop'),
     donate_argnames='state',
 )
-def optimize_until_done(
+def step(
     spec: ModelSpec,
     params: Params,
     cache: PrefixCache,
@@ -277,15 +305,15 @@ def optimize_until_done(
     active = assigned.live & ~state.done
     return jnp.sum(jnp.where(active, aux.loss, 0)), aux
 
-  def step(state: OptState) -> OptState:
+  def update(state: OptState) -> OptState:
     grad, aux = jax.grad(total, has_aux=True)(state.delta, state)
     finite = jnp.isfinite(aux.loss)
     last = state.steps + 1 >= config.steps
     done = (aux.loss < config.threshold) | ~finite | last
     if use_argmax_stop:
       done |= aux.found & (aux.term <= config.argmax_stop)
-    update, adam = jax.vmap(_ADAM.update)(grad, state.adam)
-    delta = state.delta - config.rate * update
+    direction, adam = jax.vmap(_ADAM.update)(grad, state.adam)
+    delta = state.delta - config.rate * direction
     size = norm(delta)
     scale = jnp.where(size > radius, radius / jnp.maximum(size, 1e-30), 1)
     # A finished chunk keeps the change at which its loss was evaluated.
@@ -309,7 +337,7 @@ def optimize_until_done(
   def waits(state: OptState) -> Array:
     return ~jnp.any(assigned.live & state.done)
 
-  return jax.lax.while_loop(waits, step, state), z0
+  return jax.lax.while_loop(waits, update, state), z0
 
 
 def _unless(free_slot: Array, old: OptState, new: OptState) -> OptState:

@@ -1,4 +1,4 @@
-"""Scheduler of one batch shape: assigns edits to slots and collects results.
+"""Scheduler of one batch shape: the slot engine (`batching.slots`) of edits.
 
 The device steps until an edit is done. Its slot then goes to the edit's next
 chunk or to the next waiting edit that fits. When no edit is waiting, the last
@@ -14,10 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxedit import numerics
 from jaxedit.batching import edits as edits_lib
 from jaxedit.batching import slots as slots_lib
 from jaxedit.batching.edits import PackedBatch
@@ -25,11 +23,9 @@ from jaxedit.batching.plan import (
     BatchPlan,
     BatchShape,
 )
-from jaxedit.models import blocks
 from jaxedit.models.spec import ModelSpec
 from jaxedit.targets import engine
 from jaxedit.targets.state import (
-    HalfOutputs,
     OptState,
     Prefill,
     PrefixCache,
@@ -129,12 +125,9 @@ class Scheduler:
       objective: Objective,
   ):
     self._model, self._edits = (spec, params), edits
-    self._plan, self._batch_shape, self._shared_prefix = (
-        plan,
-        batch_shape,
-        shared_prefix,
-    )
-    self._objective = objective
+    self._plan, self._batch_shape = plan, batch_shape
+    self._shared_prefix, self._objective = shared_prefix, objective
+    self._source: Iterator[PackedBatch] = iter(())
     self._chained = batch_shape.grow > 0
     self._exhausted = False
     self._allocator = slots_lib.SlotAllocator(plan, batch_shape)
@@ -142,66 +135,43 @@ class Scheduler:
     self._assigned: dict[int, tuple[_Waiting, int]] = {}  # slot -> edit, chunk
     self._parked: dict[int, tuple[_Waiting, int]] = {}  # no tokens free yet
     self._fresh = np.ones(batch_shape.slots, bool)
-    self._cache = self._empty()
+    self._cache: PrefixCache | None = None
     self._state: OptState | None = None
     self._counts = collections.Counter()
     self._prepare_seconds = 0.0
-
-  def _empty(self) -> PrefixCache:
-    (spec, params), batch_shape, plan = (
-        self._model,
-        self._batch_shape,
-        self._plan,
-    )
-    kept = blocks.stored(spec, params['embed']['embedding'].dtype)
-    above = spec.layers - 1 - self._objective.layer
-    length = (
-        plan.shared + batch_shape.prefix_shape[1] + batch_shape.grow
-        if above
-        else 1
-    )
-    shape = (above, batch_shape.slots, plan.rows, spec.kv_heads, length)
-    make = lambda: jnp.zeros((*shape, spec.head_size), kept)
-    wide = lambda *shape: jnp.zeros([*shape, spec.width], numerics.wide(kept))
-    base, parts = wide(1, batch_shape.token_budget), None
-    if self._objective.output != 'block':
-      output = lambda: wide(batch_shape.slots, plan.rows)
-      attn = output() if self._objective.output == 'attn+mlp' else None
-      parts = HalfOutputs(attn, output())
-    return PrefixCache(base, make(), make(), parts)
 
   def results(
       self, order: Sequence[int]
   ) -> Iterator[tuple[tuple[int, int], Result]]:
     """Optimises the edits of `order`; yields ((edit, chunk), result)."""
-    source = edits_lib.pack_edits(
+    self._source = edits_lib.pack_edits(
         self._edits, order, self._plan, self._batch_shape
     )
-    while True:
-      self._fill(source)
-      if not self._assigned:
-        return
-      if self._exhausted and not self._waiting and not self._parked:
-        self._compact()
-      yield from self._step()
+    for done in slots_lib.run(self):
+      yield from done
+
+  def fill(self) -> bool:
+    """Assigns waiting edits and chunks; returns whether any slot has one."""
+    self._assign_waiting()
+    if not self._assigned:
+      return False
+    if self._exhausted and not self._waiting and not self._parked:
+      self._compact()
+    return True
 
   def _compact(self) -> None:
     """Moves the last edits to the smallest batch shape that holds them."""
     if self._state is None:
       return
-    found, batch_shape, compacted = (
-        None,
-        self._batch_shape,
-        self._batch_shape.compacted,
-    )
-    while compacted is not None and (
-        fits := self._allocator.compact(compacted)
+    found, batch_shape = None, self._batch_shape
+    while (smaller := batch_shape.compacted) is not None and (
+        fits := self._allocator.compact(smaller)
     ):
-      found, batch_shape, compacted = fits, compacted, compacted.compacted
+      found, batch_shape = fits, smaller
     if found is None:
       return
     self._bank()
-    self._cache, self._state = engine.move(
+    self._cache, self._state = engine.compact(
         self._cache, self._state, found.slots, found.tokens
     )
     now = {int(old): new for new, old in enumerate(found.slots)}
@@ -217,29 +187,30 @@ class Scheduler:
     self._counts['scored_computed'] += ran * (batch_shape.logit_budget + kl)
     self._counts['steps'] += ran
 
-  def _fill(self, source: Iterator[PackedBatch]) -> None:
+  def _assign_waiting(self) -> None:
     """Assigns waiting edits to free slots, in order as far as they fit."""
     for slot, (who, k) in list(self._parked.items()):
       if self._allocator.fits(self._edits[who.edit], k):
         del self._parked[slot]
-        self._take(slot, who, k)
+        self._assign(slot, who, k)
     # Parked chunks come first, or small edits would always take their tokens.
     while not self._parked and (slot := self._allocator.free_slot) is not None:
       fits = lambda who: self._allocator.fits(self._edits[who.edit])
       who = next(filter(fits, self._waiting), None)
       if who is not None:
         self._waiting.remove(who)
-        self._take(slot, who, 0)
+        self._assign(slot, who, 0)
       # One more packed batch gives a choice of edits that may fit; a second
       # would only take memory.
-      elif len(self._waiting) >= self._batch_shape.prefill_shape[
-          0
-      ] or not self._more(source):
+      elif (
+          len(self._waiting) >= self._batch_shape.prefill_shape[0]
+          or not self._prefill()
+      ):
         return
 
-  def _more(self, source: Iterator[PackedBatch]) -> bool:
+  def _prefill(self) -> bool:
     """Prefills the next packed batch; returns whether there was one."""
-    packed = next(source, None)
+    packed = next(self._source, None)
     if packed is None:
       self._exhausted = True
       return False
@@ -259,7 +230,7 @@ class Scheduler:
         self._waiting.append(_Waiting(int(edit), source, packed, prefilled))
     return True
 
-  def _take(self, slot: int, who: _Waiting, k: int) -> None:
+  def _assign(self, slot: int, who: _Waiting, k: int) -> None:
     """Assigns a chunk to a slot and copies its hidden states there."""
     edit, rows = self._edits[who.edit], self._plan.rows
     index = self._allocator.assign(slot, edit, k)
@@ -271,6 +242,8 @@ class Scheduler:
       origin[c, :count] = packed[c, first : first + count]
     move = np.stack([origin.reshape(-1), index.reshape(-1)])
     if k == 0:
+      if self._cache is None:
+        self._cache = engine.empty(who.prefilled, self._plan, self._batch_shape)
       self._cache = engine.assign(
           self._cache, who.prefilled, slot, who.source, move
       )
@@ -288,14 +261,14 @@ class Scheduler:
       return len(edit.kl) - 1
     return edit.stage(k, c).anchor - len(self._plan.shared_prefix[c])
 
-  def _step(self) -> Iterator[tuple[tuple[int, int], Result]]:
-    """Steps until an edit is done; yields the results of all that are."""
+  def step(self) -> Iterator[tuple[int, tuple[tuple[int, int], Result]]]:
+    """Steps until an edit is done; yields (slot, result) of all that are."""
     assigned = self._allocator.layout()
     if self._state is None:
       self._state = engine.start(
           self._model[0], self._cache, assigned, self._chained
       )
-    self._state, z0 = engine.optimize_until_done(
+    self._state, z0 = engine.step(
         *self._model,
         self._cache,
         assigned,
@@ -315,23 +288,21 @@ class Scheduler:
       delta, z0 = delta[:, 1], z0[:, 1]
     steps, finite = np.asarray(state.steps), np.asarray(state.finite)
     for slot in [s for s in self._assigned if done[s]]:
-      who, k = self._assigned.pop(slot)
+      who, k = self._assigned[slot]
       self._count(self._edits[who.edit], k, int(steps[slot]))
-      yield (
-          (who.edit, k),
-          Result(
-              z0[slot] + delta[slot],
-              z0[slot].copy(),  # not a view of all slots
-              loss[slot],
-              likelihood[slot],
-              steps[slot],
-              finite[slot],
-          ),
+      result = Result(
+          z0[slot] + delta[slot],
+          z0[slot].copy(),  # not a view of all slots
+          loss[slot],
+          likelihood[slot],
+          steps[slot],
+          finite[slot],
       )
-      self._end(slot, who, k)
+      yield slot, ((who.edit, k), result)
 
-  def _end(self, slot: int, who: _Waiting, k: int) -> None:
-    """Moves on to an edit's next chunk, or frees its slot."""
+  def free(self, slot: int) -> None:
+    """Frees the slot of an edit, or its tokens for the edit's next chunk."""
+    who, k = self._assigned.pop(slot)
     if k + 1 == self._edits[who.edit].stages:
       self._allocator.free(slot)
       return
