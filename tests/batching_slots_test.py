@@ -88,7 +88,8 @@ def check_ragged(case, rows: types.PackedSequences) -> None:
   free = np.setdiff1d(np.arange(places), used)
   np.testing.assert_array_equal(row[free], count)
   np.testing.assert_array_equal(column[free], 0)
-  for array in (index, row, column, *vars(rows.layout).values()):
+  layout = rows.layout.positions, rows.layout.segment_ids
+  for array in (index, row, column, *layout):
     case.assertEqual(array.dtype, np.int32)
 
 
