@@ -293,6 +293,15 @@ def read_bytes(path: StrPath, most: int = MOST_BYTES) -> bytes:
   return pathlib.Path(path).read_bytes()
 
 
+def file_crc32(path: StrPath) -> int:
+  """CRC-32 of a file, which takes a second a GiB."""
+  crc, piece = 0, memoryview(bytearray(1 << 22))
+  with open(path, 'rb', buffering=0) as file:
+    while size := file.readinto(piece):
+      crc = zlib.crc32(piece[:size], crc)
+  return crc
+
+
 def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
   """Parses JSON from outside.
 

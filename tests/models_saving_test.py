@@ -154,6 +154,20 @@ class SavingTest(parameterized.TestCase):
         folder, kept, model.spec, params, changed={(DOWN, 0)},
         keep_original=True,
     )  # fmt: skip
+    original = kept / 'original.safetensors'
+    for path in (original, kept / 'model.safetensors'):
+      whole = path.read_bytes()
+      path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+      with self.assertRaisesRegex(InputError, 'is damaged; fetch'):
+        saving.restore(kept, self.root / 'restored')
+      path.write_bytes(whole)
+    whole = original.read_bytes()
+    for header in ('{', '[]', '{"a": 1}', '{"a": {"shape": 1}}'):
+      metadata = {'header:model.safetensors': header}
+      safetensors.torch.save_file({'x': torch.ones(1)}, original, metadata)
+      with self.assertRaisesRegex(InputError, 'damaged'):
+        saving.restore(kept, self.root / 'restored')
+    original.write_bytes(whole)
     state = safetensors.torch.load_file(kept / 'model.safetensors')
     state['model.norm.weight'] = torch.ones(7)
     safetensors.torch.save_file(state, kept / 'model.safetensors')

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -136,7 +135,7 @@ def _is_complete(folder: pathlib.Path, files: Mapping[str, int]) -> bool:
     sums = source.get('crc32', {})
     return all(
         io.file_size(folder / name) == size for name, size in files.items()
-    ) and all(_crc32(folder / name) == crc for name, crc in sums.items())
+    ) and all(io.file_crc32(folder / name) == crc for name, crc in sums.items())
   except (OSError, ValueError, KeyError, TypeError, AttributeError):
     return False
 
@@ -166,19 +165,10 @@ def keep(
   with io.new_folder(folder, is_complete, remedy=remedy) as part:
     make(part)
     sizes = {file.name: file.stat().st_size for file in part.iterdir()}
-    sums = {name: _crc32(part / name) for name in sizes}
+    sums = {name: io.file_crc32(part / name) for name in sizes}
     about = {**source, 'files': sizes, 'crc32': sums}
     io.write_json(part / _SOURCE, about)
   return folder
-
-
-def _crc32(path: pathlib.Path) -> int:
-  """CRC-32 of a file, which takes a second a GiB."""
-  crc, piece = 0, memoryview(bytearray(1 << 22))
-  with path.open('rb', buffering=0) as file:
-    while size := file.readinto(piece):
-      crc = zlib.crc32(piece[:size], crc)
-  return crc
 
 
 def sha256(path: pathlib.Path) -> str:

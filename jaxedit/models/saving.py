@@ -315,6 +315,9 @@ def _write_original(
   old = {name: source.tensors[name] for name in names}
   metadata = {
       f'header:{name}': _raw_header(source.folder / name) for name in files
+  } | {
+      f'crc32:{name}': str(io.file_crc32(source.folder / name))
+      for name in files
   }
   if source.index is not None:
     text = (source.folder / checkpoint.INDEX).read_bytes().decode()
@@ -365,6 +368,13 @@ def restore(
         shutil.copyfile(folder / name, out / name)
       else:
         _restore_file(out / name, raw.encode(), original, edited)
+        # Folders of earlier versions have no checksums.
+        crc = original.metadata.get(f'crc32:{name}')
+        if crc not in (None, str(io.file_crc32(out / name))):
+          raise InputError(
+              f'{folder}: {name} cannot be restored, as {name} or'
+              f' {checkpoint.ORIGINAL} is damaged; fetch the original model'
+          )
     index = original.metadata.get(f'file:{checkpoint.INDEX}')
     if index is not None:
       (out / checkpoint.INDEX).write_bytes(index.encode())
@@ -380,16 +390,21 @@ def _restore_file(
     edited: checkpoint.Checkpoint,
 ) -> None:
   """Writes one file under its old header."""
-  entries = {
-      name: entry for name, entry in io.parse_json(raw).items()
-      if name != '__metadata__'
-  }  # fmt: skip
-  order = sorted(entries, key=lambda name: entries[name]['data_offsets'])
+  try:
+    entries = io.parse_json(raw)
+    entries.pop('__metadata__', None)
+    order = sorted(entries, key=lambda name: entries[name]['data_offsets'])
+    shapes = {name: entry['shape'] for name, entry in entries.items()}
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise InputError(
+        f'{edited.folder}: {checkpoint.ORIGINAL} is damaged ({error}); fetch the'
+        ' original model again'
+    ) from error
   with open(path, 'wb') as stream:
     stream.write(len(raw).to_bytes(8, 'little') + raw)
     for name in order:
       tensor = original.tensors.get(name) or edited.tensors.get(name)
-      if tensor is None or list(tensor.shape) != entries[name]['shape']:
+      if tensor is None or list(tensor.shape) != shapes[name]:
         raise InputError(
             f'{edited.folder}: tensor {name} is missing or has another shape '
             f'than {checkpoint.ORIGINAL} expects; the files do not belong '
