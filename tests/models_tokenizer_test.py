@@ -8,36 +8,15 @@ import sys
 import tempfile
 import zipfile
 
+import text_tokenizers
 from absl.testing import absltest, parameterized
-from tokenizers import pre_tokenizers
 
 from jaxedit import testing, types
 from jaxedit.convert import gguf_tokenizer
 from jaxedit.models import tokenizer as tokenizer_lib
 
-ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
-TOKENS = ['<end>', '<start>', '<think>', *ALPHABET]
-TOKENS += ['12', 'Ġ1', 'ab', '34', 'xyz']
-METADATA = {
-    'general.architecture': 'llama',
-    'llama.context_length': 64,
-    'tokenizer.ggml.model': 'gpt2',
-    'tokenizer.ggml.pre': 'smollm',
-    'tokenizer.ggml.tokens': TOKENS,
-    'tokenizer.ggml.token_type': [3, 3, 4] + [1] * (len(TOKENS) - 3),
-    # In the order in which they are applied; nothing makes 'xyz'.
-    'tokenizer.ggml.merges': ['1 2', 'Ġ 1', 'a b', '3 4'],
-    'tokenizer.ggml.bos_token_id': 1,
-    'tokenizer.ggml.eos_token_id': 0,
-    'tokenizer.chat_template': '{{ messages[0]["content"] }}!',
-}
-
-
-def change(**values):
-  """Returns the metadata with other `tokenizer.ggml.*` values."""
-  return METADATA | {
-      f'tokenizer.ggml.{key}': value for key, value in values.items()
-  }
+ALPHABET, TOKENS = text_tokenizers.ALPHABET, text_tokenizers.TOKENS
+METADATA, change = text_tokenizers.METADATA, text_tokenizers.gguf_metadata
 
 
 def write_folder(root, metadata=METADATA, config=None):

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import functools
 
+import editors
 import jax
 import naive_oracle
 import numpy as np
@@ -119,25 +120,7 @@ class ChunksTest(parameterized.TestCase):
 class OracleCase(parameterized.TestCase):
   OPTIMIZE = True  # see conftest
 
-  def _check(self, got, want, tolerance=1e-5):
-    self.assertLen(got, len(want))
-    for targets, stages in zip(got, want):
-      self.assertEqual(targets.steps.tolist(), [len(f.losses) for f in stages])
-      self.assertTrue(targets.finite.all())
-      for k, f in enumerate(stages):
-        error = np.linalg.norm(targets.z[k] - f.z) / np.linalg.norm(f.z)
-        self.assertLess(error, tolerance)
-        # The change is small beside the state: hold it to a bound of its own.
-        moved = np.linalg.norm(f.z - f.z0)
-        error = np.linalg.norm((targets.z - targets.z0)[k] - (f.z - f.z0))
-        self.assertLessEqual(error, 10 * tolerance * moved)
-        error = np.linalg.norm(targets.z0[k] - f.z0) / np.linalg.norm(f.z0)
-        self.assertLess(error, tolerance)
-        rtol = 2 * tolerance
-        np.testing.assert_allclose(targets.loss[k], f.losses[-1], rtol=rtol)
-        np.testing.assert_allclose(
-            targets.likelihood[k], f.likelihood, rtol=rtol
-        )
+  _check = editors.assert_targets
 
 
 class OracleTest(OracleCase):

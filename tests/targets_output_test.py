@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from unittest import mock
 
+import editors
 import jax
 import naive_oracle
 import numpy as np
@@ -94,25 +95,7 @@ def naive(family, output, config=PLAIN, kind='plain', layer=LAYER):
 class OracleCase(parameterized.TestCase):
   """Compares with the oracle."""
 
-  def agree(self, got, want, tolerance=1e-5):
-    self.assertLen(got, len(want))
-    for targets, stages in zip(got, want):
-      self.assertEqual(targets.steps.tolist(), [len(f.losses) for f in stages])
-      self.assertTrue(targets.finite.all())
-      for k, f in enumerate(stages):
-        error = np.linalg.norm(targets.z[k] - f.z) / np.linalg.norm(f.z)
-        self.assertLess(error, tolerance)
-        # The change may be small beside the state: a bound of its own.
-        moved = np.linalg.norm(f.z - f.z0)
-        error = np.linalg.norm((targets.z - targets.z0)[k] - (f.z - f.z0))
-        self.assertLessEqual(error, 10 * tolerance * moved)
-        error = np.linalg.norm(targets.z0[k] - f.z0) / np.linalg.norm(f.z0)
-        self.assertLess(error, tolerance)
-        rtol = 2 * tolerance
-        np.testing.assert_allclose(targets.loss[k], f.losses[-1], rtol=rtol)
-        np.testing.assert_allclose(
-            targets.likelihood[k], f.likelihood, rtol=rtol
-        )
+  agree = editors.assert_targets
 
   def check(self, family, output, config=PLAIN, kind='plain', layer=LAYER):
     want = naive(family, output, config, kind, layer)

@@ -107,3 +107,29 @@ def target_ids(
   """A target's ids behind a prompt that ends in a word."""
   (ids,) = locate.encode_targets(tokenizer, [locate.Continued('is', target)])
   return ids
+
+
+# Of a tiny GGUF file.
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+TOKENS = ['<end>', '<start>', '<think>', *ALPHABET]
+TOKENS += ['12', 'Ġ1', 'ab', '34', 'xyz']
+METADATA = {
+    'general.architecture': 'llama',
+    'llama.context_length': 64,
+    'tokenizer.ggml.model': 'gpt2',
+    'tokenizer.ggml.pre': 'smollm',
+    'tokenizer.ggml.tokens': TOKENS,
+    'tokenizer.ggml.token_type': [3, 3, 4] + [1] * (len(TOKENS) - 3),
+    # In the order in which they are applied; nothing makes 'xyz'.
+    'tokenizer.ggml.merges': ['1 2', 'Ġ 1', 'a b', '3 4'],
+    'tokenizer.ggml.bos_token_id': 1,
+    'tokenizer.ggml.eos_token_id': 0,
+    'tokenizer.chat_template': '{{ messages[0]["content"] }}!',
+}
+
+
+def gguf_metadata(**values):
+  """Returns `METADATA` with other `tokenizer.ggml.*` values."""
+  return METADATA | {
+      f'tokenizer.ggml.{key}': value for key, value in values.items()
+  }

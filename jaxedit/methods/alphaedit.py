@@ -68,6 +68,11 @@ class AlphaEditConfig(ShadowedConfig):
       True, 'preserve the keys of earlier batches', flag='remember'
   )
 
+  @property
+  def preserves_edits(self) -> bool:
+    """See `MethodConfig.preserves_edits`."""
+    return self.preserve_previous
+
   def recipe(self) -> Recipe:
     """Returns the method as data."""
     if self.null_space_share >= 1 and self.null_space_threshold is None:

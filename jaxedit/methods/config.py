@@ -33,6 +33,11 @@ class MethodConfig:
     """Whether all batches must have the same number of edits."""
     return False
 
+  @property
+  def preserves_edits(self) -> bool:
+    """Whether a batch leaves the edits of earlier batches as they are."""
+    return False
+
   def label(self, name: str) -> str:
     """The method's id, with what was combined with it."""
     return name if self.chunks is None else f'{name}+anyedit'

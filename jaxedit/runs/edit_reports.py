@@ -177,7 +177,7 @@ def edit_reports(session: Session, info: Info) -> EditReports:
       session.loaded.requests,
       info,
       superseded(session.loaded.requests),
-      bool(getattr(session.chosen.config, 'preserve_previous', False)),
+      session.chosen.config.preserves_edits,
       session.config.seed,
   )
 
