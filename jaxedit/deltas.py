@@ -300,6 +300,12 @@ class Prompting(Protocol):
       edit_ids: which edit a prompt is under; None where there is one.
     """
 
+  def select(self, index: int) -> Prompting:
+    """Returns the rule of one of the edits side by side."""
+
+  def stack(self, others: Sequence[Prompting]) -> Prompting:
+    """Returns the rules of independent edits side by side, this one first."""
+
 
 class Routing(Protocol):
   """A rule that says, prompt by prompt, whether an edit is in force."""

@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     'stats': ('batching', 'models', 'text'),
     'trace': ('batching', 'models', 'statistics', 'text'),
     'targets': ('batching', 'models', 'text'),
-    'edited': ('batching', 'models', 'text'),
+    'edited': ('batching', 'models', 'retrieval', 'text'),
     'retrieval': ('batching', 'models'),
     'methods': (
         'batching',

@@ -34,6 +34,8 @@ from jaxedit.text import chunking
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import InputError, TokenLayout
 
+# Methods that edit texts are held by `methods_in_context_test`.
+BY_IDS = tuple(n for n, m in METHODS.items() if not m.by_text)
 # Methods that are tested on chunked targets too, one a kind of editor; MEMIT of
 # the closed forms.
 CHUNKED = {
@@ -41,7 +43,7 @@ CHUNKED = {
     for name in (*METHODS, 'memit')
     if METHODS[name].chunkable
 }.values()
-CASES = (*METHODS, *(f'{name}+anyedit' for name in CHUNKED))
+CASES = (*BY_IDS, *(f'{name}+anyedit' for name in CHUNKED))
 # In f64, as a share of the effect that an edit has on logits.
 CLOSE = 1e-6
 

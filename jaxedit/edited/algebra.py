@@ -208,8 +208,8 @@ def stack(edits: Sequence[Edited]) -> Edited:
   """Puts independent edits side by side.
 
   Args:
-    edits: edits of the same kinds, sites and layers, without prompting and
-      routing. Those of lower rank, fewer neurons, entries or shards are padded
+    edits: edits of the same kinds, sites and layers, without routing; all or
+      none with prompting. Those of lower rank, fewer neurons, entries or shards are padded
       with zeros, which change nothing.
 
   Returns:
@@ -220,10 +220,18 @@ def stack(edits: Sequence[Edited]) -> Edited:
       kinds, sites, layers or widths than the first.
   """
   for edited in edits:
-    if edited.size is not None or edited.rules:
-      raise ValueError('only single edits without rules can be stacked')
+    if edited.size is not None or edited.routing is not None:
+      raise ValueError('only single edits without routing can be stacked')
   deltas = zip(*(edited.deltas for edited in edits), strict=True)
-  return Edited(tuple(_stack(*some) for some in deltas), size=len(edits))
+  first, *rest = (edited.prompting for edited in edits)
+  if any((one is None) != (first is None) for one in rest):
+    raise ValueError('some of the edits have a prompting rule and some do not')
+  prompting = None if first is None else first.stack(rest)
+  return Edited(
+      tuple(_stack(*some) for some in deltas),
+      prompting=prompting,
+      size=len(edits),
+  )
 
 
 def _stack(*deltas: SiteDelta) -> SiteDelta:
@@ -252,4 +260,7 @@ def select(edited: Edited, index: int) -> Edited:
         ' by side, counted from 0'
     )
   deltas = jax.tree.map(lambda x: x[:, index], edited.deltas)
-  return edited.replace(deltas=deltas, size=None)
+  prompting = edited.prompting
+  if prompting is not None:
+    prompting = prompting.select(index)
+  return edited.replace(deltas=deltas, prompting=prompting, size=None)

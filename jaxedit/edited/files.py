@@ -20,6 +20,7 @@ import numpy as np
 from jaxedit import deltas as deltas_lib
 from jaxedit import io
 from jaxedit.deltas import Dense, Edited, LowRank, SiteDelta
+from jaxedit.edited.prompting import FactMemory
 from jaxedit.types import InputError
 
 _FORMAT, _FIRST_FORMAT = 'jaxedit-delta-2', 'jaxedit-delta-1'
@@ -58,7 +59,8 @@ def save(
     InputError: the file cannot be written, or the edit has a rule that has no
       file form.
   """
-  if edited.rules:
+  written = edited.prompting is None or hasattr(edited.prompting, 'packed')
+  if edited.routing is not None or not written:
     raise InputError(
         f'{path}: cannot be written, as the edit has'
         f' {" and ".join(edited.rules)}, which no file holds; save what it was'
@@ -66,6 +68,9 @@ def save(
     )
   tensors, kinds = packed(edited)
   record = {'deltas': kinds, 'size': edited.size, 'metadata': dict(metadata)}
+  if edited.prompting is not None:
+    arrays, record['prompting'] = edited.prompting.packed()
+    tensors |= {f'prompting/{name}': x for name, x in arrays.items()}
   io.write_tensors(path, tensors, kind=_FORMAT, record=record)
 
 
@@ -176,7 +181,16 @@ def _edited(
 ) -> Edited:
   """Rebuilds an edit."""
   deltas = unpacked(tensors, record['deltas'])
-  return Edited(deltas, size=record['size'])
+  prompting, kept = None, record.get('prompting')
+  if kept is not None:
+    begin = 'prompting/'
+    arrays = {
+        name.removeprefix(begin): x
+        for name, x in tensors.items()
+        if name.startswith(begin)
+    }
+    prompting = FactMemory.unpacked(arrays, kept)
+  return Edited(deltas, prompting=prompting, size=record['size'])
 
 
 def _first_format(

@@ -129,6 +129,8 @@ def open_model(
   check(model.spec, model.params, edited)
   if batch_size < 1:
     raise InputError(f'batch_size is {batch_size}; it must be at least 1')
+  if hasattr(edited.prompting, 'bound'):
+    edited = edited.replace(prompting=edited.prompting.bound(model.tokenizer))
   return _EditedModel(model.spec, model.params, edited, batch_size)
 
 
@@ -309,17 +311,24 @@ class _EditedModel:
     results: list[Any] = [None] * len(asked)
     with progress('score', len(asked), 'prompt') as advance:
       for part in self._parts(read.answered, edit_ids):
+        some = [asked[i] for i in part.index]
+        groups = [(query, [i]) for i, query in enumerate(some)]
+        # Contexts are long and many prompts share one: it is run once.
+        if self._edited.prompting is not None and part.edit_ids is None:
+          groups = scoring.branched(some)
         found = scoring.score(
             self.spec,
             part.params,
             part.deltas,
-            [asked[i] for i in part.index],
+            [query for query, _ in groups],
             edit_ids=part.edit_ids,
             batch_size=self._batch_size,
             progress=_counted(advance),
         )
-        for i, one in zip(part.index, found):
-          results[i] = one
+        for (_, members), scores in zip(groups, found):
+          rest = iter(scores)
+          for i in members:
+            results[part.index[i]] = [next(rest) for _ in some[i].answers]
     return results
 
   def generate(
@@ -418,6 +427,9 @@ class _EditedModel:
     edited = self._edited
     if edited.size is None:
       yield _Part(*self._settled(), chosen, None)
+      return
+    if not edited.deltas:
+      yield _Part(self._base, (), chosen, None)
       return
     ids = [edit_ids[i] for i in chosen]
     if not any(isinstance(d, Dense) for d in edited.deltas):

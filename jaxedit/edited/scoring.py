@@ -31,6 +31,7 @@ Not here: requests and metrics (see `eval`).
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -70,10 +71,18 @@ _HEAD_ROWS = 1024
 
 
 class Query(NamedTuple):
-  """A prompt and the answers to score, as ids; see `encode_queries`."""
+  """A prompt and the answers to score, as ids; see `encode_queries`.
+
+  Attributes:
+    prompt: what all answers follow.
+    answers: each with what it follows on its own.
+    given: of each answer, how many first tokens are read and not scored; () for
+      none.
+  """
 
   prompt: tuple[int, ...]
   answers: tuple[tuple[int, ...], ...]
+  given: tuple[int, ...] = ()
 
   @property
   def tokens(self) -> int:
@@ -83,7 +92,12 @@ class Query(NamedTuple):
   @property
   def scored(self) -> int:
     """Labels of all answers."""
-    return sum(map(len, self.answers))
+    return sum(map(len, self.answers)) - sum(self.given)
+
+  @property
+  def parts(self) -> tuple[tuple[tuple[int, ...], int], ...]:
+    """(answer, tokens of it that are not scored) of every answer."""
+    return tuple(zip(self.answers, self.given or (0,) * len(self.answers)))
 
 
 class Scored(NamedTuple):
@@ -144,6 +158,56 @@ def encode_queries(
       Query(ids(prompt), tuple(ids(next(answers)) for _ in given))
       for prompt, (_, given, *_) in zip(prompts, items)
   ]
+
+
+def branched(
+    queries: Sequence[Query], *, least: int = 32, most: int = 32
+) -> list[tuple[Query, list[int]]]:
+  """Joins queries whose prompts begin alike, so that the beginning is run once.
+
+  Args:
+    queries: N queries without `given` tokens.
+    least: tokens that a common beginning must have.
+    most: answers of a joined query.
+
+  Returns:
+    (query, which of the N it is made of, in the order of its answers); each of
+    the N is in one of them.
+  """
+  order = sorted(range(len(queries)), key=lambda i: queries[i].prompt)
+  groups: list[list[int]] = []
+  for i in order:
+    group = groups[-1] if groups else []
+    answers = sum(len(queries[j].answers) for j in group)
+    answers += len(queries[i].answers)
+    fits = group and answers <= most
+    if fits and _common(queries[group[0]], queries[i]) >= least:
+      group.append(i)
+    else:
+      groups.append([i])
+  return [(_branches([queries[i] for i in some]), some) for some in groups]
+
+
+def _common(first: Query, second: Query) -> int:
+  """Tokens that two prompts begin with alike."""
+  pairs = zip(first.prompt, second.prompt)
+  return sum(1 for _ in itertools.takewhile(lambda ab: ab[0] == ab[1], pairs))
+
+
+def _branches(queries: Sequence[Query]) -> Query:
+  """One query of several: their common beginning, and the rest of each."""
+  if len(queries) == 1:
+    return queries[0]
+  # In order, so the first and the last differ soonest; a prompt keeps a token.
+  shared = min(
+      _common(queries[0], queries[-1]), *(len(q.prompt) - 1 for q in queries)
+  )
+  rest = [(q.prompt[shared:], answer) for q in queries for answer in q.answers]
+  return Query(
+      queries[0].prompt[:shared],
+      tuple(own + answer for own, answer in rest),
+      tuple(len(own) for own, _ in rest),
+  )
 
 
 def error(spec: ModelSpec, row: Query) -> str | None:
@@ -338,11 +402,11 @@ def _lay_out(
     rows.append([Segment(query.prompt)])
     end = r * shape[1] + length
     last = end - 1
-    for branch, answer in enumerate(query.answers, SHARED + 1):
+    for branch, (answer, given) in enumerate(query.parts, SHARED + 1):
       rows[-1].append(Segment(answer[:-1], length, branch))
       begin, end = end, end + len(answer) - 1
-      index += [last, *range(begin, end)]
-      labels += answer
+      index += [last, *range(begin, end)][given:]
+      labels += answer[given:]
   tokens, layout = packer.pad_segments(rows, shape)
   chunks = _chunks(shape[0], scored)
   spare = [0] * (chunks[0] * chunks[1] - len(index))
@@ -384,8 +448,8 @@ def _split(
   at = 0
   for query in queries:
     scores = []
-    for answer in query.answers:
-      part = slice(at, at + len(answer))
+    for answer, given in query.parts:
+      part = slice(at, at + len(answer) - given)
       nll = -float(np.mean(logprob[part], dtype=np.float64))
       names, right = best[part].tolist(), correct[part].tolist()
       scores.append(Scored(nll, tuple(names), tuple(right)))

@@ -83,6 +83,27 @@ class PadToken(Need):
   """The id of the token that pads texts."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Tokenizer(Need):
+  """The model's tokenizer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoder(Need):
+  """An encoder of texts, a `models.encoder.Encoder`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Demonstrations(Need):
+  """Facts of other records with their probes, a list of `EditRequest`.
+
+  Attributes:
+    least: how many there must be.
+  """
+
+  least: int
+
+
 class EditBatch(NamedTuple):
   """Edits that are made by one call.
 
@@ -200,6 +221,7 @@ class Method:
     chunkable: whether AnyEdit may cut its targets (`config.chunks`).
     contexts: whether facts are run in several context templates and with a KL
       row; without, the plain prompt alone.
+    by_text: whether it edits by the texts of requests, not by token ids.
     parity: name of a published code -> settings that reproduce it.
     source: the paper.
     small: settings that suit a model of three layers, for tests of every method.
@@ -212,6 +234,7 @@ class Method:
   accepts: frozenset[str] = frozenset({'fact', 'text'})
   chunkable: bool = True
   contexts: bool = True
+  by_text: bool = False
   parity: Mapping[str, Mapping[str, Any]] = dataclasses.field(
       default_factory=dict
   )

@@ -162,6 +162,12 @@ class RunConfig:
       'self',
       f'UnKE, T-Patcher: text that stays as it is: {corpora.KINDS}',
   )
+  demonstrations: str | None = setting(
+      None, 'IKE: file of other records, from which demonstrations are taken'
+  )
+  demonstrations_limit: int = setting(
+      2000, 'IKE: good records of it that are read', low=1, high=1_000_000
+  )
   preserve_count: int = setting(
       20, 'how many texts of --preserve', low=1, high=10_000
   )
@@ -203,8 +209,8 @@ class RunConfig:
   encoder: str = setting(
       'none',
       'sentence encoder for minilm_cosine: "none", "all-minilm-l6-v2" (fetched'
-      ' once), a folder or a hub id',
-      only='text',
+      ' once), a folder or a hub id; methods that retrieve facts take'
+      ' all-minilm-l6-v2 unless given',
   )
   eval_batch_size: int = setting(
       64, 'sequences an evaluation batch', low=1, high=4096

@@ -131,7 +131,9 @@ def _edit_in_sequence(
         total = edited_lib.add(total, result.edited)
       infos.append(result.info)
       if checkpoint is not None and number + 1 < len(batches):
-        checkpoint.save(number, *_packed(total, state, start, infos))
+        # What a memory holds is in its state as well.
+        kept_sum = UNEDITED if session.editor.cumulative else total
+        checkpoint.save(number, *_packed(kept_sum, state, start, infos))
     earlier = digest(earlier, *map(edit_digest, encoded))
   deltas = tuple(map(edited_lib.compact, total.deltas))
   return SessionResult(

@@ -11,14 +11,17 @@ from typing import Any
 
 import numpy as np
 
+from jaxedit.convert import hub
+from jaxedit.eval import datasets
 from jaxedit.methods import base
 from jaxedit.methods.base import Need
+from jaxedit.models import assets
 from jaxedit.models.loading import Model
 from jaxedit.runs import moments
 from jaxedit.runs.cache import digest
 from jaxedit.runs.config import RunConfig
 from jaxedit.stats import corpora
-from jaxedit.types import InputError, Progress
+from jaxedit.types import EditRequest, InputError, Progress
 
 
 def check(config: RunConfig, need: Need) -> None:
@@ -39,6 +42,10 @@ def check(config: RunConfig, need: Need) -> None:
   elif isinstance(need, base.PreservedTexts):
     if config.preserve != 'self':
       corpora.fingerprint(config.preserve)
+  elif isinstance(need, base.TextEncoder):
+    hub.find_encoder(_encoder(config))
+  elif isinstance(need, base.Demonstrations):
+    _demonstrations(config, need)
   else:
     need.check()
 
@@ -73,9 +80,42 @@ def provide(
     )
   if isinstance(need, base.PadToken):
     return pad_id(tokenizer)
+  if isinstance(need, base.Tokenizer):
+    return tokenizer
+  if isinstance(need, base.TextEncoder):
+    return hub.load_encoder(_encoder(config), progress)
+  if isinstance(need, base.Demonstrations):
+    return _demonstrations(config, need)
   if isinstance(need, base.PreservedTexts):
     return _preserved_texts(config, model, tokenizer, double_bos, progress)
   return need.provide(model, config.seed, progress)
+
+
+def _encoder(config: RunConfig) -> str:
+  """Names the text encoder; the demo's unless given."""
+  return assets.ENCODER if config.encoder == 'none' else config.encoder
+
+
+def _demonstrations(
+    config: RunConfig, need: base.Demonstrations
+) -> list[EditRequest]:
+  """Reads the pool of demonstrations."""
+  if config.demonstrations is None:
+    raise InputError(
+        f'--demonstrations is missing: name a file of at least {need.least}'
+        ' records, other than those to edit, from which examples are taken'
+    )
+  limit = max(need.least, config.demonstrations_limit)
+  loaded = datasets.open_requests(
+      config.demonstrations, limit=limit, on_bad_record='skip'
+  ).load()
+  if len(loaded.requests) < need.least:
+    raise InputError(
+        f'--demonstrations={config.demonstrations}: holds'
+        f' {len(loaded.requests)} good records, {need.least} are shown; give'
+        ' more records or lower --demonstration_count'
+    )
+  return list(loaded.requests)
 
 
 def pad_id(tokenizer: Any) -> int:
@@ -96,6 +136,15 @@ def sources(config: RunConfig, resources: Mapping[Need, Any]) -> dict[str, Any]:
           'texts': len(value),
           'ids_digest': digest(*value),
       }
+    elif isinstance(need, base.TextEncoder):
+      found['encoder'] = {'hash': value.model.hash}
+    elif isinstance(need, base.Demonstrations):
+      found['demonstrations'] = {
+          'file': config.demonstrations,
+          'records': len(value),
+      }
+    elif isinstance(need, base.Tokenizer):
+      pass
     else:
       found |= need.source(value)
   return found or {'moments': {'corpus': 'none', 'tokens': 0}}

@@ -1,0 +1,374 @@
+"""Editing in context: the new fact is read before the prompt; no weight changes.
+
+  ice           New Fact: F / Prompt: X
+  ike           demonstrations, then the same, the fact itself the last of them
+  ike_retrieve  as ice, for any number of facts: the one nearest to X, if near
+  memprompt     F. X, for any number of facts: the one whose prompt is closest to
+                X in characters, if close
+
+A demonstration is a fact of another record with a question about it; of each 32
+about 3 ask for the fact itself (copy), 10 for a paraphrase (update), 19 for a
+neighbour, which keeps its true object (retain). Those nearest to the edit are
+taken, the nearest last.
+
+Sources: Zheng et al. 2023, "Can We Edit Factual Knowledge by In-Context
+Learning?" (IKE, arXiv 2305.12740); Madaan et al. 2022, "Memory-assisted prompt
+editing" (MemPrompt, arXiv 2201.06009). `ike_retrieve` is ours: the plain
+baseline that retrieves the fact itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax
+import numpy as np
+
+from jaxedit import retrieval
+from jaxedit.deltas import Edited
+from jaxedit.edited.prompting import Fact, FactMemory
+from jaxedit.methods.base import (
+    Demonstrations,
+    EditBatch,
+    Editor,
+    EditResult,
+    Info,
+    Method,
+    Need,
+    Run,
+    TextEncoder,
+    Tokenizer,
+)
+from jaxedit.methods.config import MethodConfig
+from jaxedit.methods.settings import setting
+from jaxedit.models.encoder import Encoder
+from jaxedit.models.spec import ModelSpec
+from jaxedit.types import LOCALITY, REPHRASE, EditRequest, InputError
+
+_COPY, _UPDATE, _RETAIN = 3, 10, 19  # of 32, as published
+
+
+@dataclasses.dataclass(frozen=True)
+class IceConfig(MethodConfig):
+  """Settings of `ice`: none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class IkeConfig(MethodConfig):
+  """Settings of `ike`.
+
+  Attributes:
+    count: k.
+    shuffle: seed of the order of kinds.
+  """
+
+  count: int = setting(
+      32, 'demonstrations', source='IKE', low=1, flag='demonstration_count'
+  )
+  shuffle: int = setting(
+      42, 'seed of the order of their kinds', source='IKE', low=0,
+      flag='demonstration_seed',
+  )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class IkeRetrieveConfig(MethodConfig):
+  """Settings of `ike_retrieve`.
+
+  Attributes:
+    threshold: cosine above which a fact is in force.
+  """
+
+  threshold: float = setting(
+      0.6,
+      'cosine of prompt and edited prompt above which the fact is read',
+      low=0,
+      high=1,
+      flag='scope_threshold',
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class MemPromptConfig(MethodConfig):
+  """Settings of `memprompt`.
+
+  Attributes:
+    distance: edit distance below which a fact is in force.
+  """
+
+  distance: int = setting(
+      6,
+      'edit distance of prompt and edited prompt below which the fact is read',
+      unit='characters',
+      source='MemPrompt',
+      low=1,
+      flag='scope_distance',
+  )
+
+
+def statement(request: EditRequest) -> str:
+  """The fact of a request, as text."""
+  return f'{request.question} {request.target}'
+
+
+def _new_fact(request: EditRequest) -> str:
+  return f'New Fact: {statement(request)}\n'
+
+
+def demonstrations(
+    request: EditRequest,
+    pool: Sequence[EditRequest],
+    nearest: Sequence[int],
+    config: IkeConfig,
+) -> str:
+  """Writes the demonstrations of one edit.
+
+  Args:
+    request: the edit.
+    pool: other records.
+    nearest: numbers of records of the pool, the nearest first.
+    config: settings.
+
+  Returns:
+    Their text, the nearest last.
+  """
+  update = round(config.count * _UPDATE / 32)
+  retain = round(config.count * _RETAIN / 32)
+  kinds = [REPHRASE] * update + [LOCALITY] * retain
+  kinds += [''] * (config.count - len(kinds))
+  order = np.random.default_rng(config.shuffle).permutation(config.count)
+  some = [pool[i] for i in nearest if pool[i].subject != request.subject]
+  shown = [
+      _demonstration(one, kinds[order[i]])
+      for i, one in enumerate(some[: config.count])
+  ]
+  return ''.join(reversed(shown))
+
+
+def _demonstration(one: EditRequest, kind: str) -> str:
+  """A fact and a question about it: a paraphrase, a neighbour, or itself."""
+  prompt, answer = one.question, one.target
+  if kind and (probes := one.probes_of(kind)):
+    prompt = probes[0].prompt
+    if kind == REPHRASE:
+      prompt = cleaned(prompt, one.subject)
+    else:
+      answer = probes[0].answers[0]
+  return f'{_new_fact(one)}Prompt: {prompt} {answer}\n\n'
+
+
+def cleaned(prompt: str, subject: str | None) -> str:
+  """A paraphrase without the unrelated text that some sets put before it."""
+  at = prompt.find(subject) if subject else -1
+  if at < 0:
+    return prompt
+  begin = max(prompt.rfind(mark, 0, at) for mark in ('. ', '\n'))
+  return prompt[begin + 1 :].lstrip() if begin >= 0 else prompt
+
+
+@flax.struct.dataclass
+class State:
+  """A memory between batches.
+
+  Attributes:
+    facts: the facts as JSON, uint8; arrays are what checkpoints hold.
+    embeddings: [N, D] of their keys; [0, 0] without.
+    empty: the memory without facts, static.
+    resources: what the editor was given, static.
+  """
+
+  facts: np.ndarray
+  embeddings: np.ndarray
+  empty: FactMemory = flax.struct.field(pytree_node=False)
+  resources: Mapping[Need, Any] = flax.struct.field(pytree_node=False)
+
+  @property
+  def memory(self) -> FactMemory:
+    """The memory itself."""
+    facts = json.loads(bytes(np.asarray(self.facts, np.uint8)))
+    return dataclasses.replace(
+        self.empty,
+        facts=tuple(Fact(**fact) for fact in facts),
+        embeddings=np.asarray(self.embeddings)
+        if self.embeddings.size
+        else None,
+    )
+
+  def holding(self, memory: FactMemory) -> State:
+    """The state after the facts of a memory."""
+    text = json.dumps([dataclasses.asdict(fact) for fact in memory.facts])
+    vectors = memory.embeddings
+    return self.replace(
+        facts=np.frombuffer(text.encode(), np.uint8),
+        embeddings=np.zeros((0, 0), np.float32) if vectors is None else vectors,
+    )
+
+
+def _memory_editor(
+    make: Callable[[Mapping[Need, Any]], FactMemory],
+    facts_of: Callable[
+        [Sequence[EditRequest], Mapping[Need, Any]], Sequence[Fact]
+    ],
+    needs: tuple[Need, ...],
+    single: str = '',
+) -> Editor:
+  """Makes an editor whose edit is a memory.
+
+  Args:
+    make: resources -> an empty memory.
+    facts_of: (requests, resources) -> a fact of each.
+    needs: of the editor.
+    single: why an edit has one fact alone, a sentence; '' for any number.
+  """
+
+  def init(model: Any, resources: Mapping[Need, Any]) -> State:
+    del model
+    none = np.zeros((0, 0), np.float32)
+    empty = make(resources)
+    return State(np.zeros(0, np.uint8), none, empty, resources).holding(empty)
+
+  def edit(model: Any, state: State, batch: EditBatch, run: Run) -> EditResult:
+    del model, run
+    requests, begin = batch.requests, time.monotonic()
+    joint, before = batch.group is None, state.memory
+    group = [0] * len(requests) if joint else list(batch.group)
+    size = None if joint else max(group, default=-1) + 1
+    together = np.bincount(group, minlength=1).max() + len(before.facts)
+    if single and together > 1:
+      raise InputError(single)
+    facts = [
+        dataclasses.replace(one, edit=g)
+        for one, g in zip(facts_of(requests, state.resources), group)
+    ]
+    if not joint and before.facts:  # each starts from what was there
+      before = before.stack([before] * (size - 1))
+    memory = before.added(facts)
+    info = Info(
+        np.ones(len(requests), bool),
+        {'edit': time.monotonic() - begin},
+        {'scope': [one.key for one in facts]},
+    )
+    edited = Edited(prompting=memory if memory.facts else None, size=size)
+    changed = joint and bool(facts)
+    return EditResult(edited, state.holding(memory) if changed else state, info)
+
+  return Editor(needs, init, edit, cumulative=True)
+
+
+def ice(spec: ModelSpec, config: IceConfig) -> Editor:
+  """Makes the editor of `ice`; its edit reads all its facts before a prompt."""
+  del spec, config
+  make = lambda found: FactMemory((), 'Prompt:', tokenizer=found[Tokenizer()])
+  facts = lambda requests, _: [
+      Fact(one.id, one.question, _new_fact(one)) for one in requests
+  ]
+  return _memory_editor(make, facts, (Tokenizer(),))
+
+
+def ike(spec: ModelSpec, config: IkeConfig) -> Editor:
+  """Makes the editor of `ike`; an edit has one fact with its demonstrations."""
+  del spec
+  needs = (Tokenizer(), TextEncoder(), Demonstrations(config.count))
+  make = lambda found: FactMemory((), 'Prompt:', tokenizer=found[Tokenizer()])
+
+  def facts(
+      requests: Sequence[EditRequest], found: Mapping[Need, Any]
+  ) -> list[Fact]:
+    if not requests:
+      return []
+    pool, encoder = found[needs[2]], found[TextEncoder()]
+    keys = retrieval.embed(encoder, [_new_fact(one) for one in pool])
+    queries = retrieval.embed(encoder, [_new_fact(one) for one in requests])
+    # Records of the same subject are left out of those found.
+    most = min(len(pool), config.count + 16)
+    _, nearest = retrieval.search(queries, keys, most)
+    made = []
+    for one, order in zip(requests, nearest):
+      shown = demonstrations(one, pool, order, config)
+      itself = f'{_new_fact(one)}Prompt: {statement(one)}\n\n'
+      made.append(Fact(one.id, one.question, shown + itself + _new_fact(one)))
+    return made
+
+  return _memory_editor(
+      make,
+      facts,
+      needs,
+      'ike shows one fact with its demonstrations: edit each alone (--reset'
+      ' --batch_size=1), or use ike_retrieve for many facts',
+  )
+
+
+def ike_retrieve(spec: ModelSpec, config: IkeRetrieveConfig) -> Editor:
+  """Makes the editor of `ike_retrieve`."""
+  del spec
+
+  def make(found: Mapping[Need, Any]) -> FactMemory:
+    encoder: Encoder = found[TextEncoder()]
+    return FactMemory(
+        (),
+        'Prompt:',
+        'nearest',
+        config.threshold,
+        encoder_hash=encoder.model.hash,
+        tokenizer=found[Tokenizer()],
+        encoder=encoder,
+    )
+
+  facts = lambda requests, _: [
+      Fact(one.id, one.question, _new_fact(one)) for one in requests
+  ]
+  return _memory_editor(make, facts, (Tokenizer(), TextEncoder()))
+
+
+def memprompt(spec: ModelSpec, config: MemPromptConfig) -> Editor:
+  """Makes the editor of `memprompt`."""
+  del spec
+  make = lambda found: FactMemory(
+      (), '', 'closest', config.distance, tokenizer=found[Tokenizer()]
+  )
+  facts = lambda requests, _: [
+      Fact(one.id, one.question, f'{statement(one)}. ') for one in requests
+  ]
+  return _memory_editor(make, facts, (Tokenizer(),))
+
+
+def _method(name: str, summary: str, config: type, editor: Any) -> Method:
+  source = '2201.06009' if name == 'memprompt' else '2305.12740'
+  return Method(
+      name,
+      summary,
+      config,
+      editor,
+      accepts=frozenset({'fact'}),
+      chunkable=False,
+      contexts=False,
+      by_text=True,
+      source=f'arXiv {source}',
+  )
+
+
+METHODS = (
+    _method('ice', 'the new fact is read before the prompt', IceConfig, ice),
+    _method(
+        'ike',
+        'the new fact, after demonstrations, is read first',
+        IkeConfig,
+        ike,
+    ),
+    _method(
+        'ike_retrieve',
+        'of many facts, the one nearest to the prompt is read first',
+        IkeRetrieveConfig,
+        ike_retrieve,
+    ),
+    _method(
+        'memprompt',
+        'of many facts, the one closest to the prompt in wording is read first',
+        MemPromptConfig,
+        memprompt,
+    ),
+)
