@@ -111,10 +111,11 @@ class FactMemory:
     Returns:
       For each prompt the numbers of its facts, none out of scope.
     """
-    owners = np.array([fact.edit for fact in self.facts], int)
+    edit_of = np.array([fact.edit for fact in self.facts], int)
     ids = [None] * len(texts) if edit_ids is None else edit_ids
     known = {
-        one: np.flatnonzero((owners == one) | (one is None)) for one in set(ids)
+        one: np.flatnonzero((edit_of == one) | (one is None))
+        for one in set(ids)
     }
     if self.lookup == 'all':
       return [tuple(known[one].tolist()) for one in ids]
