@@ -39,6 +39,7 @@ print('\\n' + json.dumps(faults))
 PARSE_FLAGS = """
 import importlib.util, json, sys
 from absl import flags
+from jaxedit.methods.registry import METHODS
 from jaxedit.runs import method_flags
 from jaxedit.types import InputError
 name, paths = json.loads(sys.stdin.read())
@@ -55,7 +56,9 @@ for path in paths:
     if rest:
       raise flags.Error(f'no flags: {rest}')
     if 'method' in own:
-      method_flags.from_flags('text' if 'anyedit' in own else 'fact')
+      takes = METHODS[flags.FLAGS.method].accepts
+      kind = 'text' if 'anyedit' in own and 'text' in takes else 'fact'
+      method_flags.from_flags(kind)
   except (flags.Error, InputError) as error:
     faults[path] = str(error)
 print('\\n' + json.dumps(faults))
