@@ -435,10 +435,11 @@ class _EditedModel:
     if not any(isinstance(d, Dense) for d in edited.deltas):
       yield _Part(*enter(self._base, edited.deltas), chosen, ids)
       return
+    unruled = Edited(edited.deltas, size=edited.size)
     for one in sorted(set(ids)):
       # No name is kept: the next edit comes when this one has left memory.
       yield _Part(
-          *enter(self._base, algebra.select(edited, one).deltas),
+          *enter(self._base, algebra.select(unruled, one).deltas),
           [i for i, own in zip(chosen, ids) if own == one],
           None,
       )
