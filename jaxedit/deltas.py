@@ -288,7 +288,11 @@ def _last(prompt: Array) -> Array:
 
 
 class Prompting(Protocol):
-  """A rule that rewrites prompts before the model reads them."""
+  """A rule that rewrites prompts before the model reads them.
+
+  One that edits side by side can have, and that files can hold, has `select`,
+  `stack`, `packed` and `unpacked` too, see `edited.prompting.FactMemory`.
+  """
 
   def rewrite(
       self, prompts: Sequence[Sequence[int]], edit_ids: Sequence[int] | None
@@ -299,12 +303,6 @@ class Prompting(Protocol):
       prompts: token ids.
       edit_ids: which edit a prompt is under; None where there is one.
     """
-
-  def select(self, index: int) -> Prompting:
-    """Returns the rule of one of the edits side by side."""
-
-  def stack(self, others: Sequence[Prompting]) -> Prompting:
-    """Returns the rules of independent edits side by side, this one first."""
 
 
 class Routing(Protocol):

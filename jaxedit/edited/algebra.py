@@ -220,8 +220,9 @@ def stack(edits: Sequence[Edited]) -> Edited:
       kinds, sites, layers or widths than the first.
   """
   for edited in edits:
-    if edited.size is not None or edited.routing is not None:
-      raise ValueError('only single edits without routing can be stacked')
+    alone = edited.prompting is None or hasattr(edited.prompting, 'stack')
+    if edited.size is not None or edited.routing is not None or not alone:
+      raise ValueError('only single edits without rules can be stacked')
   deltas = zip(*(edited.deltas for edited in edits), strict=True)
   first, *rest = (edited.prompting for edited in edits)
   if any((one is None) != (first is None) for one in rest):
@@ -261,6 +262,6 @@ def select(edited: Edited, index: int) -> Edited:
     )
   deltas = jax.tree.map(lambda x: x[:, index], edited.deltas)
   prompting = edited.prompting
-  if prompting is not None:
+  if hasattr(prompting, 'select'):
     prompting = prompting.select(index)
   return edited.replace(deltas=deltas, prompting=prompting, size=None)
