@@ -288,7 +288,7 @@ class OracleTest(parameterized.TestCase):
     self.assertLess(np.mean((got[0] != 0) != (want[0] != 0)), 1e-3)
     self.assertLess(editors.gap(got[0], want[0]), 2e-2)
     self.assertAlmostEqual(np.mean(got != 0), 0.4, delta=0.01)
-    with self.assertRaisesRegex(InputError, 'one sequence'):
+    with self.assertRaisesRegex(InputError, 'change of a sequence'):
       case.edit(edits(), range(3))
 
   def test_rect_hides_no_singular_system(self):
