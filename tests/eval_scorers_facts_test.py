@@ -19,6 +19,7 @@ from jaxedit.eval.scorers.generation import FreeGeneration
 from jaxedit.eval.scorers.teacher_forced import TeacherForced
 from jaxedit.models import decode
 from jaxedit.testing import models
+from jaxedit.text import chat
 from jaxedit.text.token_cache import TokenCache
 from jaxedit.types import EditRequest, InputError, Probe
 
@@ -436,6 +437,21 @@ class GenerationTest(parameterized.TestCase):
     tokens = tokenizer(says, add_special_tokens=False)['input_ids']
     (judged,) = scorer.judge([request], [base.Replies((), [tokens])], None)
     self.assertEqual(judged.fields['text'].split(), expected.split())
+
+  def test_chat(self):
+    tokenizer = text_tokenizers.byte_level(begin=True)
+    words = chat.chat_of(tokenizer, '<s>Q: {}\nA:\n', '</s>')
+    tokens = TokenCache(tokenizer)
+    stop = generation.stop_ids(tokenizer, 999, words.end)
+    request = EditRequest(1, '1', '{} is', 'Paris', 'France')
+    wanted = '<s>Q: Paris is\nA:\n'
+    ((_, query),) = TeacherForced(tokens, words).prepare([request])[0].queries
+    self.assertEqual(tokenizer.decode(query.prompt), wanted)
+    self.assertEqual(tokenizer.decode(query.answers[0]), 'France')
+    scorer = generation.FreeGeneration(tokens, stop, chat=words)
+    ((_, prompt),) = scorer.prepare([request])[0].prompts
+    self.assertEqual(tokenizer.decode(prompt.ids), wanted)
+    self.assertIn(tokenizer.eos_token_id, stop)
 
   def test_stops_by_itself_and_reads_the_text(self):
     tokenizer = text_tokenizers.byte_level(begin=True)
