@@ -16,6 +16,7 @@ from absl.testing import absltest
 
 from experiments import anyedit_batch, memit_batch
 from jaxedit import io
+from jaxedit.eval import datasets
 
 # Other moments in every run of the test; a failure names them.
 SEED = int(os.environ.get('JAXEDIT_RESUME_SEED', time.time_ns() % 10**6))
@@ -194,19 +195,32 @@ class DemoModelTest(ResumeTest):
     return setup
 
   def test_a_sequence_of_facts(self):
+    setup = self.demo(memit_batch)
+    contexts = setup.path('contexts.json')
+    contexts.write_text('["{}", "In the city. {}"]')
+    demo = datasets.load_requests('demo', limit=40).requests
+    facts = [  # judged at their own prompts alone, which is a leg's start
+        {
+            'prompt': one.prompt,
+            'subject': one.subject,
+            'target_new': one.target,
+            'target_true': one.target_true,
+        }
+        for one in demo
+    ]
     self.check(
-        self.demo(memit_batch), 40, 8, model='smollm2-135m-instruct',
-        data='demo', num_edits=40, method='alphaedit', layers='1,2,3,4', batch_size=10,
-        slots=5, value_steps=4, value_rate=5, max_new_tokens=0,
-        moments_tokens=15360,
+        setup, 40, 8, model='smollm2-135m-instruct', data=setup.write(*facts),
+        method='alphaedit', layers='1,2,3,4', batch_size=10, slots=5,
+        value_steps=3, value_rate=5, max_new_tokens=0, moments_tokens=15360,
+        context_templates=contexts,
     )  # fmt: skip
 
   def test_long_answers_alone(self):
     self.check(
         self.demo(anyedit_batch), 6, 4, model='smollm2-135m-instruct',
         data='demo', num_edits=6, layers='8', window=20, slots=2,
-        moment_weight=0.2, value_steps=4, value_rate=10, max_new_tokens=16,
-        moments_tokens=15360,
+        moment_weight=0.2, value_steps=3, value_rate=10, max_new_tokens=2,
+        sub_questions=False, moments_tokens=15360,
     )  # fmt: skip
 
 
