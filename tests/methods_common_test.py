@@ -254,8 +254,15 @@ class CommonTest(parameterized.TestCase):
   @every_case
   def test_second_batch_does_not_compile(self, case):
     done(case)
+    some = bench(case).edits(6)
+    if bench(case).kind == 'chunks':
+      # Another number of preserved keys may be of another bucket.
+      some = [
+          dataclasses.replace(edit, target=edit.target[::-1].copy())
+          for edit in bench(case).edits()
+      ]
     with editors.compiles() as found:
-      bench(case).both(bench(case).edits(6))
+      bench(case).both(some)
       self.assertEqual(found.count, 0)
       jax.jit(lambda x: x + len(case))(jnp.ones(3))
       self.assertGreater(found.count, 0, 'the counter counts nothing')
