@@ -106,7 +106,41 @@ class AlphaEditConfig(ShadowedConfig):
     return dataclasses.replace(config, target=target)
 
 
-METHOD = closed_form_method(
+@dataclasses.dataclass(frozen=True)
+class AlphaEditFeConfig(AlphaEditConfig):
+  """Settings of AlphaEdit with forward replay."""
+
+  target: TargetConfig = TargetConfig(rate=0.1, clamp=4.0)
+
+  def recipe(self) -> Recipe:
+    """Returns the method as data."""
+    return dataclasses.replace(
+        super().recipe(),
+        name='alphaedit_fe',
+        targets_at='first',
+        layer_share=1.0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class AlphaEditBlueConfig(AlphaEditConfig):
+  """Settings of AlphaEdit at its boundary layers."""
+
+  layers: tuple[int, ...] = setting(
+      (4, 8), 'layers to edit, ascending', source='Llama-3-8B'
+  )
+
+  def recipe(self) -> Recipe:
+    """Returns the method as data."""
+    return dataclasses.replace(
+        super().recipe(),
+        name='alphaedit_blue',
+        targets_at='each',
+        layer_share=1.0,
+    )
+
+
+_ALPHAEDIT = closed_form_method(
     'alphaedit',
     'changes in the null space of common keys only',
     AlphaEditConfig,
@@ -120,4 +154,24 @@ METHOD = closed_form_method(
         },
     },
     source='arXiv 2410.02355',
+)
+
+METHODS = (
+    _ALPHAEDIT,
+    closed_form_method(
+        'alphaedit_fe',
+        'AlphaEdit with targets of the first layer replayed to the others',
+        AlphaEditFeConfig,
+        accepts=frozenset({'fact'}),
+        chunkable=False,
+        source='arXiv 2605.00358',
+    ),
+    closed_form_method(
+        'alphaedit_blue',
+        'AlphaEdit at the first and the last layer, each with its own targets',
+        AlphaEditBlueConfig,
+        accepts=frozenset({'fact'}),
+        chunkable=False,
+        source='arXiv 2502.03748',
+    ),
 )

@@ -31,7 +31,6 @@ from jaxedit.methods.base import (
     Editor,
     EditResult,
     Info,
-    Method,
     Moments,
     Need,
     Run,
@@ -49,6 +48,7 @@ from jaxedit.methods.closed_form.recipe import (
     Recipe,
     State,
 )
+from jaxedit.methods.closed_form.replay import replay
 from jaxedit.models.spec import ModelSpec
 from jaxedit.solve import shaping
 from jaxedit.solve.preconditioner import Factored, rank, whiten
@@ -211,12 +211,17 @@ class _Call:
         batch.encoded,
         plan=batch.plan,
         objective=targets_lib.Objective(
-            recipe.layers[-1], recipe.target, recipe.output
+            recipe.target_layer, recipe.target, recipe.output
         ),
         cache=run.cache,
         progress=run.progress,
     )
     self._targets = jax.tree.map(lambda *x: np.concatenate(x), *found)
+    self._replayed = None
+    if recipe.targets_at == 'first':
+      self._replayed = replay(
+          spec, params, batch.encoded, found, recipe.layers, batch.plan.stages
+      )
     stages = [edit.stages for edit in batch.encoded]
     self._edit = np.repeat(np.arange(len(stages), dtype=np.int32), stages)
     self.finite = all_targets(self._edit, self._targets.finite)
@@ -231,6 +236,7 @@ class _Call:
         self._batch,
         targets=self._targets,
         active=self.finite,
+        replayed=self._replayed,
         progress=self._run.progress,
     )
     self._seconds['insert'] = time.monotonic() - begin
@@ -282,26 +288,3 @@ def pruned(params: Params, edited: Edited) -> Edited:
     ]
     found.append(Dense(delta.layers, delta.site, jnp.stack(changes)))
   return Edited(deltas=tuple(found))
-
-
-def closed_form_method(
-    name: str, summary: str, config: type, **details: Any
-) -> Method:
-  """Makes the registry's entry of a closed form.
-
-  Args:
-    name: its id.
-    summary: a phrase.
-    config: a `ClosedFormConfig` with a method `recipe`.
-    **details: of `Method`.
-
-  Returns:
-    The entry.
-  """
-  return Method(
-      name,
-      summary,
-      config,
-      editor=lambda spec, config: closed_form(spec, config.recipe()),
-      **details,
-  )

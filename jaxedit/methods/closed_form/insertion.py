@@ -77,6 +77,7 @@ def insert(
     *,
     targets: Targets,
     active: np.ndarray,
+    replayed: np.ndarray | None = None,
     progress: Progress = silent,
 ) -> InsertionResult:
   """Inserts the targets into the edited layers, lowest first.
@@ -90,6 +91,8 @@ def insert(
     targets: all M targets.
     active: [M] bool, targets to insert; an edit is inserted whole or not at
       all.
+    replayed: [n, M, D] targets of each layer's own output; None for targets of
+      the last layer alone.
     progress: progress display.
 
   Returns:
@@ -111,6 +114,7 @@ def insert(
       targets,
       active,
       joint=group is None,
+      replayed=replayed,
   )
   with progress('insert', len(recipe.layers), 'layer') as advance:
     for layer in range(recipe.layers[0], recipe.layers[-1] + 1):
@@ -157,8 +161,10 @@ class _Insertion:
       active: np.ndarray,
       *,
       joint: bool,
+      replayed: np.ndarray | None,
   ):
     self.rows, self._targets = rows, targets
+    self._replayed = replayed
     self._joint = joint
     self._params, self._recipe, self._state = given
     self._edit = np.repeat(np.arange(len(edits)), [e.stages for e in edits])
@@ -169,9 +175,10 @@ class _Insertion:
     self.distance: list[np.ndarray] = []
     self.keys: list[np.ndarray] = []
 
-  def gap(self, now: np.ndarray) -> np.ndarray:
+  def gap(self, now: np.ndarray, i: int = -1) -> np.ndarray:
     """Records the distance to the targets; returns the residuals [M, D]."""
-    away = self._targets.z - now
+    z = self._targets.z if self._replayed is None else self._replayed[i]
+    away = z - now
     far = np.linalg.norm(away, axis=-1) / np.maximum(self._length, 1e-30)
     self.distance.append(far)
     return away
@@ -181,8 +188,11 @@ class _Insertion:
     recipe, dtype = self._recipe, self._targets.z.dtype
     i = recipe.layers.index(layer)
     found = self.rows.keys(layer)
-    share = recipe.share(len(recipe.layers) - i)
-    away = self.gap(self.rows.predicted(layer)) * share
+    if self._replayed is None:
+      share = recipe.share(len(recipe.layers) - i)
+      away = self.gap(self.rows.predicted(layer)) * share
+    else:
+      away = self.gap(self.rows.present(layer), i)
     fine = np.isfinite(found.mean).all(1) & np.isfinite(away).all(1)
     self.active = all_targets(self._edit, self.active & fine)
     self.keys.append(found.mean)

@@ -57,6 +57,10 @@ class Recipe:
       'mean' over contexts.
     layer_share: share of the residual that a layer inserts: 'even' (1 / layers
       left), 'root' (1 / sqrt(layers left)) or a fixed number.
+    targets_at: where targets are: 'last', of the last layer; 'first', replayed
+      from there to the others (`replay`); 'each', optimised at every layer in
+      turn on the model with the layers below written (`boundary`). Other than
+      'last', each layer inserts its whole residual.
     shared_preconditioner: index of the layer whose S all layers use; None for
       each its own.
     rect_density: share of a matrix's entries that are changed, those of largest
@@ -83,6 +87,7 @@ class Recipe:
   output: str = 'block'
   measured: str = 'plain'
   layer_share: str | float = 'even'
+  targets_at: str = 'last'
   shared_preconditioner: int | None = None
   rect_density: float = 1.0
   prune: bool = False
@@ -96,6 +101,11 @@ class Recipe:
   def texts(self) -> bool:
     """Whether whole texts are run, for their preserved keys."""
     return self.chunks is not None and self.preserved
+
+  @property
+  def target_layer(self) -> int:
+    """The layer at which targets are optimised."""
+    return self.layers[0 if self.targets_at == 'first' else -1]
 
   def share(self, remaining: int) -> float:
     """Share of the residual of a layer; it is one of the `remaining` ones."""
@@ -156,6 +166,14 @@ class ClosedFormConfig(TargetedConfig):
   def output(self) -> str:
     """What z is."""
     return self.recipe().output
+
+  def objective(self) -> dict[str, Any]:
+    """See `MethodConfig.objective`."""
+    recipe = self.recipe()
+    # Of several targets an edit, those of the first layer are kept.
+    first = recipe.targets_at != 'last'
+    layer = recipe.layers[0] if first else recipe.target_layer
+    return {**super().objective(), 'layer': int(layer)}
 
   def label(self, name: str) -> str:
     """See `MethodConfig.label`."""

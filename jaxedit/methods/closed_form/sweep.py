@@ -418,8 +418,15 @@ class LayerSweep:
     """States [M, D] of the last edited layer, now at its MLP, under `delta`."""
     return self._read(lambda side, t, batch: self._at[side][t], delta)
 
-  def _read(self, where: Any, delta: LayerDelta | None) -> np.ndarray:
+  def present(self, layer: int) -> np.ndarray:
+    """Outputs [M, D] of a layer, now at its MLP, without a delta of its own."""
+    return self._read(lambda side, t, batch: self._at[side][t], None, layer)
+
+  def _read(
+      self, where: Any, delta: LayerDelta | None, layer: int | None = None
+  ) -> np.ndarray:
     recipe = self._recipe
+    layer = recipe.layers[-1] if layer is None else layer
 
     def measured(side: int) -> Iterator[Array]:
       for t, batch in enumerate(self._sides[side]):
@@ -427,7 +434,7 @@ class LayerSweep:
             *self._model,
             where(side, t, batch),
             batch.anchor,
-            layer=recipe.layers[-1],
+            layer=layer,
             deltas=self._deltas(delta, batch),
             output=recipe.output,
         )
