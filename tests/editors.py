@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxedit.methods import base
 from jaxedit.methods.base import Editor, Need
+from jaxedit.methods.finetune.editor import SpecialToken
 from jaxedit.models.spec import ModelSpec
 from jaxedit.testing import facts
 from jaxedit.text.encoding import EncodedEdit
@@ -43,6 +44,8 @@ def resources(
     if isinstance(need, base.PreservedTexts):
       return preserved(seed)
     if isinstance(need, base.PadToken):
+      return PAD
+    if isinstance(need, SpecialToken):
       return PAD
     return need.provide(types.SimpleNamespace(spec=spec), seed, silent)
 

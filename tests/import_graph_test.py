@@ -92,6 +92,7 @@ SHARED_BY_METHODS = tuple(
         'base',
         'closed_form',
         'config',
+        'finetune',
         'gradient',
         'parity',
         'patches',

@@ -61,7 +61,7 @@ class RegistryTest(parameterized.TestCase):
     self.assertIs(method_of('rome'), METHODS['rome'])
     with self.assertRaisesRegex(InputError, "'mimit' is unknown.*'memit'"):
       method_of('mimit')
-    with self.assertRaisesRegex(InputError, "'xyz' is unknown; known are alph"):
+    with self.assertRaisesRegex(InputError, "'xyz' is unknown; known are ada"):
       method_of('xyz')
 
 

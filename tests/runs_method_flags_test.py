@@ -133,6 +133,8 @@ class ParityTest(parameterized.TestCase):
       ('easyedit', 'alphaedit', dict(null_space_threshold=0.02)),
       ('easyedit', 'rome', dict(moments=False)),
       ('easyedit', 'emmet', dict(single_edit_ridge=None)),
+      ('easyedit', 'ft_l', dict(train_begin=True)),
+      ('easyedit', 'ft_m', dict(append_end=False)),
       (
           'anyedit',
           'alphaedit',
@@ -158,6 +160,8 @@ class ParityTest(parameterized.TestCase):
     want = {
         'alphaedit': {'memit', 'easyedit', 'anyedit'},
         'emmet': {'easyedit'},
+        'ft_l': {'easyedit'},
+        'ft_m': {'easyedit'},
         'memit': {'anyedit'},
         'rome': {'easyedit'},
         'unke': {'anyedit'},
@@ -206,7 +210,7 @@ class RefusedTest(parameterized.TestCase):
        'exclude each other: leave one'),
       (dict(method='unke', post='rect'), '--post is no setting of unke; .*leave'),
       (dict(method='pmet', parity='easyedit'), '--parity=easyedit sets nothing '
-       'for pmet, but for alphaedit and emmet and rome: leave'),
+       'for pmet, but for alphaedit and emmet and .*rome: leave'),
       (dict(window=3, overlap=3), 'overlap'),
       (dict(method='rome', layers='1,2'), 'ROME edits one layer; name one'),
       (dict(anyedit=False, parity='anyedit', layers='0,1', batch_size=3),

@@ -308,10 +308,12 @@ def fit(
   """
   exact = jax.tree.map(lambda w: w.astype(wide(w.dtype)), block)
 
-  def loss(weights: Params) -> Array:
+  def loss(weights: Params, step: Array) -> tuple[Array, Array]:
+    del step
     weights = jax.tree.map(lambda w, old: w.astype(old.dtype), weights, block)
     run = lambda s: run_block(spec, weights, s.h, s.texts.rows)
-    return error(run(kept), kept) + error(run(edited), edited)
+    total = error(run(kept), kept) + error(run(edited), edited)
+    return total, total
 
   optimizer = gradient.adamw(rule.rate, rule.decay, _decays)
   weights, value, _ = gradient.fit(loss, exact, optimizer, steps=rule.steps)
