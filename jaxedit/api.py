@@ -30,7 +30,7 @@ from jaxedit.eval.scorers.base import end_ids, texts
 from jaxedit.eval.scorers.generation import FreeGeneration, stop_ids
 from jaxedit.eval.scorers.long_form import LongForm
 from jaxedit.eval.scorers.teacher_forced import TeacherForced
-from jaxedit.methods.anyedit import anyedit
+from jaxedit.methods import anyedit as anyedit_lib
 from jaxedit.methods.base import EditBatch, Editor, Info, Need, Run
 from jaxedit.methods.registry import method_of
 from jaxedit.methods.settings import configure
@@ -222,7 +222,7 @@ def edit(
   cut = {k: settings.pop(k) for k in _CHUNK_SETTINGS if k in settings}
   config = configure(found.published(kind, chunked), settings)
   if chunked:
-    config = anyedit(config, **cut)
+    config = anyedit_lib.anyedit(config, **cut)
   made = found.editor(model.spec, config)
   tokens = TokenCache(model.tokenizer)
   run = RunConfig(
@@ -248,7 +248,9 @@ def edit(
         max_tokens=model.spec.max_positions,
         chunking=config.chunks,
     )
-  encoded = tuple(encoder.encode(wanted))
+  encoded = anyedit_lib.cut(
+      model.spec, model.params, encoder.encode(wanted), config.chunks
+  )
   provided = dict(resources or {})
   for need in made.needs:
     if need not in provided:

@@ -354,5 +354,27 @@ class RealTextsTest(ChunksCase):
       self.check(chunks, len(offsets), 40)
 
 
+class SurpriseTest(parameterized.TestCase):
+
+  @parameterized.named_parameters(
+      ('none', [], 4, ()),
+      ('one', [1, 9, 1], 4, ((0, 3),)),
+      # The two largest of eight; the first token replaces the lesser one.
+      ('first', [0, 1, 1, 1, 9, 8, 1, 1], 4, ((0, 4), (4, 8))),
+      ('kept', [9, 1, 1, 1, 8, 1, 1, 1], 4, ((0, 4), (4, 8))),
+      # A chunk of 17 tokens, more than two windows, is cut at token 9.
+      ('long', [9] + 8 * [1] + [5] + 7 * [1] + 4 * [8, 2, 2, 2], 8,
+       ((0, 9), (9, 17), (17, 21), (21, 25), (25, 29), (29, 33))),
+      # Chunks of fewer than four tokens join the one before.
+      ('short', [9, 1, 1, 1, 8, 7, 1, 1, 1, 1, 1, 1], 4, ((0, 5), (5, 12))),
+  )  # fmt: skip
+  def test_by_hand(self, surprise, window, want):
+    self.assertEqual(chunking.surprise_spans(surprise, window), want)
+
+  def test_overlap_is_refused(self):
+    with self.assertRaisesRegex(types.InputError, 'do not overlap: give 0'):
+      chunking.check_chunking(chunking.Chunking(8, 2, 'surprise'))
+
+
 if __name__ == '__main__':
   absltest.main()

@@ -17,7 +17,7 @@ from jaxedit.batching.plan import BatchPlan
 from jaxedit.convert import hub
 from jaxedit.eval.datasets import Loaded
 from jaxedit.eval.protocols import case_numbers
-from jaxedit.methods import base
+from jaxedit.methods import anyedit, base
 from jaxedit.methods.base import EditBatch, Editor, Need
 from jaxedit.models import loading
 from jaxedit.models import tokenizer as tokenizer_lib
@@ -203,6 +203,8 @@ def load(
     contexts = task.contexts(model, tokens)
     # Requests that are too long under the templates are refused before more runs.
     encoded = task.encode(model.spec, tokens, loaded.requests, contexts)
+    chunks = chosen.config.chunks
+    encoded = anyedit.cut(model.spec, model.params, encoded, chunks)
   alone = config.reset and config.batch_size == 1
   if not alone:
     targets = sorted(edit.stages for edit in encoded)

@@ -110,8 +110,9 @@ def _define_chunk_flags() -> None:
       'boundary',
       'window',
       BOUNDARIES,
-      'Where chunks end: after so many tokens, or at ends of sentences and'
-      ' lines, of at most so many.',
+      'Where chunks end: after so many tokens; at ends of sentences and lines,'
+      ' of at most so many; or before the tokens that the unedited model expects'
+      ' least, of so many on average.',
   )
 
 

@@ -14,8 +14,11 @@ or an environment of LaTeX that fits in a window. Of those that do not, lines st
 whole. What is longer than a window falls back to windows; short neighbours are
 put together as long as they fit in one.
 
+With surprise, chunks begin where the unedited model expects the text least
+(`surprise_spans`); who has the model cuts, as `chunk` leaves the text whole.
+
 Source: AnyEdit (Jiang et al. 2025, arXiv 2502.05628), windows of 40 or 50
-tokens without overlap. The sentences are our own rules: no model, no word
+tokens without overlap; AnyEdit++ (arXiv 2606.01053) for surprise. The sentences are our own rules: no model, no word
 lists beyond the abbreviations below.
 
 It knows character offsets, no tokenizer, and does not parse languages: code and
@@ -35,7 +38,7 @@ from jaxedit.types import InputError
 
 Span = tuple[int, int]
 
-BOUNDARIES = ('window', 'sentence')
+BOUNDARIES = ('window', 'sentence', 'surprise')
 
 # Marks that end a sentence whatever follows: full stops of scripts that use
 # them for nothing else.
@@ -131,10 +134,10 @@ class Chunking(NamedTuple):
   """How targets are cut.
 
   Attributes:
-    window: tokens of a chunk at most; with 'sentence', without the overlap. 40
-      is AnyEdit's for Llama 3, 50 for Qwen 2.5.
+    window: tokens of a chunk at most; with 'sentence', without the overlap; with
+      'surprise', on average. 40 is AnyEdit's for Llama 3, 50 for Qwen 2.5.
     overlap: tokens that a chunk repeats of the one before it.
-    boundary: 'window' or 'sentence'.
+    boundary: one of `BOUNDARIES`.
   """
 
   window: int = 40
@@ -177,6 +180,11 @@ def check_chunking(chunking: Chunking) -> None:
         f'the overlap is {overlap} tokens with a window of {window}; give 0 to'
         f' {window - 1}.'
     )
+  if boundary == 'surprise' and overlap:
+    problems.append(
+        f'the overlap is {overlap} tokens; chunks that begin at surprises do not'
+        ' overlap: give 0.'
+    )
   if boundary not in BOUNDARIES:
     problems.append(
         f'the boundary {boundary!r} is unknown; use {" or ".join(BOUNDARIES)}.'
@@ -206,6 +214,53 @@ def spans(n: int, window: int, overlap: int) -> tuple[Span, ...]:
   return tuple(found)
 
 
+# Chunks that begin at surprises: the longest as a multiple of the window, and
+# the shortest, tokens. Published code bounds neither.
+_LONGEST, _SHORTEST = 2, 4
+
+
+def surprise_spans(surprise: Sequence[float], window: int) -> tuple[Span, ...]:
+  """Cuts a target where a model expects it least.
+
+  The ceil(n / window) tokens of largest surprise begin chunks; the first token
+  always does, in place of the least of them. A chunk of more than 2 windows is
+  cut at its own largest surprise, and one of fewer than 4 tokens joins the one
+  before it.
+
+  Args:
+    surprise: of every token, -log p given what is before it.
+    window: tokens of a chunk on average.
+
+  Returns:
+    (begin, end) of the chunks, ascending and without gaps.
+
+  Source: AnyEdit++ (arXiv 2606.01053) as published; bounds of length are ours.
+  """
+  n = len(surprise)
+  if not n:
+    return ()
+  order = sorted(range(n), key=lambda t: (-surprise[t], t))
+  begins = order[: -(-n // window)]
+  if 0 not in begins:
+    begins[-1] = 0
+  begins.sort()
+  cut: list[int] = []
+  waiting = list(zip(begins, [*begins[1:], n]))[::-1]
+  while waiting:
+    begin, end = waiting.pop()
+    if end - begin <= _LONGEST * window:
+      cut.append(begin)
+      continue
+    inner = range(begin + 1, end)
+    middle = max(inner, key=lambda t: (surprise[t], -t))
+    waiting += [(middle, end), (begin, middle)]
+  kept: list[int] = []
+  for begin, end in zip(cut, [*cut[1:], n]):
+    if not kept or end - begin >= _SHORTEST:
+      kept.append(begin)
+  return tuple(zip(kept, [*kept[1:], n]))
+
+
 def chunk(
     text: str,
     ids: Sequence[int],
@@ -229,6 +284,8 @@ def chunk(
   window, overlap, boundary = chunking
   if boundary == 'window':
     return spans(len(ids), window, overlap)
+  if boundary == 'surprise':
+    return spans(len(ids), len(ids), 0)
   if not len(ids):
     return ()
   ends, protected = cuts(text)
