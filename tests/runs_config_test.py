@@ -40,7 +40,7 @@ class ErrorsTest(parameterized.TestCase):
       ),
       (
           dict(perplexity_text='nowhere.txt'),
-          '--perplexity_text=nowhere.txt: no such file; name a plain text',
+          '--perplexity_text=nowhere.txt: is no file; name a plain text',
       ),
       (dict(moments='none.safetensors'), 'no such file; collect them with'),
       (dict(top_p=2.0), '--top_p.*at most 1'),

@@ -101,6 +101,16 @@ class OutputTest(parameterized.TestCase):
         raise InputError('refused')
     self.assertEqual(self.names(), ['moments.safetensors', 'notes.txt'])
 
+  @parameterized.parameters(True, False)
+  def test_a_folder_that_a_refused_run_made_is_removed(self, begun):
+    place = self.folder / 'new'
+    with self.assertRaises(InputError):
+      with Output(str(place), ALL, overwrite=False) as output:
+        if begun:
+          output.begin()
+        raise InputError('refused')
+    self.assertFalse(place.exists())
+
   def test_a_folder_is_of_one_run_at_a_time(self):
     first = self.claim(ALL)
     with self.assertRaisesRegex(InputError, 'another run is at work there'):

@@ -23,6 +23,7 @@ import jax
 import tqdm
 from absl import app, flags, logging
 
+from jaxedit import io
 from jaxedit.methods.settings import settings_of
 from jaxedit.models import assets
 from jaxedit.runs import setting_flags
@@ -146,10 +147,10 @@ def parse(arguments: Sequence[str]) -> list[str]:
     What is no flag, the name first.
   """
   try:
+    if problem := _flagfile_error(arguments, set()):
+      raise flags.Error(problem)
     return flags.FLAGS(list(arguments))
-  except (flags.Error, OSError, UnicodeDecodeError) as e:
-    if isinstance(e, UnicodeDecodeError):
-      e = f'--flagfile={_binary(arguments, set())}: is not UTF-8 text'
+  except (flags.Error, OSError) as e:
     text = re.sub(r'^ERROR:: |\[Errno \d+\] ', '', str(e)).removesuffix('.')
     text = re.sub(r'invalid literal for int.*', 'give a whole number', text)
     text = re.sub(r'could not convert .* float.*', 'give a number', text)
@@ -159,8 +160,8 @@ def parse(arguments: Sequence[str]) -> list[str]:
     sys.exit(0)  # --help was asked for and given
 
 
-def _binary(arguments: Sequence[str], seen: set[str]) -> str:
-  """Finds the flagfile that is no text, among arguments or named in another."""
+def _flagfile_error(arguments: Sequence[str], seen: set[str]) -> str:
+  """Says which flagfile, of arguments or named in another, cannot be read."""
   for place, word in enumerate(arguments):
     found = re.fullmatch(r'--?flagfile(?:=(.*))?', word.strip())
     name = found and (found[1] or ''.join(arguments[place + 1 : place + 2]))
@@ -168,10 +169,12 @@ def _binary(arguments: Sequence[str], seen: set[str]) -> str:
       continue
     seen.add(name)
     try:
-      lines = pathlib.Path(os.path.expanduser(name)).read_text().splitlines()
+      lines = io.read_bytes(os.path.expanduser(name)).decode().splitlines()
     except UnicodeDecodeError:
-      return name
-    if inner := _binary(lines, seen):
+      return f'--flagfile={name}: is not UTF-8 text'
+    except OSError as e:
+      return f'--flagfile={name}: cannot be read ({e.strerror or e})'
+    if inner := _flagfile_error(lines, seen):
       return inner
   return ''
 

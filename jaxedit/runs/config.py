@@ -293,9 +293,7 @@ def errors(config: RunConfig) -> list[str]:
     ]
   text = config.perplexity_text
   if text and not pathlib.Path(text).is_file():
-    problems.append(
-        f'--perplexity_text={text}: no such file; name a plain text'
-    )
+    problems.append(f'--perplexity_text={text}: is no file; name a plain text')
   if config.moments and not pathlib.Path(config.moments).exists():
     problems.append(
         f'--moments={config.moments}: no such file; collect them with'

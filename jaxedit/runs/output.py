@@ -7,6 +7,7 @@ time has a folder: it holds a lock on it (flock) that ends with its process.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import pathlib
@@ -26,7 +27,8 @@ class Output:
   """An output folder, claimed by a run.
 
   As a context it removes `unfinished` at the end of a run, and all that a run
-  has written where it is refused before it has found anything.
+  has written, and the folder if it made that, where it is refused before it has
+  found anything.
 
   Attributes:
     folder: the folder.
@@ -55,6 +57,7 @@ class Output:
       InputError: it cannot be written, another run is at work there, or it
         holds files that are not to be replaced.
     """
+    self._made = not os.path.lexists(path)
     self.folder = make_folder(path)
     self.unfinished = self.folder / _UNFINISHED
     self._command = dict(command)
@@ -132,6 +135,9 @@ class Output:
         self.clear(self._new)
       if kind is None or refused:
         io.remove_folder(self.unfinished)
+      if self._made and isinstance(error, InputError):
+        with contextlib.suppress(OSError):  # something lies in it
+          self.folder.rmdir()
     finally:
       self._release()
 

@@ -144,7 +144,7 @@ def check(
         f' {provenance.get("site")!r}, not of {site!r}; {advice} --site={site}'
     )
   missing = [n for n in layers or () if n not in have]
-  if missing:
+  if have and missing:
     problems.append(
         f'{path}: has second moments of layers {_listed(have)}, not of'
         f' {_listed(missing)}; {advice}'
