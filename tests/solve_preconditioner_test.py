@@ -131,6 +131,11 @@ class NullSpaceTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, r'share 1.0 .* lower the share'):
       null_space(gram(10.0), share=1.0)
 
+  @parameterized.parameters({'share': 0.5}, {'threshold': 2e-2})
+  def test_a_negative_eigenvalue_is_refused(self, **rule):
+    with self.assertRaisesRegex(ValueError, 'least eigenvalue is -.* second'):
+      null_space(gram() - 0.01 * np.eye(F), **rule)
+
   @parameterized.parameters({}, {'share': 98.0}, {'share': -0.1})
   def test_a_rule_is_needed(self, **rule):
     with self.assertRaisesRegex(ValueError, 'between 0 and 1'):
