@@ -47,6 +47,8 @@ def resources(
       return PAD
     if isinstance(need, SpecialToken):
       return PAD
+    if isinstance(need, base.Tokenizer):
+      return None  # edits are ids
     return need.provide(types.SimpleNamespace(spec=spec), seed, silent)
 
   return {need: provide(need) for need in editor.needs}
