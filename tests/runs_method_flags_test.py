@@ -133,6 +133,13 @@ class ParityTest(parameterized.TestCase):
       ('easyedit', 'alphaedit', dict(null_space_threshold=0.02)),
       ('easyedit', 'rome', dict(moments=False)),
       ('easyedit', 'emmet', dict(single_edit_ridge=None)),
+      (
+          'easyedit',
+          'kn',
+          dict(
+              quantity='easyedit', sharing=0.0, row_norms=False, new_weight=1.0
+          ),
+      ),
       ('easyedit', 'ft_l', dict(train_begin=True)),
       ('easyedit', 'ft_m', dict(append_end=False)),
       (
@@ -144,8 +151,9 @@ class ParityTest(parameterized.TestCase):
       ('anyedit', 'memit', dict(shadowed_schedule=True)),
   )
   def test_bundles(self, bundle, method, wanted):
-    found = chosen(parity=bundle, method=method).settings
-    plain = chosen(method=method).settings
+    kind = 'text' if 'text' in METHODS[method].accepts else 'fact'
+    found = chosen(kind, parity=bundle, method=method).settings
+    plain = chosen(kind, method=method).settings
     self.assertEqual(found['parity'], bundle)
     for name, value in wanted.items():
       self.assertEqual(found[name], value)
@@ -162,6 +170,7 @@ class ParityTest(parameterized.TestCase):
         'emmet': {'easyedit'},
         'ft_l': {'easyedit'},
         'ft_m': {'easyedit'},
+        'kn': {'easyedit'},
         'memit': {'anyedit'},
         'rome': {'easyedit'},
         'unke': {'anyedit'},

@@ -478,10 +478,10 @@ def neurons_of(found: np.ndarray, config: KnConfig) -> np.ndarray:
     if _WANTED[0] <= number <= _WANTED[1]:
       break
     share += _MOVE if number > _WANTED[1] else -_MOVE
-  places = np.flatnonzero(chosen())
-  order = np.argsort(-flat.mean(axis=0)[places], kind='stable')
-  places = places[order][: config.limit]
-  return np.stack(np.divmod(places, width), axis=-1)
+  index = np.flatnonzero(chosen())
+  order = np.argsort(-flat.mean(axis=0)[index], kind='stable')
+  index = index[order][: config.limit]
+  return np.stack(np.divmod(index, width), axis=-1)
 
 
 @jax.jit
@@ -704,7 +704,8 @@ def _edit(
   if joint:
     delta = jax.tree.map(lambda x: x[:, 0], delta)
   size = None if joint else max(group) + 1
-  return Edited((jax.tree.map(jnp.asarray, delta),), size=size), info
+  # Not `jnp.asarray`, which compiles for every number of neurons.
+  return Edited((jax.device_put(delta),), size=size), info
 
 
 def _report(
