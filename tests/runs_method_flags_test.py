@@ -148,6 +148,11 @@ class ParityTest(parameterized.TestCase):
           dict(null_space_threshold=0.02, preserve_previous=False),
       ),
       ('anyedit', 'unke', dict(pads=True)),
+      (
+          'easyedit',
+          'wise',
+          dict(counts_one_more=True, decays_all=True, whole_rows=True),
+      ),
       ('anyedit', 'memit', dict(shadowed_schedule=True)),
   )
   def test_bundles(self, bundle, method, wanted):
@@ -174,6 +179,7 @@ class ParityTest(parameterized.TestCase):
         'memit': {'anyedit'},
         'rome': {'easyedit'},
         'unke': {'anyedit'},
+        'wise': {'easyedit'},
     }
     self.assertEqual(bundles, want)
 
@@ -219,7 +225,7 @@ class RefusedTest(parameterized.TestCase):
        'exclude each other: leave one'),
       (dict(method='unke', post='rect'), '--post is no setting of unke; .*leave'),
       (dict(method='pmet', parity='easyedit'), '--parity=easyedit sets nothing '
-       'for pmet, but for alphaedit and emmet and .*rome: leave'),
+       'for pmet, but for alphaedit and emmet and .*rome and wise: leave'),
       (dict(window=3, overlap=3), 'overlap'),
       (dict(method='rome', layers='1,2'), 'ROME edits one layer; name one'),
       (dict(anyedit=False, parity='anyedit', layers='0,1', batch_size=3),

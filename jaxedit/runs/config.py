@@ -160,7 +160,7 @@ class RunConfig:
   )
   preserve: str = setting(
       'self',
-      f'UnKE, T-Patcher: text that stays as it is: {corpora.KINDS}',
+      f'UnKE, T-Patcher, WISE: text that stays as it is: {corpora.KINDS}',
   )
   demonstrations: str | None = setting(
       None, 'IKE: file of other records, from which demonstrations are taken'
