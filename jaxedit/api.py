@@ -253,6 +253,7 @@ def edit(
   )
   provided = dict(resources or {})
   for need in made.needs:
+    need.admit(wanted)
     if need not in provided:
       provided[need] = needs.provide(
           run, model, model.tokenizer, need, copy=False, progress=progress

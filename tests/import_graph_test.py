@@ -94,6 +94,7 @@ SHARED_BY_METHODS = tuple(
         'config',
         'finetune',
         'gradient',
+        'hypernet',
         'parity',
         'patches',
         'regression',

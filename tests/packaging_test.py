@@ -40,7 +40,7 @@ PARSE_FLAGS = """
 import importlib.util, json, sys
 from absl import flags
 from jaxedit.methods.registry import METHODS
-from jaxedit.runs import method_flags
+from jaxedit.runs import method_flags, training_flags
 from jaxedit.types import InputError
 name, paths = json.loads(sys.stdin.read())
 is_folder = importlib.util.find_spec(name).submodule_search_locations
@@ -55,7 +55,9 @@ for path in paths:
     rest = flags.FLAGS([name, '--flagfile=' + path])[1:]
     if rest:
       raise flags.Error(f'no flags: {rest}')
-    if 'method' in own:
+    if 'edit_weight' in own:
+      training_flags.from_flags()
+    elif 'method' in own:
       takes = METHODS[flags.FLAGS.method].accepts
       kind = 'text' if 'anyedit' in own and 'text' in takes else 'fact'
       method_flags.from_flags(kind)

@@ -168,6 +168,11 @@ class ParityTest(parameterized.TestCase):
       self.assertNotIn('null_space_share', found)
       self.assertIn('null_space_share', plain)
 
+  def test_mend_as_easyedit(self):
+    found = chosen('fact', parity='easyedit', method='mend').settings
+    self.assertTrue(found['joint'])
+    self.assertFalse(chosen('fact', method='mend').settings['joint'])
+
   def test_every_bundle_is_tested(self):
     bundles = {b: set(m.parity) for b, m in METHODS.items() if m.parity}
     want = {
@@ -177,6 +182,7 @@ class ParityTest(parameterized.TestCase):
         'ft_m': {'easyedit'},
         'kn': {'easyedit'},
         'memit': {'anyedit'},
+        'mend': {'easyedit'},
         'rome': {'easyedit'},
         'unke': {'anyedit'},
         'wise': {'easyedit'},
@@ -300,7 +306,7 @@ class HelpTest(parameterized.TestCase):
         if name not in owners:
           continue
         text = flags.FLAGS[flag].help
-        default = method_flags._written(owners[name].default)
+        default = method_flags.written(owners[name].default)
         shown = re.search(r'Default: (.*)\.$', text)[1].split('; ')
         mine = [x for x in shown if re.search(rf'\b(all|{name})\b', x)]
         self.assertTrue(any(x.endswith(f' {default}') for x in mine), text)

@@ -32,7 +32,13 @@ from jaxedit.methods.settings import configure
 from jaxedit.models.spec import ModelSpec
 from jaxedit.targets import TargetCache, Work
 from jaxedit.text.encoding import EncodedEdit
-from jaxedit.types import InputError, Progress, Targets, silent
+from jaxedit.types import (
+    EditRequest,
+    InputError,
+    Progress,
+    Targets,
+    silent,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +54,14 @@ class Need:
     Raises:
       InputError: it cannot.
     """
+
+  def admit(self, requests: Sequence[EditRequest]) -> None:
+    """Refuses requests that it must not be used for, before weights are read.
+
+    Raises:
+      InputError: some are such.
+    """
+    del requests
 
   def provide(self, model: Any, seed: int, progress: Progress) -> Any:
     """Makes it.
@@ -224,6 +238,8 @@ class Method:
     by_text: whether it edits by the texts of requests, not by token ids.
     parity: name of a published code -> settings that reproduce it.
     source: the paper.
+    trainer: how its editor is trained, a `hypernet.network.Trainer`; None where
+      nothing is trained.
     small: settings that suit a model of three layers, for tests of every method.
   """
 
@@ -239,6 +255,7 @@ class Method:
       default_factory=dict
   )
   source: str = ''
+  trainer: Any = None
   small: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def configure(self, **given: Any) -> Any:

