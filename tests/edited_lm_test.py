@@ -154,7 +154,7 @@ class SideBySideTest(parameterized.TestCase):
       lm.score(queries, edit_ids=ids)
       lm.generate(prompts, edit_ids=ids, max_new_tokens=4 + seed)
       sizes.append([program._cache_size() for program in programs])
-      queries = [Query(other(p), tuple(map(other, a))) for p, a in queries]
+      queries = [Query(other(p), tuple(map(other, a))) for p, a, _ in queries]
       prompts = [list(other(prompt)) for prompt in prompts]
     self.assertEqual(*sizes)
 
@@ -166,7 +166,7 @@ class WeightsTest(parameterized.TestCase):
     """(parameters, deltas) that queries and prompts are run with."""
     lm = open_model(here, edited)
     with mock.patch.object(
-        edited_lib.scoring, 'score', return_value=[[]]
+        edited_lib.scoring, 'score', return_value=[[None]]
     ) as score:
       lm.score([Query((4, 5), ((6,),))])
     with mock.patch.object(decode, 'generate', return_value=[[]]) as generate:

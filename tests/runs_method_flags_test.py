@@ -154,6 +154,7 @@ class ParityTest(parameterized.TestCase):
           dict(counts_one_more=True, decays_all=True, whole_rows=True),
       ),
       ('anyedit', 'memit', dict(shadowed_schedule=True)),
+      ('ultraedit', 'ultraedit', dict(prior_tokens=0.0, unbiased=True)),
   )
   def test_bundles(self, bundle, method, wanted):
     kind = 'text' if 'text' in METHODS[method].accepts else 'fact'
@@ -184,6 +185,7 @@ class ParityTest(parameterized.TestCase):
         'memit': {'anyedit'},
         'mend': {'easyedit'},
         'rome': {'easyedit'},
+        'ultraedit': {'ultraedit'},
         'unke': {'anyedit'},
         'wise': {'easyedit'},
     }

@@ -14,15 +14,16 @@ from typing import Any
 
 from experiments.benchmark.config import BenchmarkConfig
 from experiments.benchmark.presets import (
-    PRESETS,
-    RandomMoments,
-    random_params,
-    scaled,
+  PRESETS,
+  RandomMoments,
+  random_params,
+  scaled,
 )
 from jaxedit.convert import hub
 from jaxedit.methods import closed_form, memit
 from jaxedit.methods.anyedit import anyedit
 from jaxedit.methods.base import Editor, Need
+from jaxedit.methods.registry import METHODS
 from jaxedit.models import families, loading, tokenizer
 from jaxedit.runs import moments, tasks
 from jaxedit.runs.config import RunConfig
@@ -135,7 +136,7 @@ def prepare(
         f' tokens, the preset {settings.preset} takes {spec.vocab}; name another'
         ' --model'
     )
-  chosen = Chosen(memit.METHOD, method)
+  chosen = Chosen(METHODS['memit'], method)
   make = tasks.TextTask if settings.window else Facts
   task = make(dataclasses.replace(config, max_new_tokens=0), chosen)
   requests = tuple(task.load(tokens, spec, progress).requests)

@@ -176,9 +176,11 @@ def fit(
   start = draw(first, spec.width), draw(second, neurons)
   total = jnp.maximum(jnp.sum(weight), 1)
 
-  def mean(weights: tuple[Array, Array]) -> Array:
+  def mean(weights: tuple[Array, Array], step: Array) -> tuple[Array, Array]:
+    del step
     losses, _ = loss_of(spec, params, weights, tail)
-    return jnp.sum(jnp.where(weight > 0, weight * losses, 0)) / total
+    value = jnp.sum(jnp.where(weight > 0, weight * losses, 0)) / total
+    return value, value
 
   weights, _, count = gradient.fit(
       mean,

@@ -19,7 +19,8 @@ Whether a model knows a fact is not its business.
 from __future__ import annotations
 
 from jaxedit.eval.datasets import fields as lib
-from jaxedit.text.cloze import PLACEHOLDER, resolve
+from jaxedit.text.cloze import PLACEHOLDER, Cloze, resolve
+from jaxedit.text.joining import trim_prompt
 from jaxedit.types import EditRequest, cloze_parts
 
 NAME = 'known'
@@ -49,8 +50,11 @@ def finish(parts: lib.Parts, errors: list[str]) -> lib.Parts:
   before, *rest = cloze_parts(parts.get('template', ''))
   given = before + subject
   if rest and len(cloze_parts(prompt)) == 1 and prompt.startswith(given):
+    # Two fields agree on the place, so nothing is left to find or to doubt.
     prompt = prompt[: len(before)] + PLACEHOLDER + prompt[len(given) :]
-  cloze = resolve(prompt, subject)
+    cloze = Cloze(trim_prompt(prompt), subject)
+  else:
+    cloze = resolve(prompt, subject)
   errors.extend(cloze.errors)
   return {
       'prompt': cloze.prompt,
