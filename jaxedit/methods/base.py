@@ -40,6 +40,12 @@ from jaxedit.types import (
     silent,
 )
 
+# Why no hidden state could be optimised.
+NOT_FINITE = (
+    'every loss became non-finite; lower --value_rate or load the model with'
+    ' --dtype=float32'
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Need:

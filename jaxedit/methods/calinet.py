@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxedit.batching.buckets import POWERS, round_up
 from jaxedit.methods import gradient, patches
 from jaxedit.methods.base import (
     EditBatch,
@@ -276,7 +277,7 @@ def _fit_group(
   """
   rows = np.flatnonzero(np.isin(tail.edit, mine))
   # A power of two, so that groups share compiled code.
-  count = 1 << max(len(rows) - 1, 0).bit_length()
+  count = round_up(max(len(rows), 1), POWERS)
   pick = np.resize(rows, count) if len(rows) else np.zeros(count, int)
   clean = jax.tree.map(lambda x: x[pick], tail)
   weight = (np.arange(count) < len(rows)).astype(tail.out.dtype)

@@ -44,6 +44,7 @@ from jaxedit.batching.edits import PackedBatch
 from jaxedit.batching.plan import BatchPlan
 from jaxedit.deltas import Codebook, Edited
 from jaxedit.methods.base import (
+    NOT_FINITE,
     EditBatch,
     Editor,
     EditResult,
@@ -74,10 +75,6 @@ _SAME = 1e-6
 _GAP = 1e-5
 _FULL = (
     'the codebook is full; give it more entries (--capacity) or a larger radius'
-)
-_NOT_FINITE = (
-    'every loss became non-finite; lower --value_rate or load the model with'
-    ' --dtype=float32'
 )
 
 
@@ -303,7 +300,7 @@ def grace(spec: ModelSpec, config: GraceConfig) -> Editor:
         np.arange(len(entries), dtype=np.int32),
         np.stack([np.ones(len(entries)), ~written]).astype(targets.z.dtype),
     )
-    reason = _FULL if finite.any() else _NOT_FINITE
+    reason = _FULL if finite.any() else NOT_FINITE
     info = Info(
         written=written,
         seconds={

@@ -40,6 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxedit.batching.buckets import POWERS, round_up
 from jaxedit.methods import patches
 from jaxedit.methods.base import (
     EditBatch,
@@ -503,7 +504,7 @@ class _Fitting:
     mine = [self.states[g] for g in groups]
     most = max(len(one.patch.bias) for one in mine)
     # A power of two, so that small batches share compiled code.
-    count = 1 << (len(indices) - 1).bit_length()
+    count = round_up(len(indices), POWERS)
     fill = [*range(len(indices)), *[0] * (count - len(indices))]
     rows = Tail(*(leaf[[indices[i] for i in fill]] for leaf in tail))
     grown = [

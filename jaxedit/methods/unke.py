@@ -34,6 +34,7 @@ from jaxedit.batching.buckets import POWERS, round_up
 from jaxedit.deltas import Dense, Edited
 from jaxedit.methods import regression
 from jaxedit.methods.base import (
+    NOT_FINITE,
     EditBatch,
     Editor,
     EditResult,
@@ -61,10 +62,6 @@ from jaxedit.types import Array, InputError, Params, Progress, Targets
 # with a threshold of 5e-3, others without early stop.
 _TARGET = TEXT_TARGET._replace(threshold=0.0)
 _CHUNKED_THRESHOLD = 5e-3
-_NOTHING = (
-    'every loss became non-finite; lower --value_rate or load the model with'
-    ' --dtype=float32'
-)
 _NOT_FINITE = (
     'text {} to preserve: its states are not finite in this model; leave it out'
 )
@@ -208,7 +205,7 @@ def unke(spec: ModelSpec, config: UnkeConfig) -> Editor:
         per_edit=per_edit(report, len(edits)),
         targets=report,
         work=work,
-        reason='' if written.any() else _NOTHING,
+        reason='' if written.any() else NOT_FINITE,
     )
     if joint:
       only = lambda x: jnp.asarray(x[:, 0])

@@ -27,6 +27,7 @@ from jaxedit import targets as targets_lib
 from jaxedit.deltas import Dense, Edited, LowRank, SiteDelta
 from jaxedit.edited.algebra import full, rank_limit
 from jaxedit.methods.base import (
+    NOT_FINITE,
     EditBatch,
     Editor,
     EditResult,
@@ -59,10 +60,6 @@ from jaxedit.types import InputError, Params
 _SINGULAR = (
     'the system to solve is singular, as the preserved keys leave no direction'
     ' free; edit fewer together (--batch_size) or with a ridge, as MEMIT does'
-)
-_NOT_FINITE = (
-    'every loss became non-finite; lower --value_rate or load the model with'
-    ' --dtype=float32'
 )
 
 
@@ -246,7 +243,7 @@ class _Call:
     """The report."""
     first = np.flatnonzero(np.diff(self._edit, prepend=-1))
     report = TargetReport(self._targets, self._edit, inserted.distance)
-    reason = _SINGULAR if self._targets.finite.any() else _NOT_FINITE
+    reason = _SINGULAR if self._targets.finite.any() else NOT_FINITE
     return Info(
         written=inserted.active[first],
         seconds=self._seconds,

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxedit.batching.buckets import POWERS, round_up
 from jaxedit.deltas import Edited, LowRank
 from jaxedit.methods.base import (
     EditBatch,
@@ -165,7 +166,7 @@ def hypernet(
 
 def _power_of_two(n: int, least: int) -> int:
   """The lowest power of two that is neither below n nor below `least`."""
-  return max(least, 1 << max(n - 1, 0).bit_length())
+  return max(least, round_up(n, POWERS))
 
 
 def _shape(edits: Sequence[EncodedEdit]) -> tuple[int, int, int]:
