@@ -305,6 +305,57 @@ class Prompting(Protocol):
     """
 
 
+class Speak(Protocol):
+  """Greedy generation under the edit of each text."""
+
+  def __call__(
+      self,
+      texts: Sequence[Sequence[int]],
+      which: Sequence[int],
+      *,
+      max_new_tokens: int,
+      stop_ids: Sequence[int],
+      stop_texts: Sequence[str],
+  ) -> list[list[int]]:
+    """Continues texts.
+
+    Args:
+      texts: token ids.
+      which: the prompt that each belongs to, as its number in the call.
+      max_new_tokens: tokens to add at most.
+      stop_ids: tokens that end a text.
+      stop_texts: strings that do, see `models.stop_texts`.
+
+    Returns:
+      New tokens of each, the one that ended it included.
+    """
+
+
+class Dialogue(Protocol):
+  """A `Prompting` rule that lets the model write before it answers.
+
+  It has `transcripts` in place of `rewrite`. What an answer follows is the
+  transcript, whether it is generated or scored.
+  """
+
+  def transcripts(
+      self,
+      prompts: Sequence[Sequence[int]],
+      edit_ids: Sequence[int] | None,
+      speak: Speak,
+      *,
+      most: int,
+  ) -> list[list[int]]:
+    """Returns the token ids that the answer of each prompt follows.
+
+    Args:
+      prompts: token ids.
+      edit_ids: which edit a prompt is under; None where there is one.
+      speak: generates.
+      most: tokens of a text at most.
+    """
+
+
 class Routing(Protocol):
   """A rule that says, prompt by prompt, whether an edit is in force."""
 

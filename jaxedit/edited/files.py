@@ -20,6 +20,7 @@ import numpy as np
 from jaxedit import deltas as deltas_lib
 from jaxedit import io
 from jaxedit.deltas import Dense, Edited, LowRank, SiteDelta
+from jaxedit.edited.dialogue import FactDialogue
 from jaxedit.edited.prompting import FactMemory
 from jaxedit.types import InputError
 
@@ -33,6 +34,10 @@ KINDS: Mapping[str, type] = {
         deltas_lib.Codebook,
         deltas_lib.Routed,
     )
+}
+# Prompting rules that have a file form.
+RULES: Mapping[str, type] = {
+    kind.__name__: kind for kind in (FactMemory, FactDialogue)
 }
 
 
@@ -69,7 +74,8 @@ def save(
   tensors, kinds = packed(edited)
   record = {'deltas': kinds, 'size': edited.size, 'metadata': dict(metadata)}
   if edited.prompting is not None:
-    arrays, record['prompting'] = edited.prompting.packed()
+    arrays, kept = edited.prompting.packed()
+    record['prompting'] = {'rule': type(edited.prompting).__name__, **kept}
     tensors |= {f'prompting/{name}': x for name, x in arrays.items()}
   io.write_tensors(path, tensors, kind=_FORMAT, record=record)
 
@@ -189,7 +195,8 @@ def _edited(
         for name, x in tensors.items()
         if name.startswith(begin)
     }
-    prompting = FactMemory.unpacked(arrays, kept)
+    kept = {'rule': FactMemory.__name__, **kept}
+    prompting = RULES[kept.pop('rule')].unpacked(arrays, kept)
   return Edited(deltas, prompting=prompting, size=record['size'])
 
 

@@ -9,7 +9,8 @@ made the edit. Only this module decides
     as the layers run (narrower ones, which merging would round);
   * whether edits side by side run as sequences of one batch, or one edit after
     the other (those that change whole matrices);
-  * what prompting and routing rules do to a prompt before the model reads it.
+  * what prompting and routing rules do to a prompt before the model reads it; a
+    rule of several rounds generates here, before scores as before texts.
 
 `apply_model` is the pure function below it, for a caller's own jit, grad and mesh.
 """
@@ -84,6 +85,7 @@ class LanguageModel(Protocol):
       stop_ids: Sequence[int] = (),
       decoding: Decoding = GREEDY,
       streams: Sequence[int] | None = None,
+      stop_texts: Sequence[Sequence[str]] | None = None,
       edit_ids: Sequence[int] | None = None,
       progress: Progress = silent,
   ) -> list[list[int]]:
@@ -96,6 +98,8 @@ class LanguageModel(Protocol):
       decoding: how tokens are chosen.
       streams: number of each prompt's random stream, below 2^31; its index if
         not given.
+      stop_texts: of each prompt, strings that end its text; see
+        `models.stop_texts`.
       edit_ids: as for `score`.
       progress: progress display.
 
@@ -131,7 +135,7 @@ def open_model(
     raise InputError(f'batch_size is {batch_size}; it must be at least 1')
   if hasattr(edited.prompting, 'bound'):
     edited = edited.replace(prompting=edited.prompting.bound(model.tokenizer))
-  return _EditedModel(model.spec, model.params, edited, batch_size)
+  return _EditedModel(model, edited, batch_size)
 
 
 def apply_model(
@@ -296,16 +300,18 @@ class _Part(NamedTuple):
 class _EditedModel:
   """See `open_model`."""
 
-  def __init__(
-      self, spec: ModelSpec, params: Params, edited: Edited, batch_size: int
-  ):
-    self.spec = spec
-    self._base, self._edited = params, edited
+  def __init__(self, model: Model, edited: Edited, batch_size: int):
+    self.spec = model.spec
+    # A memory brings the model's tokenizer where the model was loaded without.
+    own = getattr(edited.prompting, 'tokenizer', None)
+    self._tokenizer = model.tokenizer or own
+    self._base, self._edited = model.params, edited
     self._batch_size = batch_size
     self._merged: tuple[Params, tuple[SiteDelta, ...]] | None = None
 
   def score(self, queries, *, edit_ids=None, progress=silent):
-    read = self._read([query.prompt for query in queries], edit_ids)
+    prompts = [query.prompt for query in queries]
+    read = self._read(prompts, edit_ids, progress)
     asked = [Query(tuple(p), q.answers) for p, q in zip(read.prompts, queries)]
     scoring.check(self.spec, asked, more=read.problems)
     results: list[Any] = [None] * len(asked)
@@ -339,10 +345,11 @@ class _EditedModel:
       stop_ids=(),
       decoding=GREEDY,
       streams=None,
+      stop_texts=None,
       edit_ids=None,
       progress=silent,
   ):
-    read = self._read(prompts, edit_ids)
+    read = self._read(prompts, edit_ids, progress)
     settings = dict(
         max_new_tokens=max_new_tokens,
         stop_ids=stop_ids,
@@ -353,12 +360,33 @@ class _EditedModel:
         read.prompts,
         decoding=decoding,
         streams=streams,
+        stop_texts=stop_texts,
         more=read.problems,
         **settings,
     )
-    streams = range(len(prompts)) if streams is None else streams
-    results: list[list[int]] = [[] for _ in prompts]
-    with progress('generate', len(prompts), 'text') as advance:
+    return self._continued(
+        read,
+        edit_ids,
+        streams=range(len(prompts)) if streams is None else streams,
+        stop_texts=stop_texts or [()] * len(prompts),
+        progress=progress,
+        **settings,
+        **decoding._asdict(),
+    )
+
+  def _continued(
+      self,
+      read: _Read,
+      edit_ids: Sequence[int] | None,
+      *,
+      streams: Sequence[int],
+      stop_texts: Sequence[Sequence[str]],
+      progress: Progress,
+      **settings: Any,
+  ) -> list[list[int]]:
+    """Continues prompts that were read and checked; see `decode.generate`."""
+    results: list[list[int]] = [[] for _ in read.prompts]
+    with progress('generate', len(results), 'text') as advance:
       for part in self._parts(read.answered, edit_ids):
         found = decode.generate(
             self.spec,
@@ -367,18 +395,40 @@ class _EditedModel:
             deltas=part.deltas,
             edit_ids=part.edit_ids,
             streams=[streams[i] for i in part.index],
+            stop_texts=[stop_texts[i] for i in part.index],
+            tokenizer=self._tokenizer,
             progress=_counted(advance),
             **settings,
-            **decoding._asdict(),
         )
         for i, one in zip(part.index, found):
           results[i] = one
     return results
 
+  def _speaker(
+      self, edit_ids: Sequence[int] | None, progress: Progress
+  ) -> deltas_lib.Speak:
+    """How a dialogue rule generates, under the deltas of each text's edit."""
+
+    def speak(texts, which, *, max_new_tokens, stop_ids, stop_texts):
+      ids = None if edit_ids is None else [edit_ids[i] for i in which]
+      return self._continued(
+          _Read(texts, [True] * len(texts), []),
+          ids,
+          streams=range(len(texts)),
+          stop_texts=[stop_texts] * len(texts),
+          progress=progress,
+          max_new_tokens=max_new_tokens,
+          stop_ids=stop_ids,
+          batch_size=self._batch_size,
+      )
+
+    return speak
+
   def _read(
       self,
       prompts: Sequence[Sequence[int]],
       edit_ids: Sequence[int] | None,
+      progress: Progress,
   ) -> _Read:
     """Applies the rules of the edit to prompts."""
     edited, everything = self._edited, [True] * len(prompts)
@@ -391,7 +441,16 @@ class _EditedModel:
     if edited.prompting is not None:
       chosen = [i for i, yes in enumerate(answered) if yes]
       ids = None if edit_ids is None else [edit_ids[i] for i in chosen]
-      found = edited.prompting.rewrite([prompts[i] for i in chosen], ids)
+      some = [prompts[i] for i in chosen]
+      if hasattr(edited.prompting, 'transcripts'):
+        found = edited.prompting.transcripts(
+            some,
+            ids,
+            self._speaker(ids, progress),
+            most=self.spec.max_positions,
+        )
+      else:
+        found = edited.prompting.rewrite(some, ids)
       for i, prompt in zip(chosen, found, strict=True):
         read[i] = prompt
     return _Read(read, answered, [])

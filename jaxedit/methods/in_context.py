@@ -208,7 +208,7 @@ class State:
     )
 
 
-def _memory_editor(
+def memory_editor(
     make: Callable[[Mapping[Need, Any]], FactMemory],
     facts_of: Callable[
         [Sequence[EditRequest], Mapping[Need, Any]], Sequence[Fact]
@@ -266,7 +266,7 @@ def ice(spec: ModelSpec, config: IceConfig) -> Editor:
   facts = lambda requests, _: [
       Fact(one.id, one.question, _new_fact(one)) for one in requests
   ]
-  return _memory_editor(make, facts, (Tokenizer(),))
+  return memory_editor(make, facts, (Tokenizer(),))
 
 
 def ike(spec: ModelSpec, config: IkeConfig) -> Editor:
@@ -293,7 +293,7 @@ def ike(spec: ModelSpec, config: IkeConfig) -> Editor:
       made.append(Fact(one.id, one.question, shown + itself + _new_fact(one)))
     return made
 
-  return _memory_editor(
+  return memory_editor(
       make,
       facts,
       needs,
@@ -321,7 +321,7 @@ def ike_retrieve(spec: ModelSpec, config: IkeRetrieveConfig) -> Editor:
   facts = lambda requests, _: [
       Fact(one.id, one.question, _new_fact(one)) for one in requests
   ]
-  return _memory_editor(make, facts, (Tokenizer(), TextEncoder()))
+  return memory_editor(make, facts, (Tokenizer(), TextEncoder()))
 
 
 def memprompt(spec: ModelSpec, config: MemPromptConfig) -> Editor:
@@ -333,7 +333,7 @@ def memprompt(spec: ModelSpec, config: MemPromptConfig) -> Editor:
   facts = lambda requests, _: [
       Fact(one.id, one.question, f'{statement(one)}. ') for one in requests
   ]
-  return _memory_editor(make, facts, (Tokenizer(),))
+  return memory_editor(make, facts, (Tokenizer(),))
 
 
 def _method(name: str, summary: str, config: type, editor: Any) -> Method:

@@ -6,7 +6,8 @@ when none waits the batch shrinks to the active ones. The KV cache has as many
 tokens a sequence as the longest text needs next, in powers of two.
 
 Every prompt has a random stream and a step count of its own, so a text depends
-neither on the sequences beside it, nor on their number, nor on the calls.
+neither on the sequences beside it, nor on their number, nor on the calls. Stop
+strings are looked for between calls, and what follows one is dropped.
 
 Not here: beam search. The batch and what runs it are in `decode_state`, how a
 token is chosen in `sampling`.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +32,7 @@ from jaxedit.models import (
     decode_state,
     sampling,
 )
+from jaxedit.models import stop_texts as stop_lib
 from jaxedit.models.sampling import GREEDY, Decoding
 from jaxedit.models.spec import ModelSpec
 from jaxedit.types import (
@@ -59,6 +62,7 @@ def refuse_faulty(
     decoding: Decoding = GREEDY,
     batch_size: int = 1,
     streams: Sequence[int] | None = None,
+    stop_texts: Sequence[Sequence[str]] | None = None,
     more: Sequence[str] = (),
 ) -> None:
   """Raises one error for all settings and prompts that cannot be used.
@@ -71,6 +75,7 @@ def refuse_faulty(
     decoding: settings of the choice.
     batch_size: sequences.
     streams: numbers of the random streams.
+    stop_texts: strings that end each text.
     more: further errors that the caller has found.
 
   Raises:
@@ -83,6 +88,8 @@ def refuse_faulty(
       if size < 1
   ]
   problems += [*decoding.errors(), *more]
+  if stop_texts is not None:
+    problems += stop_lib.errors(stop_texts, len(prompts))
   if unknown := [t for t in stop_ids if not 0 <= t < spec.vocab]:
     problems.append(
         f'stop token {unknown[0]} is unknown; the model knows 0 to'
@@ -137,10 +144,13 @@ class _DecodeEngine:
       rows: int,
       streams: Sequence[int],
       edit_ids: Sequence[int],
+      stops: Sequence[Sequence[str]],
+      detokenize: stop_lib.Detokenize | None,
   ):
     self._spec, self._params, self._prompts = spec, params, prompts
     self._inputs, self._rule = inputs, rule
     self._streams, self._edit_ids = streams, edit_ids
+    self._stops, self._detokenize = stops, detokenize
     self._most = int(inputs.most)
     # Prompts are prefilled a quarter of the batch at a time, so that few slots
     # have to be free for it and one program is enough.
@@ -168,12 +178,23 @@ class _DecodeEngine:
     self._state, out = decode_state.step(
         self._spec, self._params, self._inputs, self._state, rule=self._rule
     )
-    live, out = np.asarray(self._state.rows.live), np.asarray(out)
+    live, out = np.array(self._state.rows.live), np.asarray(out)
+    unfinished = live.sum()
     for slot in self.slots.active:
       i = self.slots.assigned[slot]
+      # The first token is the prefill's, which looks for no strings.
+      seen = len(self.texts[i]) if len(self.texts[i]) > 1 else 0
       self.texts[i] += [int(token) for token in out[slot] if token >= 0]
+      end = stop_lib.end_of(
+          self.texts[i], self._stops[i], self._detokenize, seen=seen
+      )
+      if end is not None:
+        self.texts[i], live[slot] = self.texts[i][:end], False
       if not live[slot]:
         yield slot, i
+    if live.sum() < unfinished:
+      rows = self._state.rows._replace(live=jnp.asarray(live))
+      self._state = self._state._replace(rows=rows)
 
   def free(self, slot: int) -> None:
     """Frees the slot of a text that has ended."""
@@ -254,6 +275,8 @@ def generate(
     deltas: Sequence[SiteDelta] = (),
     edit_ids: Sequence[int] | None = None,
     streams: Sequence[int] | None = None,
+    stop_texts: Sequence[Sequence[str]] | None = None,
+    tokenizer: Any = None,
     batch_size: int = 64,
     progress: Progress = silent,
 ) -> list[list[int]]:
@@ -274,6 +297,9 @@ def generate(
     edit_ids: with edits side by side, which one each prompt is under.
     streams: number of each prompt's random stream, below 2^31; 0, 1, 2, ... if
       not given.
+    stop_texts: of each prompt, strings that end its text; the token that
+      completes one is kept as its last. See `models.stop_texts`.
+    tokenizer: a transformers tokenizer, with `stop_texts`.
     batch_size: sequences a batch at most.
     progress: progress display.
 
@@ -283,7 +309,7 @@ def generate(
   Raises:
     InputError: a setting is out of range, or a prompt
       is empty, has a token that the model lacks or, with the new tokens, is
-      longer than the model allows.
+      longer than the model allows; stop strings without a tokenizer.
   """
   decoding = Decoding(temperature, top_k, top_p, repetition_penalty, seed)
   refuse_faulty(
@@ -294,9 +320,11 @@ def generate(
       decoding=decoding,
       batch_size=batch_size,
       streams=streams,
+      stop_texts=stop_texts,
   )
   if not prompts:
     return []
+  stops = [()] * len(prompts) if stop_texts is None else stop_texts
   rule, numbers = sampling.split(decoding)
   stop = np.zeros(spec.vocab, bool)
   stop[list(stop_ids)] = True
@@ -316,6 +344,8 @@ def generate(
       rows=min(round_up(len(prompts), buckets.HALVES), batch_size),
       streams=range(len(prompts)) if streams is None else streams,
       edit_ids=[0] * len(prompts) if edit_ids is None else edit_ids,
+      stops=stops,
+      detokenize=stop_lib.detokenizer(tokenizer) if any(stops) else None,
   )
   with progress('generate', len(prompts), 'text') as advance:
     for ended in slots_lib.run(engine):
