@@ -14,10 +14,10 @@ from typing import Any
 
 from experiments.benchmark.config import BenchmarkConfig
 from experiments.benchmark.presets import (
-  PRESETS,
-  RandomMoments,
-  random_params,
-  scaled,
+    PRESETS,
+    RandomMoments,
+    random_params,
+    scaled,
 )
 from jaxedit.convert import hub
 from jaxedit.methods import closed_form, memit
