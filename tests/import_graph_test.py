@@ -96,6 +96,7 @@ SHARED_BY_METHODS = tuple(
         'gradient',
         'hypernet',
         'parity',
+        'memories',
         'patches',
         'regression',
         'settings',

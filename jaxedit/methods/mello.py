@@ -23,7 +23,7 @@ from jaxedit.edited.dialogue import FactDialogue
 from jaxedit.edited.prompting import Fact
 from jaxedit.methods.base import Editor, Method, Need, TextEncoder, Tokenizer
 from jaxedit.methods.config import MethodConfig
-from jaxedit.methods.in_context import memory_editor, statement
+from jaxedit.methods.memories import memory_editor, statement
 from jaxedit.methods.settings import setting
 from jaxedit.models.encoder import Encoder
 from jaxedit.models.spec import ModelSpec
