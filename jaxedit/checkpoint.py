@@ -54,8 +54,9 @@ class Checkpoint:
     """
     import orbax.checkpoint as ocp
 
-    # Orbax has no form for arrays without elements, nor for an empty tree.
-    full = {k: v for k, v in arrays.items() if v.size}
+    # As numpy arrays, so that any number of devices can restore them. Orbax has
+    # no form for arrays without elements, nor for an empty tree.
+    full = {k: np.asarray(v) for k, v in arrays.items() if v.size}
     empty = {
         k: [str(v.dtype), list(v.shape)]
         for k, v in arrays.items()

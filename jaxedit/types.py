@@ -77,13 +77,31 @@ def _cut(text: str) -> str:
   return f'{text[: _LONGEST - 305]} ... {text[-300:]}'
 
 
+class Stopped(Exception):
+  """The end of a run that was asked to stop; the same call resumes it.
+
+  What a `Progress` yields raises it, between two units of work. Loops that hold
+  what is not saved save it, add the place to `saved` and raise it again.
+
+  Attributes:
+    saved: where what was found so far lies.
+  """
+
+  def __init__(self, message: str):
+    super().__init__(message)
+    self.saved: list[str] = []
+
+
 class Progress(Protocol):
   """Opens a progress display; the library itself never prints."""
 
   def __call__(
       self, stage: str, total: int, unit: str
   ) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-    """Returns a context whose value is called with the units just done."""
+    """Returns a context whose value is called with the units just done.
+
+    Opening it, or a call, may raise `Stopped`.
+    """
 
 
 @contextlib.contextmanager

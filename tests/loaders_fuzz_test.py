@@ -220,8 +220,9 @@ def moments_file(folder):
 
 def partial_moments(folder):
   path = folder / 'partial'
-  store = accumulate.Checkpoint(path, 0, {'a': 1})
-  store.maybe_write(accumulate.Total(np.zeros((1, 3, 3)), 1, 2, 3, 'ab'))
+  store = accumulate.Store(path, 0, {'a': 1})
+  part = np.zeros((1, 3, 3), np.float32)
+  store.write(accumulate.Total(np.zeros((1, 3, 3)), part, 1, 2, 3, 4, 'ab'))
   return mutate_tensors, path, store.read
 
 

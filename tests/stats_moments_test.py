@@ -1,6 +1,8 @@
 """Second moments against a float64 oracle, and what must not change them."""
 
+import contextlib
 import dataclasses
+import itertools
 import pathlib
 import tempfile
 import tracemalloc
@@ -17,7 +19,7 @@ from jaxedit.batching import packer
 from jaxedit.models import decoder
 from jaxedit.stats import accumulate, moments
 from jaxedit.testing import models
-from jaxedit.types import PADDING, InputError, Tap
+from jaxedit.types import PADDING, InputError, Stopped, Tap
 
 SOURCE = moments.Source('hash', 'corpus', 0)
 
@@ -263,24 +265,51 @@ class ResumeTest(parameterized.TestCase):
         yield row
 
     with self.assertRaises(KeyboardInterrupt):
-      self.collect(stopping(), checkpoint_seconds=-1e9)
+      self.collect(stopping())
+
+  def rows(self):
+    return io.read_tensors(self.path, accumulate.KIND, '')[1]['rows']
 
   def test_bits_are_those_of_an_uninterrupted_run(self):
     whole = self.collect(checkpoint=None)
     for after in (9, 17):  # the second is a continued run, interrupted again
       self.interrupt(after)
-      _, record = io.read_tensors(self.path, accumulate.KIND, '')
-    self.assertGreaterEqual(record['rows'], 8)
+      done = self.rows()
+    self.assertGreaterEqual(done, 8)
     computed = []
     add = moments.add_batch
     self.addCleanup(setattr, moments, 'add_batch', add)
     moments.add_batch = lambda *a, **k: computed.append(1) or add(*a, **k)
     resumed = self.collect()
     rows = len(list(packer.first_fit(self.texts, 16)))
-    self.assertLen(computed, -(-(rows - record['rows']) // 2))
+    self.assertLen(computed, -(-(rows - done) // 2))
     np.testing.assert_array_equal(resumed.gram, whole.gram)
     self.assertEqual(dict(resumed.provenance), dict(whole.provenance))
-    self.assertFalse(self.path.exists())
+
+  def test_a_stopped_run_saves_what_it_has(self):
+    """Within a partial sum, without waiting for the time of a checkpoint."""
+    settings = dict(merge_batches=8, checkpoint_seconds=1e9)
+    whole = self.collect(checkpoint=None, **settings)
+
+    def stopping(after):
+      """Stops a run after so many batches, counted or computed."""
+      calls = itertools.count(1)
+
+      def advance(tokens):
+        del tokens
+        if next(calls) == after:
+          raise Stopped('now')
+
+      return lambda *stage: contextlib.nullcontext(advance)
+
+    for after, rows in ((3, 6), (2, 6), (3, 6), (5, 10)):
+      with self.assertRaises(Stopped) as caught:
+        self.collect(progress=stopping(after), **settings)
+      self.assertEqual(caught.exception.saved, [str(self.path)])
+      self.assertEqual(self.rows(), rows)
+    resumed = self.collect(**settings)
+    np.testing.assert_array_equal(resumed.gram, whole.gram)
+    self.assertEqual(dict(resumed.provenance), dict(whole.provenance))
 
   @parameterized.parameters(
       (dict(layers=(0, 1)), 'another layers'),

@@ -26,8 +26,8 @@ from absl import app, flags, logging
 from jaxedit import io
 from jaxedit.methods.settings import settings_of
 from jaxedit.models import assets
-from jaxedit.runs import setting_flags
-from jaxedit.types import InputError
+from jaxedit.runs import setting_flags, stopping
+from jaxedit.types import InputError, Stopped
 
 # Without torch transformers says so on import; its tokenizers need none.
 os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
@@ -41,6 +41,7 @@ MODEL_FIELDS = (
     'dtype',
     'seed',
     'compilation_cache',
+    'max_seconds',
 )
 
 
@@ -79,8 +80,12 @@ def read(config: type) -> Any:
 
 
 def given() -> dict[str, str]:
-  """Lists the flags that differ from their defaults, but for the folder's own."""
-  ours = ('output_dir', 'overwrite', 'flagfile')
+  """Lists the flags that differ from their defaults.
+
+  Those that may differ in a run that resumes are left out: of the folder, and
+  `--max_seconds`.
+  """
+  ours = ('output_dir', 'overwrite', 'flagfile', 'max_seconds')
   return {
       name: flags.FLAGS[name].serialize()
       for name in sorted(flags.FLAGS)
@@ -126,7 +131,11 @@ def _replace_damaged(folder: pathlib.Path) -> None:
 def progress_bar(
     stage: str, total: int, unit: str
 ) -> Iterator[Callable[[int], None]]:
-  """The `types.Progress` of programs: a bar with rate and time left."""
+  """The `types.Progress` of programs: a bar with rate and time left.
+
+  Where the program is to end (`stopping`) it raises `Stopped`.
+  """
+  stopping.poll(stage, 0, total, unit)
   with tqdm.tqdm(
       total=total,
       desc=f'{stage:<14}',
@@ -134,7 +143,12 @@ def progress_bar(
       file=sys.stderr,
       mininterval=0.5,
   ) as bar:
-    yield bar.update
+
+    def advance(done: int) -> None:
+      bar.update(done)
+      stopping.poll(stage, int(bar.n), total, unit)
+
+    yield advance
 
 
 def parse(arguments: Sequence[str]) -> list[str]:
@@ -189,10 +203,30 @@ def attempt(main: Callable[[], None], rest: Sequence[str]) -> int:
   Returns:
     The exit code; messages are on standard error.
   """
+  with stopping.listening(_max_seconds()) as stop:
+    return _attempt(main, rest, stop)
+
+
+def _max_seconds() -> float:
+  """The flag, where a program has it."""
+  known = flags.FLAGS
+  return known['max_seconds'].value if 'max_seconds' in known else 0.0
+
+
+def _attempt(
+    main: Callable[[], None], rest: Sequence[str], stop: stopping.Stop
+) -> int:
+  """See `attempt`."""
   try:
     if len(rest) > 1:
       raise InputError(f'unexpected arguments: {" ".join(rest[1:])}')
     main()
+  except Stopped as e:
+    kept = 'nothing to save yet: the same command begins anew'
+    if e.saved:
+      kept = f'saved in {", ".join(e.saved)}: the same command resumes'
+    print(f'{e}; {kept}', file=sys.stderr)
+    return stop.code
   except InputError as e:
     for line in e.lines():
       print(f'error: {line}', file=sys.stderr)

@@ -51,6 +51,13 @@ class RunConfig:
       'keep compiled programs in $JAXEDIT_CACHE/xla (default ~/.cache/jaxedit)'
       ' for the next run',
   )
+  max_seconds: float = setting(
+      0.0,
+      'end after so much time, save, and exit with code 75: the same command'
+      ' resumes; 0 for no limit',
+      unit='seconds',
+      low=0,
+  )
 
   # The requests.
   data: str = setting(

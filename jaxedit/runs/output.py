@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxedit import io
-from jaxedit.types import InputError
+from jaxedit.types import InputError, Stopped
 
 _UNFINISHED, _COMMAND = 'unfinished', 'command.json'
 
@@ -119,17 +119,15 @@ class Output:
 
   def forget(self) -> None:
     """Drops what was found: a run that resumed would be refused again."""
-    self.clear(
-        f'{_UNFINISHED}/{path.name}'
-        for path in self.unfinished.iterdir()
-        if path.name != _COMMAND
-    )
+    self.clear(f'{_UNFINISHED}/{path.name}' for path in self._found())
 
   def __enter__(self) -> Output:
     return self
 
   def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
     refused = isinstance(error, InputError) and self._is_empty()
+    if isinstance(error, Stopped) and any(self._found()):
+      error.saved.append(str(self.unfinished))
     try:
       if refused:
         self.clear(self._new)
@@ -141,9 +139,13 @@ class Output:
     finally:
       self._release()
 
+  def _found(self) -> list[pathlib.Path]:
+    """What lies beside the command."""
+    return [p for p in self.unfinished.glob('*') if p.name != _COMMAND]
+
   def _is_empty(self) -> bool:
     """Whether there is nothing but the command."""
-    return [p.name for p in self.unfinished.glob('*')] == [_COMMAND]
+    return (self.unfinished / _COMMAND).exists() and not self._found()
 
 
 def _lock(output: Output, folder: pathlib.Path) -> Any:

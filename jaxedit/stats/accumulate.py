@@ -1,10 +1,14 @@
-"""Sums over packed rows, merged in float64 and kept across interruptions.
+"""Sums over packed rows, merged in float64 and saved across interruptions.
 
-Rows come in rounds. The caller reduces a round to one array; here the rounds
-are summed in f64, counted, hashed, and now and then written to a checkpoint. A
-later run over the same rows counts and hashes what the checkpoint covers
-without computing it, checks that it is the same text, and goes on with the same
-bits.
+Rows come in batches. The caller adds a batch to a partial sum; here partial sums
+are merged in f64, counted, hashed, and now and then saved to a file, with the
+partial sum that is not merged yet. A later run over the same rows counts and
+hashes what the file covers without computing it, checks that it is the same text,
+and continues with the same bits.
+
+The file is written in place of an Orbax checkpoint, whose writer copies all sums
+twice, gigabytes for large F; and several runs may collect the same moments for a
+cache that they share.
 """
 
 from __future__ import annotations
@@ -16,27 +20,40 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxedit import io
 from jaxedit.batching.packer import Row
-from jaxedit.types import InputError
+from jaxedit.types import Array, InputError, Stopped
 
-# What the file of a checkpoint says it is.
-KIND = 'jaxedit partial second moments 1'
+# What the file says it is.
+KIND = 'jaxedit partial second moments 2'
 
 
 class Total(NamedTuple):
-  """What has been merged so far."""
+  """What has been summed so far.
 
-  gram: np.ndarray  # [n, F, F] float64, sums, upper block triangle
-  rows: int
-  tokens: int
-  texts: int
-  digest: str  # sha256 over the rows
+  Attributes:
+    gram: [n, F, F] float64, merged sums, upper block triangle.
+    part: [n, F, F], sums of the last batches, not merged; None for none.
+    unmerged: how many batches that are.
+    rows: rows of all of them.
+    tokens: their tokens.
+    texts: their texts.
+    digest: sha256 over the rows.
+  """
+
+  gram: np.ndarray
+  part: Array | None = None
+  unmerged: int = 0
+  rows: int = 0
+  tokens: int = 0
+  texts: int = 0
+  digest: str = ''
 
 
-def rounds_of(rows: Iterable[Row], cap: int, size: int) -> Iterator[list[Row]]:
+def batches_of(rows: Iterable[Row], cap: int, size: int) -> Iterator[list[Row]]:
   """Groups rows until they hold `cap` tokens; only the last may be short."""
   given, waiting = 0, []
   for row in rows:
@@ -56,17 +73,16 @@ def _count(total: Total, rows: Sequence[Row], hasher: Any) -> Total:
   for row in rows:
     hasher.update(row.tokens.tobytes())
     hasher.update(row.segment_ids.tobytes())
-  return Total(
-      total.gram,
-      total.rows + len(rows),
-      total.tokens + sum(row.count for row in rows),
-      total.texts + sum(row.texts for row in rows),
-      hasher.hexdigest(),
+  return total._replace(
+      rows=total.rows + len(rows),
+      tokens=total.tokens + sum(row.count for row in rows),
+      texts=total.texts + sum(row.texts for row in rows),
+      digest=hasher.hexdigest(),
   )
 
 
-class Checkpoint:
-  """Partial sums of one run on disk; does nothing without a path."""
+class Store:
+  """The sums of one run in a file; does nothing without a path."""
 
   def __init__(
       self,
@@ -74,6 +90,14 @@ class Checkpoint:
       seconds: float,
       identity: Mapping[str, Any],
   ):
+    """Names the file, which need not exist.
+
+    Args:
+      path: the file, or None.
+      seconds: least time between two times that it is written, so that writing
+        takes a tenth of the run at most; 0 writes after every batch.
+      identity: what the sums depend on, plain JSON types.
+    """
     self._path = None if path is None else pathlib.Path(path)
     self._identity = identity
     self._seconds = self._pause = seconds
@@ -86,19 +110,21 @@ class Checkpoint:
     io.sweep(self._path)
     advice = 'delete it to start anew'
     tensors, record = io.read_tensors(self._path, KIND, advice)
-    kinds = {'rows': int, 'tokens': int, 'texts': int, 'digest': str}
-    theirs, *done = io.take(
-        record, {'identity': dict, **kinds}, self._path, advice
-    )
+    kinds = {'unmerged': int, 'rows': int, 'tokens': int, 'texts': int}
+    kinds |= {'digest': str, 'identity': dict}
+    done = dict(zip(kinds, io.take(record, kinds, self._path, advice)))
+    theirs = done.pop('identity')
     other = [k for k, v in self._identity.items() if theirs.get(k) != v]
     if other:
       raise InputError(
           f'{self._path}: is of an interrupted run with another'
           f' {", ".join(other)}; repeat that run to finish it, or {advice}'
       )
-    if tensors.keys() != {'gram'}:
+    if 'gram' not in tensors or ('part' in tensors) != (done['unmerged'] > 0):
       raise InputError(f'{self._path}: is damaged, it has no sums; {advice}')
-    return Total(tensors['gram'], *done)
+    if 'part' in tensors:
+      done['part'] = jnp.asarray(tensors['part'])
+    return Total(tensors['gram'], **done)
 
   def reached(self, total: Total, old: Total | None) -> Total:
     """Swaps in the old sums where counting has come as far as they go."""
@@ -114,41 +140,75 @@ class Checkpoint:
   def maybe_write(self, total: Total) -> None:
     """Writes the sums if it is time."""
     start = time.monotonic()
-    if self._path is None or start - self._written < self._pause:
+    if start - self._written < self._pause:
       return
-    record = {'identity': self._identity, **total._asdict()}
-    tensors = {'gram': record.pop('gram')}
-    io.write_tensors(self._path, tensors, kind=KIND, record=record)
+    self.write(total)
     self._written = time.monotonic()
-    # Writing takes a tenth of the run at most.
-    self._pause = max(self._seconds, 9 * (self._written - start))
+    if self._seconds:
+      self._pause = max(self._seconds, 9 * (self._written - start))
 
-  def remove(self) -> None:
-    """Removes the file at the end of a run."""
-    if self._path is not None:
-      self._path.unlink(missing_ok=True)
+  def write(self, total: Total) -> str | None:
+    """Writes the sums; returns where they lie, if anywhere."""
+    if self._path is None:
+      return None
+    record = {'identity': self._identity, **total._asdict()}
+    tensors = {name: record.pop(name) for name in ('gram', 'part')}
+    tensors = {name: x for name, x in tensors.items() if x is not None}
+    io.write_tensors(self._path, tensors, kind=KIND, record=record)
+    return str(self._path)
 
 
 def accumulate(
     total: Total,
-    rounds: Iterable[Sequence[Row]],
-    add: Callable[[Sequence[Row]], np.ndarray],
-    store: Checkpoint,
+    batches: Iterable[Sequence[Row]],
+    add: Callable[[Array | None, Sequence[Row]], Array],
+    store: Store,
+    *,
+    merge: int,
     advance: Callable[[int], None],
 ) -> Total:
-  """Sums all rounds, going on from a checkpoint where there is one."""
+  """Sums all batches, on from a file where there is one.
+
+  Args:
+    total: zeros; its sums are changed in place.
+    batches: the rows.
+    add: adds a batch to a partial sum; None is zero.
+    store: keeps sums.
+    merge: batches in a partial sum.
+    advance: called with tokens.
+
+  Returns:
+    The sums, all merged.
+
+  Raises:
+    Stopped: by `advance`; the sums are saved.
+  """
   old, hasher = store.read(), hashlib.sha256()
-  for rows in rounds:
-    before = total
-    total = _count(total, rows, hasher)
-    if old is not None:
+  try:
+    for rows in batches:
+      before = total
+      total = _count(total, rows, hasher)
+      if old is not None:
+        total = store.reached(total, old)
+        old = None if total is old else old
+      else:
+        part, unmerged = add(total.part, rows), total.unmerged + 1
+        total = total._replace(part=part, unmerged=unmerged)
+        total = _merged(total) if unmerged == merge else total
+        store.maybe_write(total)
       advance(total.tokens - before.tokens)
-      total = store.reached(total, old)
-      old = None if total is old else old
-      continue
-    # A sum in place: a copy of [n, F, F] in f64 is gigabytes for large F.
-    np.add(total.gram, add(rows), out=total.gram)
-    store.maybe_write(total)
+  except Stopped as stopped:
+    where = store.write(total if old is None else old)
+    stopped.saved += [where] if where else []
+    raise
   if old is not None:
     store.reached(total._replace(rows=old.rows, digest=''), old)
-  return total
+  return _merged(total)
+
+
+def _merged(total: Total) -> Total:
+  """Adds the partial sum in float64."""
+  if total.part is not None:
+    # A sum in place: a copy of [n, F, F] in f64 is gigabytes for large F.
+    np.add(total.gram, np.asarray(total.part), out=total.gram)
+  return total._replace(part=None, unmerged=0)

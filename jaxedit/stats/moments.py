@@ -9,8 +9,8 @@ at precision 'highest'; a few batches are summed in f32 on the device and then
 merged in f64 on the host, so that rounding does not grow with the corpus. Only
 the upper block triangle of the symmetric product is formed.
 
-A run can be interrupted: partial sums go to a checkpoint where they are merged,
-and the next run continues with the same bits.
+A run can be interrupted: its sums go to a file now and then, and where it is
+stopped, and the next run continues with the same bits.
 
 Axes as in `jaxedit.types`: n layers, F key width, B sequences, T tokens.
 
@@ -257,10 +257,11 @@ def collect(
     cap: tokens after which no further row is taken; None for 20 F.
     batch_rows: rows computed at once (B).
     merge_batches: batches summed in f32 before they are merged in f64.
-    checkpoint: file for partial sums, written after a merge; one left by the
-      same run is continued. It is removed at the end.
-    checkpoint_seconds: least time between two checkpoints, seconds; a tenth of
-      the run goes into writing them at most.
+    checkpoint: file for the sums so far; one left by
+      the same run is continued. It stays: who has saved the moments
+      removes it.
+    checkpoint_seconds: least time between two checkpoints, seconds; see
+      `accumulate.Store`.
     progress: is told tokens.
 
   Returns:
@@ -270,6 +271,7 @@ def collect(
   Raises:
     InputError: settings or layers that cannot be, no text, a checkpoint of
       another run, or keys that are not finite.
+    Stopped: by `progress`; the sums are saved.
   """
   size = key_width(spec, site)
   cap = TOKENS_PER_DIMENSION * size if cap is None else cap
@@ -286,27 +288,28 @@ def collect(
       'width': width,
   }
   shape = (len(layers), size, size)
-  zero = accumulate.Total(np.zeros(shape, np.float64), 0, 0, 0, '')
-  store = accumulate.Checkpoint(
+  zero = accumulate.Total(np.zeros(shape, np.float64))
+  store = accumulate.Store(
       checkpoint, checkpoint_seconds, {**identity, **sizes}
   )
-  with progress('second moments', cap, 'token') as advance:
 
-    def add(rows: Sequence[packer.Row]) -> np.ndarray:
+  def add(part: Array | None, rows: Sequence[packer.Row]) -> Array:
+    if part is None:
       part = jnp.zeros(shape, jnp.promote_types(dtype, jnp.float32))
-      for first in range(0, len(rows), batch_rows):
-        few = rows[first : first + batch_rows]
-        batch = packer.stack(few, batch_rows)
-        part = add_batch(part, spec, params, batch, layers=layers, site=site)
-        part.block_until_ready()
-        advance(sum(row.count for row in few))
-      return np.asarray(part)
+    batch = packer.stack(rows, batch_rows)
+    part = add_batch(part, spec, params, batch, layers=layers, site=site)
+    return part.block_until_ready()
 
-    rounds = accumulate.rounds_of(rows, cap, batch_rows * merge_batches)
-    total = accumulate.accumulate(zero, rounds, add, store, advance)
-  moments = _average(total, layers, identity)
-  store.remove()
-  return moments
+  with progress('second moments', cap, 'token') as advance:
+    total = accumulate.accumulate(
+        zero,
+        accumulate.batches_of(rows, cap, batch_rows),
+        add,
+        store,
+        merge=merge_batches,
+        advance=advance,
+    )
+  return _average(total, layers, identity)
 
 
 def _average(
