@@ -44,9 +44,8 @@ class Stop:
     self._seconds, self._begin = max_seconds, time.monotonic()
     self.code, self.reason = 0, ''
 
-  def ask(self, number: int, frame: Any = None) -> None:
+  def ask(self, number: int, _: Any = None) -> None:
     """Notes a signal; the next one ends the process."""
-    del frame
     for one in _SIGNALS:
       signal.signal(one, signal.SIG_DFL)
     self.code, self.reason = 128 + number, signal.Signals(number).name
