@@ -13,17 +13,19 @@
   moments.safetensors the second moments, if they were collected
   model/              with --save_model, the edited model, a Hugging Face folder
 
-Interrupted runs resume: repeat the same command.
+Interrupted runs resume: repeat the same command. With --suggest_radius nothing is
+edited: a radius is proposed from the data, for methods that have one.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from absl import flags
 
 from jaxedit.eval import datasets
-from jaxedit.runs import cli, method_flags, session
+from jaxedit.runs import cli, method_flags, proposals, session
 from jaxedit.runs.config import RunConfig
 from jaxedit.types import InputError
 
@@ -39,6 +41,7 @@ def define_flags(kind: str = 'any', **defaults: Any) -> None:
   """
   cli.define(RunConfig, kind, **defaults)
   method_flags.define_flags(kind)
+  proposals.define_flags()
   if kind == 'any':
     flags.DEFINE_enum(
         'kind',
@@ -47,7 +50,7 @@ def define_flags(kind: str = 'any', **defaults: Any) -> None:
         'What --data holds: facts, or long answers to questions; auto tells by'
         ' its fields.',
     )
-  for module in (cli, method_flags):
+  for module in (cli, method_flags, proposals):
     flags.adopt_module_key_flags(module)
 
 
@@ -58,21 +61,27 @@ def main(kind: str = 'auto') -> None:
     kind: what is edited; 'auto' asks the flag, or else the data.
   """
   config = cli.read(RunConfig)
-  problems = []
+  problems, wanted = [], None
   if kind == 'auto':
     kind = flags.FLAGS.kind
   if kind == 'auto':
     kind = datasets.kind_of(config.data)
   try:
     chosen = method_flags.from_flags(kind)
+    wanted = proposals.asked(chosen, kind)
   except InputError as e:
     problems += e.problems
   problems += session.errors(config)
   if problems:
     raise InputError(*problems)
-  lines = session.run(
-      config, chosen, kind, command=cli.given(), progress=cli.progress_bar
-  )
+  given = dict(command=cli.given(), progress=cli.progress_bar)
+  if wanted:
+    program = getattr(sys.modules['__main__'].__spec__, 'name', __name__)
+    lines = proposals.run(
+        config, chosen, kind, wanted, program=program, **given
+    )
+  else:
+    lines = session.run(config, chosen, kind, **given)
   print('\n'.join(lines))
 
 

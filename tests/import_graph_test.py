@@ -98,6 +98,7 @@ SHARED_BY_METHODS = tuple(
         'parity',
         'memories',
         'patches',
+        'radius',
         'regression',
         'settings',
     )

@@ -228,6 +228,31 @@ class Editor(NamedTuple):
   ordered: bool = False
 
 
+class ProposalInputs(NamedTuple):
+  """What a setting is proposed from.
+
+  Attributes:
+    spec: the architecture.
+    params: canonical parameters of the unedited model.
+    prompts: token ids of E edits' prompts.
+    rephrases: of each edit, token ids of its paraphrases.
+    neighbours: of each edit, token ids of its neighbours.
+  """
+
+  spec: ModelSpec
+  params: Any
+  prompts: Sequence[Sequence[int]]
+  rephrases: Sequence[Sequence[Sequence[int]]]
+  neighbours: Sequence[Sequence[Sequence[int]]]
+
+
+class Proposal(NamedTuple):
+  """A value of a setting, and lines that say what it was chosen among."""
+
+  value: Any
+  lines: tuple[str, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
   """An entry of the registry.
@@ -247,6 +272,7 @@ class Method:
     trainer: how its editor is trained, a `hypernet.network.Trainer`; None where
       nothing is trained.
     small: settings that suit a model of three layers, for tests of every method.
+    proposals: setting -> (config, `ProposalInputs`) -> `Proposal` from data.
   """
 
   name: str
@@ -263,6 +289,9 @@ class Method:
   source: str = ''
   trainer: Any = None
   small: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  proposals: Mapping[str, Callable[[Any, ProposalInputs], Proposal]] = (
+      dataclasses.field(default_factory=dict)
+  )
 
   def configure(self, **given: Any) -> Any:
     """Makes a config; see `settings.configure`."""

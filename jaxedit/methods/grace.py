@@ -43,6 +43,7 @@ from jaxedit.batching import edits as edits_lib
 from jaxedit.batching.edits import PackedBatch
 from jaxedit.batching.plan import BatchPlan
 from jaxedit.deltas import Codebook, Edited
+from jaxedit.methods import radius as radius_lib
 from jaxedit.methods.base import (
     NOT_FINITE,
     EditBatch,
@@ -96,7 +97,7 @@ class GraceConfig(TargetedConfig):
   radius: float = setting(
       1.0,
       'radius of a new entry, Euclidean distance between keys; a tenth of their'
-      ' median length is a start for other models',
+      ' median length is a start for other models, --suggest_radius proposes one',
       source='GRACE',
       low=0,
       exclusive=True,
@@ -378,4 +379,9 @@ METHOD = Method(
     contexts=False,
     source='arXiv 2211.11031',
     small={'radius': 1e-3, 'capacity': 16},
+    proposals={
+        'radius': lambda config, inputs: radius_lib.propose(
+            inputs, site=SITE, layer=config.layers[0]
+        )
+    },
 )
