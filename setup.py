@@ -80,6 +80,8 @@ setuptools.setup(
         'data': DATA,
         'text': TEXT,
         'demo': [*GGUF, *TEXT],
+        # By which processes find each other on Kubernetes.
+        'k8s': ['kubernetes>=29'],
         'test': TEST,
     },
 )

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxedit import io
+from jaxedit import hosts, io
 from jaxedit.types import InputError
 
 
@@ -66,6 +66,7 @@ class Checkpoint:
     said = {'record': dict(record), 'empty': empty, 'crc32': _sums(full)}
     said['record_crc32'] = _sum(said)
     try:
+      self._folder.mkdir(parents=True, exist_ok=True)
       with self._manager(ocp) as manager:
         manager.save(
             step,
@@ -133,8 +134,20 @@ class Checkpoint:
     options = ocp.CheckpointManagerOptions(
         preservation_policy=ocp.checkpoint_managers.LatestN(1),
         enable_async_checkpointing=False,
+        create=False,
+        multiprocessing_options=_alone(ocp),
     )
     return ocp.CheckpointManager(self._folder, options=options)
+
+
+def _alone(ocp: Any) -> Any:
+  """Makes every process save its own checkpoint, and wait for none."""
+  number = hosts.number()
+  return ocp.options.MultiprocessingOptions(
+      primary_host=number,
+      active_processes={number} if hosts.count() > 1 else None,
+      barrier_sync_key_prefix=f'process{number}' if hosts.count() > 1 else None,
+  )
 
 
 def _sums(arrays: Mapping[str, jax.Array | np.ndarray]) -> dict[str, int]:

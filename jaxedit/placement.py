@@ -80,7 +80,7 @@ def one_device(device: Any = None) -> Placement:
   Returns:
     The placement.
   """
-  device = jax.devices()[0] if device is None else device
+  device = jax.local_devices()[0] if device is None else device
   return Placement(Mesh(np.array(device).reshape((1,) * len(AXES)), AXES))
 
 

@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     'numerics': (),
     'deltas': ('numerics',),
     'io': (),
+    'hosts': (),
     'placement': (),
     'checkpoint': (),
     'kernels': (),
@@ -105,7 +106,7 @@ SHARED_BY_METHODS = tuple(
 )
 # What every package may import; among themselves `types` and, of `deltas`,
 # `numerics` alone.
-BOTTOM = ('types', 'io', 'numerics', 'deltas', 'placement')
+BOTTOM = ('types', 'io', 'numerics', 'deltas', 'hosts', 'placement')
 # transformers looks for a package of this name, so ours is never called so.
 HIDDEN = 'kernels'
 

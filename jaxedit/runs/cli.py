@@ -15,6 +15,7 @@ import os
 import pathlib
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ import jax
 import tqdm
 from absl import app, flags, logging
 
-from jaxedit import io
+from jaxedit import hosts, io
 from jaxedit.methods.settings import settings_of
 from jaxedit.models import assets
 from jaxedit.runs import setting_flags, stopping
@@ -32,6 +33,38 @@ from jaxedit.types import InputError, Stopped
 # Without torch transformers says so on import; its tokenizers need none.
 os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
 
+# Which processes run together (`hosts.Group`).
+flags.DEFINE_bool(
+    'distributed',
+    None,
+    'Run together with the processes that a launcher has started: true lets JAX'
+    ' find them, false runs alone; unless given, by what Slurm, Open MPI,'
+    ' Kubernetes or Cloud TPU say in the environment.',
+)
+flags.DEFINE_string(
+    'coordinator',
+    None,
+    'host:port of the first of several processes, where nobody can find it.',
+)
+flags.DEFINE_integer(
+    'num_processes',
+    None,
+    'With --coordinator: how many processes run together.',
+    lower_bound=1,
+)
+flags.DEFINE_integer(
+    'process_id',
+    None,
+    'With --coordinator: the number of this process, from 0.',
+    lower_bound=0,
+)
+flags.DEFINE_integer(
+    'heartbeat_seconds',
+    100,
+    'A process that has not answered for so long is lost, and all others end.',
+    lower_bound=1,
+)
+HOST_FLAGS = tuple(field.name for field in dataclasses.fields(hosts.Group))
 
 # The settings that choose and load a model, and run it.
 MODEL_FIELDS = (
@@ -82,10 +115,10 @@ def read(config: type) -> Any:
 def given() -> dict[str, str]:
   """Lists the flags that differ from their defaults.
 
-  Those that may differ in a run that resumes are left out: of the folder, and
-  `--max_seconds`.
+  Those that may differ in a run that resumes are left out: of the folder, of the
+  processes, and `--max_seconds`.
   """
-  ours = ('output_dir', 'overwrite', 'flagfile', 'max_seconds')
+  ours = ('output_dir', 'overwrite', 'flagfile', 'max_seconds', *HOST_FLAGS)
   return {
       name: flags.FLAGS[name].serialize()
       for name in sorted(flags.FLAGS)
@@ -142,6 +175,7 @@ def progress_bar(
       unit=f' {unit}',
       file=sys.stderr,
       mininterval=0.5,
+      disable=hosts.number() > 0,
   ) as bar:
 
     def advance(done: int) -> None:
@@ -201,10 +235,20 @@ def attempt(main: Callable[[], None], rest: Sequence[str]) -> int:
     rest: what `parse` returned.
 
   Returns:
-    The exit code; messages are on standard error.
+    The exit code; messages are on standard error. Where other processes run with
+    this one, a failure ends the process here.
   """
-  with stopping.listening(_max_seconds()) as stop:
-    return _attempt(main, rest, stop)
+  try:
+    with stopping.listening(_max_seconds()) as stop:
+      code = _attempt(main, rest, stop)
+  except Exception:
+    if hosts.count() == 1:
+      raise
+    traceback.print_exc()
+    code = 1
+  if not stop.reason:  # where all stop, they wait for each other
+    hosts.leave(code)
+  return code
 
 
 def _max_seconds() -> float:
@@ -220,6 +264,7 @@ def _attempt(
   try:
     if len(rest) > 1:
       raise InputError(f'unexpected arguments: {" ".join(rest[1:])}')
+    _join()
     main()
   except Stopped as e:
     kept = 'nothing to save yet: the same command begins anew'
@@ -244,6 +289,17 @@ def _attempt(
     print('interrupted', file=sys.stderr)
     return 130
   return 0
+
+
+def _join() -> None:
+  """Joins the processes that run together; all but the first write elsewhere."""
+  known = flags.FLAGS
+  hosts.join(hosts.Group(**{x: known[x].value for x in HOST_FLAGS}))
+  for name in ('output_dir', 'out') if hosts.number() else ():
+    if name in known and known[name].value:
+      known[name].value = hosts.own(known[name].value)
+  if hosts.number():  # the first one speaks
+    sys.stdout = open(os.devnull, 'w')
 
 
 def run(main: Callable[[], None]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from jaxedit import io
+from jaxedit import hosts, io
 from jaxedit.batching import packer
 from jaxedit.methods.base import Moments as Need
 from jaxedit.methods.settings import setting
@@ -289,6 +289,9 @@ def find(
   try:
     found = load(model, need, kept)
   except InputError:  # not there yet, or damaged
+    found = None
+  if not all(hosts.gather(found is not None)):
+    kept = pathlib.Path(hosts.own(str(kept)))
     report = collect(
         MomentsConfig(
             layers=need.layers,

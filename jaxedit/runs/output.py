@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxedit import io
+from jaxedit import hosts, io
 from jaxedit.types import InputError, Stopped
 
 _UNFINISHED, _COMMAND = 'unfinished', 'command.json'
@@ -57,6 +57,8 @@ class Output:
       InputError: it cannot be written, another run is at work there, or it
         holds files that are not to be replaced.
     """
+    if hosts.number():  # after the first process has claimed it
+      hosts.follow(path)
     self._made = not os.path.lexists(path)
     self.folder = make_folder(path)
     self.unfinished = self.folder / _UNFINISHED
@@ -95,6 +97,8 @@ class Output:
           f'--output_dir={path}: already has files; choose another folder or'
           ' pass --overwrite'
       )
+    if not hosts.number():
+      hosts.follow(path, self.resumed)
 
   def begin(self, stale: Sequence[str] = ()) -> None:
     """From here on the folder is this run's.

@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from jaxedit import hosts
 from jaxedit.types import Stopped
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -65,6 +66,8 @@ class Stop:
     spent = time.monotonic() - self._begin
     if not self.reason and 0 < self._seconds <= spent:
       self.code, self.reason = _TRY_AGAIN, f'--max_seconds={self._seconds:g}'
+    said = hosts.gather([self.code, self.reason])  # one stops all
+    self.code, self.reason = max(said)
     if self.reason:
       raise Stopped(
           f'stopped by {self.reason} in {stage!r}, {done:,} of {total:,}'
