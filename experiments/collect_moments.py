@@ -18,7 +18,7 @@ from absl import flags
 from jaxedit.convert import hub
 from jaxedit.models import loading
 from jaxedit.models import tokenizer as tokenizer_lib
-from jaxedit.runs import cli, setting_flags
+from jaxedit.runs import cli, dry_run, setting_flags
 from jaxedit.runs.config import RunConfig
 from jaxedit.runs.moments import MomentsConfig, collect
 from jaxedit.types import InputError
@@ -26,7 +26,7 @@ from jaxedit.types import InputError
 
 def define_flags() -> None:
   """Defines this program's flags."""
-  cli.define(RunConfig, names=cli.MODEL_FIELDS)
+  cli.define(RunConfig, names=(*cli.MODEL_FIELDS, 'dry_run'))
   cli.define(MomentsConfig)
   flags.DEFINE_list('layers', None, 'Layers to collect, e.g. 4,5,6,7,8.')
   flags.DEFINE_string('out', None, 'File to write (safetensors).')
@@ -36,7 +36,8 @@ def define_flags() -> None:
 def config_from_flags() -> MomentsConfig:
   """Builds the config; every unusable flag is told at once."""
   given = flags.FLAGS
-  problems = [] if given.out else ['--out: name the file to write']
+  named = given.out or given.dry_run
+  problems = [] if named else ['--out: name the file to write']
   try:
     layers = setting_flags.entries(given.layers, 'layers')
   except InputError as error:
@@ -44,11 +45,16 @@ def config_from_flags() -> MomentsConfig:
   if problems:
     raise InputError(*problems)
   config = cli.read(MomentsConfig)
-  return dataclasses.replace(config, layers=layers, out=pathlib.Path(given.out))
+  return dataclasses.replace(
+      config, layers=layers, out=pathlib.Path(given.out or '')
+  )
 
 
 def main() -> None:
   config, bar = config_from_flags(), cli.progress_bar
+  if flags.FLAGS.dry_run:
+    print('\n'.join(dry_run.collecting(cli.read(RunConfig), config)))
+    return
   cli.use_compilation_cache(flags.FLAGS.compilation_cache)
   folder = hub.resolve(
       flags.FLAGS.model,

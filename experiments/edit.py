@@ -25,7 +25,7 @@ from typing import Any
 from absl import flags
 
 from jaxedit.eval import datasets
-from jaxedit.runs import cli, method_flags, proposals, session
+from jaxedit.runs import cli, dry_run, method_flags, proposals, session
 from jaxedit.runs.config import RunConfig
 from jaxedit.types import InputError
 
@@ -75,7 +75,9 @@ def main(kind: str = 'auto') -> None:
   if problems:
     raise InputError(*problems)
   given = dict(command=cli.given(), progress=cli.progress_bar)
-  if wanted:
+  if config.dry_run:
+    lines = dry_run.editing(config, chosen, kind)
+  elif wanted:
     program = getattr(sys.modules['__main__'].__spec__, 'name', __name__)
     lines = proposals.run(
         config, chosen, kind, wanted, program=program, **given

@@ -22,7 +22,6 @@ from experiments.benchmark import __main__ as benchmark
 from experiments.benchmark import config as config_lib
 from experiments.benchmark import (
     judges,
-    machine,
     presets,
     report,
     torch_baseline,
@@ -31,6 +30,7 @@ from experiments.benchmark import (
 from experiments.benchmark import setup as setup_lib
 from experiments.benchmark import stages as stages_lib
 from jaxedit.models import decoder, families
+from jaxedit.planning import machine
 from jaxedit.runs.config import RunConfig
 from jaxedit.targets import TargetConfig
 from jaxedit.testing import facts, models

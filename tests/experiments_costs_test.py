@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from experiments.benchmark import costs, lengths
+from experiments.benchmark import costs as loops
 from jaxedit.models import decoder
+from jaxedit.planning import costs, lengths
 from jaxedit.testing import models
 from jaxedit.text.encoding import EncodedEdit
 
@@ -181,15 +182,15 @@ class CostsTest(parameterized.TestCase):
     # 3 rows of 10: forward 3 layers four times, back through 1 thrice.
     products = 2 * 30 * ((4 * 3 + 3 * 1) * w + (4 + 3) * head)
     attention = 4 * 32 * 300 * (4 * 3 + 2 * 3 * 1)
-    got = costs.loop_flops(SPEC, 1, 3, 10, 4)
+    got = loops.loop_flops(SPEC, 1, 3, 10, 4)
     self.assertEqual(got, products + attention)
-    forward, dense = costs.loop_insert_flops(SPEC, 2, 30, [(5, 0)])
+    forward, dense = loops.loop_insert_flops(SPEC, 2, 30, [(5, 0)])
     self.assertEqual(forward, 2 * 30 * (3 * w + head))
     f, d, m = 48, 32, 5
     self.assertAlmostEqual(
         dense, 2 * (2 * f**3 / 3 + 4 * f * f * m + 2 * f * m * d)
     )
-    _, more = costs.loop_insert_flops(SPEC, 2, 30, [(5, 7)])
+    _, more = loops.loop_insert_flops(SPEC, 2, 30, [(5, 7)])
     self.assertAlmostEqual(more - dense, 2 * 2 * f * f * 7)
 
   def test_ours_adds_the_kl_row_and_attention(self):

@@ -38,8 +38,6 @@ from absl import flags
 from experiments.benchmark import (
     compare,
     judges,
-    lengths,
-    machine,
     presets,
     report,
 )
@@ -51,6 +49,7 @@ from experiments.benchmark.setup import Setup
 from jaxedit import io
 from jaxedit.methods.base import EditBatch, Run
 from jaxedit.models.spec import param_shapes
+from jaxedit.planning import lengths, machine
 from jaxedit.runs import cli, method_flags
 from jaxedit.runs.config import RunConfig
 from jaxedit.runs.output import Output

@@ -22,12 +22,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.benchmark import costs, lengths, torch_baseline, torch_model
-from experiments.benchmark.machine import timed
+from experiments.benchmark import costs as loops
+from experiments.benchmark import torch_baseline, torch_model
 from experiments.benchmark.setup import Setup
 from experiments.benchmark.stages import Stage, dtype_of
 from jaxedit.methods import closed_form
 from jaxedit.methods.base import EditBatch
+from jaxedit.planning import costs, lengths
+from jaxedit.planning.machine import timed
 from jaxedit.solve.ridge import LowRankUpdate
 from jaxedit.targets.budget import plan_batches
 from jaxedit.text.encoding import EncodedEdit
@@ -162,7 +164,7 @@ class Comparison:
     )
     ours = needed(self.edits, self.states)
     theirs = sum(
-        costs.loop_flops(spec, last, *one.shape, one.steps)
+        loops.loop_flops(spec, last, *one.shape, one.steps)
         for one in self.found[-1]
     )
     # These edits may need more steps or fewer than the others.
@@ -194,7 +196,7 @@ class Comparison:
         spec, layers, lengths.lengths(self.edits, texts)
     ) + costs.solve_flops(spec, len(layers), solved)
     tokens = sum(one.tokens for one in self.inserted[-1])
-    theirs = sum(costs.loop_insert_flops(spec, len(layers), tokens, solved))
+    theirs = sum(loops.loop_insert_flops(spec, len(layers), tokens, solved))
     return _sides(warm / n, self.insert_seconds[0] / n, torch / n) | {
         'flops': ours / n,
         'torch_flops': theirs / n,

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experiments.benchmark import costs
-from experiments.benchmark.machine import peak_bytes, timed
 from experiments.benchmark.setup import Setup
 from experiments.benchmark.stages import Stage, dtype_of, itemsize
 from jaxedit import edited as edited_lib
 from jaxedit.deltas import Edited
 from jaxedit.edited import scoring
 from jaxedit.eval.scorers import base
+from jaxedit.planning import costs
+from jaxedit.planning.machine import peak_bytes, timed
 from jaxedit.types import LOCALITY, REPHRASE, EditRequest, Progress
 
 

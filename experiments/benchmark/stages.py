@@ -19,14 +19,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmark import costs, lengths
-from experiments.benchmark.machine import peak_bytes, timed
 from experiments.benchmark.setup import Setup
 from jaxedit import edited as edited_lib
 from jaxedit.batching import packer
 from jaxedit.batching.plan import BatchPlan
 from jaxedit.deltas import Edited, LowRank
 from jaxedit.methods.base import Info
+from jaxedit.planning import costs, lengths
+from jaxedit.planning.machine import peak_bytes, timed
 from jaxedit.stats import moments as moments_lib
 from jaxedit.types import Progress
 

@@ -47,6 +47,7 @@ def resolve(
     wheel: str | os.PathLike[str] | None = None,
     cache: str | os.PathLike[str] | None = None,
     revision: str | None = None,
+    weights: bool = True,
     progress: Progress = silent,
 ) -> pathlib.Path:
   """Turns any name of a model into a local Hugging Face folder.
@@ -59,6 +60,7 @@ def resolve(
     cache: folder of converted models, by default `$JAXEDIT_CACHE`, else
       ~/.cache/jaxedit. Hugging Face snapshots stay in Hugging Face's cache.
     revision: branch, tag or commit of a Hugging Face repository.
+    weights: fetch the weights of a Hugging Face id too.
     progress: shows conversion (tensors) and downloads (files).
 
   Returns:
@@ -90,7 +92,7 @@ def resolve(
   if text in assets.ASSETS:
     return _from_wheel(assets.ASSETS[text], wheel, cache, progress)
   if is_id:
-    return _from_hub(text, revision, progress)
+    return _from_hub(text, revision, weights, progress)
   raise InputError(
       f'{text!r} names no model: no such folder exists. Accepted are'
       f' {_ACCEPTED}.'
@@ -189,7 +191,7 @@ def _from_wheel(
 
 
 def _from_hub(
-    name: str, revision: str | None, progress: Progress
+    name: str, revision: str | None, weights: bool, progress: Progress
 ) -> pathlib.Path:
   """Fetches what is new of a repository; offline, uses the last snapshot."""
   # Takes a while to import, and only this way of naming a model needs it.
@@ -201,7 +203,7 @@ def _from_hub(
     info = huggingface_hub.HfApi().model_info(name, revision=revision)
     files = [file.rfilename for file in info.siblings or ()]
     _check_listing(where, files)
-    return _snapshot(name, revision, progress, files)
+    return _snapshot(name, revision, progress, files, weights=weights)
   except errors.GatedRepoError as error:
     raise InputError(
         f'{where}: access is granted on request; ask for it on the page of the'
@@ -222,7 +224,7 @@ def _from_hub(
   except Exception as error:
     # Which exception a dead network gives depends on the HTTP client below.
     try:
-      return _snapshot(name, revision, silent)
+      return _snapshot(name, revision, silent, weights=weights)
     except errors.LocalEntryNotFoundError:
       first = (str(error).strip() or type(error).__name__).splitlines()[0]
       raise InputError(
@@ -266,13 +268,15 @@ def _snapshot(
     revision: str | None,
     progress: Progress,
     files: list[str] | None = None,
+    *,
+    weights: bool = True,
 ) -> pathlib.Path:
   """Downloads those of the files that may be loaded; None looks offline."""
   import huggingface_hub
   from huggingface_hub import utils
 
   patterns = {
-      'allow_patterns': list(_SNAPSHOT_FILES),
+      'allow_patterns': list(_SNAPSHOT_FILES[not weights :]),
       'ignore_patterns': list(_SNAPSHOT_SKIP),
   }
   wanted = utils.filter_repo_objects(files or (), **patterns)

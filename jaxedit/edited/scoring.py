@@ -315,6 +315,36 @@ def score(
   return results
 
 
+def lower(
+    spec: ModelSpec,
+    params: Params,
+    queries: Sequence[Query],
+    *,
+    batch_size: int,
+) -> tuple[list[tuple[int, int]], jax.stages.Lowered]:
+  """Lowers the program of the largest batch that `score` would run.
+
+  Args:
+    spec: the architecture.
+    params: canonical parameters, or their shapes.
+    queries: as for `score`, at least one.
+    batch_size: as for `score`.
+
+  Returns:
+    ((tokens, scored tokens) of every batch, padding included; the program).
+  """
+  batches = _cut(queries, batch_size)
+  sizes = [(b * t, b * scored) for _, (b, t), scored in batches]
+  chosen, shape, scored = batches[sizes.index(max(sizes))]
+  batch = _lay_out(
+      [queries[i] for i in chosen],
+      [0] * len(chosen),
+      shape=shape,
+      scored=scored,
+  )
+  return sizes, _score.lower(spec, params, (), batch, per_edit=False)
+
+
 @functools.partial(jax.jit, static_argnames=('spec', 'per_edit'))
 def _score(
     spec: ModelSpec,

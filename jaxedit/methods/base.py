@@ -30,6 +30,7 @@ from jaxedit.deltas import Edited
 from jaxedit.methods.config import MethodConfig
 from jaxedit.methods.settings import configure
 from jaxedit.models.spec import ModelSpec
+from jaxedit.planning.stages import Stage
 from jaxedit.targets import TargetCache, Work
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import (
@@ -216,6 +217,9 @@ class Editor(NamedTuple):
       it is given. In a sequence it is then given the unedited model.
     ordered: whether edits of a batch are made one after the other, so that their
       order matters.
+    stages: (model as shapes, encoded edits, plan, indices of the edits of every
+      batch, whether batches are independent) -> what it takes beside optimised
+      targets, `planning.stages.Stage`; None where that is not counted.
   """
 
   needs: tuple[Need, ...]
@@ -226,6 +230,7 @@ class Editor(NamedTuple):
   finish: Callable[[Any, Edited], Edited] = lambda model, edited: edited
   cumulative: bool = False
   ordered: bool = False
+  stages: Callable[..., list[Stage]] | None = None
 
 
 class ProposalInputs(NamedTuple):

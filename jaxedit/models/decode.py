@@ -16,6 +16,7 @@ token is chosen in `sampling`.
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -260,6 +261,56 @@ class _DecodeEngine:
       self.texts[i] = [int(token)]
 
 
+def _rows(prompts: int, batch_size: int) -> int:
+  """Slots of a run over so many prompts."""
+  return min(round_up(prompts, buckets.HALVES), batch_size)
+
+
+def lower(
+    spec: ModelSpec,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    decoding: Decoding = GREEDY,
+    batch_size: int = 64,
+) -> tuple[decode_state.DecodeState, jax.stages.Lowered]:
+  """Lowers the largest program that `generate` would run.
+
+  Args:
+    spec: the architecture.
+    params: canonical parameters, or their shapes.
+    prompts: as for `generate`, at least one.
+    max_new_tokens: as for `generate`, as all that follow.
+    decoding: how tokens are chosen.
+    batch_size: sequences a batch at most.
+
+  Returns:
+    (shapes of the batch with its longest cache, the program of a segment).
+  """
+  rule, numbers = sampling.split(decoding)
+  inputs = decode_state.DecodeInputs(
+      numbers=numbers,
+      stop=np.zeros(spec.vocab, bool),
+      most=np.int32(max_new_tokens),
+      deltas=(),
+  )
+  rows, longest = _rows(len(prompts), batch_size), max(map(len, prompts))
+  prefill = functools.partial(decode_state.prefill, spec, rule=rule)
+  one = np.zeros(rows, np.int32)
+  fresh, _ = jax.eval_shape(
+      lambda params, tokens: prefill(
+          params, inputs, tokens, length=one, stream=one, edit_id=one
+      ),
+      params,
+      np.zeros((rows, round_up(longest, _LENGTHS)), np.int32),
+  )
+  width = round_up(longest + max_new_tokens - 1, _CACHES)
+  state = jax.eval_shape(lambda x: decode_state.empty(x, rows, width), fresh)
+  step = decode_state.step.lower(spec, params, inputs, state, rule=rule)
+  return state, step
+
+
 def generate(
     spec: ModelSpec,
     params: Params,
@@ -341,7 +392,7 @@ def generate(
           per_edit=edit_ids is not None,
       ),
       rule=rule,
-      rows=min(round_up(len(prompts), buckets.HALVES), batch_size),
+      rows=_rows(len(prompts), batch_size),
       streams=range(len(prompts)) if streams is None else streams,
       edit_ids=[0] * len(prompts) if edit_ids is None else edit_ids,
       stops=stops,

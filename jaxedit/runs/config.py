@@ -229,6 +229,11 @@ class RunConfig:
       20000, 'tokens of it that are scored at most', low=1, high=10**8
   )
   show: int = setting(4, 'texts before and after to print', low=0)
+  dry_run: bool = setting(
+      False,
+      'print what the run would take (FLOPs, memory of a device and of the host,'
+      ' time) and whether it fits; reads no weights and writes no results',
+  )
 
   # The results.
   output_dir: str | None = setting(None, 'folder for results')
@@ -280,9 +285,9 @@ def errors(config: RunConfig) -> list[str]:
     Messages.
   """
   problems = []
-  if not config.output_dir:
+  if not config.output_dir and not config.dry_run:
     problems.append('--output_dir is missing: name a folder for the results')
-  elif _holds(config.folder / 'model', config.model):
+  elif config.output_dir and _holds(config.folder / 'model', config.model):
     problems.append(
         f'--model={config.model} lies where --output_dir={config.output_dir}'
         ' would replace it; choose another --output_dir'

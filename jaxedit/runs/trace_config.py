@@ -17,6 +17,7 @@ RUN_FIELDS = (
     'on_bad_record',
     'output_dir',
     'overwrite',
+    'dry_run',
     'context_templates',
     'moments',
     'moments_corpus',

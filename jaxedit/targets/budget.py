@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -59,7 +60,7 @@ def plan_batches(
     token_budget, compactions = _cpu_tokens(edits, most)
   free = [model.placement.budget_bytes]
   if memory is not None:
-    free.append(memory - sum(x.nbytes for x in jax.tree.leaves(model.params)))
+    free.append(memory - _bytes(model.params))
   free = [x for x in free if x is not None]
   if free:
     share = _MEMORY_SHARE * min(free)
@@ -83,6 +84,11 @@ def _cpu_tokens(edits: Sequence[EncodedEdit], batch: int) -> tuple[int, int]:
   load = sum(int(plan_lib.edit_load(edit)[0]) for edit in edits)
   fills = load * batch >= len(edits) * _ROUNDS * _TOKENS_CPU_MANY
   return (_TOKENS_CPU_MANY, 2) if fills else (_TOKENS_CPU, 1)
+
+
+def _bytes(params: Any) -> int:
+  """Bytes of parameters, or of their shapes."""
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
 
 
 def _token_bytes(spec: ModelSpec) -> int:

@@ -150,12 +150,12 @@ def trace(
     return []
   cases = _labelled(spec, params, cases)
   wanted = _wanted(cases, tokens)
-  token_budget = token_budget or _TOKENS.get(
-      placement.platform, _ACCELERATOR_TOKENS
-  )
+  most, tables = budgets(placement.platform)
+  token_budget = token_budget or most
   lengths = np.array([len(case.ids) for case in cases])
-  tables = _TABLE_BYTES.get(placement.platform, _ACCELERATOR_TABLE_BYTES)
-  size = max(1, tables // _table_bytes(spec, params, cases, restorations))
+  draws = len(cases[0].noise)
+  one = table_bytes(spec, params, max(lengths), draws, restorations)
+  size = max(1, tables // one)
   results = [Traced(case.labels, np.nan, np.nan, {}) for case in cases]
   total = len(restorations) * spec.layers * sum(map(len, wanted))
   with progress('trace', total, 'cell') as done:
@@ -201,14 +201,33 @@ def _wanted(
   return wanted
 
 
-def _table_bytes(
-    spec: ModelSpec, params: Params, cases: Sequence[Case], restorations: Any
+def budgets(platform: str) -> tuple[int, int]:
+  """(columns run at a time, bytes for the tables of a group) of a platform."""
+  return (
+      _TOKENS.get(platform, _ACCELERATOR_TOKENS),
+      _TABLE_BYTES.get(platform, _ACCELERATOR_TABLE_BYTES),
+  )
+
+
+def table_bytes(
+    spec: ModelSpec,
+    params: Params,
+    longest: int,
+    draws: int,
+    restorations: Sequence[Restoration],
 ) -> int:
-  """Memory that the tables of one case take, at most."""
-  longest = max(len(case.ids) for case in cases)
+  """Memory that the tables of one case take, at most.
+
+  Args:
+    spec: the architecture.
+    params: canonical parameters, or their shapes.
+    longest: tokens of the longest case.
+    draws: corrupted copies of a prompt.
+    restorations: what to restore.
+  """
   store = params['layers']['attn']['k']['kernel'].dtype.itemsize
   tables = len(partial_run.parts_of(restorations))
   tables += any(one.part == 'attn' for one in restorations)
   column = 4 * spec.width * tables
   column += 2 * store * spec.kv_heads * spec.head_size
-  return len(cases[0].noise) * longest * spec.layers * column
+  return draws * longest * spec.layers * column

@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxedit.models import flops
 from jaxedit.models.spec import ModelSpec
+from jaxedit.trace.facts import TraceConfig
 from jaxedit.trace.restoration import Restoration
 from jaxedit.trace.results import FactTraces
 
@@ -34,12 +35,30 @@ def work(spec: ModelSpec, found: FactTraces) -> dict[str, Any]:
   Returns:
     {'cells', 'flops', 'naive_flops', 'ratio', 'seconds', 'flops_a_second'}.
   """
+  counted = count(spec, found.config, found.facts)
+  rate = counted['flops'] / found.seconds
+  return counted | {'seconds': found.seconds, 'flops_a_second': rate}
+
+
+def count(
+    spec: ModelSpec, config: TraceConfig, facts: Sequence[Any]
+) -> dict[str, Any]:
+  """Counts the arithmetic that a trace of facts takes.
+
+  Args:
+    spec: the architecture.
+    config: what is traced.
+    facts: each with its `ids` and the `span` of its subject.
+
+  Returns:
+    {'cells', 'flops', 'naive_flops', 'ratio'}.
+  """
   # Each counts (tokens x layers, pairs x layers, scored rows).
   ours, naive, cells = np.zeros(3), np.zeros(3), 0
-  config, draws = found.config, found.config.draws
+  draws = config.draws
   # Severed parts are traced apart, see `fact_trace.trace_facts`.
   passes = len({config.alone(one) for one in config.restorations})
-  for fact in found.facts:
+  for fact in facts:
     length, (first, end) = len(fact.ids), fact.span
     pairs = length * (length + 1) / 2
     whole = np.array([length * spec.layers, pairs * spec.layers, 1.0])
@@ -57,8 +76,6 @@ def work(spec: ModelSpec, found: FactTraces) -> dict[str, Any]:
       'flops': ours,
       'naive_flops': naive,
       'ratio': naive / ours,
-      'seconds': found.seconds,
-      'flops_a_second': ours / found.seconds,
   }
 
 

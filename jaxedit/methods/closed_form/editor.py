@@ -15,6 +15,7 @@ change.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -40,6 +41,7 @@ from jaxedit.methods.base import (
     empty_info,
     per_edit,
 )
+from jaxedit.methods.closed_form import planned
 from jaxedit.methods.closed_form.insertion import (
     InsertionResult,
     all_targets,
@@ -148,7 +150,8 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
   def finish(model: Any, edited: Edited) -> Edited:
     return pruned(model.params, edited) if recipe.prune else edited
 
-  return Editor(needs, init, edit, check, bytes_of, finish)
+  plan = functools.partial(planned.stages, spec, recipe)
+  return Editor(needs, init, edit, check, bytes_of, finish, stages=plan)
 
 
 def _factor(recipe: Recipe, gram: jax.Array, layer: int) -> Factored:

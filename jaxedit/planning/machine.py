@@ -1,8 +1,9 @@
-"""What the machine can do: rates of large products, peak memory, a stop watch."""
+"""What the machine can do: rates of large products, memory, a stop watch."""
 
 from __future__ import annotations
 
 import functools
+import os
 import resource
 import statistics
 import time
@@ -12,13 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxedit.placement import one_device
+from jaxedit.placement import Placement, one_device
 
 # Columns of the products that give the ceiling.
 _SIZES = {'cpu': 2048, 'gpu': 8192, 'tpu': 8192}
 _TRIES = 5
 # Seconds for which `pace` runs products, about.
 _PACE = 0.5
+# Columns of the products of a short measurement, and bytes of its array.
+_SHORT, _STREAM = 1024, 2**26
 
 
 def peak_bytes() -> int:
@@ -58,6 +61,37 @@ def ceilings(size: int | None = None) -> dict[str, float]:
   with jax.enable_x64(True):
     found['float64'] = _rate(size, jnp.float64, 'highest')
   return found
+
+
+def rates() -> dict[str, float]:
+  """Measures this machine within a second or two, for estimates of time.
+
+  Returns:
+    `ceilings` of smaller products on a CPU, and 'memory', bytes a second that
+    are read and written by the sum of an array and a number.
+  """
+  cpu = one_device().platform == 'cpu'
+  found = ceilings(_SHORT if cpu else None)
+  array = jnp.zeros(_STREAM // 4, jnp.float32)
+  add = jax.jit(lambda x: x + 1)
+  jax.block_until_ready(add(array))
+  seconds = [timed(lambda: add(array))[1] for _ in range(_TRIES)]
+  return {**found, 'memory': 2 * _STREAM / min(seconds)}
+
+
+def device_bytes(placement: Placement) -> int | None:
+  """Memory of a device, free or not, bytes; None where it is unknown."""
+  if 'bytes_limit' in placement.memory:
+    return int(placement.memory['bytes_limit'])
+  return None if placement.accelerated else host_bytes()
+
+
+def host_bytes() -> int | None:
+  """Memory of the host, free or not, bytes; None where it is unknown."""
+  try:
+    return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+  except (AttributeError, ValueError, OSError):
+    return None
 
 
 def pace(dtype: str, size: int | None = None) -> float:
