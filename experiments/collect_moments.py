@@ -62,7 +62,9 @@ def main() -> None:
       revision=flags.FLAGS.revision,
       progress=bar,
   )
-  model = loading.load_model(folder, flags.FLAGS.dtype, progress=bar)
+  model = loading.load_model(
+      folder, flags.FLAGS.dtype, progress=bar, mesh=flags.FLAGS.mesh
+  )
   report = collect(config, model, tokenizer_lib.load_tokenizer(folder), bar)
   for warning in report.warnings():
     print(f'warning: {warning}', file=sys.stderr)

@@ -103,7 +103,9 @@ def load(
       passages.question_span(tokenizer, chat, one.prompt, edit.rows[0])
       for one, edit in zip(loaded.requests, edits)
   ]
-  model = loading.load_model(folder, config.dtype, cli.progress_bar)
+  model = loading.load_model(
+      folder, config.dtype, cli.progress_bar, mesh=config.mesh
+  )
   return model, chat, loaded, edits, spans
 
 

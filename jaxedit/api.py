@@ -17,7 +17,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxedit import edited as edited_lib
 from jaxedit.convert import hub
@@ -34,11 +36,12 @@ from jaxedit.methods import anyedit as anyedit_lib
 from jaxedit.methods.base import EditBatch, Editor, Info, Need, Run
 from jaxedit.methods.registry import method_of
 from jaxedit.methods.settings import configure
-from jaxedit.models import loading, saving
+from jaxedit.models import loading, saving, sharding
 from jaxedit.models import tokenizer as tokenizer_lib
 from jaxedit.models.decode import GREEDY, Decoding
 from jaxedit.models.loading import Model
 from jaxedit.models.spec import ModelSpec
+from jaxedit.placement import Placement, place_by
 from jaxedit.runs import editing, needs
 from jaxedit.runs.config import RunConfig
 from jaxedit.runs.tasks import sample_contexts
@@ -58,6 +61,7 @@ def load(
     dtype: str = 'float32',
     tokenizer: Any = None,
     revision: str | None = None,
+    mesh: Mesh | Placement | str | None = None,
     progress: Progress = silent,
 ) -> Model:
   """Loads a model with its tokenizer.
@@ -68,20 +72,28 @@ def load(
     dtype: 'float32' or 'bfloat16', of the weights; not for (spec, params).
     tokenizer: a fast transformers tokenizer; the model's own unless given.
     revision: branch, tag or commit of a hub id.
+    mesh: devices to run on: axes and sizes, e.g. 'data:4,tensor:2', a mesh with
+      some of the axes data, fsdp and tensor, or a placement; unless given all
+      devices, on data where a copy of the weights fits each, else on fsdp.
     progress: progress display.
 
   Returns:
     The model.
 
   Raises:
-    InputError: the source means nothing or cannot be read.
+    InputError: the source means nothing or cannot be read, or there is no such
+      mesh.
   """
   if isinstance(source, tuple):
     spec, params = source
     name = f'in memory {id(params):x}'
-    return Model(spec, params, pathlib.Path('.'), name, {}, tokenizer)
+    placement = place_by(mesh, sum(x.nbytes for x in jax.tree.leaves(params)))
+    params = sharding.place(spec, params, placement)
+    return Model(
+        spec, params, pathlib.Path('.'), name, {}, tokenizer, placement
+    )
   folder = hub.resolve(source, revision=revision, progress=progress)
-  model = loading.load_model(folder, dtype, progress)
+  model = loading.load_model(folder, dtype, progress, mesh=mesh)
   if tokenizer is None:
     tokenizer = tokenizer_lib.load_tokenizer(folder)
   return dataclasses.replace(model, tokenizer=tokenizer)

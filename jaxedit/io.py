@@ -528,6 +528,21 @@ def read_tensor(path: StrPath, entry: TensorEntry) -> np.ndarray:
   return raw.view(DTYPES[entry.code]).reshape(entry.shape)
 
 
+def view_tensor(path: StrPath, entry: TensorEntry) -> np.ndarray:
+  """Maps one tensor, of a dtype of `DTYPES`, without reading it.
+
+  Raises:
+    OSError: the file ends before the tensor does, or cannot be read.
+  """
+  if not entry.size:
+    return read_tensor(path, entry)
+  try:
+    raw = np.memmap(path, np.uint8, 'r', entry.start, (entry.size,))
+  except ValueError as error:
+    raise OSError(errno.EIO, 'it ends before the tensor does', path) from error
+  return raw.view(DTYPES[entry.code]).reshape(entry.shape)
+
+
 def _header_sum(
     metadata: Mapping[str, str],
     kinds: Mapping[str, tuple[str, tuple[int, ...]]],

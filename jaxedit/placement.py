@@ -1,28 +1,60 @@
 """Where a model runs: a mesh of devices, and how arrays lie on it.
 
+A mesh has three axes. Sequences and slots of a batch are divided over `data` and
+`fsdp`, matrices over `fsdp` (at rest: a device gathers a layer's when it runs it)
+and `tensor` (columns of the maps into a block, rows of those out of it). An axis
+whose size does not divide a dimension of a weight moves to the first free
+dimension that it divides, but never to that of layers; where there is none, the
+weight lies whole along the axis. A batch that an axis does not divide is computed
+by every device of the axis.
+
 Everything whose size depends on the devices (token budgets, tables, what is kept
 on the host) asks the model's placement, before a program is traced. Inside
 traced code nothing asks: where two platforms need different operations,
-`jax.lax.platform_dependent` chooses when the program is lowered. This is the
-only module that asks JAX for its devices.
-
-Not here: more than one device. The mesh has the axes of edits, of weights at
-rest and of tensor parallelism, each of size 1, and there are no rules yet.
+`jax.lax.platform_dependent` chooses when the program is lowered, and the mesh is
+that of the weights. This is the only module that asks JAX for its devices.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-from collections.abc import Mapping
+import re
+import types
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxedit.types import Array, InputError, Params
 
 # Axes of a mesh: edits side by side, weights at rest, tensor parallelism.
 AXES = ('data', 'fsdp', 'tensor')
+# Over which batches are divided.
+BATCH_AXES = ('data', 'fsdp')
+# Share of a device's memory that a copy of the weights may take.
+_COPY_SHARE = 0.5
+
+_COLUMNS = PartitionSpec(None, 'fsdp', 'tensor')
+_ROWS = PartitionSpec(None, 'tensor', 'fsdp')
+_VECTOR = PartitionSpec(None, 'tensor')
+# Wanted partitions by canonical name (`models.spec.param_shapes`); the rest,
+# norms and biases of outputs, lies whole on every device.
+RULES: Mapping[str, PartitionSpec] = types.MappingProxyType({
+    'embed/embedding': PartitionSpec('tensor', 'fsdp'),
+    'embed/position': PartitionSpec(None, 'fsdp'),
+    **{f'layers/attn/{x}/kernel': _COLUMNS for x in 'qkv'},
+    **{f'layers/attn/{x}/bias': _VECTOR for x in 'qkv'},
+    'layers/attn/out/kernel': _ROWS,
+    **{f'layers/mlp/{x}/kernel': _COLUMNS for x in ('gate', 'up')},
+    **{f'layers/mlp/{x}/bias': _VECTOR for x in ('gate', 'up')},
+    'layers/mlp/down/kernel': _ROWS,
+    'head/kernel': PartitionSpec('fsdp', 'tensor'),
+    'head/bias': PartitionSpec('tensor'),
+})  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +62,7 @@ class Placement:
   """A mesh of devices and the sharding of parameters on it.
 
   Attributes:
-    mesh: the devices, with the axes `AXES`.
+    mesh: the devices; its axes are some of `AXES`, automatic.
     rules: PartitionSpec of a parameter by its canonical name; one without a
       rule lies whole on every device.
   """
@@ -60,15 +92,87 @@ class Placement:
 
   @property
   def budget_bytes(self) -> int | None:
-    """Memory of a device that is free now, bytes; None where it is unknown."""
+    """Memory of a device that is free now, bytes; None where it is unknown.
+
+    Devices that are parts of one CPU share its memory evenly.
+    """
     if 'bytes_limit' in self.memory:
       return self.memory['bytes_limit'] - self.memory['bytes_in_use']
     if self.accelerated:
       return None
     try:
-      return os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+      free = os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+      return free // len(self.devices)
     except (AttributeError, ValueError, OSError):
       return None
+
+  @property
+  def several(self) -> bool:
+    """Whether there is more than one device."""
+    return len(self.devices) > 1
+
+  @property
+  def batch_shards(self) -> int:
+    """Over how many devices a batch is divided."""
+    return math.prod(self.mesh.shape.get(axis, 1) for axis in BATCH_AXES)
+
+  def full(self, count: int) -> int:
+    """A count of sequences, rounded up so that no device has fewer."""
+    return -(-count // self.batch_shards) * self.batch_shards
+
+  @property
+  def label(self) -> str:
+    """The axes as `parse_mesh` reads them, e.g. 'data:4,tensor:2'."""
+    sizes = self.mesh.shape.items()
+    wide = [f'{axis}:{size}' for axis, size in sizes if size > 1]
+    return ','.join(wide) or 'data:1'
+
+  def partition(
+      self, path: str, shape: Sequence[int], unit: int = 1
+  ) -> PartitionSpec:
+    """Fits the rule of a parameter to its shape; see the module.
+
+    Args:
+      path: its canonical name.
+      shape: its shape.
+      unit: what stays together along the dimension that `tensor` divides: the
+        size of a head.
+
+    Returns:
+      Its partition; axes of size 1 are left out.
+    """
+    wanted = tuple(self.rules.get(path, ()))
+    wanted += (None,) * (len(shape) - len(wanted))
+    free = range(1 if path.startswith('layers/') else 0, len(shape))
+    found: list[str | None] = [None] * len(shape)
+    moved = []
+    for place, axis in enumerate(wanted):
+      if axis is None or self.mesh.shape.get(axis, 1) == 1:
+        continue
+      whole = shape[place] // (unit if axis == 'tensor' else 1)
+      if whole % self.mesh.shape[axis]:
+        moved.append(axis)
+      else:
+        found[place] = axis
+    for axis in moved:
+      size = self.mesh.shape[axis]
+      # A place that fits in units was taken above, so here it may not be cut.
+      fits = [i for i in free if found[i] is None and not shape[i] % size]
+      fits = [i for i in fits if wanted[i] != axis]
+      if fits and len(shape) > 1:
+        found[fits[0]] = axis
+    return PartitionSpec(*found)
+
+  def sharding(
+      self, path: str, shape: Sequence[int], unit: int = 1
+  ) -> NamedSharding:
+    """The sharding of a parameter; see `partition`."""
+    return NamedSharding(self.mesh, self.partition(path, shape, unit))
+
+  def hashes(self, number: int) -> bool:
+    """Whether this process reads and hashes the tensor of a number."""
+    processes = sorted({device.process_index for device in self.devices})
+    return processes[number % len(processes)] == jax.process_index()
 
 
 def one_device(device: Any = None) -> Placement:
@@ -82,6 +186,203 @@ def one_device(device: Any = None) -> Placement:
   """
   device = jax.local_devices()[0] if device is None else device
   return Placement(Mesh(np.array(device).reshape((1,) * len(AXES)), AXES))
+
+
+def parse_mesh(text: str) -> Mesh:
+  """Makes a mesh of all devices of this process, or of all processes.
+
+  Args:
+    text: axes and their sizes, e.g. 'data:4,tensor:2'; others have size 1.
+
+  Returns:
+    A mesh with all of `AXES`, automatic.
+
+  Raises:
+    InputError: another spelling, an unknown axis, or sizes whose product is not
+      the number of devices, of this process or of all.
+  """
+  sizes, problems = dict.fromkeys(AXES, 1), []
+  usual = 'write axes and sizes, e.g. data:4,tensor:2'
+  seen = set()
+  for word in text.split(','):
+    found = re.fullmatch(r'\s*(\w+):([1-9][0-9]{0,6})\s*', word)
+    if found is None:
+      problems.append(f'mesh {text!r}: {word!r} is no axis:size; {usual}')
+    elif found[1] not in AXES:
+      problems.append(
+          f'mesh {text!r}: axis {found[1]!r} is unknown; known are'
+          f' {", ".join(AXES)}'
+      )
+    elif found[1] in seen:
+      problems.append(f'mesh {text!r}: axis {found[1]!r} stands twice; {usual}')
+    else:
+      seen.add(found[1])
+      sizes[found[1]] = int(found[2])
+  devices, wanted = jax.local_devices(), math.prod(sizes.values())
+  if wanted == jax.device_count():
+    devices = jax.devices()
+  if not problems and wanted != len(devices):
+    problems.append(
+        f'mesh {text!r} is of {wanted} devices, but JAX sees'
+        f' {len(devices)} ({devices[0].platform}): choose sizes whose product is'
+        f' {len(devices)}'
+    )
+  if problems:
+    raise InputError(*problems)
+  return jax.make_mesh(
+      tuple(sizes.values()),
+      AXES,
+      axis_types=(AxisType.Auto,) * len(AXES),
+      devices=devices,
+  )
+
+
+def on_mesh(mesh: Mesh | str) -> Placement:
+  """Places a model on a mesh, by the rules of this module.
+
+  Args:
+    mesh: see `parse_mesh`; or a caller's own, whose devices and axes are taken
+      as they are. Explicit axes become automatic for the arrays of the model.
+
+  Returns:
+    The placement; of one device where the mesh has one.
+
+  Raises:
+    InputError: see `parse_mesh`; or the mesh has an axis of another name.
+  """
+  if isinstance(mesh, str):
+    mesh = parse_mesh(mesh)
+  other = [name for name in mesh.axis_names if name not in AXES]
+  if other:
+    raise InputError(
+        f'the mesh has axes {", ".join(map(str, other))}; name them by their use'
+        f' among {", ".join(AXES)}'
+    )
+  if mesh.size == 1:
+    return one_device(mesh.devices.flat[0])
+  automatic = (AxisType.Auto,) * len(mesh.axis_names)
+  mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=automatic)
+  return Placement(mesh, RULES)
+
+
+def default_placement(size: int) -> Placement:
+  """Chooses a mesh of all devices of this process.
+
+  Args:
+    size: bytes of the weights.
+
+  Returns:
+    All devices on `data` while a copy of the weights takes half of the memory of
+    one at most, or where nobody knows; else all on `fsdp`.
+  """
+  count = len(jax.local_devices())
+  if count == 1:
+    return one_device()
+  found = on_mesh(f'data:{count}')
+  free = found.budget_bytes
+  if free is not None and size > _COPY_SHARE * free:
+    return on_mesh(f'fsdp:{count}')
+  return found
+
+
+def place_by(mesh: Placement | Mesh | str | None, size: int = 0) -> Placement:
+  """Chooses where a model goes.
+
+  Args:
+    mesh: a placement; or see `on_mesh`; or None for `default_placement`.
+    size: bytes of the weights.
+
+  Returns:
+    The placement.
+
+  Raises:
+    InputError: see `on_mesh`.
+  """
+  if mesh is None:
+    return default_placement(size)
+  return mesh if isinstance(mesh, Placement) else on_mesh(mesh)
+
+
+def join_parts(placement: Placement, parts: Sequence[bytes]) -> list[bytes]:
+  """Joins strings of equal length, each made by one process and 0 elsewhere.
+
+  Args:
+    placement: whose processes have made them.
+    parts: those of this process.
+
+  Returns:
+    The strings, in every process.
+  """
+  if len({device.process_index for device in placement.devices}) == 1:
+    return list(parts)
+  from jax.experimental import multihost_utils
+
+  mine = np.stack([np.frombuffer(part, np.uint8) for part in parts])
+  every = np.asarray(multihost_utils.process_allgather(mine))
+  return [one.tobytes() for one in every.max(axis=0)]
+
+
+def fetch(x: Array) -> np.ndarray:
+  """Copies an array to the host, whole and in every process that has a part."""
+  if x.is_fully_addressable or x.is_fully_replicated:
+    return np.asarray(x)
+  from jax.experimental import multihost_utils
+
+  return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def mesh_of(params: Params) -> Any:
+  """The mesh on which parameters lie, in traced code too; None for no mesh."""
+  leaf = next(iter(jax.tree.leaves(params)), None)
+  if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+    return getattr(leaf.sharding, 'mesh', None)
+  sharding = (
+      getattr(jax.typeof(leaf), 'sharding', None) if leaf is not None else None
+  )
+  mesh = getattr(sharding, 'mesh', None)
+  return None if mesh is None or mesh.empty else mesh
+
+
+def over_batch(params: Params, x: Array, axis: int = 0) -> Array:
+  """Divides activations over the devices that hold parameters.
+
+  Args:
+    params: what the activations are computed with; they say on which mesh.
+    x: activations.
+    axis: of sequences, or of packed tokens.
+
+  Returns:
+    The same values: along `axis` divided over as many of the batch axes as
+    divide it, whole along the others. `x` itself without a mesh, and where a
+    caller's axes are not automatic.
+  """
+  mesh = mesh_of(params)
+  if mesh is None or mesh.size == 1:
+    return x
+  if any(kind != AxisType.Auto for kind in mesh.axis_types):
+    return x
+  taken, shards = [], 1
+  for name in BATCH_AXES:
+    size = mesh.shape.get(name, 1)
+    if size > 1 and not x.shape[axis] % (shards * size):
+      taken.append(name)
+      shards *= size
+  spec = [None] * x.ndim
+  spec[axis] = tuple(taken) or None
+  return jax.lax.with_sharding_constraint(
+      x, NamedSharding(mesh, PartitionSpec(*spec))
+  )
+
+
+def device_bytes(tree: Any) -> int:
+  """Bytes that arrays, or their shapes, take on a device."""
+
+  def count(x: Any) -> int:
+    sharding, shape = getattr(x, 'sharding', None), x.shape
+    shape = sharding.shard_shape(shape) if sharding is not None else shape
+    return math.prod(shape) * x.dtype.itemsize
+
+  return sum(map(count, jax.tree.leaves(tree)))
 
 
 def device_names() -> str:

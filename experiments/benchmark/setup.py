@@ -12,6 +12,8 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from experiments.benchmark.config import BenchmarkConfig
 from experiments.benchmark.presets import (
     PRESETS,
@@ -24,7 +26,8 @@ from jaxedit.methods import closed_form, memit
 from jaxedit.methods.anyedit import anyedit
 from jaxedit.methods.base import Editor, Need
 from jaxedit.methods.registry import METHODS
-from jaxedit.models import families, loading, tokenizer
+from jaxedit.models import families, loading, sharding, tokenizer
+from jaxedit.placement import place_by
 from jaxedit.runs import moments, tasks
 from jaxedit.runs.config import RunConfig
 from jaxedit.runs.method_flags import Chosen
@@ -144,9 +147,14 @@ def prepare(
   if fields:
     params = random_params(spec, config.seed, config.dtype)
     name = f'random {settings.preset} {config.seed}'
-    model = loading.Model(spec, params, source, name, fields)
+    size = sum(x.nbytes for x in jax.tree.leaves(params))
+    placement = place_by(config.mesh, size)
+    params = sharding.place(spec, params, placement)
+    model = loading.Model(
+        spec, params, source, name, fields, placement=placement
+    )
   else:
-    model = loading.load_model(source, config.dtype, progress)
+    model = loading.load_model(source, config.dtype, progress, mesh=config.mesh)
   (need,) = editor.needs
   kind = settings.moments or ('random' if fields else 'self')
   if kind == 'random':

@@ -60,6 +60,8 @@ class BatchShape(NamedTuple):
     prefill_shape: (slots, tokens, length) of a packed batch of whole sequences.
     prefix_shape: (tokens, length) of its tokens before the anchors.
     compactions: how often the last edits move to a smaller batch shape.
+    shards: devices over which a batch is divided; they divide the counts of
+      slots, tokens and logits.
   """
 
   max_suffix: int
@@ -72,6 +74,7 @@ class BatchShape(NamedTuple):
   prefill_shape: tuple[int, int, int]
   prefix_shape: tuple[int, int]
   compactions: int
+  shards: int = 1
 
   @property
   def compacted(self) -> BatchShape | None:
@@ -81,11 +84,29 @@ class BatchShape(NamedTuple):
     token_budget, logit_budget = -(-self.token_budget // _COMPACTION), -(
         -self.logit_budget // _COMPACTION
     )
-    return self._replace(
+    smaller = self._replace(
         slots=-(-self.slots // _COMPACTION),
         token_budget=-(-token_budget // 16) * 16,
         logit_budget=-(-logit_budget // 4) * 4,
         compactions=self.compactions - 1,
+    ).divided(self.shards)
+    return smaller if smaller.slots < self.slots else None
+
+  def divided(self, shards: int) -> BatchShape:
+    """The shape with counts that a number of devices divides, rounded up."""
+    full = lambda *counts: tuple(
+        -(-count // shards) * shards for count in counts
+    )
+    slots, tokens, logits = full(
+        self.slots, self.token_budget, self.logit_budget
+    )
+    return self._replace(
+        slots=slots,
+        token_budget=tokens,
+        logit_budget=logits,
+        prefill_shape=(*full(*self.prefill_shape[:2]), self.prefill_shape[2]),
+        prefix_shape=(*full(self.prefix_shape[0]), self.prefix_shape[1]),
+        shards=shards,
     )
 
 
@@ -99,6 +120,11 @@ class PromptShapes(NamedTuple):
 
   upto: tuple[int, int, int]
   text: tuple[int, int, int]
+
+  def divided(self, shards: int) -> PromptShapes:
+    """The shapes with counts that a number of devices divides, rounded up."""
+    full = lambda count: -(-count // shards) * shards
+    return PromptShapes(*((full(b), full(n), t) for b, n, t in self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +162,15 @@ class BatchPlan:
     nothing = (np.zeros(0, np.int32),) * self.contexts
     return dataclasses.replace(
         self, shared_prefix=nothing, prompts=self.unshared_prompts
+    )
+
+  def divided(self, shards: int) -> BatchPlan:
+    """The plan for batches that lie on a number of devices."""
+    return dataclasses.replace(
+        self,
+        shapes=tuple(shape.divided(shards) for shape in self.shapes),
+        prompts=self.prompts.divided(shards),
+        unshared_prompts=self.unshared_prompts.divided(shards),
     )
 
   @property

@@ -63,6 +63,7 @@ from jaxedit.types import Array, Params
 ACTIVATION = 'relu'  # zero on negatives, as nothing else is
 _SMOOTHING = 0.1
 _CLIP = 5.0  # of the gradient's norm
+_TIED = 1e-6  # relative difference of numbers that count as equal
 _L2 = 0.01
 # The plateau rule of the learning rate: looked at every so many steps.
 _WINDOW, _FACTOR, _PATIENCE, _BETTER = 25, 0.5, 1, 0.05
@@ -219,7 +220,7 @@ def loss_of(
   edit = jnp.sum(jnp.where(tail.mask, smooth, 0)) / tokens
   best = jnp.argmax(logits, axis=-1) == tail.label
   mine = pre[jnp.minimum(own, n - 1), jnp.arange(len(own))]
-  active = jnp.max(jnp.where(live, jnp.exp(config.active_margin - mine), 0))
+  active = _largest(jnp.where(live, jnp.exp(config.active_margin - mine), 0))
   inputs, there = memory
   seen = inputs @ weights.key.T + weights.bias
   counts = there[:, None] & live
@@ -235,6 +236,14 @@ def loss_of(
   silent += top(seen + config.memory_margin_2)
   loss = edit + config.active_weight * active + config.memory_weight * silent
   return loss, jnp.all(best | ~tail.mask)
+
+
+def _largest(x: Array) -> Array:
+  """The largest number; neurons start as active as each other, and rounding
+  does not decide which of them has the gradient.
+  """
+  tied = x >= jax.lax.stop_gradient(jnp.max(x)) * (1 - _TIED)
+  return jnp.sum(jnp.where(tied, x, 0)) / jnp.sum(tied)
 
 
 def _plateau(loop: _Loop, loss: Array) -> dict[str, Array]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -61,8 +61,19 @@ class Tensor:
     Raises:
       InputError: it cannot be read.
     """
+    return self._opened(io.read_tensor)
+
+  def view(self) -> np.ndarray:
+    """The tensor where it lies in its file; an index reads what it selects.
+
+    Raises:
+      InputError: it cannot be read.
+    """
+    return self._opened(io.view_tensor)
+
+  def _opened(self, how: Callable[..., np.ndarray]) -> np.ndarray:
     try:
-      return io.read_tensor(self.path, self.entry)
+      return how(self.path, self.entry)
     except OSError as error:
       raise InputError(
           f'{self.path}: cannot be read ({error.strerror or error}); fetch it'

@@ -35,6 +35,7 @@ from jaxedit.models.blocks import (
 )
 from jaxedit.models.spec import ModelSpec, RopeScaling
 from jaxedit.numerics import wide
+from jaxedit.placement import over_batch
 from jaxedit.types import (
     KV,
     PADDING,
@@ -186,7 +187,25 @@ def embed(
   if spec.learned_positions:
     table = params['embed']['position']
     h += table[_positions(layout)].astype(h.dtype)
-  return h
+  return _spread(params, h, layout)
+
+
+def _spread(
+    params: Params, h: Array, layout: TokenLayout | PackedSequences
+) -> Array:
+  """Divides a residual stream over the devices of the weights, by sequences."""
+  return over_batch(params, h, int(isinstance(layout, PackedSequences)))
+
+
+def _spread_sequences(params: Params, layout: Any) -> Any:
+  """Divides what says how tokens lie; all its arrays have sequences first."""
+  return jax.tree.map(lambda x: over_batch(params, x), layout)
+
+
+def _spread_prefix(params: Params, prefix: KV) -> KV:
+  """Divides keys and values of prefix tokens by sequences."""
+  key, value = (over_batch(params, x, 1) for x in (prefix.key, prefix.value))
+  return KV(key, value, _spread_sequences(params, prefix.layout))
 
 
 def final_norm(spec: ModelSpec, params: Params, h: Array) -> Array:
@@ -434,6 +453,9 @@ def run_layers(
     deltas = ActiveDeltas(tuple(deltas))
   if outputs is not None and deltas.per_sequence:
     raise ValueError('output tokens do not mix with deltas per sequence')
+  h = _spread(params, h, layout)
+  layout, outputs = _spread_sequences(params, (layout, outputs))
+  prefix = None if prefix is None else _spread_prefix(params, prefix)
   everywhere = _attention_inputs(spec, layout, prefix, dtype=h.dtype)
   if outputs is not None:
     kept = _attention_inputs(
@@ -468,6 +490,7 @@ def run_layers(
           LayerDeltas(mine, deltas.per_edit, prompt, choices),
           _intervene(patches, layer),
       )
+      h = _spread(params, h, layout)
       return h, [taps[i].read(seen[taps[i].site]) for i in watching]
 
     def part(tree: Any, i: int, first=first, end=end) -> Any:

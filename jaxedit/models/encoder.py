@@ -32,6 +32,7 @@ from jaxedit.models import tokenizer as tokenizer_lib
 from jaxedit.models.blocks import Norm
 from jaxedit.models.loading import Model
 from jaxedit.models.spec import ModelSpec
+from jaxedit.placement import one_device
 from jaxedit.types import (
     Array,
     InputError,
@@ -137,7 +138,9 @@ def load_encoder(
       of another model.
   """
   pooling, most = check_folder(folder)
-  model = loading.load_model(folder, progress=progress, names=families.ENCODERS)
+  model = loading.load_model(
+      folder, progress=progress, names=families.ENCODERS, mesh=one_device()
+  )
   tokenizer = tokenizer_lib.load_tokenizer(model.folder)
   if len(tokenizer) > model.spec.vocab:
     raise InputError(

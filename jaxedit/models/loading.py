@@ -3,7 +3,10 @@
 Every upstream tensor goes through the device once: it is read from its
 safetensors file, turned into the canonical layout there, and written into its
 row of the stacked leaf, whose buffer is donated. So the host holds about one
-upstream tensor beside the parameters, and hashing reads no file twice.
+upstream tensor beside the parameters, and hashing reads no file twice. On a mesh
+a device gets its part of every tensor and nothing else. Of several processes
+each reads the parts of its devices, and the whole of those tensors that it
+hashes for all.
 
 A folder is refused as a whole, with every fault named: tensors that are
 missing, unknown, misshapen or not finite, and config fields that would change
@@ -15,22 +18,25 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxedit import io
-from jaxedit.models import checkpoint, families, tensors
+from jaxedit.models import checkpoint, families, sharding, tensors
 from jaxedit.models import spec as spec_lib
-from jaxedit.placement import Placement, one_device
+from jaxedit.placement import Placement, join_parts, one_device, place_by
 from jaxedit.types import Array, InputError, Params, Progress, silent
 
+_DIGEST_BYTES = hashlib.sha256().digest_size
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 
@@ -83,6 +89,7 @@ def load_model(
     progress: Progress = silent,
     *,
     names: Sequence[str] = families.NAMES,
+    mesh: Mesh | Placement | str | None = None,
 ) -> Model:
   """Loads a Hugging Face folder.
 
@@ -91,9 +98,10 @@ def load_model(
     dtype: 'float32' or 'bfloat16', of every parameter.
     progress: is told upstream tensors.
     names: the families that are wanted.
+    mesh: devices to load to, see `placement.place_by`; by default all.
 
   Returns:
-    The model, its parameters on the default device.
+    The model, its parameters on these devices.
 
   Raises:
     InputError: anything about the folder that cannot be used, all at once.
@@ -104,8 +112,15 @@ def load_model(
     )
   folder = pathlib.Path(folder)
   config, source, layout = open_model(folder, names)
-  params, digest = _read_params(source, layout, DTYPES[dtype], progress)
-  return Model(layout.spec, params, folder, digest, config)
+  shapes = spec_lib.param_shapes(layout.spec)
+  size = (
+      sum(map(math.prod, shapes.values())) * jnp.dtype(DTYPES[dtype]).itemsize
+  )
+  placement = place_by(mesh, size)
+  params, digest = _read_params(
+      source, layout, DTYPES[dtype], placement, progress
+  )
+  return Model(layout.spec, params, folder, digest, config, placement=placement)
 
 
 def open_model(
@@ -270,39 +285,36 @@ def _read_params(
     source: checkpoint.Checkpoint,
     layout: Layout,
     dtype: Any,
+    placement: Placement,
     progress: Progress,
 ) -> tuple[Params, str]:
   """Reads every used tensor in file order; returns the params and the hash."""
+  shapes = spec_lib.param_shapes(layout.spec)
+  where = dict.fromkeys(shapes)
+  if placement.several:
+    where = sharding.shardings(layout.spec, placement)
   leaves = {
-      path: jnp.zeros(shape, dtype)
-      for path, shape in spec_lib.param_shapes(layout.spec).items()
+      path: jnp.zeros(shape, dtype, device=where[path])
+      for path, shape in shapes.items()
       if path.startswith('layers/')
   }
   digests: dict[str, bytes] = {}
   problems: list[str] = []
   with progress('loading', len(layout.slots), 'tensors') as advance:
-    for name, tensor in source.tensors.items():
-      if name not in layout.slots:
-        continue
-      full_name = layout.full_names[name]
-      value = tensor.read()
-      digests[full_name] = _digest(full_name, tensor, value)
-      if tensor.code == 'F64':
-        value = value.astype(np.float32)
-      value, sound = jnp.asarray(value), True
-      for slot in layout.slots[name]:
-        how = dict(
-            form=slot.source.form,
-            part=slot.source.part,
-            heads=layout.spec.heads,
-        )
-        if slot.layer is None:
-          leaf, finite = _convert(value, dtype=dtype, **how)
-        else:
-          # The stack leaves the dict so that its buffer can be donated.
-          stack = leaves.pop(slot.path)
-          leaf, finite = _fill(stack, value, jnp.int32(slot.layer), **how)
-        leaves[slot.path] = leaf
+    for number, (name, slots) in enumerate(_in_order(source, layout)):
+      tensor, full_name = source.tensors[name], layout.full_names[name]
+      if placement.hashes(number):
+        value = tensor.read()
+        digests[full_name] = _digest(full_name, tensor, value)
+      else:
+        value, digests[full_name] = tensor.view(), b'\0' * _DIGEST_BYTES
+      if placement.several:
+        parts = [_parts(value, slot, layout.spec, where) for slot in slots]
+      else:
+        parts = [jnp.asarray(_readable(value))] * len(slots)
+      sound = True
+      for slot, part in zip(slots, parts):
+        finite = _put(leaves, part, slot, layout.spec, dtype, placement)
         # Waiting here keeps one tensor on the host, not a queue of them.
         sound = bool(finite) and sound
       if not sound:
@@ -315,11 +327,71 @@ def _read_params(
   if problems:
     raise InputError(*problems)
   total = hashlib.sha256()
-  for name in sorted(digests):
-    total.update(digests[name])
+  names = sorted(digests)
+  for digest in join_parts(placement, [digests[name] for name in names]):
+    total.update(digest)
   # Leaves in the order of the forward pass, whatever the order of the file.
-  ordered = {path: leaves[path] for path in spec_lib.param_shapes(layout.spec)}
-  return nest(ordered), total.hexdigest()
+  return nest({path: leaves[path] for path in shapes}), total.hexdigest()
+
+
+def _in_order(
+    source: checkpoint.Checkpoint, layout: Layout
+) -> Iterator[tuple[str, tuple[tensors.Slot, ...]]]:
+  """The used tensors in file order, with what they fill."""
+  return (
+      (name, layout.slots[name])
+      for name in source.tensors
+      if name in layout.slots
+  )
+
+
+def _readable(value: np.ndarray) -> np.ndarray:
+  """In a dtype that JAX has without x64."""
+  return value.astype(np.float32) if value.dtype == np.float64 else value
+
+
+def _parts(
+    value: np.ndarray,
+    slot: tensors.Slot,
+    spec: spec_lib.ModelSpec,
+    where: Mapping[str, NamedSharding],
+) -> Array:
+  """Puts one canonical matrix on the devices, to each its part."""
+  whole = tensors.to_canonical(value, slot.source, spec.heads)
+  on = where[slot.path]
+  if slot.layer is not None:  # without the axis of layers
+    on = NamedSharding(on.mesh, PartitionSpec(*on.spec[1:]))
+  found: dict[str, np.ndarray] = {}
+
+  def part(index: tuple[slice, ...]) -> np.ndarray:
+    if str(index) not in found:
+      found[str(index)] = _readable(np.ascontiguousarray(whole[index]))
+    return found[str(index)]
+
+  return jax.make_array_from_callback(whole.shape, on, part)
+
+
+def _put(
+    leaves: dict[str, Array],
+    value: Array,
+    slot: tensors.Slot,
+    spec: spec_lib.ModelSpec,
+    dtype: Any,
+    placement: Placement,
+) -> Array:
+  """Puts one upstream tensor into its leaf; tells whether it is finite."""
+  how = dict(form=slot.source.form, part=slot.source.part, heads=spec.heads)
+  if placement.several:
+    how['form'] = 'same'  # `_parts` has made it canonical
+  if slot.layer is None:
+    leaves[slot.path], finite = _convert(value, dtype=dtype, **how)
+  else:
+    # The stack leaves the dict so that its buffer can be donated.
+    stack = leaves.pop(slot.path)
+    leaves[slot.path], finite = _fill(
+        stack, value, jnp.int32(slot.layer), **how
+    )
+  return finite
 
 
 def _digest(name: str, tensor: checkpoint.Tensor, value: np.ndarray) -> bytes:

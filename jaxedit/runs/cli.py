@@ -72,6 +72,7 @@ MODEL_FIELDS = (
     'revision',
     'wheel',
     'dtype',
+    'mesh',
     'seed',
     'compilation_cache',
     'max_seconds',
@@ -116,9 +117,10 @@ def given() -> dict[str, str]:
   """Lists the flags that differ from their defaults.
 
   Those that may differ in a run that resumes are left out: of the folder, of the
-  processes, and `--max_seconds`.
+  devices and processes, and `--max_seconds`.
   """
-  ours = ('output_dir', 'overwrite', 'flagfile', 'max_seconds', *HOST_FLAGS)
+  ours = ('output_dir', 'overwrite', 'flagfile', 'max_seconds', 'mesh')
+  ours += HOST_FLAGS
   return {
       name: flags.FLAGS[name].serialize()
       for name in sorted(flags.FLAGS)

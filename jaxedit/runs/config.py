@@ -40,6 +40,12 @@ class RunConfig:
       ' wider in any case',
       choices=DTYPES,
   )
+  mesh: str | None = setting(
+      None,
+      'devices to run on, axes and sizes: data:4,tensor:2. data divides batches,'
+      ' fsdp batches and the weights at rest, tensor the matrices (default: all'
+      ' devices, on data where a copy of the weights fits each, else on fsdp)',
+  )
   seed: int = setting(
       0,
       'seed of everything random: sampling, document order, bootstrap',

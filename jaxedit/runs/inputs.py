@@ -196,7 +196,7 @@ def load(
     largest = max(map(len, batches))
     _check_states(config, chosen, len(batches))
     _check_groups(config, editor, largest)
-    model = loading.load_model(folder, config.dtype, progress)
+    model = loading.load_model(folder, config.dtype, progress, mesh=config.mesh)
   for line in report.notes(loaded, config.num_edits, max(cases) + 1):
     print(line, file=sys.stderr)
   begin()

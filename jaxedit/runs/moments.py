@@ -71,7 +71,11 @@ class MomentsConfig:
       ' speed to attention and leaves little padding',
   )
   batch_rows: int = setting(
-      4, 'sequences computed at once; more on an accelerator', low=1, high=4096
+      4,
+      'sequences computed at once; more on an accelerator; rounded up to a'
+      ' multiple of the devices that divide batches',
+      low=1,
+      high=4096,
   )
   overwrite: bool = setting(False, 'replace an existing output')
 
@@ -203,7 +207,7 @@ def collect(
       source=moments.Source(model.hash, config.corpus, config.seed),
       site=config.site,
       cap=tokens,
-      batch_rows=config.batch_rows,
+      batch_rows=model.placement.full(config.batch_rows),
       checkpoint=_beside(config.out, '.partial'),
       progress=progress,
   )

@@ -225,7 +225,7 @@ def _save_and_judge(
   )
   # In bf16 the matrices that were kept in float32 would be rounded after all.
   dtype = 'float32' if exact else config.dtype
-  again = loading.load_model(saved.folder, dtype)
+  again = loading.load_model(saved.folder, dtype, mesh=session.model.placement)
   facts = {
       'folder': str(saved.folder),
       'evaluated_in': dtype,

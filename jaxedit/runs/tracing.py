@@ -88,7 +88,8 @@ def load(
   _, _, layout = loading.open_model(folder)
   tokenizer = tokenizer_lib.load_tokenizer(folder)
   loaded = load_facts(facts.checker(tokenizer, layout.spec.max_positions))
-  return loading.load_model(folder, config.dtype, progress), tokenizer, loaded
+  model = loading.load_model(folder, config.dtype, progress, mesh=config.mesh)
+  return model, tokenizer, loaded
 
 
 def protocol(

@@ -142,7 +142,9 @@ def run(
     settings = _with_layers(settings, spec)
     tokens = TokenCache(tokenizer_lib.load_tokenizer(folder))
     records = load(config, settings, tokens, spec)
-    model = loading.load_model(folder, model_config.dtype, progress)
+    model = loading.load_model(
+        folder, model_config.dtype, progress, mesh=model_config.mesh
+    )
     for line in notes(config, records):
       print(line, file=sys.stderr)
     output.begin()

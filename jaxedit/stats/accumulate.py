@@ -25,6 +25,7 @@ import numpy as np
 
 from jaxedit import io
 from jaxedit.batching.packer import Row
+from jaxedit.placement import fetch
 from jaxedit.types import Array, InputError, Stopped
 
 # What the file says it is.
@@ -210,5 +211,5 @@ def _merged(total: Total) -> Total:
   """Adds the partial sum in float64."""
   if total.part is not None:
     # A sum in place: a copy of [n, F, F] in f64 is gigabytes for large F.
-    np.add(total.gram, np.asarray(total.part), out=total.gram)
+    np.add(total.gram, fetch(total.part), out=total.gram)
   return total._replace(part=None, unmerged=0)

@@ -34,6 +34,7 @@ import numpy as np
 from jaxedit.batching import packer
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec, param_shapes
+from jaxedit.placement import over_batch
 from jaxedit.stats import accumulate
 from jaxedit.stats.published import load_npz
 from jaxedit.stats.storage import Moments, load, save
@@ -144,7 +145,10 @@ def add_batch(
   # compiler drops it.
   _, seen = decoder.run_layer(spec, params, h, layout, layer=last)
   final = read(seen[site])[None]
-  return total + (final if sums is None else jnp.concatenate([sums, final]))
+  total += final if sums is None else jnp.concatenate([sums, final])
+  # Divided by rows: a device sums its share of the batch and then gets its part
+  # of the result alone.
+  return over_batch(params, total, 1)
 
 
 def key_width(spec: ModelSpec, site: str) -> int:
@@ -255,7 +259,8 @@ def collect(
     source: for the provenance.
     site: linear map whose input is the key.
     cap: tokens after which no further row is taken; None for 20 F.
-    batch_rows: rows computed at once (B).
+    batch_rows: rows computed at once (B); on a mesh of devices a multiple of
+      those that divide batches.
     merge_batches: batches summed in f32 before they are merged in f64.
     checkpoint: file for the sums so far; one left by
       the same run is continued. It stays: who has saved the moments
@@ -296,6 +301,7 @@ def collect(
   def add(part: Array | None, rows: Sequence[packer.Row]) -> Array:
     if part is None:
       part = jnp.zeros(shape, jnp.promote_types(dtype, jnp.float32))
+      part = over_batch(params, part, 1)
     batch = packer.stack(rows, batch_rows)
     part = add_batch(part, spec, params, batch, layers=layers, site=site)
     return part.block_until_ready()

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
-import jax
 import numpy as np
 
 from jaxedit.batching import plan as plan_lib
 from jaxedit.batching.plan import BatchPlan
 from jaxedit.models.loading import Model
 from jaxedit.models.spec import ModelSpec
+from jaxedit.placement import device_bytes
 from jaxedit.text.encoding import EncodedEdit
 
 # Suffix tokens a step that keep the matrix units busy; a larger budget only
@@ -47,8 +46,8 @@ def plan_batches(
     slots: edits optimised side by side; None for as many as are useful and fit
       in memory.
     batch: edits a batch at most; None if all are one batch.
-    memory: bytes of device memory to use, weights included; None for all that
-      is free.
+    memory: bytes of a device's memory to use, weights included; None for all
+      that is free.
 
   Returns:
     The plan.
@@ -60,20 +59,23 @@ def plan_batches(
     token_budget, compactions = _cpu_tokens(edits, most)
   free = [model.placement.budget_bytes]
   if memory is not None:
-    free.append(memory - _bytes(model.params))
+    free.append(memory - device_bytes(model.params))
   free = [x for x in free if x is not None]
   if free:
     share = _MEMORY_SHARE * min(free)
     affordable = max(_TOKENS_LEAST, int(share // _token_bytes(model.spec)))
     # A power of two, so that a little more or less memory changes no shape.
     token_budget = min(token_budget, 2 ** int(np.log2(affordable)))
+  shards = model.placement.batch_shards
   plan = plan_lib.plan_shapes(
       edits,
       slots=slots,
       batch=batch,
-      token_budget=token_budget,
+      token_budget=token_budget * shards,
       compactions=compactions,
   )
+  if shards > 1:
+    plan = plan.divided(shards)
   if not accelerated:
     return plan
   return dataclasses.replace(plan, resident_bytes=_RESIDENT_BYTES)
@@ -84,11 +86,6 @@ def _cpu_tokens(edits: Sequence[EncodedEdit], batch: int) -> tuple[int, int]:
   load = sum(int(plan_lib.edit_load(edit)[0]) for edit in edits)
   fills = load * batch >= len(edits) * _ROUNDS * _TOKENS_CPU_MANY
   return (_TOKENS_CPU_MANY, 2) if fills else (_TOKENS_CPU, 1)
-
-
-def _bytes(params: Any) -> int:
-  """Bytes of parameters, or of their shapes."""
-  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
 
 
 def _token_bytes(spec: ModelSpec) -> int:

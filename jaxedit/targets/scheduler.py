@@ -24,6 +24,7 @@ from jaxedit.batching.plan import (
     BatchShape,
 )
 from jaxedit.models.spec import ModelSpec
+from jaxedit.placement import fetch
 from jaxedit.targets import engine
 from jaxedit.targets.state import (
     OptState,
@@ -281,12 +282,12 @@ class Scheduler:
     )
     self._fresh = np.zeros_like(self._fresh)
     state = self._state
-    done = np.asarray(state.done)
+    done = fetch(state.done)
     read = (state.delta, z0, state.loss, state.likelihood)
-    delta, z0, loss, likelihood = (np.asarray(x) for x in read)
+    delta, z0, loss, likelihood = (fetch(x) for x in read)
     if delta.ndim == 3:  # the attention's change is not used
       delta, z0 = delta[:, 1], z0[:, 1]
-    steps, finite = np.asarray(state.steps), np.asarray(state.finite)
+    steps, finite = fetch(state.steps), fetch(state.finite)
     for slot in [s for s in self._assigned if done[s]]:
       who, k = self._assigned[slot]
       self._count(self._edits[who.edit], k, int(steps[slot]))

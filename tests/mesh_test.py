@@ -1,0 +1,306 @@
+"""Models on a mesh of eight devices: where weights lie, and what edits become.
+
+The tests need eight devices, which JAX takes as it starts: a run of this file
+without them starts a second one that has them.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+from absl.testing import absltest, parameterized
+
+FLAG = '--xla_force_host_platform_device_count=8'
+HERE = FLAG in os.environ.get('XLA_FLAGS', '')
+MESHES = ('data:8', 'data:4,tensor:2', 'tensor:8', 'fsdp:8')
+
+if HERE:
+  import dataclasses
+
+  import editors
+  import jax
+  import jax.numpy as jnp
+  import methods_common_test as battery
+  import tiny_model
+  from jax.sharding import AxisType
+
+  import jaxedit as je
+  from jaxedit import placement, targets
+  from jaxedit.methods.registry import METHODS
+  from jaxedit.models import checkpoint, decoder, loading, sharding
+  from jaxedit.models import spec as spec_lib
+  from jaxedit.placement import on_mesh, parse_mesh
+  from jaxedit.targets import engine
+  from jaxedit.targets.budget import plan_batches
+  from jaxedit.testing import facts, models
+  from jaxedit.types import InputError
+
+  SPEC = models.tiny_spec(
+      'llama',
+      heads=8,
+      kv_heads=8,
+      head_size=22,
+      rotary_size=22,
+      width=56,
+      mlp_width=232,
+      vocab=248,
+  )
+  WEIGHTS = {
+      tuple(sorted(shape[-2:]))
+      for path, shape in spec_lib.param_shapes(SPEC).items()
+      if path.endswith(('kernel', 'embedding'))
+  }
+  CASES = battery.CASES
+  # One a kind of editor: MEMIT of the closed forms.
+  KINDS = tuple(
+      {METHODS[n].editor.__module__: n for n in (*battery.BY_IDS, 'memit')}
+      .values()
+  )  # fmt: skip
+else:
+  CASES = KINDS = ('',)
+
+
+class EightDevicesTest(absltest.TestCase):
+
+  def test_all(self):
+    if HERE:
+      self.skipTest('this is the run on eight devices')
+    environment = dict(os.environ)
+    environment['XLA_FLAGS'] = f'{environment.get("XLA_FLAGS", "")} {FLAG}'
+    command = [
+        sys.executable,
+        '-m',
+        'pytest',
+        '-q',
+        '-x',
+        '-p',
+        'no:cacheprovider',
+    ]
+    done = subprocess.run(
+        [*command, __file__], env=environment, capture_output=True, text=True
+    )
+    self.assertEqual(
+        done.returncode, 0, done.stdout[-6000:] + done.stderr[-2000:]
+    )
+
+
+class OnEight(parameterized.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    if not HERE:
+      self.skipTest('runs on eight devices, see `EightDevicesTest`')
+
+
+class MeshTest(OnEight):
+
+  def test_text(self):
+    mesh = parse_mesh('data:4, tensor:2')
+    self.assertEqual(dict(mesh.shape), {'data': 4, 'fsdp': 1, 'tensor': 2})
+    self.assertEqual(set(mesh.axis_types), {AxisType.Auto})
+    self.assertEqual(on_mesh('data:4,tensor:2').label, 'data:4,tensor:2')
+
+  @parameterized.parameters(
+      ('data=8', "'data=8' is no axis:size"),
+      ('', 'is no axis:size'),
+      ('data:0', 'is no axis:size'),
+      ('rows:8', "'rows' is unknown; known are data, fsdp, tensor"),
+      ('data:4,data:2', 'stands twice'),
+      ('data:4', 'of 4 devices, but JAX sees 8'),
+  )
+  def test_texts_that_are_refused(self, text, want):
+    with self.assertRaisesRegex(InputError, want):
+      parse_mesh(text)
+
+  def test_default(self):
+    self.assertEqual(placement.default_placement(2**20).label, 'data:8')
+    self.assertEqual(placement.default_placement(2**50).label, 'fsdp:8')
+
+  def test_a_callers_mesh(self):
+    mesh = jax.make_mesh((2, 4), ('tensor', 'data'), (AxisType.Explicit,) * 2)
+    found = on_mesh(mesh)
+    self.assertEqual(found.devices, tuple(mesh.devices.flat))
+    self.assertEqual(found.mesh.axis_names, ('tensor', 'data'))
+    self.assertEqual(set(found.mesh.axis_types), {AxisType.Auto})
+    with self.assertRaisesRegex(InputError, 'axes model; name them'):
+      on_mesh(jax.make_mesh((8,), ('model',), (AxisType.Auto,)))
+
+  @parameterized.parameters(
+      ('layers/mlp/up/kernel', (3, 32, 48), 1, (None, None, 'tensor')),
+      ('layers/mlp/up/kernel', (3, 32, 50), 1, (None, 'tensor', None)),
+      ('layers/mlp/up/kernel', (8, 30, 50), 1, (None, None, None)),
+      ('layers/mlp/down/kernel', (3, 48, 32), 1, (None, 'tensor', None)),
+      ('layers/attn/k/kernel', (3, 32, 16), 8, (None, 'tensor', None)),
+      ('layers/attn/k/bias', (3, 16), 8, (None, None)),
+      ('embed/embedding', (97, 32), 1, (None, 'tensor')),
+      ('final_norm/scale', (32,), 1, (None,)),
+  )  # fmt: skip
+  def test_partition(self, path, shape, unit, want):
+    found = on_mesh('tensor:8').partition(path, shape, unit)
+    self.assertEqual(tuple(found), want)
+
+  def test_two_axes_have_a_dimension_each(self):
+    two = on_mesh('fsdp:4,tensor:2')
+    find = lambda shape: tuple(two.partition('embed/embedding', shape))
+    self.assertEqual(find((96, 32)), ('tensor', 'fsdp'))
+    self.assertEqual(find((97, 32)), (None, 'fsdp'))
+    self.assertEqual(find((96, 30)), ('tensor', None))
+
+  def test_a_plan_is_divided(self):
+    edits = facts.random_edits(9, seed=0)
+    model = je.load((SPEC, models.random_params(SPEC, 0)), mesh='data:8')
+    for shape in plan_batches(model, edits, slots=3).shapes:
+      while shape is not None:
+        sizes = (*shape[1:3], shape.logit_budget, *shape.prefill_shape[:2])
+        self.assertEqual({size % 8 for size in sizes}, {0})
+        shape = shape.compacted
+
+
+class LoadingTest(OnEight):
+
+  @parameterized.parameters(*MESHES)
+  def test_shards(self, mesh):
+    folder = self._folder()
+    want, got = loading.load_model(folder), loading.load_model(
+        folder, mesh=mesh
+    )
+    self.assertEqual(want.placement.label, 'data:8')
+    self.assertEqual(got.hash, want.hash)
+    where = sharding.shardings(got.spec, got.placement)
+    for path in spec_lib.param_shapes(got.spec):
+      leaf = loading.get_leaf(got.params, path)
+      self.assertTrue(leaf.sharding.is_equivalent_to(where[path], leaf.ndim))
+      np.testing.assert_array_equal(leaf, loading.get_leaf(want.params, path))
+
+  @parameterized.parameters('tensor:8', 'fsdp:8', 'fsdp:4,tensor:2')
+  def test_memory_of_a_device(self, mesh):
+    params = models.random_params(SPEC, 0)
+    placed = je.load((SPEC, params), mesh=mesh).params
+    whole = placement.device_bytes(params)
+    self.assertLess(placement.device_bytes(placed), 1.1 * whole / 8)
+    run = jax.jit(decoder.forward, static_argnums=0)
+    tokens = np.ones((8, 4), np.int32)
+    layout = decoder.token_layout(tokens > 0)
+    sizes = [
+        run.lower(SPEC, one, tokens, layout).compile().memory_analysis()
+        .argument_size_in_bytes
+        for one in (params, placed)
+    ]  # fmt: skip
+    self.assertLess(sizes[1], 1.1 * sizes[0] / 8)
+
+  def _folder(self) -> pathlib.Path:
+    root = self.enterContext(tempfile.TemporaryDirectory())
+    return tiny_model.make(pathlib.Path(root) / 'model')
+
+  def test_parts_of_a_file(self):
+    folder = self._folder()
+    source = checkpoint.open_folder(folder)
+    for tensor in source.tensors.values():
+      np.testing.assert_array_equal(tensor.view(), tensor.read())
+    (tensor.path.parent / 'cut').write_bytes(tensor.path.read_bytes()[:-1])
+    cut = dataclasses.replace(tensor, path=tensor.path.parent / 'cut')
+    last = max(source.tensors.values(), key=lambda one: one.entry.start)
+    with self.assertRaisesRegex(InputError, 'ends before the tensor does'):
+      dataclasses.replace(cut, entry=last.entry).view()
+
+
+def _placed(bench: Any, mesh: str) -> Any:
+  """A bench of the battery whose model lies on a mesh."""
+  where, model = on_mesh(mesh), bench.model
+  with battery._dtype_of(model):
+    params = sharding.place(battery.SPEC, model.params, where)
+    model = dataclasses.replace(model, params=params, placement=where)
+    resources = editors.resources(bench.editor, battery.SPEC)
+    state = bench.editor.init(model, resources)
+  return bench._replace(model=model, state=state)
+
+
+class EditingTest(OnEight):
+  """Every editor of the registry gives on a mesh what it gives on one device."""
+
+  def check(self, case: str, mesh: str, dtype: str, close: float) -> None:
+    one = battery.bench(case, dtype)
+    want = _joint(case, dtype)
+    got = _placed(one, mesh).edit(one.edits())
+    self.assertEqual(got.info.written.tolist(), want.info.written.tolist())
+    pairs = zip(*map(jax.tree.leaves, (got.edited, want.edited)), strict=True)
+    for x, y in pairs:
+      if not jnp.issubdtype(y.dtype, jnp.floating):
+        np.testing.assert_array_equal(x, y)
+      elif np.linalg.norm(y):
+        self.assertLess(editors.gap(np.asarray(x), np.asarray(y)), close)
+    self.assertLess(editors.gap(got.effect(), want.effect()), close)
+
+  @pytest.mark.long
+  @parameterized.parameters(*((kind,) for kind in KINDS))
+  def test_every_kind(self, case):
+    self.check(case, 'data:4,tensor:2', 'float64', 1e-9)
+
+  @pytest.mark.long
+  @parameterized.parameters(*MESHES)
+  def test_every_mesh(self, mesh):
+    for case in ('memit',):
+      self.check(case, mesh, 'float64', 1e-9)
+
+  @pytest.mark.long
+  @parameterized.product(case=CASES, mesh=MESHES)
+  def test_every_case_on_every_mesh(self, case, mesh):
+    self.check(case, mesh, 'float64', 1e-9)
+    self.check(case, mesh, 'float32', 1e-5)
+
+
+@functools.cache
+def _joint(case: str, dtype: str) -> Any:
+  bench = battery.bench(case, dtype)
+  return bench.edit(bench.edits())
+
+
+class CollectivesTest(OnEight):
+
+  def step(self, mesh: str) -> str:
+    """The compiled optimiser step of eight edits."""
+    model = je.load((SPEC, models.random_params(SPEC, 0)), mesh=mesh)
+    edits = facts.random_edits(8, seed=1, contexts=2, vocab=SPEC.vocab)
+    plan = plan_batches(model, edits, slots=8)
+    found, step = [], engine.step
+
+    def compiled(*arguments, **options):
+      text = step.lower(*arguments, **options).compile().as_text()
+      found.append(text)
+      return step(*arguments, **options)
+
+    target = targets.TargetConfig(steps=1)
+    with mock.patch.object(engine, 'step', compiled):
+      targets.optimize(
+          SPEC, model.params, edits,
+          plan=plan, objective=targets.Objective(1, target),
+      )  # fmt: skip
+    return found[0]
+
+  @pytest.mark.long
+  def test_no_weights_are_gathered(self):
+    # Sizes that no count of tokens has.
+    self.assertNotEmpty(_gathered(self.step('fsdp:8')) & WEIGHTS)
+    self.assertEmpty(_gathered(self.step('data:8')) & WEIGHTS)
+
+
+def _gathered(text: str) -> set[tuple[int, ...]]:
+  """Shapes that all-gathers of a compiled program give, sorted, without ones."""
+  lines = re.findall(r'= (.*?) all-gather(?:-start)?\(', text)
+  shapes = re.findall(r'\w\[([\d,]+)\]', ' '.join(lines))
+  sizes = (map(int, shape.split(',')) for shape in shapes)
+  return {tuple(sorted(n for n in shape if n > 1)) for shape in sizes}
+
+
+if __name__ == '__main__':
+  absltest.main()
