@@ -329,7 +329,7 @@ class _EditedModel:
             [query for query, _ in groups],
             edit_ids=part.edit_ids,
             batch_size=self._batch_size,
-            progress=_counted(advance),
+            progress=counted(advance),
         )
         for (_, members), scores in zip(groups, found):
           rest = iter(scores)
@@ -397,7 +397,7 @@ class _EditedModel:
             streams=[streams[i] for i in part.index],
             stop_texts=[stop_texts[i] for i in part.index],
             tokenizer=self._tokenizer,
-            progress=_counted(advance),
+            progress=counted(advance),
             **settings,
         )
         for i, one in zip(part.index, found):
@@ -522,7 +522,7 @@ class _EditedModel:
     return self._merged
 
 
-def _counted(advance: Callable[[int], None]) -> Progress:
+def counted(advance: Callable[[int], None]) -> Progress:
   """A progress that counts on one which is open already."""
 
   @contextlib.contextmanager

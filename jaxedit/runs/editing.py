@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ from jaxedit.eval.evaluation import Evaluation
 from jaxedit.eval.scorers.base import Scorer
 from jaxedit.methods import base
 from jaxedit.methods.base import EditBatch, Info, Run
+from jaxedit.runs.answers import Answers
 from jaxedit.runs.cache import TargetFiles, digest, edit_digest
 from jaxedit.runs.inputs import Session, batches_of
 from jaxedit.runs.output import Output
@@ -43,10 +44,24 @@ class SessionResult:
   info: Info
 
 
+class Stores(NamedTuple):
+  """Where a run saves what it needs to resume.
+
+  Attributes:
+    targets: optimised targets.
+    output: the folder; batches of a sequence lie in its `unfinished`.
+    answers: of models under evaluation.
+  """
+
+  targets: TargetFiles
+  output: Output
+  answers: Answers
+
+
 def edit(
     session: Session,
     state: Any,
-    kept: tuple[TargetFiles, Output] | None = None,
+    stores: Stores | None = None,
     progress: Progress = silent,
 ) -> SessionResult:
   """Makes all edits of a session, by its protocol.
@@ -54,16 +69,16 @@ def edit(
   Args:
     session: what to work on.
     state: what the editor's `init` returned.
-    kept: where targets and checkpoints are kept; None keeps nothing.
+    stores: where targets and checkpoints are saved; None saves nothing.
     progress: progress display.
 
   Returns:
     The edit, or independent edits side by side.
   """
-  cache = None if kept is None else kept[0]
+  cache = None if stores is None else stores.targets
   if session.config.reset:
     return _edit_independent(session, state, Run(cache, progress))
-  outcome = _edit_in_sequence(session, state, kept, progress)
+  outcome = _edit_in_sequence(session, state, stores, progress)
   edited = session.editor.finish(session.model, outcome.edited)
   return dataclasses.replace(outcome, edited=edited)
 
@@ -90,7 +105,7 @@ def _edit_independent(session: Session, state: Any, run: Run) -> SessionResult:
 def _edit_in_sequence(
     session: Session,
     state: Any,
-    kept: tuple[TargetFiles, Output] | None,
+    stores: Stores | None,
     progress: Progress,
 ) -> SessionResult:
   """Edits batch after batch, each on the model that the last one left."""
@@ -98,8 +113,8 @@ def _edit_in_sequence(
   batches = batches_of(session.cases, config.batch_size)
   total, infos, first = UNEDITED, [], 0
   checkpoint, start = None, state
-  if kept is not None and len(batches) > 1:
-    checkpoint = Checkpoint(kept[1].unfinished / 'sequence')
+  if stores is not None and len(batches) > 1:
+    checkpoint = Checkpoint(stores.output.unfinished / 'sequence')
     found = checkpoint.restore()
     if found is not None:
       step, arrays, record = found
@@ -110,9 +125,10 @@ def _edit_in_sequence(
     encoded = [session.encoded[i] for i in indices]
     if number >= first:
       cache = None
-      if kept is not None:
+      if stores is not None:
         # In a sequence targets depend on all earlier edits.
-        cache = kept[0] if number == 0 else kept[0].after(earlier)
+        known = stores.targets
+        cache = known if number == 0 else known.after(earlier)
       current = model
       if number and not session.editor.cumulative:
         # From the base each time: bf16 weights are rounded once in all.
@@ -180,6 +196,7 @@ def judge(
     scorers: Sequence[Scorer],
     *,
     before: Evaluation | None = None,
+    answers: Answers | None = None,
     progress: Progress = silent,
 ) -> Evaluation:
   """Evaluates the edited model, or the unedited one.
@@ -189,6 +206,7 @@ def judge(
     outcome: what editing returned; None for the unedited model.
     scorers: what to measure.
     before: the unedited model's evaluation of the same requests.
+    answers: saves what the model answers; None saves nothing.
     progress: progress display.
 
   Returns:
@@ -200,6 +218,8 @@ def judge(
     lm = edited_lib.open_model(
         session.model, edited, batch_size=config.eval_batch_size
     )
+    if answers is not None:
+      lm = answers.open(lm, edited, config.eval_batch_size)
     return evaluation.evaluate(
         lm,
         some,

@@ -29,6 +29,7 @@ from jaxedit.runs import (
     layer_search_report,
     moments,
 )
+from jaxedit.runs.answers import Answers
 from jaxedit.runs.cache import TargetFiles, target_settings
 from jaxedit.runs.layer_inputs import Proposal, Search
 from jaxedit.runs.layer_search import Trial
@@ -142,11 +143,14 @@ def prober(
   encoded = task.encode(model.spec, search.tokens, requests, contexts)
   batch = EditBatch(encoded, plan_batches(model, encoded))
   scorers = task.scorers(search.tokens, model.spec, model)
+  about = {'model': model.hash, 'versions': versions()}
+  answers = Answers(output.unfinished / 'answers', about)
 
   def judge(edited: Any, before: Evaluation | None = None) -> Evaluation:
     size = search.config.eval_batch_size
+    lm = edited_lib.open_model(model, edited, batch_size=size)
     return evaluate(
-        edited_lib.open_model(model, edited, batch_size=size),
+        answers.open(lm, edited, size),
         requests,
         scorers,
         before=before,

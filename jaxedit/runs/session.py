@@ -27,10 +27,11 @@ from jaxedit.eval.scorers.base import Scorer
 from jaxedit.methods import base
 from jaxedit.models import loading, saving
 from jaxedit.runs import cli, edit_reports, editing, inputs, report
+from jaxedit.runs.answers import Answers
 from jaxedit.runs.cache import TargetFiles, target_settings
 from jaxedit.runs.clock import Clock, compile_seconds
 from jaxedit.runs.config import RunConfig, errors
-from jaxedit.runs.editing import SessionResult
+from jaxedit.runs.editing import SessionResult, Stores
 from jaxedit.runs.inputs import Session
 from jaxedit.runs.method_flags import Chosen
 from jaxedit.runs.output import Output
@@ -98,12 +99,14 @@ def _work(
   scorers = task.scorers(session.tokens, session.model.spec, session.model)
   with clock('factor'):
     state = session.editor.init(session.model, session.resources)
+  stores = _stores(session, output)
   with clock('evaluate_before'):
-    before = editing.judge(session, None, scorers, progress=progress)
+    before = editing.judge(
+        session, None, scorers, answers=stores.answers, progress=progress
+    )
   fluency = report.perplexity(session, UNEDITED, 'pre', clock, progress)
-  cache = _cache(session, output)
   outcome, after = _edit_parts(
-      session, state, (cache, output), scorers, before, clock, progress
+      session, state, stores, scorers, before, clock, progress
   )
   work = report.work(session, outcome.info)
   if kept := work.get('states_kept'):
@@ -126,7 +129,7 @@ def _work(
   if config.save_model:
     with clock('save_model'):
       results['saved'], saved = _save_and_judge(
-          session, outcome, folder, scorers, before, progress
+          session, outcome, stores, scorers, before, progress
       )
       evaluations['saved'] = became.marked(saved, after=True)
   clock.stop()
@@ -135,20 +138,22 @@ def _work(
   return report.lines(session, became, results, evaluations, clock)
 
 
-def _cache(session: Session, output: Output) -> TargetFiles:
-  """Where targets are kept: between runs, or until this one ends."""
-  about = target_settings(session.model, session.chosen.config)
-  if session.config.states:
-    folder = pathlib.Path(session.config.states)
-    return TargetFiles(folder, about, exact=False)
+def _stores(session: Session, output: Output) -> Stores:
+  """Where a run saves: until it ends, or targets between runs."""
   about = {'run': session.meaning, 'versions': versions()}
-  return TargetFiles(output.unfinished / 'targets', about, exact=True)
+  targets = TargetFiles(output.unfinished / 'targets', about, exact=True)
+  if session.config.states:
+    settings = target_settings(session.model, session.chosen.config)
+    folder = pathlib.Path(session.config.states)
+    targets = TargetFiles(folder, settings, exact=False)
+  answers = Answers(output.unfinished / 'answers', about)
+  return Stores(targets, output, answers)
 
 
 def _edit_parts(
     session: Session,
     state: Any,
-    kept: tuple[TargetFiles, Output],
+    stores: Stores,
     scorers: Sequence[Scorer],
     before: Evaluation,
     clock: Clock,
@@ -159,17 +164,22 @@ def _edit_parts(
   for number, indices in enumerate(parts, 1):
     single = len(parts) == 1
     part = session if single else session.part(indices)
-    outcome = editing.edit(part, state, kept, progress)
+    outcome = editing.edit(part, state, stores, progress)
     clock.add(outcome.info.seconds)
     if single:  # where nothing could be written there is nothing to judge
-      editing.require_some(outcome.info, kept[1])
+      editing.require_some(outcome.info, stores.output)
     name = 'delta.safetensors' if single else f'deltas/{number:05}.safetensors'
     mine = [session.loaded.requests[i].number for i in indices]
     _write_delta(session, outcome, name, mine)
     with clock('evaluate_after'):
       own = evaluation.select(before, indices)
       after = editing.judge(
-          part, outcome, scorers, before=own, progress=progress
+          part,
+          outcome,
+          scorers,
+          before=own,
+          answers=stores.answers,
+          progress=progress,
       )
     if single:
       return outcome, after
@@ -177,7 +187,7 @@ def _edit_parts(
     done.append((dataclasses.replace(outcome, edited=Edited()), after))
   outcomes, afters = zip(*done)
   info = base.join_infos([one.info for one in outcomes])
-  editing.require_some(info, kept[1])
+  editing.require_some(info, stores.output)
   joined = evaluation.join(afters, seed=session.config.seed)
   return SessionResult(Edited(), None, info), joined
 
@@ -197,7 +207,7 @@ def _write_delta(
 def _save_and_judge(
     session: Session,
     outcome: SessionResult,
-    folder: pathlib.Path,
+    stores: Stores,
     scorers: Sequence[Scorer],
     before: Evaluation,
     progress: Progress,
@@ -212,7 +222,7 @@ def _save_and_judge(
   merged = edited_lib.apply(model.params, outcome.edited, dtype=jnp.float32)
   saved = saving.save_model(
       model.folder,
-      folder / 'model',
+      stores.output.folder / 'model',
       model.spec,
       merged,
       changed=[
@@ -235,5 +245,12 @@ def _save_and_judge(
   }
   session = dataclasses.replace(session, model=again)
   return facts, editing.judge(
-      session, None, scorers, before=before, progress=progress
+      session,
+      None,
+      scorers,
+      before=before,
+      answers=Answers(
+          stores.output.unfinished / 'saved', {'model': again.hash}
+      ),
+      progress=progress,
   )
