@@ -381,12 +381,15 @@ class Edited:
     routing: decides which prompts the edit answers, static.
     size: edits side by side, each a model of its own, on axis 1 of every leaf
       of `deltas`; None for one edit without that axis, static.
+    ledger: which edits a delta beside the weights holds (`edited.ledger`), where
+      it says so, static; no computation depends on it.
   """
 
   deltas: tuple[Any, ...] = ()
   prompting: Prompting | None = _static(default=None)
   routing: Routing | None = _static(default=None)
   size: int | None = _static(default=None)
+  ledger: Any = _static(default=None)
 
   @property
   def mergeable(self) -> bool:

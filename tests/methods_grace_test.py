@@ -21,7 +21,7 @@ def book(*edits: tuple[float, tuple[int, ...]], capacity: int = 4):
       Entry(np.array([x, 0.0]), np.array([float(i)]), grace.label_of(target))
       for i, (x, target) in enumerate(edits, 1)
   ]
-  return grace._entered(state, entries, GraceConfig(radius=1.0), None)
+  return grace.entered(state, entries, 1.0)
 
 
 class CodebookTest(parameterized.TestCase):

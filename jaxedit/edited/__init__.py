@@ -12,6 +12,7 @@ from jaxedit.edited.algebra import (
     stack,
 )
 from jaxedit.edited.files import load, save
+from jaxedit.edited.ledger import edits_in, forget, roll_back
 from jaxedit.edited.lm import LanguageModel, apply_model, open_model
 from jaxedit.edited.scoring import Query, Scored, encode_queries
 
@@ -23,13 +24,16 @@ __all__ = [
     'apply',
     'apply_model',
     'compact',
+    'edits_in',
     'encode_queries',
+    'forget',
     'full',
     'load',
     'open_model',
     'path',
     'rank_limit',
     'revert',
+    'roll_back',
     'save',
     'select',
     'stack',

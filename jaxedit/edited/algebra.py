@@ -124,7 +124,10 @@ def add(first: Edited, second: Edited) -> Edited:
           ' kernels, biases to biases and scales to scales'
       )
     ours, theirs = [_add(a, later[_place(a)]) for a in ours], []
-  return Edited((*ours, *theirs, *rest), **rules)
+  # Of two deltas beside the weights nothing would say what is whose.
+  ledgers = [e.ledger for e in (first, second) if e.ledger is not None]
+  ledger = ledgers[0] if len(ledgers) == 1 and len(rest) == 1 else None
+  return Edited((*ours, *theirs, *rest), **rules, ledger=ledger)
 
 
 def apply(params: Params, edited: Edited, dtype: Any = None) -> Params:

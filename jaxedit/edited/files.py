@@ -21,6 +21,7 @@ from jaxedit import deltas as deltas_lib
 from jaxedit import io
 from jaxedit.deltas import Dense, Edited, LowRank, SiteDelta
 from jaxedit.edited.dialogue import FactDialogue
+from jaxedit.edited.ledger import Ledger
 from jaxedit.edited.prompting import FactMemory
 from jaxedit.types import InputError
 
@@ -77,6 +78,9 @@ def save(
     arrays, kept = edited.prompting.packed()
     record['prompting'] = {'rule': type(edited.prompting).__name__, **kept}
     tensors |= {f'prompting/{name}': x for name, x in arrays.items()}
+  if edited.ledger is not None:
+    arrays, record['ledger'] = edited.ledger.packed()
+    tensors |= {f'ledger/{name}': x for name, x in arrays.items()}
   io.write_tensors(path, tensors, kind=_FORMAT, record=record)
 
 
@@ -187,17 +191,25 @@ def _edited(
 ) -> Edited:
   """Rebuilds an edit."""
   deltas = unpacked(tensors, record['deltas'])
-  prompting, kept = None, record.get('prompting')
-  if kept is not None:
-    begin = 'prompting/'
-    arrays = {
-        name.removeprefix(begin): x
-        for name, x in tensors.items()
-        if name.startswith(begin)
-    }
+  prompting, ledger = None, None
+  if kept := record.get('prompting'):
     kept = {'rule': FactMemory.__name__, **kept}
-    prompting = RULES[kept.pop('rule')].unpacked(arrays, kept)
-  return Edited(deltas, prompting=prompting, size=record['size'])
+    rule = RULES[kept.pop('rule')]
+    prompting = rule.unpacked(_below(tensors, 'prompting/'), kept)
+  if kept := record.get('ledger'):
+    ledger = Ledger.unpacked(_below(tensors, 'ledger/'), kept)
+  return Edited(deltas, prompting, size=record['size'], ledger=ledger)
+
+
+def _below(
+    tensors: Mapping[str, np.ndarray], begin: str
+) -> dict[str, np.ndarray]:
+  """The tensors whose names begin so, by the rest of their names."""
+  return {
+      name.removeprefix(begin): x
+      for name, x in tensors.items()
+      if name.startswith(begin)
+  }
 
 
 def _first_format(

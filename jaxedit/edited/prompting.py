@@ -217,6 +217,11 @@ class FactMemory:
       )
     return self._taken(kept, [self.facts[i].edit for i in kept])
 
+  def without(self, indices: Sequence[int]) -> Self:
+    """Returns the memory without the facts of these numbers."""
+    kept = [i for i in range(len(self.facts)) if i not in set(indices)]
+    return self._taken(kept, [self.facts[i].edit for i in kept])
+
   def _taken(self, kept: Sequence[int], edits: Sequence[int]) -> Self:
     facts = tuple(
         dataclasses.replace(self.facts[i], edit=edit)

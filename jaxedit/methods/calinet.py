@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxedit.batching.buckets import POWERS, round_up
+from jaxedit.edited import ledger as ledger_lib
 from jaxedit.methods import gradient, patches
 from jaxedit.methods.base import (
     EditBatch,
@@ -95,10 +96,12 @@ class State(NamedTuple):
   Attributes:
     patch: their neurons.
     count: [] int32 neurons in use.
+    groups: edits with a name and their branch, see `edited.ledger`.
   """
 
   patch: Patch
   count: np.ndarray
+  groups: np.ndarray = ledger_lib.NO_NAMES
 
 
 def loss_of(
@@ -252,6 +255,11 @@ def calinet(spec: ModelSpec, config: CalinetConfig) -> Editor:
         reason='' if written.any() else 'every loss became non-finite; lower'
         ' --branch_rate or load the model with --dtype=float32',
     )  # fmt: skip
+    if joint and batch.requests and written.any():
+      ids = [batch.requests[i].id for i in np.flatnonzero(written)]
+      more = [[ids, int(state.count), int(states[0].count)]]
+      groups = ledger_lib.with_names(state.groups, more)
+      states = [states[0]._replace(groups=groups)]
     edited = _edited(spec, states, joint)
     return EditResult(edited, states[0] if joint else state, info)
 
@@ -307,13 +315,15 @@ def _with(state: State, branch: Patch, used: bool) -> State:
     return state
   count = int(state.count)
   patch = patches.appended(state.patch, count, branch)
-  return State(patch, np.int32(count + len(branch.bias)))
+  return State(patch, np.int32(count + len(branch.bias)), state.groups)
 
 
 def _edited(spec: ModelSpec, states: Sequence[State], joint: bool) -> Any:
   counts = [int(one.count) for one in states]
   patch = [one.patch for one in states]
-  return patches.edited_of(spec, patch, counts, ACTIVATION, joint=joint)
+  return patches.edited_of(
+      spec, patch, counts, ACTIVATION, joint=joint, groups=states[0].groups
+  )
 
 
 def _reports(

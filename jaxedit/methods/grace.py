@@ -5,15 +5,8 @@
   a query whose key is within the radius of the nearest entry gets its value
 
 Values are optimised on the unedited model, which no entry changes, so all edits
-of a batch are optimised side by side; then each is entered in order:
-
-  nearest entry j at distance d         what is done
-  none, or d > radius + radius_j        a new entry
-  else, another target, d > 0           a new entry of radius d / 2; radius_j is
-                                        lowered below d / 2
-  else, another target, d = 0           entry j gets the new target and value
-  else, the same target                 radius_j becomes d where it is less; the
-                                        entry keeps its value
+of a batch are optimised side by side; then each is entered in order, by the rules
+of `edited.codebook`.
 
 Axis letters: E edits, C entries of the codebook, F key width, D width.
 
@@ -29,7 +22,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -43,6 +35,17 @@ from jaxedit.batching import edits as edits_lib
 from jaxedit.batching.edits import PackedBatch
 from jaxedit.batching.plan import BatchPlan
 from jaxedit.deltas import Codebook, Edited
+from jaxedit.edited import ledger as ledger_lib
+from jaxedit.edited.codebook import (
+    Entry,
+    History,
+    State,
+    empty,
+    entered,
+    label_of,
+    no_history,
+)
+from jaxedit.edited.ledger import Ledger
 from jaxedit.methods import radius as radius_lib
 from jaxedit.methods.base import (
     NOT_FINITE,
@@ -70,10 +73,6 @@ from jaxedit.types import Array, InputError, Params, Tap
 SITE = 'mlp/down'
 # A value may take any length.
 _UNBOUNDED = 1e6
-# Keys nearer than this share of their length are the same prompt.
-_SAME = 1e-6
-# A split radius stays this much below half the distance, as published.
-_GAP = 1e-5
 _FULL = (
     'the codebook is full; give it more entries (--capacity) or a larger radius'
 )
@@ -109,85 +108,6 @@ class GraceConfig(TargetedConfig):
   def output(self) -> str:
     """Values are outputs of the edited map."""
     return 'mlp'
-
-
-class State(NamedTuple):
-  """A codebook on the host; rows past `count` are zero.
-
-  Attributes:
-    keys: [C, F].
-    values: [C, D].
-    radii: [C].
-    labels: [C, 8] uint32, digest of an entry's target.
-    count: [] int32 entries in use.
-  """
-
-  keys: np.ndarray
-  values: np.ndarray
-  radii: np.ndarray
-  labels: np.ndarray
-  count: np.ndarray
-
-
-class Entry(NamedTuple):
-  """One edit on its way into a codebook."""
-
-  key: np.ndarray  # [F]
-  value: np.ndarray  # [D]
-  label: np.ndarray  # [8]
-
-
-def empty(capacity: int, fan_in: int, fan_out: int, dtype: Any) -> State:
-  """Makes a codebook without entries."""
-  zeros = lambda *shape: np.zeros((capacity, *shape), dtype)
-  labels = np.zeros((capacity, 8), np.uint32)
-  return State(zeros(fan_in), zeros(fan_out), zeros(), labels, np.int32(0))
-
-
-def label_of(target: Sequence[int]) -> np.ndarray:
-  """Digest [8] uint32 of a target's token ids."""
-  ids = np.ascontiguousarray(target, np.int64)
-  return np.frombuffer(hashlib.sha256(ids.tobytes()).digest(), np.uint32)
-
-
-def enter(book: State, entry: Entry, radius: float) -> bool:
-  """Enters one edit into a codebook, in place; see the module head.
-
-  Args:
-    book: whose arrays are changed, all but `count`, which the caller raises
-      where an entry was added.
-    entry: the edit.
-    radius: first radius of an entry.
-
-  Returns:
-    Whether an entry was added.
-
-  Raises:
-    IndexError: it needs an entry and it is full.
-  """
-  count = int(book.count)
-  near, distance = -1, np.inf
-  if count:
-    away = book.keys[:count].astype(np.float64) - entry.key
-    distances = np.linalg.norm(away, axis=-1)
-    near = int(np.argmin(distances))
-    distance = float(distances[near])
-  if distance <= radius + (book.radii[near] if count else 0):
-    same = np.array_equal(book.labels[near], entry.label)
-    if same:
-      book.radii[near] = max(book.radii[near], distance)
-      return False
-    if distance <= _SAME * max(float(np.linalg.norm(entry.key)), 1e-30):
-      book.values[near], book.labels[near] = entry.value, entry.label
-      return False
-    radius = distance / 2
-  if count == len(book.keys):
-    raise IndexError
-  if distance < np.inf and radius == distance / 2:
-    book.radii[near] = min(book.radii[near], max(distance / 2 - _GAP, 0))
-  book.keys[count], book.values[count] = entry.key, entry.value
-  book.radii[count], book.labels[count] = radius, entry.label
-  return True
 
 
 @functools.partial(jax.jit, static_argnames=('spec', 'layer'))
@@ -237,6 +157,20 @@ def keys_of(
   return np.concatenate(found)
 
 
+class Stream(NamedTuple):
+  """A codebook between batches, and what edits with a name brought.
+
+  Attributes:
+    book: the codebook.
+    history: grows by an edit's key and value.
+    names: their ids, see `edited.ledger`.
+  """
+
+  book: State
+  history: History
+  names: np.ndarray
+
+
 def grace(spec: ModelSpec, config: GraceConfig) -> Editor:
   """Makes an editor.
 
@@ -259,15 +193,23 @@ def grace(spec: ModelSpec, config: GraceConfig) -> Editor:
   (layer,) = config.layers
   spec = dataclasses.replace(spec, activations=config.activations)
 
-  def init(model: Any, resources: Mapping[Need, Any]) -> State:
+  def init(model: Any, resources: Mapping[Need, Any]) -> Stream:
     del resources
     dtype = wide(model.params['embed']['embedding'].dtype)
-    return empty(config.capacity, spec.mlp_width, spec.width, dtype)
+    widths = spec.mlp_width, spec.width
+    return Stream(
+        empty(config.capacity, *widths, dtype),
+        no_history(*widths, dtype),
+        ledger_lib.NO_NAMES,
+    )
 
-  def edit(model: Any, state: State, batch: EditBatch, run: Run) -> EditResult:
+  def edit(
+      model: Any, stream: Stream, batch: EditBatch, run: Run
+  ) -> EditResult:
+    state = stream.book
     if not batch.encoded:
       info = empty_info(spec, config.layers)
-      return EditResult(_edited(config, state, state.count), state, info)
+      return EditResult(_told(config, stream), stream, info)
     begin = time.monotonic()
     found, work = targets_lib.optimize(
         spec,
@@ -293,7 +235,9 @@ def grace(spec: ModelSpec, config: GraceConfig) -> Editor:
       mine = np.flatnonzero((group == number) & finite)
       # Side by side, a book holds its own entries only.
       limit = None if joint else int(state.count) + np.bincount(group).max()
-      book, full = _entered(state, [entries[i] for i in mine], config, limit)
+      book, full = entered(
+          state, [entries[i] for i in mine], config.radius, limit
+      )
       written[mine[full]] = False
       books.append(book)
     report = TargetReport(
@@ -314,12 +258,19 @@ def grace(spec: ModelSpec, config: GraceConfig) -> Editor:
         reason='' if written.any() else reason,
     )
     if joint:
-      return EditResult(
-          _edited(config, books[0], books[0].count), books[0], info
-      )
+      after = stream._replace(book=books[0])
+      if batch.requests:
+        own = np.flatnonzero(written)
+        names = [batch.requests[i].id for i in own]
+        after = Stream(
+            books[0],
+            stream.history.added([entries[i] for i in own], config.radius),
+            ledger_lib.with_names(stream.names, names),
+        )
+      return EditResult(_told(config, after), after, info)
     stacked = State(*map(np.stack, zip(*books)))
     edited = _edited(config, stacked, stacked.count, size=len(books))
-    return EditResult(edited, state, info)
+    return EditResult(edited, stream, info)
 
   def bytes_of(model: Any, edits: Sequence[EncodedEdit]) -> int:
     del model
@@ -328,28 +279,14 @@ def grace(spec: ModelSpec, config: GraceConfig) -> Editor:
   return Editor((), init, edit, bytes_of=bytes_of, cumulative=True)
 
 
-def _entered(
-    state: State,
-    entries: Sequence[Entry],
-    config: GraceConfig,
-    limit: int | None,
-) -> tuple[State, list[int]]:
-  """Enters edits in order.
-
-  Returns:
-    (a new codebook, of `limit` entries where given; which edits found it full).
-  """
-  size = slice(limit)
-  book = State(*(np.array(x[size]) for x in state[:-1]), state.count)
-  full = []
-  for i, entry in enumerate(entries):
-    try:
-      added = enter(book, entry, config.radius)
-    except IndexError:
-      full.append(i)
-      continue
-    book = book._replace(count=np.int32(book.count + added))
-  return book, full
+def _told(config: GraceConfig, stream: Stream) -> Edited:
+  """The edit of a stream, with which edits it holds."""
+  edited = _edited(config, stream.book, stream.book.count)
+  names = ledger_lib.names_of(stream.names)
+  if not edited.deltas or not names:
+    return edited
+  names = tuple((name,) for name in names)
+  return edited.replace(ledger=Ledger(names, history=stream.history))
 
 
 def _edited(

@@ -26,6 +26,7 @@ from jaxedit.batching.buckets import round_up
 from jaxedit.batching.edits import PackedBatch
 from jaxedit.batching.plan import BatchPlan
 from jaxedit.deltas import ACTIVATIONS, Edited, Neurons
+from jaxedit.edited import ledger as ledger_lib
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
 from jaxedit.numerics import wide
@@ -212,8 +213,21 @@ def edited_of(
     activation: str,
     *,
     joint: bool,
+    groups: np.ndarray = ledger_lib.NO_NAMES,
 ) -> Edited:
-  """Makes the edit of one patch, or of several side by side."""
+  """Makes the edit of one patch, or of several side by side.
+
+  Args:
+    spec: the architecture.
+    patches: neurons of each.
+    counts: how many of them are in use.
+    activation: their activation function.
+    joint: whether there is one patch, that of all edits.
+    groups: of a joint edit, which neurons are whose, see `edited.ledger`.
+
+  Returns:
+    The edit.
+  """
   size = None if joint else len(patches)
   if not any(counts):
     return Edited(size=size)
@@ -222,8 +236,11 @@ def edited_of(
   stack = (lambda x: x[0]) if joint else np.stack
   leaves = (jnp.asarray(stack(x))[None] for x in zip(*padded))
   layer = spec.layers - 1
+  named = ledger_lib.names_of(groups) if joint else []
   return Edited(
-      (Neurons((layer,), SITE, *leaves, activation=activation),), size=size
+      (Neurons((layer,), SITE, *leaves, activation=activation),),
+      size=size,
+      ledger=ledger_lib.of_groups(named) if named else None,
   )
 
 

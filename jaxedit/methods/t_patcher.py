@@ -41,6 +41,7 @@ import numpy as np
 import optax
 
 from jaxedit.batching.buckets import POWERS, round_up
+from jaxedit.edited import ledger as ledger_lib
 from jaxedit.methods import patches
 from jaxedit.methods.base import (
     EditBatch,
@@ -143,6 +144,7 @@ class State(NamedTuple):
     memory: [M, D] inputs of texts, then those of edited texts.
     valid: [M] bool, which of them are there.
     joined: [] int32 inputs of edited texts seen.
+    groups: edits with a name and their neurons, see `edited.ledger`.
   """
 
   patch: Patch
@@ -150,6 +152,7 @@ class State(NamedTuple):
   memory: np.ndarray
   valid: np.ndarray
   joined: np.ndarray
+  groups: np.ndarray = ledger_lib.NO_NAMES
 
 
 class Weights(NamedTuple):
@@ -406,8 +409,9 @@ def t_patcher(spec: ModelSpec, config: TPatcherConfig) -> Editor:
     if not batch.encoded:
       nothing = Info(np.zeros(0, bool), {'fit': 0.0}, _reports([]))
       edited = patches.edited_of(
-          spec, [state.patch], [int(state.count)], ACTIVATION, joint=True
-      )
+          spec, [state.patch], [int(state.count)], ACTIVATION, joint=True,
+          groups=state.groups,
+      )  # fmt: skip
       return EditResult(edited, state, nothing)
     begin = time.monotonic()
     group = [0] * len(batch.encoded) if joint else list(batch.group)
@@ -423,12 +427,15 @@ def t_patcher(spec: ModelSpec, config: TPatcherConfig) -> Editor:
         )  # fmt: skip
         advance(len(indices))
     states = fitting.states
+    if joint:
+      states = [_named(states[0], fitting.rows, batch.requests)]
     edited = patches.edited_of(
         spec,
         [one.patch for one in states],
         [int(one.count) for one in states],
         ACTIVATION,
         joint=joint,
+        groups=states[0].groups,
     )
     found = [fitting.found[i] for i in range(len(group))]
     written = np.array([bool(one.success) for one in found])
@@ -501,6 +508,7 @@ class _Fitting:
     self._model, self._config = (spec, params), config
     self.states = [state] * groups
     self.found: dict[int, Fitted] = {}
+    self.rows: dict[int, tuple[int, int]] = {}  # neurons of those written
 
   def fit(
       self,
@@ -534,7 +542,9 @@ class _Fitting:
       self.found[i] = one
       if one.success:
         inputs = tail.x[i][tail.mask[i]]
+        first = int(self.states[g].count)
         self.states[g] = _frozen(self.states[g], one, inputs)
+        self.rows[i] = first, int(self.states[g].count)
 
 
 def _frozen(state: State, fitted: Fitted, inputs: np.ndarray) -> State:
@@ -552,7 +562,20 @@ def _frozen(state: State, fitted: Fitted, inputs: np.ndarray) -> State:
       memory,
       valid,
       np.int32(state.joined + len(inputs)),
+      state.groups,
   )
+
+
+def _named(
+    state: State,
+    rows: Mapping[int, tuple[int, int]],
+    requests: Sequence[Any],
+) -> State:
+  """Notes which neurons are whose, where requests have names."""
+  if not requests:
+    return state
+  more = [[[requests[i].id], *rows[i]] for i in sorted(rows)]
+  return state._replace(groups=ledger_lib.with_names(state.groups, more))
 
 
 METHOD = Method(

@@ -41,6 +41,7 @@ import numpy as np
 from jaxedit.batching.buckets import round_up
 from jaxedit.batching.plan import BatchPlan
 from jaxedit.deltas import ACTIVATIONS, Edited, Routed
+from jaxedit.edited import ledger as ledger_lib
 from jaxedit.methods import patches
 from jaxedit.methods.base import (
     EditBatch,
@@ -166,6 +167,7 @@ class State(NamedTuple):
     count: [] int32 edits written.
     texts: [N, T'] int32 irrelevant texts, their beginnings.
     lengths: [N] int32.
+    names: of every shard in use, ids of its edits, see `edited.ledger`.
   """
 
   shards: np.ndarray
@@ -174,6 +176,7 @@ class State(NamedTuple):
   count: np.ndarray
   texts: np.ndarray
   lengths: np.ndarray
+  names: np.ndarray = ledger_lib.NO_NAMES
 
 
 class Rows(NamedTuple):
@@ -413,6 +416,7 @@ class _Memory:
     self.shards = list(state.shards[:used])
     self.least = [float(x) for x in state.least[:used]]
     self.count = int(state.count)
+    self.names = ledger_lib.names_of(state.names) or [[] for _ in self.shards]
     self._config, self._empty = config, state.shards[0].shape
     self._dtype = state.shards.dtype
 
@@ -438,15 +442,17 @@ class _Memory:
     )
     return shard, mask
 
-  def put(self, shard: Any, inside: float) -> None:
+  def put(self, shard: Any, inside: float, name: str | None) -> None:
     """Keeps a trained edit; merges full shards where it is time."""
     config = self._config
     if self.begins:
       self.shards.append(shard)
       self.least.append(inside)
+      self.names.append([])
     else:
       self.shards[-1] = shard
       self.least[-1] = min(self.least[-1], inside)
+    self.names[-1] += [] if name is None else [name]
     self.count += 1
     several = config.merge_shards
     if several < 2 or self.count % (several * config.save_every):
@@ -455,12 +461,18 @@ class _Memory:
     least = min(self.least[-several:])
     self.shards[-several:] = [ties(last, config.merge_density)]
     self.least[-several:] = [least]
+    self.names[-several:] = [sum(self.names[-several:], [])]
 
   def state(self, state: State) -> State:
     """The state after these edits."""
     shards, least = self.padded(len(state.shards))
     used, count = np.int32(len(self.shards)), np.int32(self.count)
-    return state._replace(shards=shards, least=least, used=used, count=count)
+    names = state.names
+    if any(self.names):
+      names = ledger_lib.with_names(ledger_lib.NO_NAMES, self.names)
+    return state._replace(
+        shards=shards, least=least, used=used, count=count, names=names
+    )
 
   def padded(self, size: int) -> tuple[np.ndarray, np.ndarray]:
     """(shards [size, F, D], least [size])."""
@@ -540,16 +552,18 @@ def wise(spec: ModelSpec, config: WiseConfig) -> Editor:
     group = [0] * len(edits) if joint else list(batch.group)
     memories = [_Memory(state, config) for _ in range(max(group) + 1)]
     full, found = False, []
+    names = [one.id for one in batch.requests] or [None] * len(edits)
     with run.progress('fit', len(edits), 'edit') as advance:
-      for one, number in zip(edits, group):
+      for one, number, name in zip(edits, group, names):
         memory = memories[number]
         full |= memory.full
         found.append(
             None
             if memory.full
-            else _train(spec, model.params, config, state, batch.plan, one,
-                        memory)
-        )  # fmt: skip
+            else _train(
+                spec, model.params, config, state, batch.plan, one, memory, name
+            )
+        )
         advance(1)
     written = np.array([one is not None and one.finite for one in found])
     info = Info(
@@ -594,8 +608,9 @@ def _train(
     plan: BatchPlan,
     edit: EncodedEdit,
     memory: _Memory,
+    name: str | None,
 ) -> _Trained:
-  """Trains one edit into a memory."""
+  """Trains one edit into a memory, under its id."""
   (layer,) = config.layers
   texts, labels = _own(edit, plan, config)
   own = read(spec, params, *texts, layer=layer)
@@ -612,7 +627,7 @@ def _train(
   )
   losses = jax.tree.map(np.asarray, losses)
   if finite:
-    memory.put(shard, float(losses.inside.mean()))
+    memory.put(shard, float(losses.inside.mean()), name)
   return _Trained(losses, int(steps), bool(finite))
 
 
@@ -636,7 +651,14 @@ def _edited(
       jnp.asarray(config.act_ratio * least)[None],
       activation=spec.activation,
   )
-  return Edited((routed,), size=size)
+  names = memories[0].names if joint else []
+  groups = [[ids, i, i + 1] for i, ids in enumerate(names)]
+  known = groups and all(names)
+  return Edited(
+      (routed,),
+      size=size,
+      ledger=ledger_lib.of_groups(groups) if known else None,
+  )
 
 
 def _reports(found: Sequence[_Trained | None]) -> dict[str, list[Any]]:
