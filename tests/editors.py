@@ -140,5 +140,5 @@ def assert_targets(self, got, want, tolerance=1e-5):
       error = np.linalg.norm(targets.z0[k] - f.z0) / np.linalg.norm(f.z0)
       self.assertLess(error, tolerance)
       rtol = 2 * tolerance
-      np.testing.assert_allclose(targets.loss[k], f.losses[-1], rtol=rtol)
+      np.testing.assert_allclose(targets.loss[k], f.loss, rtol=rtol)
       np.testing.assert_allclose(targets.likelihood[k], f.likelihood, rtol=rtol)

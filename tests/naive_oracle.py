@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import hf_oracle
+import naive_lbfgs
 import numpy as np
 import torch
 
@@ -107,12 +108,14 @@ class Found(NamedTuple):
   clamped: int  # changes that were too long after an update
   found: list[bool]  # for every forward, whether the labels came first
   terms: list[float]  # for every forward, the KL term as it weighs
+  loss: float  # at z
+  rejected: int  # trials of L-BFGS that were no steps
 
 
 def _descend(
     evaluate: Any, inits: Sequence[torch.Tensor], config: TargetConfig
 ) -> tuple[Found, list[torch.Tensor]]:
-  """Adam on one change a site.
+  """Adam, or L-BFGS, on one change a site.
 
   Args:
     evaluate: changes -> (likelihood, divergence, whether the labels came first).
@@ -124,8 +127,12 @@ def _descend(
   """
   deltas = [torch.zeros_like(x, requires_grad=True) for x in inits]
   adam = torch.optim.Adam(deltas, lr=config.rate)
+  lbfgs = naive_lbfgs.Lbfgs(
+      [x.norm().item() for x in inits], config.clamp, config.first_step
+  )
+  still = naive_lbfgs.Stagnation(config.stagnation, config.stagnation_steps)
   losses, found, terms, clamped = [], [], [], 0
-  weight = config.nll
+  weight, kept = config.nll, None
   while True:
     likelihood, divergence, first = evaluate(deltas)
     term = config.kl * divergence
@@ -135,16 +142,33 @@ def _descend(
     losses.append(loss.item())
     found.append(first)
     terms.append(term.item())
-    if losses[-1] < config.threshold:
-      break
-    if config.argmax_stop:
-      weight = config.nll * (0.1 if first else 1)
-      if first and terms[-1] <= config.argmax_stop:
-        break
-    if len(losses) == config.steps:
-      break
+    stands = still.tell(losses[-1])
+    following = config.nll * (0.1 if first else 1)
+    renewed = bool(config.argmax_stop) and following != weight
+    accepted, proposed = True, None
     adam.zero_grad()
     loss.backward()
+    if config.solver == 'lbfgs':
+      flat = lambda some: np.stack([x.detach().numpy() for x in some])
+      gradient = flat([delta.grad for delta in deltas])
+      proposed, accepted = lbfgs.tell(
+          flat(deltas), losses[-1], gradient, renewed
+      )
+    if accepted:
+      copies = [delta.detach().clone() for delta in deltas]
+      kept = (copies, likelihood.item(), losses[-1])
+      if renewed:
+        weight, still.mark = following, np.inf
+    if kept[2] < config.threshold or stands or len(losses) == config.steps:
+      break
+    if config.argmax_stop and accepted:
+      if first and terms[-1] <= config.argmax_stop:
+        break
+    if proposed is not None:
+      with torch.no_grad():
+        for delta, value in zip(deltas, proposed):
+          delta.copy_(torch.tensor(value))
+      continue
     adam.step()
     with torch.no_grad():
       for delta, init in zip(deltas, inits):
@@ -152,11 +176,19 @@ def _descend(
         if delta.norm() > radius:
           clamped += 1
           delta.mul_(radius / delta.norm())
-  deltas = [delta.detach() for delta in deltas]
+  deltas, likelihood, loss = kept
   z0 = inits[-1]
   z = (z0 + deltas[-1]).numpy()
   result = Found(
-      z, z0.numpy(), losses, likelihood.item(), clamped, found, terms
+      z,
+      z0.numpy(),
+      losses,
+      likelihood,
+      clamped,
+      found,
+      terms,
+      loss,
+      lbfgs.rejected,
   )
   return result, deltas
 

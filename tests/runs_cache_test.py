@@ -10,6 +10,8 @@ import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from jaxedit.methods.registry import METHODS
+from jaxedit.methods.settings import configure
 from jaxedit.runs import cache
 from jaxedit.runs.cache import TargetFiles, TraceFiles, digest, edit_digest
 from jaxedit.testing import facts
@@ -98,6 +100,23 @@ class TargetFilesTest(Case):
     before = path.read_bytes()
     self.open().put(A, targets(1))
     self.assertEqual(path.read_bytes(), before)
+
+
+class SettingsTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      dict(target_solver='lbfgs'),
+      dict(value_first_step=0.25),
+      dict(stagnation=0.1),
+      dict(stagnation_steps=5),
+  )
+  def test_what_decides_about_targets_is_in_the_name(self, **given):
+    for method in ('memit', 'pmet', 'unke'):
+      config = METHODS[method].config()
+      changed = configure(config, given)
+      self.assertNotEqual(
+          digest(config.objective()), digest(changed.objective())
+      )
 
 
 class DigestTest(absltest.TestCase):

@@ -255,4 +255,29 @@ TARGET_SETTINGS: Mapping[str, Mapping[str, Any]] = {
         source='MEMIT, published code',
         low=0,
     ),
+    'solver': dict(
+        flag='target_solver',
+        help='optimiser of a target: Adam as published, or L-BFGS, which has no'
+        ' rate and evaluates fewer losses',
+        source='ROME, published code',
+        choices=('adam', 'lbfgs'),
+    ),
+    'first_step': dict(
+        flag='value_first_step',
+        help='first |d| / |z0| that L-BFGS tries',
+        low=0,
+        exclusive=True,
+    ),
+    'stagnation': dict(
+        flag='stagnation',
+        help='a target stops when --stagnation_steps losses in a row were not'
+        ' below the lowest before by this share of it; 0 never',
+        low=0,
+        high=0.99,
+    ),
+    'stagnation_steps': dict(
+        flag='stagnation_steps',
+        help='losses without such a fall that stop a target, see --stagnation',
+        low=1,
+    ),
 }

@@ -91,13 +91,12 @@ def step_arguments(
   cache = jax.eval_shape(lambda x: engine.empty(x, plan, shape), prefilled)
   assigned = SlotAllocator(plan, shape).layout()
   chained = shape.grow > 0
-  start = functools.partial(engine.start, spec, return_kv=chained)
+  start = functools.partial(
+      engine.start, spec, solver=config.solver, return_kv=chained
+  )
   state = jax.eval_shape(start, cache, assigned)
   fresh = np.ones(shape.slots, bool)
-  keywords = dict(
-      config=config, layer=layer, return_kv=chained,
-      use_argmax_stop=bool(config.argmax_stop > 0),
-  )  # fmt: skip
+  keywords = dict(layer=layer, return_kv=chained, **engine.split_config(config))
   args = (spec, params, cache, assigned, state, fresh)
   return args, keywords, (shared, packed, prefilled)
 

@@ -1,6 +1,6 @@
 """Optimises targets: hidden states that make a model produce a wanted text.
 
-Adam optimises a change d of the residual stream after layer l at the anchor
+Adam, or L-BFGS, optimises a change d of the residual stream after layer l at the anchor
 (e.g. the last token of the subject), or of the outputs of the layer's halves
 (`state`), on
 

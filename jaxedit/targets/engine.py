@@ -16,10 +16,10 @@ suffix tokens, P prefix tokens, U layers above the edited one, V vocabulary.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxedit.batching.edits import PackedBatch
 from jaxedit.batching.plan import BatchPlan, BatchShape
@@ -38,6 +38,7 @@ from jaxedit.targets.partial_forward import (
     lower_parts,
     prefix_kv,
 )
+from jaxedit.targets.solvers import SOLVERS, Advice, Evaluated
 from jaxedit.targets.state import (
     HalfOutputs,
     OptState,
@@ -194,12 +195,14 @@ def append_kv(
   )
 
 
-_ADAM = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
-
-
-@functools.partial(jax.jit, static_argnames=('spec', 'return_kv'))
+@functools.partial(jax.jit, static_argnames=('spec', 'solver', 'return_kv'))
 def start(
-    spec: ModelSpec, cache: PrefixCache, assigned: SlotLayout, return_kv: bool
+    spec: ModelSpec,
+    cache: PrefixCache,
+    assigned: SlotLayout,
+    *,
+    solver: str,
+    return_kv: bool,
 ) -> OptState:
   """The optimiser state in which every slot is new."""
   slots, dtype = len(assigned.live), cache.base.dtype
@@ -214,11 +217,13 @@ def start(
     kv = (jnp.zeros(shape, cache.key.dtype),) * 2
   return OptState(
       delta=delta,
-      adam=jax.vmap(_ADAM.init)(delta),
+      solver=jax.vmap(SOLVERS[solver].init)(delta),
       done=jnp.zeros([slots], bool),
       loss=scalar,
       likelihood=scalar,
       steps=jnp.zeros([slots], jnp.int32),
+      idle=jnp.zeros([slots], jnp.int32),
+      mark=jnp.full([slots], jnp.inf, dtype),
       finite=jnp.ones([slots], bool),
       lowered=jnp.zeros([slots], bool),
       base=jnp.zeros([slots, spec.vocab if kl else 0], dtype),
@@ -250,9 +255,20 @@ def compact(
   )
 
 
+def split_config(config: TargetConfig) -> dict[str, Any]:
+  """Keywords of `step`: numbers, and what another program is compiled for."""
+  return dict(
+      config=config._replace(solver=None),
+      solver=config.solver,
+      use_argmax_stop=bool(config.argmax_stop > 0),
+  )
+
+
 @functools.partial(
     jax.jit,
-    static_argnames=('spec', 'layer', 'return_kv', 'use_argmax_stop'),
+    static_argnames=(
+        'spec', 'solver', 'layer', 'return_kv', 'use_argmax_stop',
+    ),  # fmt: skip
     donate_argnames='state',
 )
 def step(
@@ -264,11 +280,12 @@ def step(
     fresh: Array,
     *,
     config: TargetConfig,
+    solver: str,
     layer: int,
     return_kv: bool,
     use_argmax_stop: bool,
 ) -> tuple[OptState, Array]:
-  """Takes optimiser steps until one of the edits in slots is done.
+  """Evaluates losses and changes until one of the edits in slots is done.
 
   Args:
     spec: the architecture.
@@ -277,7 +294,8 @@ def step(
     assigned: the slot layout.
     state: the result of this function or of `start`.
     fresh: [E] bool, new slots, which start from the unedited state.
-    config: settings.
+    config: settings; see `split_config`.
+    solver: a key of `SOLVERS`.
     layer: the layer whose output is changed.
     return_kv: return the keys and values of every edit's last step in the
       state.
@@ -286,7 +304,7 @@ def step(
   Returns:
     (the state, z0 of the shape of its `delta`).
   """
-  new = start(spec, cache, assigned, return_kv)
+  new = start(spec, cache, assigned, solver=solver, return_kv=return_kv)
   state = _unless(~fresh, state, new.replace(kv=state.kv, ran=state.ran))
   loss = objective.build(
       spec,
@@ -298,7 +316,8 @@ def step(
       use_argmax_stop=use_argmax_stop,
   )
   z0 = objective.unedited(cache, assigned)
-  radius = config.clamp * norm(z0)
+  size = norm(z0)
+  advise = jax.vmap(SOLVERS[solver].update, in_axes=(0, 0, None))
 
   def total(delta: Array, state: OptState) -> tuple[Array, Aux]:
     aux = loss(delta, state, config)
@@ -307,37 +326,57 @@ def step(
 
   def update(state: OptState) -> OptState:
     grad, aux = jax.grad(total, has_aux=True)(state.delta, state)
-    finite = jnp.isfinite(aux.loss)
-    last = state.steps + 1 >= config.steps
-    done = (aux.loss < config.threshold) | ~finite | last
+    renewed = jnp.zeros_like(state.done)
     if use_argmax_stop:
-      done |= aux.found & (aux.term <= config.argmax_stop)
-    direction, adam = jax.vmap(_ADAM.update)(grad, state.adam)
-    delta = state.delta - config.rate * direction
-    size = norm(delta)
-    scale = jnp.where(size > radius, radius / jnp.maximum(size, 1e-30), 1)
-    # A finished chunk keeps the change at which its loss was evaluated.
-    still = done.reshape(-1, *[1] * (delta.ndim - 1))
-    delta = jnp.where(still, state.delta, delta * scale[..., None])
-    moved = OptState(
-        delta=delta,
-        adam=adam,
-        done=done,
-        loss=aux.loss,
-        likelihood=aux.likelihood,
-        steps=state.steps + 1,
-        finite=finite,
-        lowered=aux.found if use_argmax_stop else state.lowered,
-        base=aux.base,
-        kv=aux.kv,
-        ran=state.ran + 1,
-    )
+      renewed = aux.found != state.lowered
+    evaluated = Evaluated(state.delta, aux.loss, grad, renewed, size)
+    advice = advise(state.solver, evaluated, config)
+    moved = _advance(state, aux, advice, config)
     return _unless(state.done | ~assigned.live, state, moved)
 
   def waits(state: OptState) -> Array:
     return ~jnp.any(assigned.live & state.done)
 
   return jax.lax.while_loop(waits, update, state), z0
+
+
+def _advance(
+    state: OptState, aux: Aux, advice: Advice, config: TargetConfig
+) -> OptState:
+  """The state after an evaluation, as if all slots were at work.
+
+  A slot whose solver rejects the change keeps what it has of the last step. An
+  edit that ends keeps the change of its last step.
+  """
+  moved = state.replace(
+      loss=aux.loss,
+      likelihood=aux.likelihood,
+      finite=jnp.isfinite(aux.loss),
+      lowered=state.lowered if aux.found is None else aux.found,
+      kv=aux.kv,
+  )
+  moved = _unless(~advice.accepted, state, moved)
+  better = aux.loss < (1 - config.stagnation) * state.mark
+  mark = jnp.where(better, aux.loss, state.mark)
+  idle = jnp.where(better, 0, state.idle + 1)
+  done = (moved.loss < config.threshold) | ~moved.finite
+  done |= state.steps + 1 >= config.steps
+  done |= (config.stagnation > 0) & (idle >= config.stagnation_steps)
+  if aux.found is not None:
+    fits = aux.found & (aux.term <= config.argmax_stop)
+    done |= advice.accepted & fits
+  still = done.reshape(-1, *[1] * (advice.delta.ndim - 1))
+  return moved.replace(
+      delta=jnp.where(still, advice.best, advice.delta),
+      solver=advice.state,
+      done=done,
+      steps=state.steps + 1,
+      idle=idle,
+      # Losses of another weight are not compared.
+      mark=jnp.where(moved.lowered != state.lowered, jnp.inf, mark),
+      base=aux.base,
+      ran=state.ran + 1,
+  )
 
 
 def _unless(free_slot: Array, old: OptState, new: OptState) -> OptState:

@@ -264,10 +264,15 @@ class Scheduler:
 
   def step(self) -> Iterator[tuple[int, tuple[tuple[int, int], Result]]]:
     """Steps until an edit is done; yields (slot, result) of all that are."""
+    config = self._objective.config
     assigned = self._allocator.layout()
     if self._state is None:
       self._state = engine.start(
-          self._model[0], self._cache, assigned, self._chained
+          self._model[0],
+          self._cache,
+          assigned,
+          solver=config.solver,
+          return_kv=self._chained,
       )
     self._state, z0 = engine.step(
         *self._model,
@@ -275,10 +280,9 @@ class Scheduler:
         assigned,
         self._state,
         self._fresh,
-        config=self._objective.config,
         layer=self._objective.layer,
         return_kv=self._chained,
-        use_argmax_stop=bool(self._objective.config.argmax_stop > 0),
+        **engine.split_config(config),
     )
     self._fresh = np.zeros_like(self._fresh)
     state = self._state

@@ -29,12 +29,13 @@ OUTPUTS = ('block', 'mlp', 'attn+mlp')
 
 
 class TargetConfig(NamedTuple):
-  """Settings of the optimisation; numbers, so changing one does not recompile.
+  """Settings of the optimisation; changing a number does not recompile.
 
-  `argmax_stop` alone recompiles where it is switched on or off.
+  Only another solver does, and `argmax_stop` where it is switched on or off.
 
   Attributes:
-    steps: losses evaluated at most; there is one update fewer.
+    steps: losses evaluated at most, rejected trials of L-BFGS included; the
+      last one makes no update.
     rate: learning rate of Adam.
     decay: weight of |d| / |z0|^2.
     clamp: largest |d| as a multiple of |z0|.
@@ -48,6 +49,12 @@ class TargetConfig(NamedTuple):
       Published with PMET: 0.01, also for the weighted term; the published test
       compares two means of probabilities for equality, which is the same
       comparison of tokens.
+    solver: a key of `solvers.SOLVERS`.
+    first_step: length of L-BFGS's first trial as a multiple of |z0|.
+    stagnation: 0 for none. Otherwise an edit stops when `stagnation_steps`
+      losses, one after the other, were not lower than the lowest before by
+      this share of it.
+    stagnation_steps: see `stagnation`.
   """
 
   steps: int = 25
@@ -58,6 +65,10 @@ class TargetConfig(NamedTuple):
   threshold: float = 5e-2
   nll: float = 1.0
   argmax_stop: float = 0.0
+  solver: str = 'adam'
+  first_step: float = 0.5
+  stagnation: float = 0.0
+  stagnation_steps: int = 3
 
 
 class HalfOutputs(NamedTuple):
@@ -92,16 +103,18 @@ class PrefixCache(NamedTuple):
 
 @flax.struct.dataclass
 class OptState:
-  """Loop state of all slots."""
+  """Loop state of all slots; of the last step, unless a line says otherwise."""
 
-  delta: Array  # [E, D], or [E, half, D]
-  adam: Any
+  delta: Array  # [E, D], or [E, half, D]; to evaluate next, until an edit ends
+  solver: Any
   done: Array  # [E] bool
   loss: Array  # [E]
   likelihood: Array  # [E]
-  steps: Array  # [E] int32
+  steps: Array  # [E] int32, losses evaluated
+  idle: Array  # [E] int32, losses evaluated since `mark`
+  mark: Array  # [E] loss that stagnation is measured from
   finite: Array  # [E] bool
   lowered: Array  # [E] bool, the likelihood weighs a tenth
   base: Array  # [E, V] unedited log-probabilities at the KL prompt, or [E, 0]
-  kv: tuple[Array, Array] | None  # [U, B, G, S, H] of the last step
+  kv: tuple[Array, Array] | None  # [U, B, G, S, H]
   ran: Array  # [] int32 steps in this batch shape
