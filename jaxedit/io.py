@@ -246,6 +246,11 @@ def write_text(path: StrPath, text: str) -> None:
   write_bytes(path, text.encode('utf-8', 'replace'))
 
 
+def json_number(value: Any) -> float | None:
+  """A number that JSON can hold: None stands for one that is not finite."""
+  return float(value) if math.isfinite(value) else None
+
+
 def write_json(path: StrPath, value: Any) -> None:
   """Writes one JSON document; NaN and infinity are a ValueError."""
   text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)

@@ -17,6 +17,12 @@ def wide(dtype: Any) -> Any:
   return jnp.promote_types(dtype, jnp.float32)
 
 
+def all_finite(tree: Any) -> jax.Array:
+  """[] bool, whether every number of a tree is finite."""
+  leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
+  return jnp.all(jnp.stack(leaves))
+
+
 def einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
   """Contracts in the dtype of `y`, summing in float32 or wider."""
   out = wide(y.dtype)

@@ -378,11 +378,6 @@ class EditorTest(parameterized.TestCase):
     together, _ = made(CHUNKED, some, double=True)
     self.assertLess(gap(changes(turned), changes(together)), CLOSE)
 
-  def test_groups_that_cannot_be(self):
-    for wrong in ([0, 1], [0, 1, 2, -1]):
-      with self.assertRaisesRegex(InputError, 'group'):
-        made(CHUNKED, edits(chunked=True), wrong)
-
   def test_padding(self):
     # More room changes nothing.
     some, tight = edits(chunked=True), regression.shape_of

@@ -19,27 +19,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from jaxedit import io
 from jaxedit.batching.plan import BatchPlan
-from jaxedit.deltas import Edited
+from jaxedit.deltas import Edited, SiteDelta
 from jaxedit.methods.config import MethodConfig
 from jaxedit.methods.settings import configure
 from jaxedit.models.spec import ModelSpec
 from jaxedit.planning.stages import Stage
 from jaxedit.targets import TargetCache, Work
 from jaxedit.text.encoding import EncodedEdit
-from jaxedit.types import (
-    EditRequest,
-    InputError,
-    Progress,
-    Targets,
-    silent,
-)
+from jaxedit.types import EditRequest, InputError, Progress, Targets, silent
 
 # Why no hidden state could be optimised.
 NOT_FINITE = (
@@ -140,6 +136,34 @@ class EditBatch(NamedTuple):
   plan: BatchPlan
   group: Sequence[int] | None = None
   requests: Sequence[Any] = ()
+
+  @property
+  def joint(self) -> bool:
+    """Whether they are one edit."""
+    return self.group is None
+
+  @property
+  def groups(self) -> np.ndarray:
+    """[E] which independent edit each belongs to; all to one if joint."""
+    if self.joint:
+      return np.zeros(len(self.encoded), int)
+    return np.asarray(self.group, int)
+
+  def edited(
+      self, deltas: Sequence[SiteDelta], *, on_host: bool = False
+  ) -> Edited:
+    """Makes the edit of deltas whose leaves are [n, groups, ...].
+
+    Args:
+      deltas: of all groups.
+      on_host: keep those of independent edits there, as they need not fit the
+        device.
+    """
+    deltas = tuple(deltas)
+    if self.joint:
+      return Edited(jax.device_put(jax.tree.map(lambda x: x[:, 0], deltas)))
+    size = int(self.groups.max()) + 1
+    return Edited(deltas if on_host else jax.device_put(deltas), size=size)
 
 
 class Run(NamedTuple):
@@ -425,24 +449,53 @@ def per_edit(report: TargetReport, edits: int) -> dict[str, list[Any]]:
   Returns:
     name -> E values.
   """
-  finite = lambda x: float(x) if np.isfinite(x) else None
-  found: dict[str, list[Any]] = {
-      name: []
-      for name in (
-          'states', 'loss', 'likelihood', 'probability', 'steps', 'distance'
-      )
-  }  # fmt: skip
+  names = ('states', 'loss', 'likelihood', 'probability', 'steps', 'distance')
+  found: dict[str, list[Any]] = {name: [] for name in names}
   for i in range(edits):
     mine = np.flatnonzero(report.edit == i)
     found['states'].append(len(mine))
     for name in ('loss', 'likelihood'):
-      found[name].append(finite(getattr(report.targets, name)[mine].mean()))
+      mean = getattr(report.targets, name)[mine].mean()
+      found[name].append(io.json_number(mean))
     worst = report.targets.likelihood[mine].max()
-    found['probability'].append(finite(np.exp(-worst)))
+    found['probability'].append(io.json_number(np.exp(-worst)))
     found['steps'].append(int(report.targets.steps[mine].sum()))
     far = report.distance[:, mine].max(axis=1)
-    found['distance'].append([finite(x) for x in far])
+    found['distance'].append(json_numbers(far))
   return found
+
+
+def json_numbers(values: Iterable[float]) -> list[float | None]:
+  """Numbers as plain JSON types; None where one is not finite."""
+  return [io.json_number(x) for x in values]
+
+
+def target_info(
+    report: TargetReport,
+    written: np.ndarray,
+    times: tuple[float, float],
+    work: Work,
+    reason: str = NOT_FINITE,
+) -> Info:
+  """Reports on a batch of a method that optimises hidden states.
+
+  Args:
+    report: how targets were found and written.
+    written: [E] bool.
+    times: when the optimisation and when the insertion began, monotonic seconds.
+    work: what the optimisation ran.
+    reason: why nothing was written, if that is so.
+  """
+  begin, middle = times
+  seconds = {'optimize': middle - begin, 'insert': time.monotonic() - middle}
+  return Info(
+      written,
+      seconds,
+      per_edit(report, len(written)),
+      report,
+      work,
+      '' if written.any() else reason,
+  )
 
 
 def empty_info(spec: ModelSpec, layers: Sequence[int]) -> Info:

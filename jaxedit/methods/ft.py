@@ -34,7 +34,7 @@ from jaxedit.methods.finetune import (
     State,
     finetune_editor,
 )
-from jaxedit.methods.settings import setting
+from jaxedit.methods.settings import redefault, setting
 from jaxedit.models.spec import ModelSpec, param_shapes
 from jaxedit.numerics import einsum, wide
 from jaxedit.types import Array
@@ -124,9 +124,7 @@ class FtMConfig(FtConfig):
   """Settings of FT-M; those of FT-L but for its objective."""
 
   scored: ClassVar[str] = 'target'
-  append_end: bool = setting(
-      True, 'end-of-text is part of a target that does not end in it'
-  )
+  append_end: bool = redefault(FtConfig, 'append_end', True)
 
 
 def ft(spec: ModelSpec, config: FtConfig) -> Editor:
@@ -175,29 +173,25 @@ def _box(config: FtConfig, old: Array) -> Array:
   return config.box * (rms if config.box_unit == 'rms' else jnp.ones_like(rms))
 
 
-_SMALL = {'layers': (1,), 'fit_steps': 6, 'fit_rate': 1e-2, 'side_by_side': 2}
-
+_METHOD = Method(
+    'ft_l',
+    'fine-tunes one matrix on target tokens, all behind the prompt',
+    FtConfig,
+    ft,
+    chunkable=False,
+    contexts=False,
+    parity={'easyedit': {'train_begin': True}},
+    source='arXiv 2202.05262',
+    small={'layers': (1,), 'fit_steps': 6, 'fit_rate': 1e-2, 'side_by_side': 2},
+)
 METHODS = (
-    Method(
-        'ft_l',
-        'fine-tunes one matrix on target tokens, all behind the prompt',
-        FtConfig,
-        ft,
-        chunkable=False,
-        contexts=False,
-        parity={'easyedit': {'train_begin': True}},
-        source='arXiv 2202.05262',
-        small=_SMALL,
-    ),
-    Method(
-        'ft_m',
-        'fine-tunes one matrix on target tokens, each behind those before',
-        FtMConfig,
-        ft,
-        chunkable=False,
-        contexts=False,
+    _METHOD,
+    dataclasses.replace(
+        _METHOD,
+        name='ft_m',
+        summary='fine-tunes one matrix on target tokens, each behind those before',
+        config=FtMConfig,
         parity={'easyedit': {'append_end': False}},
         source='arXiv 2401.01286',
-        small=_SMALL,
     ),
 )

@@ -34,20 +34,9 @@ import jax.numpy as jnp
 
 from jaxedit.methods.base import Method
 from jaxedit.methods.hypernet import editor as editor_lib
+from jaxedit.methods.hypernet import factors as factors_lib
+from jaxedit.methods.hypernet import network as network_lib
 from jaxedit.methods.hypernet.editor import HypernetConfig
-from jaxedit.methods.hypernet.factors import (
-    Factors,
-    Maps,
-    Pair,
-    Sequences,
-    widths,
-)
-from jaxedit.methods.hypernet.network import (
-    UNTRAINED,
-    Network,
-    Trainer,
-    Variables,
-)
 from jaxedit.methods.hypernet.training import Training
 from jaxedit.methods.settings import setting
 from jaxedit.models.spec import ModelSpec
@@ -78,8 +67,8 @@ class KeTraining(Training):
 
 @functools.cache
 def network(
-    spec: ModelSpec, maps: Maps, config: KeTraining | None = None
-) -> Network:
+    spec: ModelSpec, maps: factors_lib.Maps, config: KeTraining | None = None
+) -> network_lib.Network:
   """Makes the network.
 
   Args:
@@ -91,7 +80,7 @@ def network(
     The network.
   """
 
-  def init(key: Array, dtype: Any) -> Variables:
+  def init(key: Array, dtype: Any) -> network_lib.Variables:
     keys = iter(jax.random.split(key, 5 + 4 * len(maps.sites)))
     n, inner, width = (
         len(maps.layers),
@@ -122,33 +111,32 @@ def network(
         }
     }
     for site in maps.sites:
-      outputs = 2 * sum(widths(spec, site)) + 1
+      outputs = 2 * sum(factors_lib.widths(spec, site)) + 1
       trained[_name(site)] = {
           **normed('in', width, config.inner_width),
           **normed('out', config.inner_width, outputs),
       }
     most = jnp.asarray(config.largest_step, dtype)
-    return Variables(trained, {'largest_step': most})
+    return network_lib.Variables(trained, {'largest_step': most})
 
   def transform(
-      variables: Variables,
-      factors: Mapping[str, Factors],
-      texts: Sequences,
+      variables: network_lib.Variables,
+      factors: Mapping[str, factors_lib.Factors],
+      texts: factors_lib.Sequences,
       embedding: Array,
-  ) -> dict[str, Pair]:
+  ) -> dict[str, factors_lib.Pair]:
     condition = condition_of(variables.trained['text'], texts, embedding)
     most = variables.statistics['largest_step']
     return {
         site: _modulated(
-            variables.trained[_name(site)],
-            condition,
-            factors[site],
-            most,
+            variables.trained[_name(site)], condition, factors[site], most
         )
         for site in maps.sites
     }
 
-  return Network(init, lambda statistics, factors: statistics, transform)
+  return network_lib.Network(
+      init, lambda statistics, factors: statistics, transform
+  )
 
 
 def _name(site: str) -> str:
@@ -170,7 +158,7 @@ def _linear(ours: Mapping[str, Array], name: str, x: Array) -> Array:
 
 
 def condition_of(
-    ours: Mapping[str, Array], texts: Sequences, embedding: Array
+    ours: Mapping[str, Array], texts: factors_lib.Sequences, embedding: Array
 ) -> Array:
   """Reads texts with the LSTM.
 
@@ -220,8 +208,11 @@ def condition_of(
 
 
 def _modulated(
-    ours: Mapping[str, Array], condition: Array, factors: Factors, most: Array
-) -> Pair:
+    ours: Mapping[str, Array],
+    condition: Array,
+    factors: factors_lib.Factors,
+    most: Array,
+) -> factors_lib.Pair:
   """The pair of one site, [n, B, T + 1, ...]."""
   fan_in, fan_out = factors.x.shape[-1], factors.d.shape[-1]
   n = ours['in_bias'].shape[0]
@@ -238,7 +229,7 @@ def _modulated(
   return jnp.concatenate(keys, axis=2), jnp.concatenate(values, axis=2)
 
 
-_TRAINER = Trainer(
+_TRAINER = network_lib.Trainer(
     KeTraining,
     network,
     small=KeTraining(
@@ -257,5 +248,5 @@ METHOD = Method(
     contexts=False,
     source='arXiv 2104.08164',
     trainer=_TRAINER,
-    small={'editor': UNTRAINED, 'layers': (0, 1)},
+    small={'editor': network_lib.UNTRAINED, 'layers': (0, 1)},
 )

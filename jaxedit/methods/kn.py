@@ -52,16 +52,7 @@ import numpy as np
 from jaxedit.batching import packer
 from jaxedit.batching.buckets import POWERS, round_up
 from jaxedit.deltas import ACTIVATIONS, Edited, LowRank
-from jaxedit.methods.base import (
-    EditBatch,
-    Editor,
-    EditResult,
-    Info,
-    Method,
-    Need,
-    Run,
-    Tokenizer,
-)
+from jaxedit.methods import base
 from jaxedit.methods.config import MethodConfig
 from jaxedit.methods.settings import setting
 from jaxedit.models import blocks, decoder
@@ -120,36 +111,28 @@ class KnConfig(MethodConfig):
       'paper',
       'activation that is integrated: behind the activation function (paper) or'
       ' before it (easyedit)',
-      choices=('paper', 'easyedit'),
-      flag='attribution',
-  )
+      choices=('paper', 'easyedit'), flag='attribution',
+  )  # fmt: skip
   steps: int = setting(
       20, 'points of the integral', source='KN', low=1, flag='attribution_steps'
   )
   threshold: float = setting(
       0.2,
       "share of a prompt's largest attribution above which a neuron counts",
-      source='KN',
-      low=0,
-      high=1,
-      flag='attribution_threshold',
-  )
+      source='KN', low=0, high=1, flag='attribution_threshold',
+  )  # fmt: skip
   sharing: float = setting(
       0.7,
       'share of the contexts in which a neuron must count; 0: the plain prompt'
       ' alone',
-      source='KN',
-      low=0,
-      high=1,
-      flag='sharing_threshold',
-  )
+      source='KN', low=0, high=1, flag='sharing_threshold',
+  )  # fmt: skip
   change: str = setting(
       'edit',
       'edit puts the new answer in place of the old one, erase sets the rows of'
       ' the neurons to zero',
-      choices=('edit', 'erase'),
-      flag='neuron_change',
-  )
+      choices=('edit', 'erase'), flag='neuron_change',
+  )  # fmt: skip
   old_weight: float = setting(
       1.0, 'factor on the old answer that is taken away', source='KN', low=0
   )
@@ -160,11 +143,9 @@ class KnConfig(MethodConfig):
       True, "scale embeddings to the norm of the neuron's row", source='KN'
   )
   limit: int = setting(
-      64,
-      'neurons of an edit at most, those of largest attribution',
-      low=1,
-      flag='neuron_limit',
-  )
+      64, 'neurons of an edit at most, those of largest attribution',
+      low=1, flag='neuron_limit',
+  )  # fmt: skip
   anchor: str = 'prompt_last'
 
 
@@ -223,20 +204,11 @@ def read_clean(
   last = jnp.sum(layout.segment_ids != PADDING, axis=-1) - 1
   at = lambda x: jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
   every = tuple(range(spec.layers))
+  taps = [Tap(site, every, at) for site in ('block', 'mlp/up', SITE)]
+  taps.append(Tap('kv', every))
   h = decoder.embed(spec, params, tokens, layout)
   _, (after, x, inner, (key, value)) = decoder.run_layers(
-      spec,
-      params,
-      h,
-      layout,
-      start=0,
-      stop=spec.layers,
-      taps=(
-          Tap('block', every, at),
-          Tap('mlp/up', every, at),
-          Tap(SITE, every, at),
-          Tap('kv', every),
-      ),
+      spec, params, h, layout, start=0, stop=spec.layers, taps=taps
   )
   before = jnp.concatenate([at(h)[None], after[:-1]])
   return Clean(before, x, inner, key, value, last.astype(jnp.int32))
@@ -246,12 +218,6 @@ def _linear(spec: ModelSpec, weights: Params, x: Array) -> Array:
   """A map of an MLP."""
   y = blocks.product(spec, x, weights['kernel'])
   return y + weights['bias'] if 'bias' in weights else y
-
-
-def _shares(config: KnConfig, dtype: Any) -> Array:
-  """s_k, [K]."""
-  whole = config.quantity == 'easyedit'
-  return jnp.linspace(0, 1, config.steps, endpoint=whole, dtype=dtype)
 
 
 def _probability(
@@ -274,15 +240,12 @@ def _probability(
   """
   count, rows, shares, width = mlp.shape
   mlp = jnp.swapaxes(mlp, 0, 1).reshape(rows, count * shares, width)
-  own = start + jnp.arange(count * shares) // shares
-  wide_as = lambda x: jnp.broadcast_to(x[:, None], (rows, count * shares))
-  branches = SHARED + 1 + jnp.arange(count * shares)
-  layout = TokenLayout(
-      wide_as(clean.last), jnp.broadcast_to(branches, (rows, count * shares))
-  )
-  column = jnp.broadcast_to(
-      jnp.arange(clean.key.shape[3]), (rows, clean.key.shape[3])
-  )
+  branch = jnp.arange(count * shares)
+  own = start + branch // shares
+  in_each = lambda x: jnp.broadcast_to(x, (rows, x.shape[-1]))
+  of_each = lambda x: jnp.broadcast_to(x[:, None], (rows, len(branch)))
+  layout = TokenLayout(of_each(clean.last), in_each(SHARED + 1 + branch))
+  column = in_each(jnp.arange(clean.key.shape[3]))
   before = column < clean.last[:, None]
   prefix = TokenLayout(column, jnp.where(before, SHARED, PADDING))
 
@@ -292,25 +255,17 @@ def _probability(
         return x
       return jnp.where((own == layer)[:, None], mlp.astype(x.dtype), x)
 
-    kv = [
-        jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
-        for x in (clean.key, clean.value)
-    ]
+    prior = (clean.key[layer], clean.value[layer], prefix)
     h, _ = decoder.run_layer(
-        spec,
-        params,
-        h,
-        layout,
-        layer=layer,
-        prefix=(*kv, prefix),
-        intervene=intervene,
-    )
+        spec, params, h, layout,
+        layer=layer, prefix=prior, intervene=intervene,
+    )  # fmt: skip
     return h, None
 
   body = jax.checkpoint(body, policy=decoder.SAVE_PRODUCTS)
   h = jnp.broadcast_to(clean.h[start][:, None], mlp.shape).astype(mlp.dtype)
   h, _ = jax.lax.scan(body, h, jnp.arange(start, spec.layers))
-  logprob, _ = decoder.label_logprob(spec, params, h, wide_as(label))
+  logprob, _ = decoder.label_logprob(spec, params, h, of_each(label))
   return jnp.exp(logprob)
 
 
@@ -361,13 +316,13 @@ def attributions(
 
   if not paper:
     inner = jax.lax.map(before_activation, (layers, x))
-  shares = _shares(config, inner.dtype)
+  shares = jnp.linspace(
+      0, 1, config.steps, endpoint=not paper, dtype=inner.dtype
+  )
   scaled = inner[:, :, None] * shares[:, None]
   mlp, back = jax.vjp(lambda w: jax.lax.map(output, (layers, w, x)), scaled)
-  score = lambda mlp: jnp.sum(
-      _probability(spec, params, clean, label, mlp, start)
-  )
-  (gradient,) = back(jax.grad(score)(mlp))
+  chance = functools.partial(_probability, spec, params, clean, label)
+  (gradient,) = back(jax.grad(lambda x: jnp.sum(chance(x, start)))(mlp))
   return inner * jnp.mean(gradient, axis=2)
 
 
@@ -378,10 +333,8 @@ def _probabilities(
   """[B] probability of the answer tokens, nothing scaled."""
   last = spec.layers - 1
   weights = decoder.layer_params(params, last)['mlp']['down']
-  mlp = _linear(spec, weights, clean.inner[last])
-  return _probability(spec, params, clean, label, mlp[None, :, None], last)[
-      :, 0
-  ]
+  mlp = _linear(spec, weights, clean.inner[last])[None, :, None]
+  return _probability(spec, params, clean, label, mlp, last)[:, 0]
 
 
 def prompts_of(
@@ -439,19 +392,14 @@ def attribute(
     tokens, layout = packer.pad([one.ids for one in full], (rows, width))
     label = np.asarray([one.label for one in full], np.int32)
     clean = read_clean(spec, params, tokens, layout)
+    of_layers = functools.partial(
+        attributions, spec, params, clean, label, config=config
+    )
     parts = [
-        attributions(
-            spec,
-            params,
-            clean,
-            label,
-            start=start,
-            stop=min(start + size, spec.layers),
-            config=config,
-        )
+        np.asarray(of_layers(start=start, stop=min(start + size, spec.layers)))
         for start in range(0, spec.layers, size)
     ]
-    found = np.concatenate([np.asarray(x) for x in parts]).swapaxes(0, 1)
+    found = np.concatenate(parts).swapaxes(0, 1)
     chance = np.asarray(_probabilities(spec, params, clean, label))
     yield found[: len(some)], chance[: len(some)]
 
@@ -500,9 +448,8 @@ def _embedded(table: Array, ids: Array, mask: Array) -> Array:
 def _embeddings(params: Params, texts: Sequence[Sequence[int]]) -> np.ndarray:
   """[E, D] e of texts as ids."""
   width = round_up(max(map(len, texts)), POWERS)
-  ids, layout = packer.pad(
-      [np.asarray(text, np.int32) for text in texts], (len(texts), width)
-  )
+  rows = [np.asarray(text, np.int32) for text in texts]
+  ids, layout = packer.pad(rows, (len(texts), width))
   table = params['embed']['embedding']
   return np.asarray(_embedded(table, ids, layout.segment_ids != PADDING))
 
@@ -526,14 +473,11 @@ def changes_of(
   """
   if config.change == 'erase':
     return -rows
+  size = lambda x: np.linalg.norm(x, axis=-1, keepdims=True)
   if config.row_norms:
-    old, new = (
-        e / np.linalg.norm(e, axis=-1, keepdims=True) for e in (old, new)
-    )
+    old, new = old / size(old), new / size(new)
   step = (config.new_weight * new - config.old_weight * old)[:, None]
-  if config.row_norms:
-    return np.linalg.norm(rows, axis=-1, keepdims=True) * step
-  return np.broadcast_to(step, rows.shape)
+  return (size(rows) if config.row_norms else np.ones_like(rows)) * step
 
 
 def delta_of(
@@ -573,12 +517,11 @@ def delta_of(
     for m, (neuron, row) in enumerate(place.items()):
       key[layer, g, m, neuron] = 1
       value[layer, g, m] = row
-  layers = tuple(range(spec.layers))
-  return LowRank(layers, SITE, key, value)
+  return LowRank(tuple(range(spec.layers)), SITE, key, value)
 
 
 def _answers(
-    batch: EditBatch, tokenizer: Any, config: KnConfig
+    batch: base.EditBatch, tokenizer: Any, config: KnConfig
 ) -> list[np.ndarray]:
   """Ids of the old answers; to erase, of the targets where there are none.
 
@@ -594,27 +537,20 @@ def _answers(
       if not one.target_true
   ]
   if config.change == 'edit':
-    if missing:
-      raise InputError(*missing)
+    InputError.raise_for(missing)
     if len(batch.requests) != len(found):
       raise InputError(
           'kn takes away old answers and was given token ids alone; give it'
           ' requests, or erase (neuron_change=erase)'
       )
-  wanted = [i for i, one in enumerate(batch.requests) if one.target_true]
-  if wanted:
-    tokens = token_cache(tokenizer)
-    texts = tokens.tokenizer.batch_decode(
-        [batch.encoded[i].rows[0] for i in wanted],
-        clean_up_tokenization_spaces=False,
-    )
-    requests = [batch.requests[i] for i in wanted]
-    continued = [
-        Continued(text, one.target_true, one.space)
-        for text, one in zip(texts, requests)
-    ]
-    for i, ids in zip(wanted, tokens.targets(continued)):
-      found[i] = ids
+  tokens = token_cache(tokenizer)
+  for i, one in enumerate(batch.requests):
+    if one.target_true:
+      prompt = tokens.tokenizer.decode(
+          batch.encoded[i].rows[0], clean_up_tokenization_spaces=False
+      )
+      asked = Continued(prompt, one.target_true, one.space)
+      (found[i],) = tokens.targets([asked])
   return found
 
 
@@ -640,17 +576,13 @@ def _found(
     config: KnConfig,
 ) -> Iterator[Found]:
   """Chooses the neurons of edits as their attributions come."""
-  each = (pair for some in attributed for pair in zip(*some))
-  parts = itertools.groupby(
-      zip(prompts, each, strict=True), key=lambda part: part[0].edit
-  )
-  for _, part in parts:
+  pairs = (pair for some in attributed for pair in zip(*some))
+  each = zip(prompts, pairs, strict=True)
+  for _, part in itertools.groupby(each, key=lambda one: one[0].edit):
     mine: dict[int, list[tuple[np.ndarray, float]]] = {}
     for prompt, pair in part:
       mine.setdefault(prompt.context, []).append(pair)
-    mean = np.stack(
-        [sum(x for x, _ in one) / len(one) for one in mine.values()]
-    )
+    mean = np.stack([sum(x for x, _ in y) / len(y) for y in mine.values()])
     finite = bool(np.isfinite(mean).all())
     neurons = neurons_of(mean, config) if finite else np.zeros((0, 2), int)
     chance = float(np.mean([p for _, p in mine[0]]))
@@ -662,9 +594,9 @@ def _edit(
     config: KnConfig,
     params: Params,
     state: State,
-    batch: EditBatch,
-    run: Run,
-) -> tuple[Edited, Info]:
+    batch: base.EditBatch,
+    run: base.Run,
+) -> tuple[Edited, base.Info]:
   """Makes the edits of a batch."""
   begin, count = time.monotonic(), len(batch.encoded)
   if not count:
@@ -691,47 +623,36 @@ def _edit(
   used = np.arange(config.limit) < [[len(one.neurons)] for one in found]
   finite = np.where(used, np.isfinite(changes).all(-1), True).all(-1)
   written = [bool(len(x.neurons)) and bool(ok) for x, ok in zip(found, finite)]
-  joint = batch.group is None
-  group = [0] * count if joint else list(batch.group)
   info = _report(found, written, (begin, middle))
+  neurons = [
+      x.neurons if ok else x.neurons[:0] for x, ok in zip(found, written)
+  ]
   delta = delta_of(
-      spec,
-      [x.neurons if ok else x.neurons[:0] for x, ok in zip(found, written)],
-      changes,
-      group,
+      spec, neurons, changes, batch.groups.tolist(),
       erase=config.change == 'erase',
-  )
-  if joint:
-    delta = jax.tree.map(lambda x: x[:, 0], delta)
-  size = None if joint else max(group) + 1
-  # Not `jnp.asarray`, which compiles for every number of neurons.
-  return Edited((jax.device_put(delta),), size=size), info
+  )  # fmt: skip
+  return batch.edited([delta]), info
 
 
 def _report(
     found: Sequence[Found], written: Sequence[bool], times: tuple[float, float]
-) -> Info:
+) -> base.Info:
   """Reports on a batch; `times` are those at which its two stages began."""
   begin, middle = times
-  finite = lambda x: x if np.isfinite(x) else None
-  return Info(
+  reason = _NO_NEURONS if any(x.finite for x in found) else _NOT_FINITE
+  return base.Info(
       np.asarray(written, bool),
       {'attribute': middle - begin, 'insert': time.monotonic() - middle},
       {
           'neuron_count': [len(one.neurons) for one in found],
-          'answer_probability': [finite(one.chance) for one in found],
-          'largest_attribution': [finite(one.share) for one in found],
+          'answer_probability': base.json_numbers(x.chance for x in found),
+          'largest_attribution': base.json_numbers(x.share for x in found),
       },
-      reason='' if any(written) or not found else _reason(found),
+      reason='' if any(written) or not found else reason,
   )
 
 
-def _reason(found: Sequence[Found]) -> str:
-  """Why nothing of a batch was written."""
-  return _NO_NEURONS if any(x.finite for x in found) else _NOT_FINITE
-
-
-def kn(spec: ModelSpec, config: KnConfig) -> Editor:
+def kn(spec: ModelSpec, config: KnConfig) -> base.Editor:
   """Makes an editor.
 
   Args:
@@ -743,23 +664,25 @@ def kn(spec: ModelSpec, config: KnConfig) -> Editor:
   """
   spec = dataclasses.replace(spec, activations='float32')
 
-  def init(model: Any, resources: Mapping[Need, Any]) -> State:
+  def init(model: Any, resources: Mapping[base.Need, Any]) -> State:
     del model
-    return State(resources[Tokenizer()])
+    return State(resources[base.Tokenizer()])
 
-  def edit(model: Any, state: State, batch: EditBatch, run: Run) -> EditResult:
+  def edit(
+      model: Any, state: State, batch: base.EditBatch, run: base.Run
+  ) -> base.EditResult:
     edited, info = _edit(spec, config, model.params, state, batch, run)
-    return EditResult(edited, state, info)
+    return base.EditResult(edited, state, info)
 
   def bytes_of(model: Any, edits: Sequence[EncodedEdit]) -> int:
     del model
     rows = _ROWS * spec.layers * len(edits)
     return 4 * rows * (spec.mlp_width + spec.width)
 
-  return Editor((Tokenizer(),), init, edit, bytes_of=bytes_of)
+  return base.Editor((base.Tokenizer(),), init, edit, bytes_of=bytes_of)
 
 
-METHOD = Method(
+METHOD = base.Method(
     'kn',
     "rows of the neurons that carry a fact's old answer; nothing is trained",
     KnConfig,

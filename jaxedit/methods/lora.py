@@ -36,7 +36,7 @@ from jaxedit.methods.finetune import (
     finetune_editor,
 )
 from jaxedit.methods.finetune.loop import Noise
-from jaxedit.methods.settings import setting
+from jaxedit.methods.settings import redefault, setting
 from jaxedit.models.spec import ModelSpec, param_shapes
 from jaxedit.numerics import einsum, wide
 from jaxedit.types import Array
@@ -165,28 +165,9 @@ class LoraConfig(FinetuneConfig):
   layers: tuple[int, ...] | None = setting(
       None, 'layers to edit, ascending', source='EasyEdit'
   )
-  epochs: int = setting(
-      70,
-      'passes over all edits, each an update a minibatch',
-      source='EasyEdit',
-      low=1,
-      flag='fit_steps',
-  )
-  rate: float = setting(
-      5e-3,
-      'learning rate of Adam',
-      source='EasyEdit',
-      low=0,
-      flag='fit_rate',
-  )
-  stop_loss: float = setting(
-      0.0,
-      'an edit stops below this loss; 0 never',
-      unit='nats',
-      source='ROME, published code',
-      low=0,
-      flag='fit_stop_loss',
-  )
+  epochs: int = redefault(FinetuneConfig, 'epochs', 70)
+  rate: float = redefault(FinetuneConfig, 'rate', 5e-3)
+  stop_loss: float = redefault(FinetuneConfig, 'stop_loss', 0.0)
   sites: tuple[str, ...] = setting(
       ('attn/q', 'attn/v'), 'linear maps with adapters', source='EasyEdit'
   )
@@ -219,11 +200,11 @@ class LoraConfig(FinetuneConfig):
 class AdaloraConfig(LoraConfig):
   """Settings of AdaLoRA; those of LoRA but for the rank."""
 
-  rank: int = setting(
+  rank: int = redefault(
+      LoraConfig,
+      'rank',
       12,
-      'rank of an adapter',
       source='EasyEdit, whose settings say 8 and are not read',
-      low=1,
   )
 
   def fitted(self, spec: ModelSpec) -> Adapters:
@@ -253,13 +234,9 @@ def lora(spec: ModelSpec, config: LoraConfig) -> Editor:
 
   def init(model: Any) -> Any:
     dtype = wide(model.params['embed']['embedding'].dtype)
-    return {
-        site: jax.tree.map(
-            lambda x: jnp.asarray(x, dtype),
-            _first(config, site, shapes[f'layers/{site}/kernel'][1:]),
-        )
-        for site in config.sites
-    }
+    widths = {s: shapes[f'layers/{s}/kernel'][1:] for s in config.sites}
+    values = {site: _first(config, site, w) for site, w in widths.items()}
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), values)
 
   def deltas(values: Any) -> tuple[LowRank, ...]:
     return tuple(
@@ -286,41 +263,29 @@ def _first(config: LoraConfig, site: str, widths: tuple[int, int]) -> Any:
     bound = fan_in**-0.5  # Kaiming's, for a slope of sqrt(5)
     a = rng.uniform(-bound, bound, (n, r, fan_in))
     return {'a': a, 'b': np.zeros((n, r, fan_out))}
-  draw = lambda *shape: _SCALE * rng.standard_normal(shape)
-  return {
-      'a': draw(n, r, fan_in),
-      'b': draw(n, r, fan_out),
-      'e': np.zeros((n, r)),
-  }
+  draw = lambda width: _SCALE * rng.standard_normal((n, r, width))
+  return {'a': draw(fan_in), 'b': draw(fan_out), 'e': np.zeros((n, r))}
 
 
-_SMALL = {
-    'layers': (1, 2),
-    'fit_steps': 6,
-    'fit_rate': 1e-2,
-    'rank': 2,
-    'side_by_side': 2,
-}
-
+_SMALL = dict(layers=(1, 2), fit_steps=6, fit_rate=1e-2, rank=2, side_by_side=2)
+_METHOD = Method(
+    'lora',
+    'low-rank adapters of attention, fitted to the targets',
+    LoraConfig,
+    lora,
+    chunkable=False,
+    contexts=False,
+    source='arXiv 2106.09685',
+    small=_SMALL,
+)
 METHODS = (
-    Method(
-        'lora',
-        'low-rank adapters of attention, fitted to the targets',
-        LoraConfig,
-        lora,
-        chunkable=False,
-        contexts=False,
-        source='arXiv 2106.09685',
-        small=_SMALL,
-    ),
-    Method(
-        'adalora',
-        'LoRA as a singular value decomposition with an orthogonality penalty',
-        AdaloraConfig,
-        lora,
-        chunkable=False,
-        contexts=False,
+    _METHOD,
+    dataclasses.replace(
+        _METHOD,
+        name='adalora',
+        summary='LoRA as a singular value decomposition with an orthogonality'
+        ' penalty',
+        config=AdaloraConfig,
         source='arXiv 2303.10512',
-        small=_SMALL,
     ),
 )

@@ -32,20 +32,9 @@ import jax.numpy as jnp
 
 from jaxedit.methods.base import Method
 from jaxedit.methods.hypernet import editor as editor_lib
+from jaxedit.methods.hypernet import factors as factors_lib
+from jaxedit.methods.hypernet import network as network_lib
 from jaxedit.methods.hypernet.editor import HypernetConfig
-from jaxedit.methods.hypernet.factors import (
-    Factors,
-    Maps,
-    Pair,
-    Sequences,
-    widths,
-)
-from jaxedit.methods.hypernet.network import (
-    UNTRAINED,
-    Network,
-    Trainer,
-    Variables,
-)
 from jaxedit.methods.hypernet.training import Training
 from jaxedit.methods.settings import setting
 from jaxedit.models.spec import ModelSpec
@@ -89,11 +78,13 @@ class MendTraining(Training):
   )
 
 
-def groups(spec: ModelSpec, maps: Maps) -> dict[str, tuple[str, ...]]:
+def groups(
+    spec: ModelSpec, maps: factors_lib.Maps
+) -> dict[str, tuple[str, ...]]:
   """Sorts sites by shape: 'in x out' -> sites."""
   found: dict[str, tuple[str, ...]] = {}
   for site in maps.sites:
-    name = 'x'.join(map(str, widths(spec, site)))
+    name = 'x'.join(map(str, factors_lib.widths(spec, site)))
     found[name] = (*found.get(name, ()), site)
   return found
 
@@ -105,8 +96,8 @@ def clamp(y: Array) -> Array:
 
 @functools.cache
 def network(
-    spec: ModelSpec, maps: Maps, config: MendTraining | None = None
-) -> Network:
+    spec: ModelSpec, maps: factors_lib.Maps, config: MendTraining | None = None
+) -> network_lib.Network:
   """Makes the network.
 
   Args:
@@ -119,10 +110,10 @@ def network(
   """
   shapes = groups(spec, maps)
 
-  def init(key: Array, dtype: Any) -> Variables:
+  def init(key: Array, dtype: Any) -> network_lib.Variables:
     trained, statistics = {}, {}
     for number, (name, sites) in enumerate(shapes.items()):
-      fan_in, fan_out = widths(spec, sites[0])
+      fan_in, fan_out = factors_lib.widths(spec, sites[0])
       own = jax.random.fold_in(key, number)
       matrices = (len(maps.layers), len(sites))
       trained[name] = _variables(config, own, fan_in + fan_out, matrices, dtype)
@@ -132,22 +123,24 @@ def network(
           'mean_x': zeros(fan_in), 'square_x': zeros(fan_in),
           'mean_d': zeros(fan_out), 'square_d': zeros(fan_out),
       }  # fmt: skip
-    return Variables(trained, statistics)
+    return network_lib.Variables(trained, statistics)
 
-  def observe(statistics: Any, factors: Mapping[str, Factors]) -> Any:
+  def observe(
+      statistics: Any, factors: Mapping[str, factors_lib.Factors]
+  ) -> Any:
     return {
         name: merge(statistics[name], [factors[site] for site in sites])
         for name, sites in shapes.items()
     }
 
   def transform(
-      variables: Variables,
-      factors: Mapping[str, Factors],
-      texts: Sequences,
+      variables: network_lib.Variables,
+      factors: Mapping[str, factors_lib.Factors],
+      texts: factors_lib.Sequences,
       embedding: Array,
-  ) -> dict[str, Pair]:
+  ) -> dict[str, factors_lib.Pair]:
     del texts, embedding
-    pairs: dict[str, Pair] = {}
+    pairs: dict[str, factors_lib.Pair] = {}
     for name, sites in shapes.items():
       ours, known = variables.trained[name], variables.statistics[name]
       some = [factors[site] for site in sites]
@@ -166,7 +159,7 @@ def network(
     own = path.endswith('alpha') and not config.one_rate
     return config.step_rate if own else rate
 
-  return Network(init, observe, transform, rate_of)
+  return network_lib.Network(init, observe, transform, rate_of)
 
 
 def _variables(
@@ -248,7 +241,7 @@ def merge(known: Mapping[str, Array], new: Any) -> dict[str, Array]:
 
 
 _LATE = {'one_rate': True, 'late_update': True, 'accumulate': 10}
-_TRAINER = Trainer(
+_TRAINER = network_lib.Trainer(
     MendTraining,
     network,
     small=MendTraining(layers=(0, 1), rank=5, step_size=3.0, descend=True),
@@ -275,5 +268,5 @@ METHOD = Method(
     parity={'easyedit': {'joint': True}},
     source='arXiv 2110.11309',
     trainer=_TRAINER,
-    small={'editor': UNTRAINED, 'layers': (0, 1)},
+    small={'editor': network_lib.UNTRAINED, 'layers': (0, 1)},
 )

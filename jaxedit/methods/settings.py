@@ -92,6 +92,19 @@ def setting(default: Any, help: str, **details: Any) -> Any:  # pylint: disable=
   return dataclasses.field(default=default, metadata={'help': help, **details})
 
 
+def redefault(config: type, name: str, default: Any, **details: Any) -> Any:
+  """Makes a field with another default, and maybe other details.
+
+  Args:
+    config: class that has the field.
+    name: the field.
+    default: the default.
+    **details: see `setting`.
+  """
+  known = config.__dataclass_fields__[name].metadata
+  return setting(default, **{**known, **details})
+
+
 def settings_of(config: type) -> dict[str, Setting]:
   """Lists the settings of a config class by name, those of a `TargetConfig`
   field included.
@@ -174,8 +187,7 @@ def configure(config: Any, given: Mapping[str, Any]) -> Any:
       problems.append(
           f'setting {name!r} is unknown{hint}; known are {", ".join(known)}'
       )
-  if problems:
-    raise InputError(*problems)
+  InputError.raise_for(problems)
   if target:
     base: TargetConfig = changed.get('target', config.target)
     changed['target'] = base._replace(**target)

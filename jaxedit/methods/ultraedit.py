@@ -36,18 +36,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxedit.batching import buckets
 from jaxedit.deltas import Edited, LowRank
-from jaxedit.methods.base import (
-    EditBatch,
-    Editor,
-    EditResult,
-    Info,
-    Method,
-    Need,
-    Run,
-    check_layers,
-)
+from jaxedit.methods import base
 from jaxedit.methods.config import MethodConfig
 from jaxedit.methods.hypernet import factors as factors_lib
 from jaxedit.methods.hypernet.factors import Maps, Sequences
@@ -202,11 +192,7 @@ def pairs_of(
 
 @functools.partial(jax.jit, static_argnames=('spec', 'maps'))
 def _features(
-    spec: ModelSpec,
-    params: Params,
-    maps: Maps,
-    texts: Sequences,
-    share: Array,
+    spec: ModelSpec, params: Params, maps: Maps, texts: Sequences, share: Array
 ) -> tuple[dict[str, tuple[Array, Array]], Array]:
   """(site -> (x, g) [n, B, O, .] at scored tokens, [B] weighted losses)."""
   h = factors_lib.enter(spec, params, texts, maps.layers[0])
@@ -218,7 +204,7 @@ def _features(
   return {s: (pick(f.x), pick(f.d)) for s, f in found.items()}, loss
 
 
-def ultraedit(spec: ModelSpec, config: UltraEditConfig) -> Editor:
+def ultraedit(spec: ModelSpec, config: UltraEditConfig) -> base.Editor:
   """Makes an editor.
 
   Args:
@@ -233,7 +219,7 @@ def ultraedit(spec: ModelSpec, config: UltraEditConfig) -> Editor:
   Raises:
     InputError: a layer or a map that the model lacks.
   """
-  check_layers(spec, config.layers)
+  base.check_layers(spec, config.layers)
   known = set(factors_lib.maps_of(spec, config.layers).sites)
   if strange := sorted(set(config.sites) - known) or not config.sites:
     raise InputError(
@@ -244,18 +230,19 @@ def ultraedit(spec: ModelSpec, config: UltraEditConfig) -> Editor:
   shapes = {site: factors_lib.widths(spec, site) for site in maps.sites}
   names = {site: 'x'.join(map(str, shape)) for site, shape in shapes.items()}
 
-  def init(model: Any, resources: Mapping[Need, Any]) -> State:
+  def init(model: Any, resources: Mapping[base.Need, Any]) -> State:
     del model, resources
     zeros = {names[s]: np.zeros(sum(shape)) for s, shape in shapes.items()}
     return {n: Moments(np.float64(0), x, x.copy()) for n, x in zeros.items()}
 
-  def edit(model: Any, state: State, batch: EditBatch, run: Run) -> EditResult:
-    count, joint = len(batch.encoded), batch.group is None
+  def edit(
+      model: Any, state: State, batch: base.EditBatch, run: base.Run
+  ) -> base.EditResult:
+    count, group = len(batch.encoded), batch.groups
     if not count:
-      nothing = Info(np.zeros(0, bool), {'edit': 0.0}, {'loss': []})
-      return EditResult(Edited(), state, nothing)
+      nothing = base.Info(np.zeros(0, bool), {'edit': 0.0}, {'loss': []})
+      return base.EditResult(Edited(), state, nothing)
     begin = time.monotonic()
-    group = np.zeros(count, int) if joint else np.asarray(batch.group)
     with run.progress('edit', count, 'edit') as advance:
       found, loss = _all_features(
           (spec, model.params, maps), batch.encoded, group, config, advance
@@ -275,17 +262,16 @@ def ultraedit(spec: ModelSpec, config: UltraEditConfig) -> Editor:
       turns.append(_turn(found, state, mine, used, names, config))
     deltas = _deltas(maps, shapes, [pairs for pairs, _ in turns])
     dtype = wide(model.params['embed']['embedding'].dtype)
-    deltas = jax.tree.map(lambda x: jnp.asarray(x, dtype), deltas)
-    info = Info(
+    deltas = jax.tree.map(lambda x: x.astype(dtype), deltas)
+    info = base.Info(
         written=fine,
         seconds={'edit': time.monotonic() - begin},
-        per_edit={'loss': [float(x) if np.isfinite(x) else None for x in loss]},
+        per_edit={'loss': base.json_numbers(loss)},
         reason='' if fine.any() else _NOTHING,
     )
-    if joint:
-      deltas = jax.tree.map(lambda x: x[:, 0], deltas)
-      return EditResult(Edited(deltas), turns[0][1], info)
-    return EditResult(Edited(deltas, size=len(turns)), state, info)
+    if batch.joint:
+      state = turns[0][1]
+    return base.EditResult(batch.edited(deltas), state, info)
 
   def bytes_of(model: Any, edits: Sequence[EncodedEdit]) -> int:
     del model
@@ -293,12 +279,7 @@ def ultraedit(spec: ModelSpec, config: UltraEditConfig) -> Editor:
     width = sum(sum(shape) for shape in shapes.values())
     return 4 * len(maps.layers) * tokens * width
 
-  return Editor((), init, edit, bytes_of=bytes_of)
-
-
-def _power(n: int, least: int) -> int:
-  """A power of two, so that batches share compiled code."""
-  return max(least, buckets.round_up(n, buckets.POWERS))
+  return base.Editor((), init, edit, bytes_of=bytes_of)
 
 
 Features = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -315,19 +296,12 @@ def _all_features(
   spec, params, maps = model
   tokens = np.array([len(edit.target) for edit in edits])
   share = 1 / _tokens_together(tokens, group, config.together)
-  scored = _power(max(tokens), 4)
+  most = factors_lib.shape_of(edits)
   parts, losses = [], []
   for first in range(0, len(edits), config.side_by_side):
     some = edits[first : first + config.side_by_side]
-    width = max(len(one.rows[0]) + len(one.target) - 1 for one in some)
-    shape = (
-        _power(len(some), 1),
-        _power(width, 16),
-        scored,
-    )
-    texts = factors_lib.pack(
-        [factors_lib.answer(one.rows[0], one.target) for one in some], shape
-    )
+    shape = (*factors_lib.shape_of(some)[:2], most[2])
+    texts = factors_lib.pack_answers(some, shape)
     mine = np.zeros(shape[0])
     mine[: len(some)] = share[first : first + len(some)]
     found, loss = _features(
@@ -407,7 +381,7 @@ def _deltas(
   return tuple(deltas)
 
 
-METHOD = Method(
+METHOD = base.Method(
     'ultraedit',
     'normalised gradients and one ridge solve a turn, for long streams',
     UltraEditConfig,

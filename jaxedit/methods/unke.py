@@ -26,29 +26,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxedit import targets as targets_lib
 from jaxedit.batching.buckets import POWERS, round_up
 from jaxedit.deltas import Dense, Edited
-from jaxedit.methods import regression
-from jaxedit.methods.base import (
-    NOT_FINITE,
-    EditBatch,
-    Editor,
-    EditResult,
-    Info,
-    Method,
-    Need,
-    PadToken,
-    PreservedTexts,
-    Run,
-    TargetReport,
-    check_layers,
-    empty_info,
-    per_edit,
-)
+from jaxedit.methods import base, regression
 from jaxedit.methods.closed_form.recipe import TEXT_TARGET
 from jaxedit.methods.config import TargetedConfig
 from jaxedit.methods.regression import Goals, Rule, Side, Texts
@@ -130,15 +113,16 @@ class _Job(NamedTuple):
     kept = [r for r, e in enumerate(self.edits) if e not in bad]
     now = {old: new for new, old in enumerate(kept)}
     here = [i for i, (r, _) in enumerate(self.anchors) if r in now]
+    anchors = [(now[r], column) for r, column in self.anchors if r in now]
     return _Job(
         tuple(self.edits[r] for r in kept),
         tuple(self.texts[r] for r in kept),
-        tuple((now[self.anchors[i][0]], self.anchors[i][1]) for i in here),
+        tuple(anchors),
         tuple(self.states[i] for i in here),
     )
 
 
-def unke(spec: ModelSpec, config: UnkeConfig) -> Editor:
+def unke(spec: ModelSpec, config: UnkeConfig) -> base.Editor:
   """Makes an editor.
 
   Args:
@@ -154,28 +138,30 @@ def unke(spec: ModelSpec, config: UnkeConfig) -> Editor:
     InputError: a layer is out of range, a setting cannot be used; from `init`,
       a text to preserve cannot be run.
   """
-  check_layers(spec, config.layers)
+  base.check_layers(spec, config.layers)
   _check_settings(config)
 
-  def init(model: Any, resources: Mapping[Need, Any]) -> State:
-    preserved = resources[PreservedTexts()]
+  def init(model: Any, resources: Mapping[base.Need, Any]) -> State:
+    preserved = resources[base.PreservedTexts()]
     _check_preserved(spec, preserved)
     # They stay the same all along, so that a tight shape pays.
     shape = regression.shape_of([preserved], config.pads, _tight)
-    pad = resources[PadToken()] if config.pads else None
+    pad = resources[base.PadToken()] if config.pads else None
     texts = regression.pack(preserved, shape, pad)
     h = regression.enter(spec, model.params, texts, stop=config.layers[-1] + 1)
     if broken := _broken(h, texts):
       raise InputError(*map(_NOT_FINITE.format, (i + 1 for i in broken)))
     return State(texts, None if pad is None else np.int32(pad))
 
-  def edit(model: Any, state: State, batch: EditBatch, run: Run) -> EditResult:
+  def edit(
+      model: Any, state: State, batch: base.EditBatch, run: base.Run
+  ) -> base.EditResult:
     edits = batch.encoded
     if not edits:
-      return EditResult(Edited(), state, empty_info(spec, config.layers))
-    joint = batch.group is None
-    group = [0] * len(edits) if joint else list(batch.group)
-    jobs = _jobs(spec, config, edits, group)
+      return base.EditResult(
+          Edited(), state, base.empty_info(spec, config.layers)
+      )
+    jobs = _jobs(spec, config, edits, batch.groups)
     begin = time.monotonic()
     found, work = targets_lib.optimize(
         dataclasses.replace(spec, activations=config.activations),
@@ -195,37 +181,22 @@ def unke(spec: ModelSpec, config: UnkeConfig) -> Editor:
     fitting = _Fitting(spec, model.params, config, state, targets, len(jobs))
     fitting.fit_all(jobs, np.flatnonzero(~written), run.progress)
     written[sorted(fitting.failed)] = False
-    report = TargetReport(targets, number, fitting.distance)
-    info = Info(
-        written=written,
-        seconds={
-            'optimize': middle - begin,
-            'insert': time.monotonic() - middle,
-        },
-        per_edit=per_edit(report, len(edits)),
-        targets=report,
-        work=work,
-        reason='' if written.any() else NOT_FINITE,
-    )
-    if joint:
-      only = lambda x: jnp.asarray(x[:, 0])
-      return EditResult(
-          Edited(jax.tree.map(only, fitting.deltas())), state, info
-      )
-    edited = Edited(fitting.deltas(), size=max(group) + 1)
-    return EditResult(edited, state, info)
+    report = base.TargetReport(targets, number, fitting.distance)
+    info = base.target_info(report, written, (begin, middle), work)
+    edited = batch.edited(fitting.deltas(), on_host=True)
+    return base.EditResult(edited, state, info)
 
   def bytes_of(model: Any, edits: Sequence[EncodedEdit]) -> int:
     del edits
     leaves = jax.tree.leaves(model.params['layers'])
     return 4 * sum(x[0].size for x in leaves) * len(config.layers)
 
-  needs: tuple[Need, ...] = (PreservedTexts(),)
-  needs += (PadToken(),) if config.pads else ()
-  return Editor(needs, init, edit, bytes_of=bytes_of)
+  needs: tuple[base.Need, ...] = (base.PreservedTexts(),)
+  needs += (base.PadToken(),) if config.pads else ()
+  return base.Editor(needs, init, edit, bytes_of=bytes_of)
 
 
-METHOD = Method(
+METHOD = base.Method(
     'unke',
     'long answers, written into all parameters of a block',
     UnkeConfig,
@@ -287,12 +258,9 @@ class _Fitting:
     texts, goals = self._lay_out(jobs)
     h = regression.enter(*self._model, texts, stop=self._config.layers[0])
     # What overflows in a later layer would spoil the others of its group.
+    first, *_, last = (*self._config.layers, self._config.layers[-1])
     top = regression.reach(
-        *self._model,
-        h,
-        texts.rows,
-        start=self._config.layers[0],
-        stop=self._config.layers[-1] + 1,
+        *self._model, h, texts.rows, start=first, stop=last + 1
     )
     broken = {
         job.edits[r]
@@ -348,13 +316,8 @@ class _Fitting:
       )
       self._measure(i, jobs, now)
       stay, _ = aim(kept, self._texts.rows, None, last=layer, share=0.0)
-      change, fine = regression.fit_groups(
-          spec,
-          block,
-          Side(h, want, texts),
-          Side(kept, stay, self._texts),
-          rule,
-      )
+      new, old = Side(h, want, texts), Side(kept, stay, self._texts)
+      change, fine = regression.fit_groups(spec, block, new, old, rule)
       h = regression.advance(spec, block, change, h, texts.rows)
       if i + 1 < len(layers):
         kept = regression.advance(spec, block, change, kept, self._texts.rows)
@@ -417,7 +380,7 @@ def _jobs(
     group: Sequence[int],
 ) -> list[_Job]:
   """Sorts edits into groups."""
-  _check_edits(spec, config, edits, group)
+  _check_edits(spec, config, edits)
   jobs: list[list[Any]] = [[[], [], [], []] for _ in range(max(group) + 1)]
   state = 0
   for e, (edit, number) in enumerate(zip(edits, group)):
@@ -445,8 +408,7 @@ def _check_settings(config: UnkeConfig) -> None:
       for name, low in least.items()
       if getattr(config, name) < low
   ]
-  if problems:
-    raise InputError(*problems)
+  InputError.raise_for(problems)
 
 
 def _check_preserved(spec: ModelSpec, texts: Sequence[np.ndarray]) -> None:
@@ -464,22 +426,13 @@ def _check_preserved(spec: ModelSpec, texts: Sequence[np.ndarray]) -> None:
           f'{name}: has token {strange[0]}, but the model knows 0 to'
           f' {spec.vocab - 1}; use the tokenizer that belongs to the model'
       )
-  if problems:
-    raise InputError(*problems)
+  InputError.raise_for(problems)
 
 
 def _check_edits(
-    spec: ModelSpec,
-    config: UnkeConfig,
-    edits: Sequence[EncodedEdit],
-    group: Sequence[int],
+    spec: ModelSpec, config: UnkeConfig, edits: Sequence[EncodedEdit]
 ) -> None:
   problems = []
-  if len(group) != len(edits) or min(group) < 0:
-    problems.append(
-        f'group has {len(group)} entries from {min(group, default=0)} for'
-        f' {len(edits)} edits; give each edit a group, counted from 0'
-    )
   for edit in edits:
     length = len(_text(config, edit))
     if length > spec.max_positions:
@@ -492,5 +445,4 @@ def _check_edits(
           f'record {edit.number}: its answer is cut into {edit.stages} chunks,'
           ' but the method has no `chunks`; encode it without or give them'
       )
-  if problems:
-    raise InputError(*problems)
+  InputError.raise_for(problems)

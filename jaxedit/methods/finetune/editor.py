@@ -16,15 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxedit.deltas import Edited, SiteDelta
-from jaxedit.methods.base import (
-    EditBatch,
-    Editor,
-    EditResult,
-    Info,
-    Need,
-    Run,
-    check_layers,
-)
+from jaxedit.methods import base
 from jaxedit.methods.config import MethodConfig, TargetedConfig
 from jaxedit.methods.finetune import examples as examples_lib
 from jaxedit.methods.finetune import loop
@@ -46,7 +38,7 @@ _NOTHING = (
 
 
 @dataclasses.dataclass(frozen=True)
-class SpecialToken(Need):
+class SpecialToken(base.Need):
   """The id of a special token, 'eos' or 'bos'; None where a model has none."""
 
   name: str
@@ -89,11 +81,7 @@ class FinetuneConfig(MethodConfig):
       flag='fit_steps',
   )
   rate: float = setting(
-      5e-4,
-      'learning rate of Adam',
-      source='EasyEdit',
-      low=0,
-      flag='fit_rate',
+      5e-4, 'learning rate of Adam', source='EasyEdit', low=0, flag='fit_rate'
   )
   stop_loss: float = setting(
       0.01,
@@ -170,7 +158,7 @@ def finetune_editor(
     parts: Parts,
     *,
     trains_begin: bool = False,
-) -> Editor:
+) -> base.Editor:
   """Makes an editor.
 
   Args:
@@ -186,59 +174,50 @@ def finetune_editor(
   Raises:
     InputError: a layer or site that the model lacks.
   """
-  check_layers(spec, config.layers)
+  base.check_layers(spec, config.layers)
   fitted = config.fitted(spec)
   check_sites(spec, fitted.sites)
-  needs: tuple[Need, ...] = ()
+  needs: tuple[base.Need, ...] = ()
   if config.append_end:
     needs += (SpecialToken('eos'),)
   if trains_begin:
     needs += (SpecialToken('bos'),)
 
-  def init(model: Any, resources: Mapping[Need, Any]) -> State:
+  def init(model: Any, resources: Mapping[base.Need, Any]) -> State:
     named = {need.name: resources[need] for need in needs}
     token = lambda i: np.int32(-1 if i is None else i)
     return State(
         token(named.get('eos')), token(named.get('bos')), parts.init(model)
     )
 
-  def edit(model: Any, state: State, batch: EditBatch, run: Run) -> EditResult:
+  def edit(
+      model: Any, state: State, batch: base.EditBatch, run: base.Run
+  ) -> base.EditResult:
     edits = batch.encoded
     if not edits:
-      return EditResult(Edited(), state, _info([], {}, 0.0))
+      return base.EditResult(Edited(), state, _info([], {}, 0.0))
     begin = time.monotonic()
     examples = [_example(config.scored, state, one) for one in edits]
     _check_lengths(spec, edits, examples)
-    joint = batch.group is None
-    group = [0] * len(edits) if joint else list(batch.group)
-    fitting = _Fitting(
-        dataclasses.replace(
-            model,
-            spec=dataclasses.replace(spec, activations=config.activations),
-        ),
-        config,
-        fitted,
-        parts.start(model, state),
-        examples,
-    )
-    fitting.fit_all(group, run.progress)
+    start = parts.start(model, state)
+    exact = dataclasses.replace(spec, activations=config.activations)
+    model = dataclasses.replace(model, spec=exact)
+    fitting = _Fitting(model, config, fitted, start, examples)
+    fitting.fit_all(batch.groups.tolist(), run.progress)
     info = _info(
         fitting.written.tolist(), fitting.per_edit, time.monotonic() - begin
     )
-    if not joint:
-      return EditResult(
-          Edited(parts.deltas(fitting.values), size=max(group) + 1), state, info
-      )
-    values = jax.tree.map(lambda x: jnp.asarray(x[:, 0]), fitting.values)
-    if parts.continues and info.written.any():
+    if batch.joint and parts.continues and info.written.any():
+      values = jax.tree.map(lambda x: jnp.asarray(x[:, 0]), fitting.values)
       state = state._replace(values=values)
-    return EditResult(Edited(parts.deltas(values)), state, info)
+    edited = batch.edited(parts.deltas(fitting.values), on_host=True)
+    return base.EditResult(edited, state, info)
 
   def bytes_of(model: Any, edits: Sequence[EncodedEdit]) -> int:
     del model, edits
     return 4 * parts.size
 
-  return Editor(
+  return base.Editor(
       needs, init, edit, bytes_of=bytes_of, cumulative=parts.continues
   )
 
@@ -285,18 +264,18 @@ def _check_lengths(
       for edit, one in zip(edits, examples)
       if len(one.ids) > spec.max_positions
   ]
-  if problems:
-    raise InputError(*problems)
+  InputError.raise_for(problems)
 
 
 def _info(
     written: Sequence[bool], per_edit: Mapping[str, Any], seconds: float
-) -> Info:
-  names = ('loss_before', 'loss', 'steps')
-  finite = lambda x: float(x) if np.isfinite(x) else None
-  values = {name: [finite(x) for x in per_edit.get(name, ())] for name in names}
+) -> base.Info:
+  values = {
+      name: base.json_numbers(per_edit.get(name, ()))
+      for name in ('loss_before', 'loss')
+  }
   values['steps'] = [int(x) for x in per_edit.get('steps', ())]
-  return Info(
+  return base.Info(
       np.array(written, bool),
       {'optimize': seconds},
       values,
@@ -326,11 +305,8 @@ class _Fitting:
     self._examples = examples
     count = len(examples)
     self.written = np.ones(count, bool)
-    self.per_edit = {
-        'loss_before': np.full(count, np.nan),
-        'loss': np.full(count, np.nan),
-        'steps': np.zeros(count, np.int32),
-    }
+    losses = {name: np.full(count, np.nan) for name in ('loss_before', 'loss')}
+    self.per_edit = {**losses, 'steps': np.zeros(count, np.int32)}
 
   def fit_all(self, group: Sequence[int], progress: Progress) -> None:
     """Fits all groups; [E] the group of each edit."""
@@ -393,12 +369,8 @@ class _Fitting:
     packed = self._pack(list(cut.values()))
     entry, before = loop.enter(*spec_params, fitted, packed)
     self._note('loss_before', cut, before)
-    bad = {
-        i
-        for some in jobs.values()
-        for i in some
-        if not np.isfinite(self.per_edit['loss_before'][i])
-    }
+    known = np.isfinite(self.per_edit['loss_before'])
+    bad = {i for some in jobs.values() for i in some if not known[i]}
     if bad:
       self.written[list(bad)] = False
       rest = {g: [i for i in some if i not in bad] for g, some in jobs.items()}

@@ -22,29 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxedit.batching.buckets import POWERS, round_up
 from jaxedit.deltas import Edited, LowRank
-from jaxedit.methods.base import (
-    EditBatch,
-    Editor,
-    EditResult,
-    Info,
-    Need,
-    Run,
-    check_layers,
-)
+from jaxedit.methods import base
 from jaxedit.methods.config import MethodConfig
 from jaxedit.methods.hypernet import factors as lib
+from jaxedit.methods.hypernet import network as network_lib
 from jaxedit.methods.hypernet.factors import Maps, Sequences
-from jaxedit.methods.hypernet.network import (
-    Network,
-    Trained,
-    TrainedEditor,
-    Trainer,
-    Variables,
-    as_dtype,
-    embedding,
-)
 from jaxedit.methods.settings import setting
 from jaxedit.models.spec import ModelSpec
 from jaxedit.numerics import wide
@@ -88,12 +71,15 @@ class State(NamedTuple):
     variables: of the trained network.
   """
 
-  variables: Variables
+  variables: network_lib.Variables
 
 
 def hypernet(
-    method: str, trainer: Trainer, spec: ModelSpec, config: HypernetConfig
-) -> Editor:
+    method: str,
+    trainer: network_lib.Trainer,
+    spec: ModelSpec,
+    config: HypernetConfig,
+) -> base.Editor:
   """Makes an editor.
 
   Args:
@@ -109,23 +95,27 @@ def hypernet(
   Raises:
     InputError: a layer is out of range.
   """
-  need = Trained(method, config.editor, config.allow_overlap, trainer)
+  need = network_lib.Trained(
+      method, config.editor, config.allow_overlap, trainer
+  )
   maps = need.maps(spec, config.layers)
-  check_layers(spec, maps.layers)
+  base.check_layers(spec, maps.layers)
   made = trainer.network(spec, maps, None)
 
-  def init(model: Any, resources: Mapping[Need, Any]) -> State:
-    trained: TrainedEditor = resources[need]
+  def init(model: Any, resources: Mapping[base.Need, Any]) -> State:
+    trained: network_lib.TrainedEditor = resources[need]
     dtype = wide(model.params['embed']['embedding'].dtype)
-    return State(as_dtype(trained.variables, dtype))
+    return State(network_lib.as_dtype(trained.variables, dtype))
 
-  def edit(model: Any, state: State, batch: EditBatch, run: Run) -> EditResult:
+  def edit(
+      model: Any, state: State, batch: base.EditBatch, run: base.Run
+  ) -> base.EditResult:
     count = len(batch.encoded)
     if not count:
-      nothing = Info(np.zeros(0, bool), {'edit': 0.0}, {'loss': []})
-      return EditResult(Edited(), state, nothing)
+      nothing = base.Info(np.zeros(0, bool), {'edit': 0.0}, {'loss': []})
+      return base.EditResult(Edited(), state, nothing)
     begin = time.monotonic()
-    group = [0] * count if batch.group is None else list(batch.group)
+    group = batch.groups
     share = _share(batch.encoded, group, config.joint)
     parts = []
     with run.progress('edit', count, 'edit') as advance:
@@ -142,42 +132,22 @@ def hypernet(
         )
         advance(len(batch.encoded[some]))
     pairs, loss, written = _joined(parts)
-    deltas = _grouped(maps, pairs, group)
-    if batch.group is None:
-      deltas = jax.tree.map(lambda x: x[:, 0], deltas)
-    info = Info(
+    edited = batch.edited(_grouped(maps, pairs, group))
+    info = base.Info(
         written=written,
         seconds={'edit': time.monotonic() - begin},
-        per_edit={'loss': [float(x) if np.isfinite(x) else None for x in loss]},
+        per_edit={'loss': base.json_numbers(loss)},
         reason='' if written.any() else _NOTHING,
     )
-    size = None if batch.group is None else max(group) + 1
-    edited = Edited(jax.tree.map(jnp.asarray, deltas), size=size)
-    return EditResult(edited, state, info)
+    return base.EditResult(edited, state, info)
 
   def bytes_of(model: Any, edits: Sequence[EncodedEdit]) -> int:
     del model
-    shape = _shape(edits)
+    shape = lib.shape_of(edits)
     width = sum(sum(lib.widths(spec, site)) for site in maps.sites)
     return 4 * len(maps.layers) * len(edits) * (shape[1] + 1) * width
 
-  return Editor((need,), init, edit, bytes_of=bytes_of)
-
-
-def _power_of_two(n: int, least: int) -> int:
-  """The lowest power of two that is neither below n nor below `least`."""
-  return max(least, round_up(n, POWERS))
-
-
-def _shape(edits: Sequence[EncodedEdit]) -> tuple[int, int, int]:
-  """(B, T, O) of some edits; few different ones, so that programs are shared."""
-  tokens = max(len(edit.rows[0]) + len(edit.target) - 1 for edit in edits)
-  labels = max(len(edit.target) for edit in edits)
-  return (
-      _power_of_two(len(edits), 1),
-      _power_of_two(tokens, 16),
-      _power_of_two(labels, 4),
-  )
+  return base.Editor((need,), init, edit, bytes_of=bytes_of)
 
 
 def _share(
@@ -191,18 +161,16 @@ def _share(
 
 
 def _pairs(
-    bound: tuple[ModelSpec, Maps, Network],
+    bound: tuple[ModelSpec, Maps, network_lib.Network],
     params: Params,
-    variables: Variables,
+    variables: network_lib.Variables,
     edits: Sequence[EncodedEdit],
     *,
     weights: tuple[np.ndarray, float],
 ) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], np.ndarray, np.ndarray]:
   """(site -> pair, [E] loss, [E] bool, whether finite) of some edits."""
-  shape, count = _shape(edits), len(edits)
-  texts = lib.pack(
-      [lib.answer(edit.rows[0], edit.target) for edit in edits], shape
-  )
+  shape, count = lib.shape_of(edits), len(edits)
+  texts = lib.pack_answers(edits, shape)
   share, scale = weights
   share = np.pad(share, (0, shape[0] - count))[:, None] * texts.weight
   found = transform(*bound, params, variables, texts, (share, scale))
@@ -230,9 +198,9 @@ def _joined(parts: Sequence[Any]) -> tuple[dict[str, Any], Any, Any]:
 def transform(
     spec: ModelSpec,
     maps: Maps,
-    network: Network,
+    network: network_lib.Network,
     params: Params,
-    variables: Variables,
+    variables: network_lib.Variables,
     texts: Sequences,
     weights: tuple[Array, Array],
 ) -> tuple[dict[str, lib.Pair], Array, Array]:
@@ -254,7 +222,9 @@ def transform(
   share, scale = weights
   h = lib.enter(spec, params, texts, maps.layers[0])
   found, loss = lib.edit_factors(spec, params, maps, h, texts, share=share)
-  pairs = network.transform(variables, found, texts, embedding(params))
+  pairs = network.transform(
+      variables, found, texts, network_lib.embedding(params)
+  )
   pairs = {site: (key, scale * value) for site, (key, value) in pairs.items()}
   whole = share.sum(-1)
   loss = loss / jnp.where(whole > 0, whole, 1)

@@ -15,7 +15,6 @@ n edited layers, D width, M pairs (key and value) of a delta.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -24,9 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxedit.batching.buckets import POWERS, round_up
 from jaxedit.deltas import ActiveDeltas, LowRank
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec, param_shapes
+from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import Array, Params, Tap
 
 
@@ -154,6 +155,21 @@ def pack(texts: Sequence[Text], shape: tuple[int, int, int]) -> Sequences:
     found.labels[b, : len(text.labels)] = text.labels
     found.weight[b, : len(text.index)] = 1
   return found
+
+
+def shape_of(edits: Sequence[EncodedEdit]) -> tuple[int, int, int]:
+  """(B, T, O) of edits: powers of two, so that batches share compiled code."""
+  labels = max(len(edit.target) for edit in edits)
+  tokens = max(len(edit.rows[0]) + len(edit.target) - 1 for edit in edits)
+  up = lambda n, least: max(least, round_up(n, POWERS))
+  return up(len(edits), 1), up(tokens, 16), up(labels, 4)
+
+
+def pack_answers(
+    edits: Sequence[EncodedEdit], shape: tuple[int, int, int]
+) -> Sequences:
+  """Packs edits as prompts with the answers to write; see `pack`."""
+  return pack([answer(edit.rows[0], edit.target) for edit in edits], shape)
 
 
 @flax.struct.dataclass
@@ -329,6 +345,3 @@ def by_group(pairs: Mapping[str, Pair], size: int) -> dict[str, Pair]:
     return jnp.repeat(joined, size, axis=1)
 
   return {site: tuple(map(one, pair)) for site, pair in pairs.items()}
-
-
-run_enter = functools.partial(jax.jit, static_argnames=('spec', 'first'))(enter)

@@ -24,13 +24,7 @@ import numpy as np
 
 from jaxedit import io
 from jaxedit.methods.base import Need
-from jaxedit.methods.hypernet.factors import (
-    Factors,
-    Maps,
-    Pair,
-    Sequences,
-    maps_of,
-)
+from jaxedit.methods.hypernet import factors as lib
 from jaxedit.models.spec import ModelSpec
 from jaxedit.types import Array, EditRequest, InputError, Params, Progress
 
@@ -66,9 +60,10 @@ class Network(NamedTuple):
   """
 
   init: Callable[[Array, Any], Variables]
-  observe: Callable[[Any, Mapping[str, Factors]], Any]
+  observe: Callable[[Any, Mapping[str, lib.Factors]], Any]
   transform: Callable[
-      [Variables, Mapping[str, Factors], Sequences, Array], dict[str, Pair]
+      [Variables, Mapping[str, lib.Factors], lib.Sequences, Array],
+      dict[str, lib.Pair],
   ]
   rate_of: Callable[[str, float], float] = lambda path, rate: rate
 
@@ -84,7 +79,7 @@ class Trainer(NamedTuple):
   """
 
   config: type
-  network: Callable[[ModelSpec, Maps, Any], Network]
+  network: Callable[[ModelSpec, lib.Maps, Any], Network]
   small: Any
   parity: Mapping[str, Mapping[str, Any]] = types.MappingProxyType({})
 
@@ -103,7 +98,7 @@ class TrainedEditor:
   """
 
   method: str
-  maps: Maps
+  maps: lib.Maps
   variables: Variables
   model_hash: str
   subjects: frozenset[str]
@@ -126,7 +121,7 @@ class Trained(Need):
   allow_overlap: bool
   trainer: Trainer = dataclasses.field(compare=False)
 
-  def maps(self, spec: ModelSpec, layers: Sequence[int] | None) -> Maps:
+  def maps(self, spec: ModelSpec, layers: Sequence[int] | None) -> lib.Maps:
     """The maps that it edits.
 
     Args:
@@ -138,7 +133,7 @@ class Trained(Need):
     """
     if self.folder in (None, UNTRAINED):
       last = tuple(range(spec.layers))[-3:]
-      return maps_of(spec, last if layers is None else layers)
+      return lib.maps_of(spec, last if layers is None else layers)
     maps = load(self.folder, variables=False).maps
     if layers is not None and tuple(layers) != maps.layers:
       raise InputError(
@@ -173,7 +168,7 @@ class Trained(Need):
     del progress
     self.check()
     if self.folder == UNTRAINED:
-      maps = maps_of(model.spec, self.trainer.small.layers)
+      maps = lib.maps_of(model.spec, self.trainer.small.layers)
       network = self.trainer.network(model.spec, maps, self.trainer.small)
       variables = network.init(jax.random.key(seed), jnp.float32)
       return TrainedEditor(self.method, maps, variables, '', frozenset(), {})
@@ -275,7 +270,7 @@ def load(
   try:
     return TrainedEditor(
         record['method'],
-        Maps(tuple(record['layers']), tuple(record['sites'])),
+        lib.Maps(tuple(record['layers']), tuple(record['sites'])),
         Variables(nest(arrays, 'trained/'), nest(arrays, 'statistics/')),
         record['model_hash'],
         seen,
