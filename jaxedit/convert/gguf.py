@@ -205,9 +205,8 @@ def _readable() -> dict[int, str]:
 
 def _size_faults(path: pathlib.Path, header: Header, size: int) -> list[str]:
   """Lists tensors of unknown types and tensors that leave the file."""
-  gguf = _import_gguf()
+  gguf, readable = _import_gguf(), _readable()
   names = {kind.value: kind.name for kind in gguf.GGMLQuantizationType}
-  readable = _readable()
   problems = []
   unknown: dict[int, list[str]] = {}
   for name, info in header.tensors.items():
@@ -277,8 +276,7 @@ def _config(path: pathlib.Path, header: Header, dtype: str) -> dict[str, Any]:
   for role, key in (('bos', 'bos'), ('eos', 'eos'), ('pad', 'padding')):
     config[f'{role}_token_id'] = meta.get(f'tokenizer.ggml.{key}_token_id')
   problems += _config_faults(path, header, config)
-  if problems:
-    raise types.InputError(*problems)
+  types.InputError.raise_for(problems)
   return config
 
 
@@ -413,10 +411,9 @@ def _check(
     plan = _tensor_plan(config)
   except types.InputError as error:
     raise types.InputError(*(f'{path}: {x}' for x in error.problems)) from error
-  problems = _size_faults(path, header, len(data))
-  problems += _plan_faults(path, header, plan)
-  if problems:
-    raise types.InputError(*problems)
+  types.InputError.raise_for(
+      _size_faults(path, header, len(data)) + _plan_faults(path, header, plan)
+  )
   return header, config, plan
 
 
@@ -430,11 +427,9 @@ def _dequantize(
   stored = (*info.shape[:-1], info.shape[-1] // block * block_bytes)
   start = header.data_start + info.start
   # A copy of the bytes: a view would keep the map open after its file.
-  raw = data[start : start + math.prod(stored)]
-  weights = gguf.dequantize(
-      np.frombuffer(raw, np.uint8).reshape(stored),
-      gguf.GGMLQuantizationType(info.kind),
-  )
+  raw = np.frombuffer(data[start : start + math.prod(stored)], np.uint8)
+  kind = gguf.GGMLQuantizationType(info.kind)
+  weights = gguf.dequantize(raw.reshape(stored), kind)
   if not np.isfinite(weights).all():
     raise types.InputError(
         f'{path}: tensor {name} holds weights that are not finite; the file'
@@ -485,12 +480,12 @@ def convert_gguf(
   with _open(path) as data:
     header, config, plan = _check(path, data, dtype)
     files = gguf_tokenizer.tokenizer_files(header.metadata, str(path))
-    roles = ('bos_token_id', 'eos_token_id', 'pad_token_id')
+    roles = [f'{role}_token_id' for role in ('bos', 'eos', 'pad')]
     roles = {key: config[key] for key in roles if config[key] is not None}
-    heads = {
-        'q_proj': config['num_attention_heads'],
-        'k_proj': config['num_key_value_heads'],
-    }
+    heads = dict(
+        q_proj=config['num_attention_heads'],
+        k_proj=config['num_key_value_heads'],
+    )
     with (
         io.new_folder(out_folder) as folder,
         open(folder / 'model.safetensors', 'wb') as stream,

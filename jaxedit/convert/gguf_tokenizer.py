@@ -50,22 +50,18 @@ PRE_TOKENIZERS = ('smollm', 'gpt-2', 'gpt2', 'llama-bpe')
 
 def _pre_tokenizer(name: str) -> Any:
   """Returns the rule of a known name."""
-  byte_level = pre_tokenizers.ByteLevel
-  if name == 'smollm':
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            byte_level(add_prefix_space=False, use_regex=True),
-        ]
-    )
-  if name == 'llama-bpe':
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(_LLAMA3_RULE), 'isolated'),
-            byte_level(add_prefix_space=False, use_regex=False),
-        ]
-    )
-  return byte_level(add_prefix_space=False, use_regex=True)
+  rules = {
+      'smollm': [pre_tokenizers.Digits(individual_digits=True)],
+      'llama-bpe': [
+          pre_tokenizers.Split(tokenizers.Regex(_LLAMA3_RULE), 'isolated')
+      ],
+  }
+  byte_level = pre_tokenizers.ByteLevel(
+      add_prefix_space=False, use_regex=name != 'llama-bpe'
+  )
+  if name not in rules:
+    return byte_level
+  return pre_tokenizers.Sequence([*rules[name], byte_level])
 
 
 def _faults(metadata: Mapping[str, Any], source: str) -> list[str]:
@@ -168,9 +164,7 @@ def build_tokenizer(
     InputError: the kind or the pre-tokenizer is unknown, or the lists do not
       fit together.
   """
-  problems = _faults(metadata, source)
-  if problems:
-    raise types.InputError(*problems)
+  types.InputError.raise_for(_faults(metadata, source))
   tokens = metadata['tokenizer.ggml.tokens']
   pre = metadata['tokenizer.ggml.pre']
   merges = [
@@ -186,8 +180,7 @@ def build_tokenizer(
   tokenizer.pre_tokenizer = _pre_tokenizer(pre)
   tokenizer.decoder = decoders.ByteLevel()
   tokenizer.add_tokens(_added_tokens(metadata))
-  template = _template(metadata)
-  if template is not None:
+  if template := _template(metadata):
     tokenizer.post_processor = template
   return tokenizer
 
@@ -242,13 +235,11 @@ def tokenizer_files(
       'model_input_names': ['input_ids', 'attention_mask'],
       **roles,
   }
-  length = metadata.get(
-      f'{metadata.get("general.architecture")}.context_length'
-  )
-  if length is not None:
-    config['model_max_length'] = length
-  if metadata.get('tokenizer.chat_template'):
-    config['chat_template'] = metadata['tokenizer.chat_template']
+  name = metadata.get('general.architecture')
+  length = metadata.get(f'{name}.context_length')
+  chat = metadata.get('tokenizer.chat_template') or None
+  optional = {'model_max_length': length, 'chat_template': chat}
+  config |= {k: value for k, value in optional.items() if value is not None}
   return {
       'tokenizer.json': tokenizer.to_str(pretty=False),
       'tokenizer_config.json': json.dumps(config, indent=2) + '\n',

@@ -154,9 +154,7 @@ def load_encoder(
 
 
 def _from_gguf(
-    path: pathlib.Path,
-    cache: str | os.PathLike[str] | None,
-    progress: Progress,
+    path: pathlib.Path, cache: str | os.PathLike[str] | None, progress: Progress
 ) -> pathlib.Path:
   """Converts a GGUF file, once for each content."""
   digest = assets.sha256(path)
@@ -237,30 +235,29 @@ def _from_hub(
 def _check_listing(where: str, files: list[str]) -> None:
   """Refuses a repository that holds nothing that can be loaded."""
   top = [file for file in files if '/' not in file]
+  ending = lambda *ends: [file for file in top if file.endswith(ends)]
   problems = []
   if 'config.json' not in top:
     problems.append(
         f'{where}: the repository has no config.json, so it is not a'
         ' transformers model.'
     )
-  if not any(file.endswith('.safetensors') for file in top):
-    pickles = [file for file in top if file.endswith(_NEVER)]
-    ggufs = [file for file in top if file.endswith('.gguf')]
-    if pickles:
-      problems.append(
-          f'{where}: its weights are only there as {pickles[0]}, a format that'
-          ' is never loaded since it can run code; look for a revision with'
-          ' safetensors (often refs/pr/1).'
-      )
-    elif ggufs:
-      problems.append(
-          f'{where}: it holds GGUF files; download one ({ggufs[0]}) and give'
-          ' its path.'
-      )
-    else:
-      problems.append(f'{where}: the repository holds no safetensors.')
-  if problems:
-    raise InputError(*problems)
+  if ending('.safetensors'):
+    pass
+  elif pickles := ending(*_NEVER):
+    problems.append(
+        f'{where}: its weights are only there as {pickles[0]}, a format that'
+        ' is never loaded since it can run code; look for a revision with'
+        ' safetensors (often refs/pr/1).'
+    )
+  elif ggufs := ending('.gguf'):
+    problems.append(
+        f'{where}: it holds GGUF files; download one ({ggufs[0]}) and give'
+        ' its path.'
+    )
+  else:
+    problems.append(f'{where}: the repository holds no safetensors.')
+  InputError.raise_for(problems)
 
 
 def _snapshot(

@@ -150,10 +150,7 @@ def load_hf_flax_msgpack(
 
 
 def from_nested(
-    tree: Any,
-    spec: ModelSpec,
-    names: Mapping[str, str],
-    dtype: str = 'float32',
+    tree: Any, spec: ModelSpec, names: Mapping[str, str], dtype: str = 'float32'
 ) -> Params:
   """Reads an unstacked tree by a table of paths.
 
@@ -196,10 +193,7 @@ def from_nested(
 
 
 def to_nested(
-    params: Params,
-    spec: ModelSpec,
-    names: Mapping[str, str],
-    like: Any = None,
+    params: Params, spec: ModelSpec, names: Mapping[str, str], like: Any = None
 ) -> dict[str, Any]:
   """Writes an unstacked tree by a table of paths.
 
@@ -230,8 +224,7 @@ def to_nested(
         continue
       value = value.reshape(wanted)
     flat[name] = value
-  if problems:
-    raise InputError(*problems)
+  InputError.raise_for(problems)
   return unflatten(flat)
 
 
@@ -314,8 +307,7 @@ def _stack(
   """Stacks the layers of every leaf, or raises the problems."""
   if dtype not in loading.DTYPES:
     problems = [*problems, f'dtype {dtype!r} is not supported']
-  if problems:
-    raise InputError(*problems)
+  InputError.raise_for(problems)
   leaves = {}
   for path, layers in pieces.items():
     whole = (

@@ -233,13 +233,9 @@ def _download(asset: Asset, scratch: str, progress: Progress) -> pathlib.Path:
   with progress(f'download {asset.content}', 1, 'files') as done:
     try:
       result = subprocess.run(
-          command,
-          stdin=subprocess.DEVNULL,
-          capture_output=True,
-          text=True,
-          errors='replace',
-          check=False,
-      )
+          command, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+          errors='replace', check=False,
+      )  # fmt: skip
       said = (result.stderr.strip() or result.stdout.strip()).splitlines()
       reason = said[-1] if said else f'exit status {result.returncode}'
     except OSError as error:

@@ -163,9 +163,7 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     kernel = self.param(
-        'kernel',
-        nn.initializers.lecun_normal(),
-        (x.shape[-1], self.features),
+        'kernel', nn.initializers.lecun_normal(), (x.shape[-1], self.features)
     )
     y = product(self.spec, x, kernel)
     if self.use_bias:

@@ -172,8 +172,7 @@ def open_folder(folder: str | os.PathLike[str]) -> Checkpoint:
       tensors[name] = tensor
   if index is not None and not problems:
     problems += _index_faults(folder, index['weight_map'], tensors)
-  if problems:
-    raise InputError(*problems)
+  InputError.raise_for(problems)
   return Checkpoint(folder, headers, tensors, index)
 
 
@@ -198,8 +197,7 @@ def _shard_names(folder: pathlib.Path, index: Mapping[str, Any]) -> list[str]:
     strange.append(
         f'{folder / INDEX}: its metadata is no object; fetch it again'
     )
-  if strange:
-    raise InputError(*strange)
+  InputError.raise_for(strange)
   return list(dict.fromkeys(weights.values()))
 
 

@@ -178,8 +178,7 @@ def check_folder(folder: str | os.PathLike[str]) -> tuple[str, int]:
       problems.append(
           f'{path}: max_seq_length is {most!r}; it must be 2 tokens or more'
       )
-  if problems:
-    raise InputError(*problems)
+  InputError.raise_for(problems)
   return pooling, most or MAX_TOKENS
 
 

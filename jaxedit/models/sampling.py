@@ -51,14 +51,12 @@ class Decoding(NamedTuple):
 
   def errors(self) -> list[str]:
     """Says what is out of range, a sentence a setting."""
+    penalty = self.repetition_penalty
     allowed = {
         'temperature': (0 <= self.temperature < math.inf, 'at least 0'),
         'top_k': (self.top_k >= 0, 'at least 0'),
         'top_p': (0 < self.top_p <= 1, 'above 0 and at most 1'),
-        'repetition_penalty': (
-            0 < self.repetition_penalty < math.inf,
-            'above 0',
-        ),
+        'repetition_penalty': (0 < penalty < math.inf, 'above 0'),
     }
     return [
         f'{name} is {getattr(self, name)}; it must be {words}'
@@ -97,13 +95,9 @@ def split(decoding: Decoding) -> tuple[Rule, Numbers]:
       nucleus=not greedy and decoding.top_p < 1,
       penalised=decoding.repetition_penalty != 1,
   )
-  numbers = Numbers(
-      jnp.float32(decoding.temperature),
-      jnp.float32(decoding.top_p),
-      jnp.float32(decoding.repetition_penalty),
-      jax.random.key(decoding.seed),
-  )
-  return rule, numbers
+  numbers = decoding.temperature, decoding.top_p, decoding.repetition_penalty
+  root = jax.random.key(decoding.seed)
+  return rule, Numbers(*map(jnp.float32, numbers), root)
 
 
 def penalise(logits: Array, seen: Array, penalty: Array | float) -> Array:

@@ -24,7 +24,6 @@ import numpy as np
 
 from jaxedit.models import spec as spec_lib
 
-FORMS = ('same', 'transpose', 'thirds', 'heads')
 _FUSED = ('thirds', 'heads')
 
 
@@ -34,7 +33,7 @@ class Source:
 
   Attributes:
     name: tensor name, the layer number as '{}'.
-    form: one of `FORMS`.
+    form: 'same', 'transpose', 'thirds' or 'heads'.
     part: 0, 1, 2 for q, k, v in a fused tensor.
   """
 
@@ -68,6 +67,25 @@ class Slot:
 def linear(name: str) -> Source:
   """A torch nn.Linear kernel, [out, in]."""
   return Source(name, 'transpose')
+
+
+def norms(names: Mapping[str, str]) -> dict[str, Source]:
+  """The rows of a key table for norms: leaf -> upstream module."""
+  return {
+      f'{leaf}/{ending}': Source(f'{name}.{suffix}')
+      for leaf, name in names.items()
+      for ending, suffix in (('scale', 'weight'), ('bias', 'bias'))
+  }
+
+
+def maps(
+    names: Mapping[str, str], form: str = 'transpose'
+) -> dict[str, Source]:
+  """The rows of a key table for linear maps: leaf -> upstream module."""
+  kernels = {
+      f'{x}/kernel': Source(f'{n}.weight', form) for x, n in names.items()
+  }
+  return kernels | {f'{x}/bias': Source(f'{n}.bias') for x, n in names.items()}
 
 
 def fused(name: str, form: str) -> dict[str, Source]:

@@ -48,9 +48,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
     raise types.InputError(
         f'{folder}: there is no such folder to load a tokenizer from.'
     )
-  problems = _folder_faults(folder)
-  if problems:
-    raise types.InputError(*problems)
+  types.InputError.raise_for(_folder_faults(folder))
   # Heavy, and of no use to those who only convert a file.
   import transformers
 

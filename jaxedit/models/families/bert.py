@@ -9,37 +9,29 @@ from typing import Any
 
 from jaxedit.models import spec as spec_lib
 from jaxedit.models.families import common
-from jaxedit.models.tensors import Source, linear
+from jaxedit.models.tensors import Source, maps, norms
 
 PREFIX = 'bert.'
 _LAYER = 'bert.encoder.layer.{}'
-_LINEAR = {
-    'attn/q': 'attention.self.query',
-    'attn/k': 'attention.self.key',
-    'attn/v': 'attention.self.value',
-    'attn/out': 'attention.output.dense',
-    'mlp/up': 'intermediate.dense',
-    'mlp/down': 'output.dense',
-}
 _NORMS = {
     'embed/norm': 'bert.embeddings.LayerNorm',
     'layers/attn_norm': f'{_LAYER}.attention.output.LayerNorm',
     'layers/mlp_norm': f'{_LAYER}.output.LayerNorm',
 }
+_MAPS = {
+    'layers/attn/q': f'{_LAYER}.attention.self.query',
+    'layers/attn/k': f'{_LAYER}.attention.self.key',
+    'layers/attn/v': f'{_LAYER}.attention.self.value',
+    'layers/attn/out': f'{_LAYER}.attention.output.dense',
+    'layers/mlp/up': f'{_LAYER}.intermediate.dense',
+    'layers/mlp/down': f'{_LAYER}.output.dense',
+}
 TENSORS = {
     'embed/embedding': Source('bert.embeddings.word_embeddings.weight'),
     'embed/position': Source('bert.embeddings.position_embeddings.weight'),
     'embed/type': Source('bert.embeddings.token_type_embeddings.weight'),
-    **{f'{leaf}/scale': Source(f'{n}.weight') for leaf, n in _NORMS.items()},
-    **{f'{leaf}/bias': Source(f'{n}.bias') for leaf, n in _NORMS.items()},
-    **{
-        f'layers/{leaf}/kernel': linear(f'{_LAYER}.{name}.weight')
-        for leaf, name in _LINEAR.items()
-    },
-    **{
-        f'layers/{leaf}/bias': Source(f'{_LAYER}.{name}.bias')
-        for leaf, name in _LINEAR.items()
-    },
+    **norms(_NORMS),
+    **maps(_MAPS),
 }
 IGNORED = (
     'bert.embeddings.position_ids',

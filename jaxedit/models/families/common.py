@@ -8,12 +8,12 @@ family.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from jaxedit.models import families
 from jaxedit.models import spec as spec_lib
-from jaxedit.models.tensors import Source, linear
+from jaxedit.models.tensors import Source, maps, norms
 from jaxedit.types import InputError
 
 # transformers' names of the activations; gelu_fast is the tanh form with its
@@ -29,28 +29,21 @@ ACTIVATIONS = {
 
 # Llama's names, which Qwen2 and Mistral took over.
 _SELF, _MLP = 'model.layers.{}.self_attn', 'model.layers.{}.mlp'
+_NORMS = {
+    'layers/attn_norm': 'model.layers.{}.input_layernorm',
+    'layers/mlp_norm': 'model.layers.{}.post_attention_layernorm',
+    'final_norm': 'model.norm',
+}
+_MAPS = {
+    **{f'layers/attn/{x}': f'{_SELF}.{x}_proj' for x in 'qkv'},
+    'layers/attn/out': f'{_SELF}.o_proj',
+    **{f'layers/mlp/{x}': f'{_MLP}.{x}_proj' for x in ('gate', 'up', 'down')},
+    'head': 'lm_head',
+}
 LLAMA_TENSORS = {
     'embed/embedding': Source('model.embed_tokens.weight'),
-    'layers/attn_norm/scale': Source('model.layers.{}.input_layernorm.weight'),
-    'layers/attn/q/kernel': linear(f'{_SELF}.q_proj.weight'),
-    'layers/attn/q/bias': Source(f'{_SELF}.q_proj.bias'),
-    'layers/attn/k/kernel': linear(f'{_SELF}.k_proj.weight'),
-    'layers/attn/k/bias': Source(f'{_SELF}.k_proj.bias'),
-    'layers/attn/v/kernel': linear(f'{_SELF}.v_proj.weight'),
-    'layers/attn/v/bias': Source(f'{_SELF}.v_proj.bias'),
-    'layers/attn/out/kernel': linear(f'{_SELF}.o_proj.weight'),
-    'layers/attn/out/bias': Source(f'{_SELF}.o_proj.bias'),
-    'layers/mlp_norm/scale': Source(
-        'model.layers.{}.post_attention_layernorm.weight'
-    ),
-    'layers/mlp/gate/kernel': linear(f'{_MLP}.gate_proj.weight'),
-    'layers/mlp/gate/bias': Source(f'{_MLP}.gate_proj.bias'),
-    'layers/mlp/up/kernel': linear(f'{_MLP}.up_proj.weight'),
-    'layers/mlp/up/bias': Source(f'{_MLP}.up_proj.bias'),
-    'layers/mlp/down/kernel': linear(f'{_MLP}.down_proj.weight'),
-    'layers/mlp/down/bias': Source(f'{_MLP}.down_proj.bias'),
-    'final_norm/scale': Source('model.norm.weight'),
-    'head/kernel': linear('lm_head.weight'),
+    **norms(_NORMS),
+    **maps(_MAPS),
 }
 LLAMA_IGNORED = (f'{_SELF}.rotary_emb.inv_freq', 'model.rotary_emb.inv_freq')
 
@@ -162,8 +155,7 @@ class Fields:
         )
     if not self.problems:  # a faulty field would be told twice
       self.problems += _contradictions(spec)
-    if self.problems:
-      raise InputError(*self.problems)
+    InputError.raise_for(self.problems)
     return spec
 
 
@@ -269,6 +261,51 @@ def rope(
         f'partial_rotary_factor is {part}, but this family rotates whole heads'
     )
   return Rope(theta, part, _scaling(fields, kind, numbers))
+
+
+def llama_spec(
+    family: str,
+    config: Mapping[str, Any],
+    harmless: Iterable[str] = (),
+    *,
+    kv_heads: int | None = None,
+    max_positions: int = 2048,
+    more: Callable[[Fields], Mapping[str, Any]],
+) -> spec_lib.ModelSpec:
+  """Reads the config of a family that has Llama's block.
+
+  Args:
+    family: its name.
+    config: the parsed config.json.
+    harmless: the family's own fields that change nothing.
+    kv_heads: key and value heads where the config is silent; None for all.
+    max_positions: likewise.
+    more: what the family has besides, as fields of `ModelSpec`.
+  """
+  fields = Fields(family, config)
+  width = fields.integer('hidden_size')
+  heads = fields.integer('num_attention_heads')
+  head_size = fields.head_size(width, heads)
+  rotary = rope(fields)
+  spec = spec_lib.ModelSpec(
+      family=family,
+      layers=fields.integer('num_hidden_layers'),
+      width=width,
+      mlp_width=fields.integer('intermediate_size'),
+      heads=heads,
+      kv_heads=fields.integer('num_key_value_heads', kv_heads or heads),
+      head_size=head_size,
+      vocab=fields.integer('vocab_size'),
+      max_positions=fields.integer('max_position_embeddings', max_positions),
+      norm_eps=fields.number('rms_norm_eps', 1e-6),
+      activation=fields.activation('hidden_act', 'silu'),
+      rotary_size=head_size,
+      rope_theta=rotary.theta,
+      rope_scaling=rotary.scaling,
+      tied=fields.flag('tie_word_embeddings', False),
+      **more(fields),
+  )
+  return fields.finish(spec, harmless)
 
 
 def _scaling(

@@ -10,26 +10,26 @@ from typing import Any
 
 from jaxedit.models import spec as spec_lib
 from jaxedit.models.families import common
-from jaxedit.models.tensors import Source, fused, linear
+from jaxedit.models.tensors import Source, fused, linear, maps, norms
 
 PREFIX = 'transformer.'
 _BLOCK = 'transformer.h.{}'
+_NORMS = {
+    'layers/attn_norm': f'{_BLOCK}.ln_1',
+    'layers/mlp_norm': f'{_BLOCK}.ln_2',
+    'final_norm': 'transformer.ln_f',
+}
+_MAPS = {
+    'layers/attn/out': f'{_BLOCK}.attn.c_proj',
+    'layers/mlp/up': f'{_BLOCK}.mlp.c_fc',
+    'layers/mlp/down': f'{_BLOCK}.mlp.c_proj',
+}
 TENSORS = {
     'embed/embedding': Source('transformer.wte.weight'),
     'embed/position': Source('transformer.wpe.weight'),
-    'layers/attn_norm/scale': Source(f'{_BLOCK}.ln_1.weight'),
-    'layers/attn_norm/bias': Source(f'{_BLOCK}.ln_1.bias'),
+    **norms(_NORMS),
     **fused(f'{_BLOCK}.attn.c_attn', 'thirds'),
-    'layers/attn/out/kernel': Source(f'{_BLOCK}.attn.c_proj.weight'),
-    'layers/attn/out/bias': Source(f'{_BLOCK}.attn.c_proj.bias'),
-    'layers/mlp_norm/scale': Source(f'{_BLOCK}.ln_2.weight'),
-    'layers/mlp_norm/bias': Source(f'{_BLOCK}.ln_2.bias'),
-    'layers/mlp/up/kernel': Source(f'{_BLOCK}.mlp.c_fc.weight'),
-    'layers/mlp/up/bias': Source(f'{_BLOCK}.mlp.c_fc.bias'),
-    'layers/mlp/down/kernel': Source(f'{_BLOCK}.mlp.c_proj.weight'),
-    'layers/mlp/down/bias': Source(f'{_BLOCK}.mlp.c_proj.bias'),
-    'final_norm/scale': Source('transformer.ln_f.weight'),
-    'final_norm/bias': Source('transformer.ln_f.bias'),
+    **maps(_MAPS, form='same'),
     'head/kernel': linear('lm_head.weight'),
 }
 IGNORED = (f'{_BLOCK}.attn.bias', f'{_BLOCK}.attn.masked_bias')

@@ -7,27 +7,26 @@ from typing import Any
 
 from jaxedit.models import spec as spec_lib
 from jaxedit.models.families import common
-from jaxedit.models.tensors import Source, fused, linear
+from jaxedit.models.tensors import Source, fused, maps, norms
 
 PREFIX = 'gpt_neox.'
 _BLOCK = 'gpt_neox.layers.{}'
-_MLP_NORM = f'{_BLOCK}.post_attention_layernorm'
+_NORMS = {
+    'layers/attn_norm': f'{_BLOCK}.input_layernorm',
+    'layers/mlp_norm': f'{_BLOCK}.post_attention_layernorm',
+    'final_norm': 'gpt_neox.final_layer_norm',
+}
+_MAPS = {
+    'layers/attn/out': f'{_BLOCK}.attention.dense',
+    'layers/mlp/up': f'{_BLOCK}.mlp.dense_h_to_4h',
+    'layers/mlp/down': f'{_BLOCK}.mlp.dense_4h_to_h',
+    'head': 'embed_out',
+}
 TENSORS = {
     'embed/embedding': Source('gpt_neox.embed_in.weight'),
-    'layers/attn_norm/scale': Source(f'{_BLOCK}.input_layernorm.weight'),
-    'layers/attn_norm/bias': Source(f'{_BLOCK}.input_layernorm.bias'),
+    **norms(_NORMS),
     **fused(f'{_BLOCK}.attention.query_key_value', 'heads'),
-    'layers/attn/out/kernel': linear(f'{_BLOCK}.attention.dense.weight'),
-    'layers/attn/out/bias': Source(f'{_BLOCK}.attention.dense.bias'),
-    'layers/mlp_norm/scale': Source(f'{_MLP_NORM}.weight'),
-    'layers/mlp_norm/bias': Source(f'{_MLP_NORM}.bias'),
-    'layers/mlp/up/kernel': linear(f'{_BLOCK}.mlp.dense_h_to_4h.weight'),
-    'layers/mlp/up/bias': Source(f'{_BLOCK}.mlp.dense_h_to_4h.bias'),
-    'layers/mlp/down/kernel': linear(f'{_BLOCK}.mlp.dense_4h_to_h.weight'),
-    'layers/mlp/down/bias': Source(f'{_BLOCK}.mlp.dense_4h_to_h.bias'),
-    'final_norm/scale': Source('gpt_neox.final_layer_norm.weight'),
-    'final_norm/bias': Source('gpt_neox.final_layer_norm.bias'),
-    'head/kernel': linear('embed_out.weight'),
+    **maps(_MAPS),
 }
 IGNORED = (
     f'{_BLOCK}.attention.bias',
@@ -44,11 +43,9 @@ def spec_from_hf(config: Mapping[str, Any]) -> spec_lib.ModelSpec:
   heads = fields.integer('num_attention_heads')
   head_size = fields.head_size(width, heads, explicit=False)
   rope = common.rope(
-      fields,
-      theta_name='rotary_emb_base',
-      fraction_name='rotary_pct',
+      fields, theta_name='rotary_emb_base', fraction_name='rotary_pct',
       fraction=0.25,
-  )
+  )  # fmt: skip
   parallel = fields.flag('use_parallel_residual', True)
   bias = fields.flag('attention_bias', True)
   spec = spec_lib.ModelSpec(

@@ -7,26 +7,25 @@ from typing import Any
 
 from jaxedit.models import spec as spec_lib
 from jaxedit.models.families import common
-from jaxedit.models.tensors import Source, linear
+from jaxedit.models.tensors import Source, maps, norms
 
 PREFIX = 'transformer.'
 _BLOCK = 'transformer.h.{}'
+_NORMS = {
+    'layers/attn_norm': f'{_BLOCK}.ln_1',
+    'final_norm': 'transformer.ln_f',
+}
+_MAPS = {
+    **{f'layers/attn/{x}': f'{_BLOCK}.attn.{x}_proj' for x in 'qkv'},
+    'layers/attn/out': f'{_BLOCK}.attn.out_proj',
+    'layers/mlp/up': f'{_BLOCK}.mlp.fc_in',
+    'layers/mlp/down': f'{_BLOCK}.mlp.fc_out',
+    'head': 'lm_head',
+}
 TENSORS = {
     'embed/embedding': Source('transformer.wte.weight'),
-    'layers/attn_norm/scale': Source(f'{_BLOCK}.ln_1.weight'),
-    'layers/attn_norm/bias': Source(f'{_BLOCK}.ln_1.bias'),
-    'layers/attn/q/kernel': linear(f'{_BLOCK}.attn.q_proj.weight'),
-    'layers/attn/k/kernel': linear(f'{_BLOCK}.attn.k_proj.weight'),
-    'layers/attn/v/kernel': linear(f'{_BLOCK}.attn.v_proj.weight'),
-    'layers/attn/out/kernel': linear(f'{_BLOCK}.attn.out_proj.weight'),
-    'layers/mlp/up/kernel': linear(f'{_BLOCK}.mlp.fc_in.weight'),
-    'layers/mlp/up/bias': Source(f'{_BLOCK}.mlp.fc_in.bias'),
-    'layers/mlp/down/kernel': linear(f'{_BLOCK}.mlp.fc_out.weight'),
-    'layers/mlp/down/bias': Source(f'{_BLOCK}.mlp.fc_out.bias'),
-    'final_norm/scale': Source('transformer.ln_f.weight'),
-    'final_norm/bias': Source('transformer.ln_f.bias'),
-    'head/kernel': linear('lm_head.weight'),
-    'head/bias': Source('lm_head.bias'),
+    **norms(_NORMS),
+    **maps(_MAPS),
 }
 IGNORED = (
     f'{_BLOCK}.attn.bias',

@@ -19,6 +19,7 @@ IGNORED = common.LLAMA_IGNORED
 # The upper layers' window is off or too long to matter once the checks below
 # have passed; then the layer it starts at does not matter either.
 _HARMLESS = ('max_window_layers',)
+_POSITIONS = 32768  # where the config is silent
 
 
 def _check_window(fields: common.Fields, max_positions: int) -> None:
@@ -38,29 +39,12 @@ def _check_window(fields: common.Fields, max_positions: int) -> None:
 
 def spec_from_hf(config: Mapping[str, Any]) -> spec_lib.ModelSpec:
   """Reads a Qwen2 config; see `families.spec_from_hf`."""
-  fields = common.Fields('qwen2', config)
-  width = fields.integer('hidden_size')
-  heads = fields.integer('num_attention_heads')
-  head_size = fields.head_size(width, heads)
-  max_positions = fields.integer('max_position_embeddings', 32768)
-  _check_window(fields, max_positions)
-  rope = common.rope(fields)
-  spec = spec_lib.ModelSpec(
-      family='qwen2',
-      layers=fields.integer('num_hidden_layers'),
-      width=width,
-      mlp_width=fields.integer('intermediate_size'),
-      heads=heads,
-      kv_heads=fields.integer('num_key_value_heads', heads),
-      head_size=head_size,
-      vocab=fields.integer('vocab_size'),
-      max_positions=max_positions,
-      norm_eps=fields.number('rms_norm_eps', 1e-6),
-      activation=fields.activation('hidden_act', 'silu'),
-      rotary_size=head_size,
-      rope_theta=rope.theta,
-      rope_scaling=rope.scaling,
-      qkv_bias=True,
-      tied=fields.flag('tie_word_embeddings', False),
+
+  def more(fields: common.Fields) -> dict[str, Any]:
+    positions = fields.integer('max_position_embeddings', _POSITIONS)
+    _check_window(fields, positions)
+    return {'qkv_bias': True}
+
+  return common.llama_spec(
+      'qwen2', config, _HARMLESS, max_positions=_POSITIONS, more=more
   )
-  return fields.finish(spec, _HARMLESS)
