@@ -261,8 +261,7 @@ def search(
     problems.append(
         f'k is {k}; it must be from 1 to the {total} entries that there are'
     )
-  if problems:
-    raise InputError(*problems)
+  InputError.raise_for(problems)
   rows = min(_QUERIES, buckets.round_up(max(count, 1), buckets.POWERS))
   block = max(k, block_bytes // (4 * (width + rows)))
   block = min(block, total)

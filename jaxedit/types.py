@@ -24,7 +24,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import flax
@@ -60,6 +60,12 @@ class InputError(ValueError):
   def __init__(self, *problems: str):
     self.problems = tuple(map(_cut, problems))
     super().__init__('\n'.join(self.lines()))
+
+  @classmethod
+  def raise_for(cls, problems: Sequence[str]) -> None:
+    """Raises all of these problems at once, if there are any."""
+    if problems:
+      raise cls(*problems)
 
   def lines(self) -> list[str]:
     """Lists the messages, one a line and 20 at most; the last counts others."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import text_helpers
 import text_tokenizers
 from absl.testing import absltest, parameterized
 
@@ -34,7 +35,7 @@ NONE = types.PADDING
 
 def encode(**options) -> list[encoding.EncodedEdit]:
   """Edits of real text, whose contexts share a head."""
-  return encoding.encode_edits(
+  return text_helpers.encode_edits(
       text_tokenizers.byte_level(begin=True),
       RECORDS,
       TEMPLATES,
@@ -657,7 +658,7 @@ class SeatingTest(parameterized.TestCase):
 
   def test_contexts_with_different_ends_move_on(self):
     # Text behind the placeholder puts anchors at different distances.
-    edits = encoding.encode_edits(
+    edits = text_helpers.encode_edits(
         text_tokenizers.byte_level(),
         RECORDS,
         ['{}', 'say {} now or never'],

@@ -227,8 +227,7 @@ class StageTest(absltest.TestCase):
     stage = stages_lib.Stage('a', 'edit', 2, [5.0, 1.0, 3.0, 2.0])
     stage.flops = {'float32': 4.0, 'float64': 1.0}
     self.assertEqual((stage.median, stage.compile), (2.0, 3.0))
-    self.assertEqual(stage.spread, (1.0, 3.0))
-    share = stage.share({'float32': 4.0, 'float64': 1.0}, stage.flops)
+    share = stage.share({'float32': 4.0, 'float64': 1.0})
     self.assertEqual(share, 1.0)
 
   def test_ceilings(self):

@@ -13,6 +13,7 @@ from unittest import mock
 import editing_runs
 import jax
 import numpy as np
+import text_helpers
 import tiny_model
 from absl.testing import absltest, parameterized
 from editing_runs import CONTEXTS, FACTS, TEXTS, WINDOW, Case, fact, text
@@ -362,7 +363,7 @@ class DeltaTest(Case):
     (need,) = editor.needs
     found = stats_moments.load(FACT.whole.folder / 'moments.safetensors')
     state, params = editor.init(model, {need: found}), model.params
-    encoded = encoding.encode_edits(
+    encoded = text_helpers.encode_edits(
         tokenizer.load_tokenizer(FACT.model),
         datasets.load_requests(FACT.data).requests,
         CONTEXTS,

@@ -2,13 +2,13 @@
 
 import numpy as np
 import programs
+import text_helpers
 from absl.testing import absltest
 
 from experiments import trace_passages
 from jaxedit.models import tokenizer as tokenizer_lib
 from jaxedit.text import chat as chat_lib
 from jaxedit.text import chunking
-from jaxedit.text import passages as text_passages
 from jaxedit.trace import passages, reach
 from jaxedit.types import EditRequest
 
@@ -69,7 +69,7 @@ class PassagesTest(absltest.TestCase):
     for kind in ('template', 'none', 'In {} is'):
       end = None if kind == 'template' else ''
       chat = chat_lib.chat_of(words, kind, end)
-      (edit,) = text_passages.encode_passages(
+      (edit,) = text_helpers.encode_passages(
           words, [passage], chat=chat, max_tokens=96,
           chunking=chunking.Chunking(3, 0, 'window'),
       )  # fmt: skip

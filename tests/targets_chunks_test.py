@@ -15,6 +15,7 @@ import editors
 import jax
 import naive_oracle
 import numpy as np
+import text_helpers
 import torch
 import transformers
 from absl.testing import absltest, parameterized
@@ -30,7 +31,6 @@ from jaxedit.text import (
     chunking,
     encoding,
 )
-from jaxedit.text import passages as text_passages
 
 PLAIN = targets_lib.TargetConfig(
     steps=4, rate=0.3, decay=0.5, clamp=5.0, kl=0.0625, threshold=0.0
@@ -243,7 +243,7 @@ class SmolLm2Test(OracleCase):
     record = datasets.load_requests(
         'demo_passages', kinds=[datasets.TEXT], limit=1
     ).requests
-    (edit,) = text_passages.encode_passages(
+    (edit,) = text_helpers.encode_passages(
         words, record, chat=chat.chat_of(words, 'template'), max_tokens=2048
     )
     target, cut = edit.target[:20], ((0, 8), (6, 14), (12, 20))

@@ -4,6 +4,7 @@ import dataclasses
 import time
 
 import numpy as np
+import text_helpers
 import text_tokenizers
 from absl.testing import absltest, parameterized
 
@@ -15,7 +16,6 @@ from jaxedit.eval import datasets
 from jaxedit.text import (
     chat,
     encoding,
-    locate,
     token_cache,
 )
 
@@ -38,7 +38,7 @@ RECORDS = tuple(
 def _encode(records=RECORDS, **options):
   options = {'max_tokens': 200} | options
   tokenizer = text_tokenizers.byte_level(begin=True)
-  return encoding.encode_edits(tokenizer, records, TEMPLATES, **options)
+  return text_helpers.encode_edits(tokenizer, records, TEMPLATES, **options)
 
 
 class LadderTest(parameterized.TestCase):
@@ -59,7 +59,7 @@ class EncodeTest(parameterized.TestCase):
       self.assertEqual(edit.number, record.number)
       for template, row, anchor in zip(TEMPLATES, edit.rows, edit.anchors):
         head = template.replace('{}', '')
-        found = locate.locate_subject(
+        found = text_helpers.locate_subject(
             tokenizer, record.prompt, record.subject, head
         )
         np.testing.assert_array_equal(row, found.ids)
@@ -67,7 +67,7 @@ class EncodeTest(parameterized.TestCase):
       np.testing.assert_array_equal(
           edit.target, text_tokenizers.target_ids(tokenizer, record.target)
       )
-      kl = locate.locate_subject(tokenizer, '{} is a', record.subject)
+      kl = text_helpers.locate_subject(tokenizer, '{} is a', record.subject)
       np.testing.assert_array_equal(edit.kl, kl.ids[: kl.last + 1])
 
   def test_chat(self):
@@ -87,14 +87,14 @@ class EncodeTest(parameterized.TestCase):
   def test_one_equals_many(self):
     tokenizer = text_tokenizers.byte_level(begin=True)
     many = _encode()
-    (one,) = encoding.encode_edits(
+    (one,) = text_helpers.encode_edits(
         tokenizer, RECORDS[3:4], TEMPLATES, max_tokens=200
     )
     np.testing.assert_equal(vars(one), vars(many[3]))
 
   def test_text_behind_the_placeholder_of_a_template(self):
     tokenizer = text_tokenizers.byte_level()
-    (edit,) = encoding.encode_edits(
+    (edit,) = text_helpers.encode_edits(
         tokenizer, RECORDS[:1], ['say {} now'], max_tokens=99
     )
     text = tokenizer.decode(edit.rows[0])
@@ -173,12 +173,15 @@ class EncodeTest(parameterized.TestCase):
     np.testing.assert_equal(
         list(map(vars, bare.encode(RECORDS))),
         list(
-            map(vars, encoding.encode_edits(inner, RECORDS, ['{}'], **options))
+            map(
+                vars,
+                text_helpers.encode_edits(inner, RECORDS, ['{}'], **options),
+            )
         ),
     )
     self.assertLen(texts, seen)
     # Of more contexts only those that are new.
-    full = encoding.encode_edits(tokens, RECORDS, TEMPLATES, **options)
+    full = text_helpers.encode_edits(tokens, RECORDS, TEMPLATES, **options)
     self.assertLen(texts, seen + 2 * len(RECORDS))
     np.testing.assert_equal(
         list(map(vars, full)), list(map(vars, _encode())), strict=True

@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 import text_chat_test
+import text_helpers
 import text_tokenizers
 from absl.testing import absltest, parameterized
 
@@ -34,7 +35,7 @@ PASSAGES = tuple(
 def encode(records=PASSAGES, *, tokenizer=None, words=PLAIN, **options):
   tokenizer = tokenizer or text_tokenizers.byte_level(begin=True)
   options = {'max_tokens': 400, 'chat': words} | options
-  return passages.encode_passages(tokenizer, records, **options)
+  return text_helpers.encode_passages(tokenizer, records, **options)
 
 
 class EncodeTest(parameterized.TestCase):
@@ -142,7 +143,7 @@ class EncodeTest(parameterized.TestCase):
     self.assertEqual(check(PASSAGES), [[]] * len(PASSAGES))
     tokens.tokenizer = None
     again = passages.passage_encoder(tokens, **options).encode(PASSAGES)
-    wanted = passages.encode_passages(inner, PASSAGES, **options)
+    wanted = text_helpers.encode_passages(inner, PASSAGES, **options)
     np.testing.assert_equal(list(map(vars, again)), list(map(vars, wanted)))
     questions = [passage.question for passage in PASSAGES]
     self.assertEqual(
@@ -214,7 +215,7 @@ class ChunkTest(parameterized.TestCase):
     tokenizer = text_tokenizers.byte_level()
     options = dict(chat=PLAIN, max_tokens=99, chunking=chunking.Chunking(4, 4))
     with self.assertRaisesRegex(types.InputError, 'the overlap is 4'):
-      passages.encode_passages(tokenizer, [], **options)
+      text_helpers.encode_passages(tokenizer, [], **options)
     with self.assertRaisesRegex(types.InputError, 'the overlap is 4'):
       passages.passage_encoder(tokenizer, **options)
 
@@ -264,7 +265,7 @@ class ErrorsTest(parameterized.TestCase):
     for record in records:
       (errors,) = encoder.check([record])
       try:
-        (edit,) = passages.encode_passages(tokenizer, [record], **options)
+        (edit,) = text_helpers.encode_passages(tokenizer, [record], **options)
         self.assertEmpty(errors)
         np.testing.assert_equal(vars(edit), vars(*encoder.encode([record])))
       except types.InputError as error:

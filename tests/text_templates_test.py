@@ -85,9 +85,8 @@ class FileTest(parameterized.TestCase):
 
   def test_round_trip(self):
     given = ('{}', 'Zoë said. {}', 'braces { and } alone. {}')
-    templates.save_templates(self.path, given)
+    self._write(json.dumps(given))
     self.assertEqual(templates.load_templates(self.path), given)
-    self.assertEqual(os.listdir(self.folder), ['templates.json'])
 
   @parameterized.parameters(
       ([], ('{}',)),
@@ -117,11 +116,6 @@ class FileTest(parameterized.TestCase):
   def test_missing_file(self):
     with self.assertRaisesRegex(InputError, 'No such file'):
       templates.load_templates(self.path)
-
-  def test_faulty_templates_are_not_saved(self):
-    with self.assertRaises(InputError):
-      templates.save_templates(self.path, ['{}', 'none'])
-    self.assertFalse(os.path.exists(self.path))
 
 
 if __name__ == '__main__':

@@ -35,7 +35,7 @@ class LevelTest(parameterized.TestCase):
       (' u0.1 ', 'uniform', 0.1, False),
   )
   def test_reads(self, text, *want):
-    self.assertEqual(noise.parse(text), noise.Level(*want))
+    self.assertEqual(noise.parse(text), noise.Noise(*want))
 
   @parameterized.parameters(
       '', 's', 'u', 'm', 't3', 'x3', 'us3', 's 3 1', '0', '-1', 's-3', 'nan',

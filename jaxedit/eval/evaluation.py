@@ -80,15 +80,13 @@ def evaluate(
   """
   _check_given(requests, before, edit_ids)
   asked = [scorer.prepare(requests) for scorer in scorers]
+  errors = _errors(lm.spec, requests, scorers, asked)
   problems = [
       f'record {request.number} (id {request.id}), {error}'
-      for request, found in zip(
-          requests, _errors(lm.spec, requests, scorers, asked)
-      )
+      for request, found in zip(requests, errors)
       for error in found
   ]
-  if problems:
-    raise InputError(*problems)
+  InputError.raise_for(problems)
   replies = _ask(lm, scorers, asked, edit_ids, progress)
   old = None if before is None else before.preferred
   judged = [
@@ -110,9 +108,7 @@ def evaluate(
 
 
 def errors(
-    spec: ModelSpec,
-    scorers: Sequence[Scorer],
-    requests: Sequence[EditRequest],
+    spec: ModelSpec, scorers: Sequence[Scorer], requests: Sequence[EditRequest]
 ) -> list[list[str]]:
   """Lists what `evaluate` would refuse; a check for a loader.
 
@@ -211,8 +207,7 @@ def _check_given(
         f'edit_ids has {len(edit_ids)} entries for {len(requests)} records;'
         ' give one a record'
     )
-  if problems:
-    raise InputError(*problems)
+  InputError.raise_for(problems)
 
 
 def _errors(
@@ -259,17 +254,13 @@ def _ask(
       'edit_ids': None if edit_ids is None else [edit for edit, *_ in keys],
       'progress': progress,
   }
+
+  def key(scorer: Scorer, edit: int, one: Questions) -> tuple[list, list]:
+    prompts = [(edit, x, _how(scorer, x)) for _, x in one.prompts]
+    return [(edit, query) for _, query in one.queries], prompts
+
   keys = [
-      [
-          (
-              [(edit, query) for _, query in one.queries],
-              [
-                  (edit, prompt, _how(scorer, prompt))
-                  for _, prompt in one.prompts
-              ],
-          )
-          for edit, one in zip(edits, some)
-      ]
+      [key(scorer, edit, one) for edit, one in zip(edits, some)]
       for scorer, some in zip(scorers, asked)
   ]
   queries, prompts = (

@@ -192,9 +192,7 @@ def harmonic_mean(values: Any) -> np.ndarray:
   return np.where(missing, np.nan, np.where(positive, mean, 0.0))
 
 
-def by_case(
-    entries: Sequence[Mapping[str, Any]],
-) -> list[dict[str, float]]:
+def by_case(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
   """Gives the metrics of every case: of several records the means.
 
   Args:
@@ -209,12 +207,11 @@ def by_case(
     cases.setdefault(entry.get('case') or i, []).append(entry['metrics'])
   found = []
   for rows in cases.values():
-    present: dict[str, list[float]] = {}
-    for row in rows:
-      for name, value in row.items():
-        if value is not None:
-          present.setdefault(name, []).append(value)
-    found.append({name: float(np.mean(x)) for name, x in present.items()})
+    names = dict.fromkeys(name for row in rows for name in row)
+    known = {
+        n: [row[n] for row in rows if row.get(n) is not None] for n in names
+    }
+    found.append({name: float(np.mean(x)) for name, x in known.items() if x})
   return found
 
 

@@ -344,8 +344,7 @@ def _check(predictions: Sequence[str], references: Sequence[str]) -> None:
           f'reference {i} ({reference[:40]!r}) has no word to score against;'
           ' remove the pair or correct the reference.'
       )
-  if problems:
-    raise InputError(*problems)
+  InputError.raise_for(problems)
 
 
 # Texts.

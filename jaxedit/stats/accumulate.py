@@ -82,6 +82,43 @@ def _count(total: Total, rows: Sequence[Row], hasher: Any) -> Total:
   )
 
 
+_ANEW = 'delete it to start anew'
+
+
+def read_partial(
+    path: pathlib.Path | None,
+    identity: Mapping[str, Any],
+    kind: str,
+    kinds: Mapping[str, type],
+) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+  """Reads what an interrupted run left in a file.
+
+  Args:
+    path: the file; None for none.
+    identity: what the results of the run depend on.
+    kind: what the file says it is.
+    kinds: name -> type of the entries of its record beside the identity.
+
+  Returns:
+    (arrays, entries), or None where there is no file.
+
+  Raises:
+    InputError: it is damaged or of another run.
+  """
+  if path is None or not path.exists():
+    return None
+  io.sweep(path)
+  tensors, record = io.read_tensors(path, kind, _ANEW)
+  theirs, *entries = io.take(record, {'identity': dict, **kinds}, path, _ANEW)
+  other = [name for name, x in identity.items() if theirs.get(name) != x]
+  if other:
+    raise InputError(
+        f'{path}: is of an interrupted run with another {", ".join(other)};'
+        f' repeat that run to finish it, or {_ANEW}'
+    )
+  return tensors, dict(zip(kinds, entries))
+
+
 class Store:
   """The sums of one run in a file; does nothing without a path."""
 
@@ -106,23 +143,14 @@ class Store:
 
   def read(self) -> Total | None:
     """Returns what an interrupted run left; refuses another run's."""
-    if self._path is None or not self._path.exists():
-      return None
-    io.sweep(self._path)
-    advice = 'delete it to start anew'
-    tensors, record = io.read_tensors(self._path, KIND, advice)
     kinds = {'unmerged': int, 'rows': int, 'tokens': int, 'texts': int}
-    kinds |= {'digest': str, 'identity': dict}
-    done = dict(zip(kinds, io.take(record, kinds, self._path, advice)))
-    theirs = done.pop('identity')
-    other = [k for k, v in self._identity.items() if theirs.get(k) != v]
-    if other:
-      raise InputError(
-          f'{self._path}: is of an interrupted run with another'
-          f' {", ".join(other)}; repeat that run to finish it, or {advice}'
-      )
+    kinds |= {'digest': str}
+    found = read_partial(self._path, self._identity, KIND, kinds)
+    if found is None:
+      return None
+    tensors, done = found
     if 'gram' not in tensors or ('part' in tensors) != (done['unmerged'] > 0):
-      raise InputError(f'{self._path}: is damaged, it has no sums; {advice}')
+      raise InputError(f'{self._path}: is damaged, it has no sums; {_ANEW}')
     if 'part' in tensors:
       done['part'] = jnp.asarray(tensors['part'])
     return Total(tensors['gram'], **done)

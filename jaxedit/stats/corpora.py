@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 
 from jaxedit import io
-from jaxedit.models import decode
+from jaxedit.models import assets, decode
 from jaxedit.models.spec import ModelSpec
-from jaxedit.stats import shipped
+from jaxedit.stats import accumulate, shipped
 from jaxedit.types import InputError, Params, Progress, silent
 
 KINDS = 'self, file:PATH, jsonl:PATH:FIELD or hf:ID[:CONFIG[:FIELD]]'
@@ -152,8 +152,7 @@ def jsonl_documents(path: str | os.PathLike[str], field: str) -> list[str]:
   documents = [text for text in documents if text]
   if not documents and not problems:
     problems.append(f'{path}: holds no text in field {field!r}')
-  if problems:
-    raise InputError(*problems)
+  InputError.raise_for(problems)
   return documents
 
 
@@ -224,14 +223,7 @@ def fingerprint(corpus: str) -> str:
     raise InputError(f'the corpus {corpus!r} is unknown; give {KINDS}')
   digest = hashlib.sha256(corpus.encode())
   if path:
-    try:
-      io.file_size(path)
-      with open(path, 'rb') as source:
-        digest.update(hashlib.file_digest(source, 'sha256').digest())
-    except OSError as error:
-      raise InputError(
-          f'{path}: cannot be read ({error.strerror}); check the path'
-      ) from error
+    digest.update(bytes.fromhex(assets.sha256(pathlib.Path(path))))
   return digest.hexdigest()
 
 
@@ -315,24 +307,17 @@ class _Samples:
     self._identity = identity
     self.texts: list[list[int]] = []
     self.batches = 0
-    if self._path is None or not self._path.exists():
+    kinds = {'batches': int}
+    found = accumulate.read_partial(self._path, identity, _SAMPLES, kinds)
+    if found is None:
       return
-    advice = 'delete it to sample anew'
-    io.sweep(self._path)
-    found, record = io.read_tensors(self._path, _SAMPLES, advice)
-    theirs, self.batches = io.take(
-        record, {'identity': dict, 'batches': int}, self._path, advice
-    )
-    other = [k for k, v in identity.items() if theirs.get(k) != v]
-    if other:
+    tensors, self.batches = found[0], found[1]['batches']
+    if tensors.keys() != {'lengths', 'tokens'}:
       raise InputError(
-          f'{self._path}: was sampled with another {", ".join(other)}; repeat'
-          f' that run to finish it, or {advice}'
+          f'{self._path}: is damaged, it has no texts; delete it to start anew'
       )
-    if found.keys() != {'lengths', 'tokens'}:
-      raise InputError(f'{self._path}: is damaged, it has no texts; {advice}')
-    cuts = np.cumsum(found['lengths'])[:-1]
-    self.texts = [t.tolist() for t in np.split(found['tokens'], cuts)]
+    cuts = np.cumsum(tensors['lengths'])[:-1]
+    self.texts = [t.tolist() for t in np.split(tensors['tokens'], cuts)]
 
   def add(self, texts: Sequence[list[int]]) -> None:
     """Appends a batch."""

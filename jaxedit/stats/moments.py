@@ -102,9 +102,7 @@ def gram(keys: Array, real: Array) -> Array:
 
 
 @functools.partial(
-    jax.jit,
-    static_argnames=('spec', 'layers', 'site'),
-    donate_argnames='total',
+    jax.jit, static_argnames=('spec', 'layers', 'site'), donate_argnames='total'
 )
 def add_batch(
     total: Array,
@@ -199,8 +197,7 @@ def check(
         f'layers {list(layers)} must name one or more different layers between'
         f' 0 and {spec.layers - 1}'
     )
-  if problems:
-    raise InputError(*problems)
+  InputError.raise_for(problems)
 
 
 def _first_width(

@@ -8,7 +8,6 @@ unpacked. Nothing in an archive can run code.
 
 from __future__ import annotations
 
-import ast
 import math
 import os
 import struct
@@ -35,8 +34,7 @@ ERRORS = (
 
 
 def read(
-    path: str | os.PathLike[str],
-    wanted: Mapping[str, tuple[int | None, ...]],
+    path: str | os.PathLike[str], wanted: Mapping[str, tuple[int | None, ...]]
 ) -> dict[str, np.ndarray]:
   """Reads arrays of numbers.
 
@@ -89,19 +87,14 @@ def _array(
         ' not write'
     )
   with archive.open(info) as stream:
-    magic = stream.read(8)
-    if magic[:6] != b'\x93NUMPY' or magic[6] not in (1, 2, 3):
-      raise ValueError(f'{name} is no numpy array')
-    width = 2 if magic[6] == 1 else 4
-    length = int.from_bytes(stream.read(width), 'little')
-    if length > _MOST_HEADER:
-      raise ValueError(f'{name} has a header of {length} bytes')
-    header = ast.literal_eval(stream.read(length).decode('latin1').strip())
-    dtype, found = np.dtype(header['descr']), header['shape']
+    # Others have headers of any length, which arrays of numbers do not need.
+    if np.lib.format.read_magic(stream) != (1, 0):
+      raise ValueError(f'{name} is not in version 1.0 of the format')
+    found, fortran, dtype = np.lib.format.read_array_header_1_0(
+        stream, max_header_size=_MOST_HEADER
+    )
     if dtype.kind not in 'iuf' or dtype.itemsize > 8:
       raise ValueError(f'{name} holds {dtype}, not numbers')
-    if type(found) is not tuple or not all(type(x) is int for x in found):
-      raise ValueError(f'{name} has no shape')
     if len(found) != len(shape) or any(
         x < 0 or want not in (None, x) for x, want in zip(found, shape)
     ):
@@ -110,10 +103,7 @@ def _array(
           f'{name} has shape {list(found)[:8]}, where {said} is needed'
       )
     size = math.prod(found) * dtype.itemsize
-    if 8 + width + length + size != info.file_size:
+    if stream.tell() + size != info.file_size:
       raise ValueError(f'{name} has not the bytes of its shape {list(found)}')
-    raw = stream.read(size)
-    if len(raw) != size or stream.read(1):
-      raise ValueError(f'{name} ends before its shape does')
-  order = 'F' if header.get('fortran_order') is True else 'C'
-  return np.frombuffer(raw, dtype).reshape(found, order=order)
+    raw = stream.read(size + 1)  # to the end, where its checksum is compared
+  return np.frombuffer(raw, dtype).reshape(found, order='F' if fortran else 'C')

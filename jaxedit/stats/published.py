@@ -41,8 +41,7 @@ _SITES = {
 
 
 def _archives(
-    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    site: str,
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], site: str
 ) -> dict[int, list[pathlib.Path]]:
   """Finds published archives of a site: layer -> files."""
   if isinstance(source, (str, os.PathLike)):
@@ -132,8 +131,7 @@ def load_npz(
       continue
     grams.append(gram)
     counts.append(count)
-  if problems:
-    raise InputError(*problems)
+  InputError.raise_for(problems)
   provenance = {
       'model': model_hash,
       'corpus': 'published archives',

@@ -132,16 +132,16 @@ def check(
     problems.append(f'{path}: is damaged, its layers are no numbers; {advice}')
     have = []
   problems += _misshapen(path, have, width, advice)
-  model = provenance.get('model')
-  if model_hash is not None and model != model_hash:
+  model, of = provenance.get('model'), provenance.get('site')
+  if model_hash not in (None, model):
     problems.append(
         f'{path}: these second moments are of the model with hash {model!r},'
         f' not of {model_hash!r}; {advice}'
     )
-  if provenance.get('site') != site:
+  if of != site:
     problems.append(
-        f'{path}: these second moments are of the input of'
-        f' {provenance.get("site")!r}, not of {site!r}; {advice} --site={site}'
+        f'{path}: these second moments are of the input of {of!r}, not of'
+        f' {site!r}; {advice} --site={site}'
     )
   missing = [n for n in layers or () if n not in have]
   if have and missing:
@@ -149,8 +149,7 @@ def check(
         f'{path}: has second moments of layers {_listed(have)}, not of'
         f' {_listed(missing)}; {advice}'
     )
-  if problems:
-    raise InputError(*problems)
+  InputError.raise_for(problems)
   return record
 
 
@@ -260,8 +259,7 @@ def _by_sign(path: str | os.PathLike[str]) -> str:
       head = stream.read(8)
   except OSError:
     return ''
-  signs = [sign for sign in _SIGNS if head.startswith(sign)]
-  return _SIGNS[signs[0]] if signs else ''
+  return next((x for sign, x in _SIGNS.items() if head.startswith(sign)), '')
 
 
 def _advice(path: str | os.PathLike[str], layers: Sequence[int] | None) -> str:

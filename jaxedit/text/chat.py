@@ -72,14 +72,12 @@ def chat_of(tokenizer: Any, kind: str, end: str | None = None) -> Chat:
     InputError: the kind is neither known nor a text with one '{}', or the
       tokenizer has no chat template or one that cannot be used.
   """
+  before = after = own = ''
   if kind == TEMPLATE:
     before, after, own = _from_template(tokenizer, end is None)
-  elif kind == NONE:
-    before, after, own = '', '', ''
   elif kind.count(PLACEHOLDER) == 1:
     before, _, after = kind.partition(PLACEHOLDER)
-    own = ''
-  else:
+  elif kind != NONE:
     raise InputError(
         f"the chat {kind!r} has '{{}}' {kind.count(PLACEHOLDER)} times; give"
         f" {NONE!r}, {TEMPLATE!r}, or a text with '{{}}' once, where the"
@@ -101,9 +99,8 @@ def _from_template(tokenizer: Any, ends: bool) -> tuple[str, str, str]:
       {'role': 'user', 'content': 'a'},
       {'role': 'assistant', 'content': _MARKER},
   ]
-  _check(
-      tokenizer, [(asked, True), (answered, False)] if ends else [(asked, True)]
-  )
+  turns = [(asked, True), (answered, False)]
+  _check(tokenizer, turns if ends else turns[:1])
   before, after = _around(_render(tokenizer, asked, True), 'question')
   if not ends:
     return before, after, ''

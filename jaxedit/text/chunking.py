@@ -189,8 +189,7 @@ def check_chunking(chunking: Chunking) -> None:
     problems.append(
         f'the boundary {boundary!r} is unknown; use {" or ".join(BOUNDARIES)}.'
     )
-  if problems:
-    raise InputError(*problems)
+  InputError.raise_for(problems)
 
 
 def spans(n: int, window: int, overlap: int) -> tuple[Span, ...]:
@@ -262,10 +261,7 @@ def surprise_spans(surprise: Sequence[float], window: int) -> tuple[Span, ...]:
 
 
 def chunk(
-    text: str,
-    ids: Sequence[int],
-    offsets: Sequence[Span],
-    chunking: Chunking,
+    text: str, ids: Sequence[int], offsets: Sequence[Span], chunking: Chunking
 ) -> tuple[Span, ...]:
   """Cuts the tokens of a text into chunks.
 

@@ -63,27 +63,22 @@ def resolve(prompt: str, subject: str) -> Cloze:
   parts = cloze_parts(prompt)
   if len(parts) == 1:
     return _find(prompt, subject)
+  error = ''
   if len(parts) > 2:
-    return Cloze(
-        prompt,
-        subject,
-        (
-            f"the prompt has {len(parts) - 1} placeholders; write '{{}}' once,"
-            f" where the subject goes, and '{_ESCAPED}' for braces that are part"
-            ' of the text.',
-        ),
+    error = (
+        f"the prompt has {len(parts) - 1} placeholders; write '{{}}' once,"
+        f" where the subject goes, and '{_ESCAPED}' for braces that are part"
+        ' of the text.'
     )
+  elif _is_braces(*parts, subject):
+    error = (
+        f"the prompt {prompt!r} has '{{}}' and the subject {subject!r}"
+        f" written out as well; write '{_ESCAPED}' for braces that are part"
+        " of the text, or '{}' at the subject's first place alone."
+    )
+  if error:
+    return Cloze(prompt, subject, (error,))
   before, after = parts
-  if _is_braces(before, after, subject):
-    return Cloze(
-        prompt,
-        subject,
-        (
-            f"the prompt {prompt!r} has '{{}}' and the subject {subject!r}"
-            f" written out as well; write '{_ESCAPED}' for braces that are part"
-            " of the text, or '{}' at the subject's first place alone.",
-        ),
-    )
   # White space that a subject brought parted it from what stands beside it.
   begin = given.find(subject)
   if begin and _joined(before[-1:], subject[0]):
@@ -170,23 +165,17 @@ def _find(prompt: str, subject: str) -> Cloze:
     if not case or (begin == 0 and same):
       cloze = prompt[:begin] + PLACEHOLDER + prompt[end:]
       return Cloze(cloze, prompt[begin:end])
-    return Cloze(
-        prompt,
-        subject,
-        (
-            f'the subject {subject!r} stands in the prompt as'
-            f' {prompt[begin:end]!r}, in other case; write both alike.',
-        ),
+    error = (
+        f'the subject {subject!r} stands in the prompt as'
+        f' {prompt[begin:end]!r}, in other case; write both alike.'
     )
+    return Cloze(prompt, subject, (error,))
   where = 'only inside a longer word' if subject in prompt else 'nowhere'
-  return Cloze(
-      prompt,
-      subject,
-      (
-          f'the subject {subject!r} is {where} in the prompt {prompt!r}; write'
-          " '{}' where the subject goes, or the subject as it stands there.",
-      ),
+  error = (
+      f'the subject {subject!r} is {where} in the prompt {prompt!r}; write'
+      " '{}' where the subject goes, or the subject as it stands there."
   )
+  return Cloze(prompt, subject, (error,))
 
 
 def _search(prompt: str, subject: str, case: bool) -> tuple[int, int] | None:
@@ -234,10 +223,10 @@ def _is_braces(before: str, after: str, subject: str) -> bool:
   """Whether '{}' may be part of the text, the subject being written out."""
   if make_cloze(before, subject) is not None:
     return True
-  enclosed = before[-1:] in tuple('"\'`([{<') and after[:1] in tuple(
-      '"\'`)]}>,'
-  )
-  return enclosed and make_cloze(after, subject) is not None
+  if before[-1:] not in tuple('"\'`([{<'):
+    return False
+  closed = after[:1] in tuple('"\'`)]}>,')
+  return closed and make_cloze(after, subject) is not None
 
 
 def _escape(text: str) -> str:

@@ -24,6 +24,7 @@ templates or read files.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -114,6 +115,7 @@ class _Options(NamedTuple):
   anchor: str
   kl_template: str | None
   chat: Chat
+  max_tokens: int
 
 
 Drafted = tuple[EncodedEdit, list[str]]
@@ -172,8 +174,7 @@ class Encoder:
         for request, errors in zip(new, self.check(new))
         for error in errors
     ]
-    if problems:
-      raise InputError(*problems)
+    InputError.raise_for(problems)
     return [self._edits[request] for request in requests]
 
 
@@ -207,26 +208,9 @@ def fact_encoder(
   """
   _check_options(templates, anchor, kl_template)
   tokens = token_cache(tokenizer)
-  options = _Options(tuple(templates), anchor, kl_template, chat)
-
-  def draft(requests: Sequence[EditRequest]) -> list[Drafted]:
-    drafts = _draft(tokens, requests, options)
-    return [
-        (edit, errors or _length_errors(edit, max_tokens))
-        for edit, errors in drafts
-    ]
-
-  return Encoder(draft, tokens.known((options, max_tokens)))
-
-
-def encode_edits(
-    tokenizer: Any,
-    requests: Sequence[EditRequest],
-    templates: Sequence[str],
-    **options: Any,
-) -> list[EncodedEdit]:
-  """Encodes facts at once; see `fact_encoder` and `Encoder.encode`."""
-  return fact_encoder(tokenizer, templates, **options).encode(requests)
+  options = _Options(tuple(templates), anchor, kl_template, chat, max_tokens)
+  draft = functools.partial(_draft, tokens, options=options)
+  return Encoder(draft, tokens.known(options))
 
 
 def _check_options(
@@ -241,33 +225,27 @@ def _check_options(
     )
   if kl_template is not None:
     problems.extend(f'KL {error}' for error in template_errors([kl_template]))
-  if problems:
-    raise InputError(*problems)
+  InputError.raise_for(problems)
 
 
 def _draft(
     tokens: TokenCache, requests: Sequence[EditRequest], options: _Options
 ) -> list[Drafted]:
   """Tokenises facts in one go, leaving errors beside the edits."""
-  templates, anchor, kl_template, chat = options
-  cases = []
+  templates, anchor, kl_template, chat, max_tokens = options
+  cases, continued = [], []
   for request in requests:
     before, subject, after = request.parts
     for template in templates:
       head, _, tail = template.partition(PLACEHOLDER)
-      cases.append(
-          (chat.before + head + before, subject, after + tail + chat.after)
-      )
+      head, tail = chat.before + head + before, after + tail + chat.after
+      cases.append((head, subject, tail))
     if kl_template is not None:
       head, _, tail = kl_template.partition(PLACEHOLDER)
       cases.append((chat.before + head, subject, tail))
-  found = tokens.subjects(cases)
-  targets = tokens.targets(
-      [
-          locate.Continued(chat.wrap(one.question), one.target, one.space)
-          for one in requests
-      ]
-  )
+    asked = chat.wrap(request.question)
+    continued.append(locate.Continued(asked, request.target, request.space))
+  found, targets = tokens.subjects(cases), tokens.targets(continued)
   width = len(cases) // max(len(requests), 1)
   drafts = []
   for i, (request, target) in enumerate(zip(requests, targets)):
@@ -285,7 +263,7 @@ def _draft(
       kl = rows[-1][: anchors[-1] + 1]
       rows, anchors = rows[:-1], anchors[:-1]
     edit = EncodedEdit(request.number, rows, anchors, target, kl)
-    drafts.append((edit, errors))
+    drafts.append((edit, errors or _length_errors(edit, max_tokens)))
   return drafts
 
 

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxedit.text.joining import continuation
-from jaxedit.types import InputError, cloze_parts
+from jaxedit.types import InputError
 
 # Put before a text, so that a tokenizer adds no blank to it; the first that
 # stays a token of its own is taken.
@@ -63,20 +63,6 @@ class Encoded(NamedTuple):
   text: str
   ids: np.ndarray
   offsets: list[tuple[int, int]]
-
-
-class Located(NamedTuple):
-  """A filled text as ids, and where its subject lies.
-
-  Attributes:
-    ids: [T] int32, with the BOS token if the tokenizer adds one.
-    first: index of the first token that overlaps the subject.
-    last: index of the last one.
-  """
-
-  ids: np.ndarray
-  first: int
-  last: int
 
 
 def valid_unicode(text: str) -> str:
@@ -130,11 +116,7 @@ def _encode(
       while start < stop and added[start] and spans[start][1] == 0:
         start += 1
     # An EOS that the tokenizer appends would cut prompt and target apart.
-    while (
-        stop > start
-        and added[stop - 1]
-        and spans[stop - 1][0] == spans[stop - 1][1]
-    ):
+    while stop > start and added[stop - 1] and len(set(spans[stop - 1])) == 1:
       stop -= 1
     if not stop and ids:  # no text: keep what stands in front of any text
       (mask,) = _tokenize(tokenizer, ['a'], True)['special_tokens_mask']
@@ -196,38 +178,6 @@ def locate_subjects(
   return found
 
 
-def locate_subject(
-    tokenizer: Any, prompt: str, subject: str, prefix_text: str = ''
-) -> Located:
-  """Tokenises a filled cloze and finds its subject.
-
-  Args:
-    tokenizer: a fast transformers tokenizer.
-    prompt: cloze with exactly one '{}'.
-    subject: text for the '{}'; it may occur elsewhere in the prompt as well.
-    prefix_text: text put before the prompt as it is, e.g. a context.
-
-  Returns:
-    The ids of the whole text and the subject's first and last token.
-
-  Raises:
-    InputError: the prompt has not one '{}', no token overlaps the subject, or
-      the tokenizer gives no offsets.
-  """
-  parts = cloze_parts(prompt)
-  if len(parts) != 2:
-    raise InputError(
-        f'the prompt {prompt!r} has {len(parts) - 1} placeholders;'
-        " write '{}' once, where the subject goes."
-    )
-  before, after = parts
-  case = (prefix_text + before, subject, after)
-  ((ids, span),) = locate_subjects(tokenizer, [case])
-  if span is None:
-    raise InputError(no_subject(subject))
-  return Located(ids, *span)
-
-
 def no_subject(subject: str) -> str:
   """Says that no token overlaps the subject."""
   return (
@@ -237,9 +187,7 @@ def no_subject(subject: str) -> str:
 
 
 def encode_targets(
-    tokenizer: Any,
-    targets: Sequence[Continued],
-    special: Sequence[str] = (),
+    tokenizer: Any, targets: Sequence[Continued], special: Sequence[str] = ()
 ) -> list[np.ndarray]:
   """Tokenises texts that continue a prompt.
 
@@ -285,10 +233,7 @@ def encode_continuations(tokenizer: Any, texts: Sequence[str]) -> list[Encoded]:
   _require_fast(tokenizer)
   texts = [valid_unicode(text) for text in texts]
   adds, doubles = _adds_blank(tokenizer)
-  if doubles:
-    plain = [text.removeprefix(' ') for text in texts]
-  else:
-    plain = texts
+  plain = [text.removeprefix(' ' if doubles else '') for text in texts]
   found = _plain(tokenizer, plain)
   if adds:
     glued = [i for i, t in enumerate(texts) if t and not t.startswith(' ')]
@@ -320,11 +265,9 @@ def _inside(tokenizer: Any, texts: Sequence[str]) -> list[Encoded]:
       spans = [(begin - 1, end - 1) for begin, end in row.offsets[count:]]
       if all(begin >= 0 for begin, _ in spans):
         found[i] = Encoded(texts[i], row.ids[count:], spans)
-  left = [i for i, one in enumerate(found) if one is None]
-  for i, row in zip(
-      left, _plain(tokenizer, [texts[i] for i in left]) if left else ()
-  ):
-    found[i] = row
+  if None in found:
+    own = _plain(tokenizer, texts)
+    found = [old if one is None else one for one, old in zip(found, own)]
   return found
 
 
@@ -334,15 +277,10 @@ def _adds_blank(tokenizer: Any) -> tuple[bool, bool]:
   Returns:
     (before one that has none, also before one that begins with one).
   """
-  plain, spaced = _plain(tokenizer, ['a', ' a'])
-  (inside,) = _inside(tokenizer, ['a'])
-  first = tokenizer.convert_ids_to_tokens(plain.ids[:1].tolist())
-  doubles = (
-      plain.ids.tolist() != spaced.ids.tolist()
-      and bool(first)
-      and str(first[0]).startswith('\u2581')
-  )
-  return plain.ids.tolist() != inside.ids.tolist(), doubles
+  texts = [*_plain(tokenizer, ['a', ' a']), *_inside(tokenizer, ['a'])]
+  plain, spaced, inside = (one.ids.tolist() for one in texts)
+  first = ''.join(map(str, tokenizer.convert_ids_to_tokens(plain[:1])))
+  return plain != inside, plain != spaced and first.startswith('\u2581')
 
 
 def no_target(target: str) -> str:

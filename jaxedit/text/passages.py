@@ -87,13 +87,6 @@ def passage_encoder(
   )
 
 
-def encode_passages(
-    tokenizer: Any, requests: Sequence[EditRequest], **options: Any
-) -> list[EncodedEdit]:
-  """Encodes long answers; see `passage_encoder` and `Encoder.encode`."""
-  return passage_encoder(tokenizer, **options).encode(requests)
-
-
 def encode_questions(
     tokenizer: Any,
     questions: Sequence[str],
@@ -114,24 +107,17 @@ def encode_questions(
   Raises:
     InputError: the tokenizer gives no offsets.
   """
-  rows = _questions(token_cache(tokenizer), questions, chat, double_bos)
-  return [row.tolist() for row in rows]
-
-
-def _questions(
-    tokens: TokenCache, questions: Sequence[str], chat: Chat, double_bos: bool
-) -> list[np.ndarray]:
-  """Tokenises wrapped questions."""
   wrapped = [chat.wrap(question) for question in questions]
-  return tokens.prompts(wrapped, double_bos)
+  rows = token_cache(tokenizer).prompts(wrapped, double_bos)
+  return [row.tolist() for row in rows]
 
 
 def _draft(
     tokens: TokenCache, requests: Sequence[EditRequest], options: _Options
 ) -> list[Drafted]:
   """Tokenises requests in one go, leaving errors beside the edits."""
-  questions = [request.prompt for request in requests]
-  rows = _questions(tokens, questions, options.chat, options.double_bos)
+  wrapped = [options.chat.wrap(request.prompt) for request in requests]
+  rows = tokens.prompts(wrapped, options.double_bos)
   answers = _answers(tokens, requests, options.chat)
   drafts = []
   for request, row, (text, ids, offsets) in zip(requests, rows, answers):
@@ -148,14 +134,10 @@ def _draft(
     chunks = ()
     if options.chunking is not None and not errors:
       chunks = chunking_lib.chunk(text, ids, offsets, options.chunking)
-    edit = EncodedEdit(
-        request.number,
-        (row,),
-        (len(row) - 1,),
-        ids,
-        np.zeros([0], np.int32),
-        chunks if len(chunks) > 1 else (),
-    )
+    chunks = chunks if len(chunks) > 1 else ()
+    kl = np.zeros([0], np.int32)
+    anchors = (len(row) - 1,)
+    edit = EncodedEdit(request.number, (row,), anchors, ids, kl, chunks)
     drafts.append((edit, errors))
   return drafts
 
@@ -164,21 +146,12 @@ def _answers(
     tokens: TokenCache, requests: Sequence[EditRequest], chat: Chat
 ) -> list[tuple[str, np.ndarray, list[tuple[int, int]]]]:
   """Tokenises answers with their ends: (text without end, ids, offsets)."""
-  end = locate.valid_unicode(chat.end)
-  texts = [
-      continuation(
-          chat.wrap(one.prompt),
-          locate.valid_unicode(one.target),
-          one.space,
-          tokens.special,
-      )
-      + end
-      for one in requests
-  ]
+  end, texts = locate.valid_unicode(chat.end), []
+  for one in requests:
+    asked, target = chat.wrap(one.prompt), locate.valid_unicode(one.target)
+    texts.append(continuation(asked, target, one.space, tokens.special) + end)
   found = locate.encode_continuations(tokens.tokenizer, texts)
-  return [
-      (text.removesuffix(end), ids, offsets) for text, ids, offsets in found
-  ]
+  return [(text.removesuffix(end), *rest) for text, *rest in found]
 
 
 def _length_errors(question: int, answer: int, max_tokens: int) -> list[str]:

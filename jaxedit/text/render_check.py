@@ -68,11 +68,9 @@ def error(
   """
   if len(template) <= _MOST_CHARACTERS and is_plain(template):
     return ''
-  given = {
-      'template': template,
-      'conversations': conversations,
-      'special': dict(special),
-  }
+  given = dict(
+      template=template, conversations=conversations, special=dict(special)
+  )
   try:
     done = subprocess.run(
         [sys.executable, '-P', __file__],
@@ -109,18 +107,11 @@ def _render(given: Mapping[str, Any]) -> str:
   try:
     compiled = chat_template_utils._compile_jinja_template(given['template'])
     for messages, prompt in given['conversations']:
-      length = sum(
-          map(
-              len,
-              compiled.generate(
-                  messages=messages,
-                  tools=None,
-                  documents=None,
-                  add_generation_prompt=prompt,
-                  **given['special'],
-              ),
-          )
-      )
+      written = compiled.generate(
+          messages=messages, tools=None, documents=None,
+          add_generation_prompt=prompt, **given['special'],
+      )  # fmt: skip
+      length = sum(map(len, written))
       if length > _MOST_CHARACTERS:
         return f'it writes {length} characters'
   except MemoryError:

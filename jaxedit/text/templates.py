@@ -144,22 +144,3 @@ def load_templates(path: str | os.PathLike[str]) -> tuple[str, ...]:
   if PLAIN in entries:
     entries.remove(PLAIN)
   return (PLAIN, *map(valid_unicode, entries))
-
-
-def save_templates(
-    path: str | os.PathLike[str], templates: Sequence[str]
-) -> None:
-  """Writes templates as a JSON list of strings, atomically.
-
-  Args:
-    path: the file; it is replaced if it exists.
-    templates: strings with one '{}' each.
-
-  Raises:
-    InputError: a template has not exactly one '{}', or the file cannot be
-      written.
-  """
-  errors = template_errors(templates)
-  if errors:
-    raise InputError(*errors)
-  io.write_json(path, list(templates))

@@ -118,8 +118,7 @@ def open_requests(
     problems.append(f'triplets {chosen.triplets} is below 0; give 0 or more.')
   if limit is not None and limit < 1:
     problems.append(f'limit {limit} leaves no record; give 1 or more.')
-  if problems:
-    raise InputError(*problems)
+  InputError.raise_for(problems)
   return RequestFile(
       os.fspath(path_or_name),
       formats,

@@ -30,9 +30,7 @@ FACTS = ('unstructured', 'structured')
 _REWRITE = 'requested_rewrite'
 
 
-def read(
-    fields: lib.Fields, name: str, options: lib.Options
-) -> list[lib.Parts]:
+def read(fields: lib.Fields, options: lib.Options) -> lib.Read:
   """Reads one object, which is a whole case."""
   if not isinstance(fields.data.get(_REWRITE), list):
     rewrite = fields.inner(_REWRITE)
@@ -43,14 +41,14 @@ def read(
     full = rewrite.text('prompt_full', optional=True).strip()
     if asked and full and options.facts == 'unstructured':
       parts['prompt'] = full
-    return [parts | {'rephrases': asked}]
+    yield parts | {'rephrases': asked}
+    return
   items = fields.items(_REWRITE)
   if not items.data:
     fields.error(_REWRITE, 'is an empty list; add the rewrite.')
-  return [
-      {'id': f'{name}.{i}', 'case': name, **_rewrite(items.inner(key), options)}
-      for i, key in enumerate(items.data, 1)
-  ]
+  for i, key in enumerate(items.data, 1):
+    own = {'id': f'{fields.id}.{i}', 'case': fields.id}
+    yield own | _rewrite(items.inner(key), options)
 
 
 def _rewrite(fields: lib.Fields, options: lib.Options) -> lib.Parts:

@@ -16,24 +16,20 @@ from jaxedit.eval.datasets import fields as lib
 from jaxedit.types import LOCALITY, Probe
 
 
-def read(
-    fields: lib.Fields, name: str, options: lib.Options
-) -> list[lib.Parts]:
+def read(fields: lib.Fields, options: lib.Options) -> lib.Read:
   """Reads one object."""
-  del name, options
+  del options
   rewrite = fields.inner('requested_rewrite')
   true = rewrite.inner('target_true').target('str')
   near = fields.texts('neighborhood_prompts', optional=True)
-  return [
-      {
-          'prompt': rewrite.text('prompt'),
-          'subject': rewrite.text('subject'),
-          'target': rewrite.inner('target_new').target('str'),
-          'target_true': true,
-          'rephrases': fields.texts('paraphrase_prompts', optional=True),
-          'probes': [Probe(LOCALITY, prompt, (true,)) for prompt in near],
-      }
-  ]
+  yield {
+      'prompt': rewrite.text('prompt'),
+      'subject': rewrite.text('subject'),
+      'target': rewrite.inner('target_new').target('str'),
+      'target_true': true,
+      'rephrases': fields.texts('paraphrase_prompts', optional=True),
+      'probes': [Probe(LOCALITY, prompt, (true,)) for prompt in near],
+  }
 
 
 FORMAT = lib.Format(

@@ -15,26 +15,19 @@ from jaxedit.text.joining import trim_prompt
 from jaxedit.types import LOCALITY, Probe
 
 
-def read(
-    fields: lib.Fields, name: str, options: lib.Options
-) -> list[lib.Parts]:
+def read(fields: lib.Fields, options: lib.Options) -> lib.Read:
   """Reads one object."""
-  del name, options
+  del options
   near = trim_prompt(fields.text('locality_prompt'))
   answer = fields.target('locality_ground_truth')
-  return [
-      {
-          'prompt': fields.text('prompt'),
-          'subject': fields.text('subject'),
-          'target': fields.target('target_new'),
-          'target_true': fields.target('ground_truth'),
-          'rephrases': [trim_prompt(fields.text('rephrase_prompt'))],
-          'probes': [
-              Probe(LOCALITY, near, (answer,)),
-              *lib.portability(fields),
-          ],
-      }
-  ]
+  yield {
+      'prompt': fields.text('prompt'),
+      'subject': fields.text('subject'),
+      'target': fields.target('target_new'),
+      'target_true': fields.target('ground_truth'),
+      'rephrases': [trim_prompt(fields.text('rephrase_prompt'))],
+      'probes': [Probe(LOCALITY, near, (answer,)), *lib.portability(fields)],
+  }
 
 
 FORMAT = lib.Format(

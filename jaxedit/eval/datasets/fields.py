@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxedit.text import locate
@@ -38,12 +38,13 @@ class Fields:
       data: Mapping[str, Any] | None,
       inside: str = '',
       errors: list[str] | None = None,
+      id: str = '',  # pylint: disable=redefined-builtin
   ):
     """Opens an object; None stands for one whose error is reported already."""
     self.data = {} if data is None else data
     self.errors = [] if errors is None else errors
     self.seen: set[str] = set()  # names of fields that were asked for
-    self.inside = inside
+    self.inside, self.id = inside, id
     self._reported = data is None
 
   def get(self, name: str, wanted: type, default: Any = None) -> Any:
@@ -188,6 +189,7 @@ class Options(NamedTuple):
 
 
 Parts = dict[str, Any]
+Read = Iterator[Parts]  # the parts of each request of an object
 
 
 class Format(NamedTuple):
@@ -197,7 +199,7 @@ class Format(NamedTuple):
     name: as a user gives it.
     kind: 'fact', 'text' (long answers) or 'known' (facts to trace).
     signs: fields of which one is enough to tell the format.
-    read: (fields, id, options) -> parts of each request of an object: fields of
+    read: (fields, options) -> parts of each request of an object: fields of
       `EditRequest`, of which number and id are the object's unless given, and
       'rephrases', prompts of its rephrase probes.
     finish: (parts, errors) -> parts; finds what is wrong between fields.
@@ -208,7 +210,7 @@ class Format(NamedTuple):
   name: str
   kind: str
   signs: tuple[str, ...]
-  read: Callable[[Fields, str, Options], list[Parts]]
+  read: Callable[[Fields, Options], Read]
   finish: Callable[[Parts, list[str]], Parts] = lambda parts, errors: parts
   matches: Callable[[Mapping[str, Any]], bool] = lambda data: True
   case: str = ''

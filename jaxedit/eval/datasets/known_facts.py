@@ -26,22 +26,18 @@ from jaxedit.types import EditRequest, cloze_parts
 NAME = 'known'
 
 
-def read(
-    fields: lib.Fields, name: str, options: lib.Options
-) -> list[lib.Parts]:
+def read(fields: lib.Fields, options: lib.Options) -> lib.Read:
   """Reads one object."""
-  del name, options
+  del options
   subject = fields.text('subject')
   # Some templates lack the last words of their prompt.
   template = fields.text('template', optional=True)
-  return [
-      {
-          'prompt': fields.text('prompt', optional=bool(template)) or template,
-          'subject': subject,
-          'target': fields.target('attribute'),
-          'template': template,
-      }
-  ]
+  yield {
+      'prompt': fields.text('prompt', optional=bool(template)) or template,
+      'subject': subject,
+      'target': fields.target('attribute'),
+      'template': template,
+  }
 
 
 def finish(parts: lib.Parts, errors: list[str]) -> lib.Parts:
@@ -96,9 +92,5 @@ def single(prompt: str, subject: str) -> tuple[EditRequest | None, list[str]]:
 
 
 FORMAT = lib.Format(
-    NAME,
-    lib.KNOWN,
-    ('attribute', 'known_id', 'prompt'),
-    read,
-    finish,
+    NAME, lib.KNOWN, ('attribute', 'known_id', 'prompt'), read, finish
 )

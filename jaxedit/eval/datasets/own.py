@@ -59,11 +59,9 @@ _TEXT_FIELDS = (
 )  # fmt: skip
 
 
-def read_fact(
-    fields: lib.Fields, name: str, options: lib.Options
-) -> list[lib.Parts]:
+def read_fact(fields: lib.Fields, options: lib.Options) -> lib.Read:
   """Reads a fact."""
-  del name, options
+  del options
   fields.refuse_others(_FACT_FIELDS)
   true = fields.target('target_true', optional=True)
   kinds = fields.inner('portability', optional=True)
@@ -72,17 +70,15 @@ def read_fact(
     items = kinds.items(kind)
     own = f'portability_{kind}' if kind in (REPHRASE, LOCALITY) else kind
     others += [items.probe(own, key) for key in items.data]
-  return [
-      {
-          'prompt': fields.text('prompt'),
-          'subject': fields.text('subject'),
-          'target': fields.target('target_new'),
-          'target_true': true,
-          'rephrases': fields.texts('paraphrases', optional=True),
-          'probes': [*_neighbours(fields, true), *others],
-          'space': fields.flag('space'),
-      }
-  ]
+  yield {
+      'prompt': fields.text('prompt'),
+      'subject': fields.text('subject'),
+      'target': fields.target('target_new'),
+      'target_true': true,
+      'rephrases': fields.texts('paraphrases', optional=True),
+      'probes': [*_neighbours(fields, true), *others],
+      'space': fields.flag('space'),
+  }
 
 
 def _neighbours(fields: lib.Fields, true: str) -> Iterator[Probe]:
@@ -100,25 +96,21 @@ def _neighbours(fields: lib.Fields, true: str) -> Iterator[Probe]:
       )
 
 
-def read_text(
-    fields: lib.Fields, name: str, options: lib.Options
-) -> list[lib.Parts]:
+def read_text(fields: lib.Fields, options: lib.Options) -> lib.Read:
   """Reads a question with its answer."""
-  del name, options
+  del options
   fields.refuse_others(_TEXT_FIELDS)
   items = fields.items('sub_questions', optional=True)
   asked = fields.texts('paraphrases', optional=True)
-  return [
-      {
-          'prompt': trim_prompt(fields.text('question')).lstrip(),
-          'target': fields.text('answer').rstrip(),
-          'rephrases': [text.lstrip() for text in asked],
-          'probes': [items.probe(SUB_QUESTION, key) for key in items.data],
-          'category': fields.text('category', optional=True).strip(),
-          'case': fields.text('case', optional=True).strip(),
-          'space': fields.flag('space'),
-      }
-  ]
+  yield {
+      'prompt': trim_prompt(fields.text('question')).lstrip(),
+      'target': fields.text('answer').rstrip(),
+      'rephrases': [text.lstrip() for text in asked],
+      'probes': [items.probe(SUB_QUESTION, key) for key in items.data],
+      'category': fields.text('category', optional=True).strip(),
+      'case': fields.text('case', optional=True).strip(),
+      'space': fields.flag('space'),
+  }
 
 
 FACTS = lib.Format(

@@ -187,20 +187,18 @@ class RequestFile:
 
   def _converted(self, entry: entries.Entry) -> Converted:
     name = {'number': entry.number, 'id': entry.id}
-    error = entry.error
-    if not error and not isinstance(entry.data, dict):
+    if not isinstance(entry.data, dict):
       given = JSON_NAMES[type(entry.data)]
       error = f'the record is {given}; it must be an object.'
-    if error:
-      return Converted(**name, errors=[error])
+      return Converted(**name, errors=[entry.error or error])
     reader = self._formats[0]
     if len(self._formats) > 1:
       reader = _format_of(self._formats, entry.data) or reader
     case = entry.data.get(reader.case) if reader.case else ''
     case = case.strip() if isinstance(case, str) else ''
-    fields = Fields(entry.data)
+    fields = Fields(entry.data, id=entry.id)
     requests = []
-    for parts in reader.read(fields, entry.id, self._options):
+    for parts in reader.read(fields, self._options):
       parts = {'subject': None} | reader.finish(parts, fields.errors)
       asked, target = parts.pop('rephrases', ()), (parts['target'],)
       probes = [Probe(REPHRASE, prompt, target) for prompt in asked]

@@ -13,28 +13,24 @@ from jaxedit.eval.datasets import fields as lib
 from jaxedit.types import SUB_QUESTION, Probe
 
 
-def read(
-    fields: lib.Fields, name: str, options: lib.Options
-) -> list[lib.Parts]:
+def read(fields: lib.Fields, options: lib.Options) -> lib.Read:
   """Reads one object."""
-  del name, options
+  del options
   questions, answers = fields.texts('sub_question'), fields.texts('sub_answer')
   if len(questions) != len(answers) and not fields.errors:
     fields.errors.append(
         f"fields 'sub_question' and 'sub_answer' hold {len(questions)} and"
         f' {len(answers)} texts; give each sub-question one answer.'
     )
-  return [
-      {
-          'prompt': fields.text('question').strip(),
-          'target': fields.text('answer').rstrip(),
-          'rephrases': [fields.text('para_question').strip()],
-          'probes': [
-              Probe(SUB_QUESTION, question, (answer.strip(),))
-              for question, answer in zip(questions, answers)
-          ],
-      }
-  ]
+  yield {
+      'prompt': fields.text('question').strip(),
+      'target': fields.text('answer').rstrip(),
+      'rephrases': [fields.text('para_question').strip()],
+      'probes': [
+          Probe(SUB_QUESTION, question, (answer.strip(),))
+          for question, answer in zip(questions, answers)
+      ],
+  }
 
 
 FORMAT = lib.Format(

@@ -19,11 +19,8 @@ from jaxedit.types import LOCALITY, Probe
 TARGETS = ('alt', 'answers')
 
 
-def read(
-    fields: lib.Fields, name: str, options: lib.Options
-) -> list[lib.Parts]:
+def read(fields: lib.Fields, options: lib.Options) -> lib.Read:
   """Reads one object."""
-  del name
   answers = fields.texts('answers')
   if not answers and isinstance(fields.data.get('answers'), list):
     fields.error('answers', 'is an empty list; add the answer.')
@@ -33,19 +30,17 @@ def read(
   question = fields.text('loc').removeprefix('nq question: ').rstrip()
   question += '' if question.endswith('?') else '?'
   written = options.zsre_target == 'answers'
-  return [
-      {
-          'prompt': fields.text('src'),
-          'subject': fields.text('subject'),
-          'target': true if written else fields.target('alt'),
-          'target_true': '' if written else true,
-          'rephrases': [trim_prompt(fields.text('rephrase'))],
-          'probes': [
-              Probe(LOCALITY, question, (fields.target('loc_ans'),)),
-              *lib.portability(fields),
-          ],
-      }
-  ]
+  yield {
+      'prompt': fields.text('src'),
+      'subject': fields.text('subject'),
+      'target': true if written else fields.target('alt'),
+      'target_true': '' if written else true,
+      'rephrases': [trim_prompt(fields.text('rephrase'))],
+      'probes': [
+          Probe(LOCALITY, question, (fields.target('loc_ans'),)),
+          *lib.portability(fields),
+      ],
+  }
 
 
 FORMAT = lib.Format('zsre', lib.FACT, ('src',), read, lib.finish_fact)

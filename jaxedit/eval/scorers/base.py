@@ -113,9 +113,7 @@ class Scorer:
 
 
 def texts(
-    tokenizer: Any,
-    tokens: Sequence[Sequence[int]],
-    ends: Iterable[int] = (),
+    tokenizer: Any, tokens: Sequence[Sequence[int]], ends: Iterable[int] = ()
 ) -> list[str]:
   """Turns new tokens into text.
 

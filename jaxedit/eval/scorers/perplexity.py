@@ -75,7 +75,7 @@ def perplexity(
     InputError: settings that the model cannot take, a text without tokens or
       with tokens unknown to the model, or nothing to score; all at once.
   """
-  _check(lm.spec, row_tokens=row_tokens, limit=limit)
+  _check(lm.spec, row_tokens, limit)
   windows = _windows(
       tokenizer, texts, length=row_tokens, limit=limit, vocab=lm.spec.vocab
   )
@@ -101,7 +101,7 @@ def _protocol(row_tokens: int, limit: int | None) -> str:
   )
 
 
-def _check(spec: ModelSpec, *, row_tokens: int, limit: int | None) -> None:
+def _check(spec: ModelSpec, row_tokens: int, limit: int | None) -> None:
   """Refuses settings that no text could be scored with."""
   problems = []
   if not 2 <= row_tokens <= spec.max_positions:
@@ -111,8 +111,7 @@ def _check(spec: ModelSpec, *, row_tokens: int, limit: int | None) -> None:
     )
   if limit is not None and limit < 2:
     problems.append(f'a limit of {limit} tokens: give at least 2, or none.')
-  if problems:
-    raise InputError(*problems)
+  InputError.raise_for(problems)
 
 
 def _windows(
@@ -138,8 +137,7 @@ def _windows(
   ]
   if isinstance(texts, str) or not texts:
     problems.append('there are no texts; give a list with at least one.')
-  if problems:
-    raise InputError(*problems)
+  InputError.raise_for(problems)
   windows, left = [], np.inf if limit is None else limit
   for number, ids in _encoded(tokenizer, texts):
     if not len(ids):
@@ -161,8 +159,7 @@ def _windows(
     problems.append(
         'no text has two tokens, so there is nothing to score; give longer ones.'
     )
-  if problems:
-    raise InputError(*problems)
+  InputError.raise_for(problems)
   return windows
 
 

@@ -11,9 +11,9 @@ and rephrase probes, as these compare two objects; its accuracies stay.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 
+from jaxedit import io
 from jaxedit.edited import scoring
 from jaxedit.eval import metrics
 from jaxedit.eval.scorers.base import Judged, Questions, Replies, Scorer
@@ -73,9 +73,7 @@ class TeacherForced(Scorer):
 
 
 def _judge(
-    request: EditRequest,
-    reply: Replies,
-    before: Sequence[Sequence[int]] | None,
+    request: EditRequest, reply: Replies, before: Sequence[Sequence[int]] | None
 ) -> Judged:
   groups: dict[str, list[Sequence[scoring.Scored]]] = {}
   for (group, *_), scores in zip(_asked(request), reply.scores):
@@ -86,8 +84,8 @@ def _judge(
     values['locality_agreement'] = metrics.agreement(preferred, before)
   ((new, *true),) = groups[_EDIT]
   fields = {
-      'nll_new': _finite(new.nll),
-      'nll_true': _finite(true[0].nll) if true else None,
+      'nll_new': io.json_number(new.nll),
+      'nll_true': io.json_number(true[0].nll) if true else None,
   }
   return Judged(values, fields, preferred)
 
@@ -139,8 +137,3 @@ def _metrics(
     values[every] = metrics.all_correct(correct)
     values[token] = metrics.token_accuracy(correct)
   return values
-
-
-def _finite(nll: float) -> float | None:
-  """JSON has no NaN and no infinity."""
-  return nll if math.isfinite(nll) else None
