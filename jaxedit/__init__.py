@@ -11,19 +11,9 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
-    'api': (
-        'EditedModel',
-        'edit',
-        'editor',
-        'evaluate',
-        'load',
-    ),
+    'api': ('EditedModel', 'edit', 'editor', 'evaluate', 'load'),
     'deltas': ('Codebook', 'Dense', 'Edited', 'LowRank', 'Neurons', 'Routed'),
-    'edited': (
-        'LanguageModel',
-        'apply_model',
-        'open_model',
-    ),
+    'edited': ('LanguageModel', 'apply_model', 'open_model'),
     'eval.datasets': ('load_requests',),
     'methods.registry': ('METHODS',),
     'types': ('EditRequest', 'InputError', 'Probe'),

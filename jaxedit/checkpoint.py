@@ -103,8 +103,7 @@ class Checkpoint:
         found = manager.restore(
             step,
             args=ocp.args.Composite(
-                arrays=ocp.args.StandardRestore(),
-                record=ocp.args.JsonRestore(),
+                arrays=ocp.args.StandardRestore(), record=ocp.args.JsonRestore()
             ),
         )
       read, said = found['arrays'].get('arrays', {}), found['record']

@@ -102,10 +102,7 @@ def measure(
   scoring = judges.judges_of(setup)
   # Chosen now, when the preconditioners have their place in memory.
   plan = plan_batches(
-      model,
-      setup.edits,
-      slots=setup.config.slots,
-      memory=setup.config.memory,
+      model, setup.edits, slots=setup.config.slots, memory=setup.config.memory
   )
   stages = stages_lib.edit_stages(setup, plan)
   merging = []  # independent edits are not merged

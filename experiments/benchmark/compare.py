@@ -15,6 +15,7 @@ both sides, which differ by the linear algebra alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -34,6 +35,10 @@ from jaxedit.solve.ridge import LowRankUpdate
 from jaxedit.targets.budget import plan_batches
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import Progress, Targets
+
+# Names of the numbers of an edit.
+_SECONDS = ('seconds', 'first_seconds', 'torch_seconds')
+_FLOPS = ('flops', 'torch_flops')
 
 
 @dataclasses.dataclass
@@ -75,55 +80,36 @@ class Comparison:
 
   def ours(self, state: Any, targets: Targets, progress: Progress) -> None:
     """Times our insertion of these edits."""
-    part = jax.tree.map(lambda x: x[: self.states], targets)
-    self.changes, seconds = _insert(self, state, part, progress)
+    self.changes, seconds = _insert(self, state, targets, progress)
     self.insert_seconds.append(seconds)
 
   def theirs(self, progress: Progress) -> None:
     """Takes torch's turn."""
     recipe, found = self.setup.recipe, []
+    layer, target = recipe.layers[-1], recipe.target
     with progress('torch optimize', self.count, 'edit') as advance:
       for edit in self.edits:
         found.append(
             torch_baseline.optimize(
-                self.model,
-                edit,
-                layer=recipe.layers[-1],
-                config=recipe.target,
+                self.model, edit, layer=layer, config=target
             )
         )
         advance(1)
     self.found.append([state for states in found for state in states])
     (moments,) = self.setup.resources.values()
-    grams = [np.array(moments.layer(n)) for n in recipe.layers]
+    insert = functools.partial(
+        torch_baseline.insert,
+        self.model,
+        layers=recipe.layers,
+        grams=[np.array(moments.layer(n)) for n in recipe.layers],
+        weight=recipe.preconditioner.weight,
+        texts=recipe.texts,
+        progress=progress,
+    )
     batches = [(self.edits, self.found[-1])]
     if self.setup.independent:
       batches = [([edit], states) for edit, states in zip(self.edits, found)]
-    self.inserted.append(
-        [
-            torch_baseline.insert(
-                self.model,
-                edits,
-                layers=recipe.layers,
-                z=np.stack([state.z for state in states]),
-                grams=grams,
-                weight=recipe.preconditioner.weight,
-                texts=recipe.texts,
-                progress=progress,
-            )
-            for edits, states in batches
-        ]
-    )
-
-  def _same(self, state: Any, targets: Targets, progress: Progress) -> float:
-    """Solves from torch's states on our side too; the largest difference."""
-    part = jax.tree.map(lambda x: x[: self.states], targets)
-    part = part.replace(z=np.stack([one.z for one in self.found[-1]]))
-    changes, _ = _insert(self, state, part, progress)
-    return difference(changes, self._their_changes())
-
-  def _their_changes(self) -> list[np.ndarray]:
-    return [x for one in self.inserted[-1] for x in one.changes]
+    self.inserted.append([insert(x, z=_wanted(y)) for x, y in batches])
 
   def facts(
       self,
@@ -134,23 +120,21 @@ class Comparison:
       progress: Progress,
   ) -> dict[str, Any]:
     """Everything that was found, as plain numbers."""
-    same = self._same(state, targets, progress)
-    parts = {
-        'optimize': self._optimize(targets, stages),
-        'insert': self._insertion(),
-    }
+    theirs = [x for one in self.inserted[-1] for x in one.changes]
+    wanted = _wanted(self.found[-1])
+    same, _ = _insert(self, state, targets, progress, z=wanted)
+    optimize, insert = self._optimize(targets, stages), self._insertion()
     return {
         'torch': torch_model.require().__version__,
         'torch_tf32': torch_model.tf32(),
         'edits': self.count,
-        **parts,
-        'both': _both(*parts.values()),
-        'agreement': agreement(targets, self.found[-1])
-        | {
-            'change_difference': difference(
-                self.changes, self._their_changes()
-            ),
-            'change_difference_same_states': same,
+        'optimize': optimize,
+        'insert': insert,
+        'both': _both(optimize, insert),
+        'agreement': {
+            **agreement(targets, self.found[-1]),
+            'change_difference': difference(self.changes, theirs),
+            'change_difference_same_states': difference(same, theirs),
         },
     }
 
@@ -174,12 +158,9 @@ class Comparison:
     first = share * sum(stage.seconds[0] for stage in parts)
     turns = [sum(one.seconds for one in turn) for turn in self.found]
     torch = statistics.median(turns) / self.count
-    return _sides(warm, first, torch) | {
-        'flops': ours / self.count,
-        'torch_flops': theirs / self.count,
-        'flop_ratio': theirs / ours,
-        'torch_flops_a_second': theirs / self.count / torch,
-    }
+    flops = [ours / self.count, theirs / self.count]
+    rate = {'torch_flops_a_second': flops[1] / torch}
+    return _sides((warm, first, torch), flops) | rate
 
   def _insertion(self) -> dict[str, float]:
     """Seconds an edit and FLOPs of both sides."""
@@ -197,11 +178,8 @@ class Comparison:
     ) + costs.solve_flops(spec, len(layers), solved)
     tokens = sum(one.tokens for one in self.inserted[-1])
     theirs = sum(loops.loop_insert_flops(spec, len(layers), tokens, solved))
-    return _sides(warm / n, self.insert_seconds[0] / n, torch / n) | {
-        'flops': ours / n,
-        'torch_flops': theirs / n,
-        'flop_ratio': theirs / ours,
-    }
+    seconds = (warm / n, self.insert_seconds[0] / n, torch / n)
+    return _sides(seconds, (ours / n, theirs / n))
 
 
 def build(setup: Setup, count: int) -> Comparison:
@@ -216,61 +194,68 @@ def build(setup: Setup, count: int) -> Comparison:
   """
   model, dtype = setup.model, dtype_of(setup)
   if setup.random:
-    torch = torch_model.from_params(
-        model.config, model.spec, model.params, dtype
-    )
+    given = (model.config, model.spec, model.params)
+    torch = torch_model.from_params(*given, dtype)
   else:
     torch = torch_model.load(model.folder, dtype)
   return Comparison(setup, torch, min(count, len(setup.edits)))
 
 
-def _sides(warm: float, first: float, torch: float) -> dict[str, float]:
-  """Seconds an edit of both sides."""
+def _sides(
+    seconds: Sequence[float], flops: Sequence[float]
+) -> dict[str, float]:
+  """Seconds (warm, first, torch's) and FLOPs (ours, theirs) of an edit."""
+  warm, first, torch = seconds
   return {
-      'seconds': warm,
-      'first_seconds': first,
-      'torch_seconds': torch,
+      **dict(zip(_SECONDS, seconds)),
       'ratio': torch / warm,
       'ratio_with_compile': torch / first,
+      **dict(zip(_FLOPS, flops)),
+      'flop_ratio': flops[1] / flops[0],
   }
 
 
 def _both(*parts: dict[str, float]) -> dict[str, float]:
   """The parts of an edit together."""
-  total = lambda name: sum(part[name] for part in parts)
-  sides = _sides(
-      total('seconds'), total('first_seconds'), total('torch_seconds')
-  )
-  flops, torch = total('flops'), total('torch_flops')
-  return sides | {
-      'flops': flops,
-      'torch_flops': torch,
-      'flop_ratio': torch / flops,
-  }
+  total = lambda names: [sum(part[name] for part in parts) for name in names]
+  return _sides(total(_SECONDS), total(_FLOPS))
+
+
+def _wanted(states: Sequence[torch_baseline.Found]) -> np.ndarray:
+  """[M, D] torch's states."""
+  return np.stack([one.z for one in states])
 
 
 def _insert(
-    comparison: Comparison, state: Any, targets: Targets, progress: Progress
+    comparison: Comparison,
+    state: Any,
+    targets: Targets,
+    progress: Progress,
+    *,
+    z: np.ndarray | None = None,
 ) -> tuple[list[np.ndarray], float]:
-  """Our insertion of the compared edits: the changes, and seconds."""
+  """Our insertion of the compared edits: the changes, and seconds.
+
+  States are those of `targets` unless `z` has others.
+  """
   setup, count = comparison.setup, comparison.count
-  model, group = (setup.model.spec, setup.model.params), None
-  if setup.independent:
-    group = range(count)
-  batch = EditBatch(
-      comparison.edits, plan_batches(setup.model, comparison.edits), group
+  targets = jax.tree.map(lambda x: x[: comparison.states], targets)
+  if z is not None:
+    targets = targets.replace(z=z)
+  plan = plan_batches(setup.model, comparison.edits)
+  group = range(count) if setup.independent else None
+  insert = functools.partial(
+      closed_form.insert,
+      setup.model.spec,
+      setup.model.params,
+      setup.recipe,
+      state,
+      EditBatch(comparison.edits, plan, group),
+      targets=targets,
+      active=np.ones(comparison.states, bool),
+      progress=progress,
   )
-  written, seconds = timed(
-      lambda: closed_form.insert(
-          *model,
-          setup.recipe,
-          state,
-          batch,
-          targets=targets,
-          active=np.ones(comparison.states, bool),
-          progress=progress,
-      )
-  )
+  written, seconds = timed(insert)
   solved = written.deltas
   if not setup.independent:
     return list(map(_matrix, solved)), seconds

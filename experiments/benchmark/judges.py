@@ -7,6 +7,7 @@ changed. The texts themselves are not looked at.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from experiments.benchmark.setup import Setup
@@ -54,10 +55,9 @@ class Evaluation:
     )
     tokens = sum(query.tokens for query in self._queries)
     scored = sum(query.scored for query in self._queries)
+    flops = costs.score_flops(spec, tokens, scored)
     self.stage = Stage('evaluate', 'edit', len(setup.edits))
-    self.stage.flops = {
-        dtype_of(setup): costs.score_flops(spec, tokens, scored)
-    }
+    self.stage.flops = {dtype_of(setup): flops}
     self.stage.bytes = costs.model_bytes(
         spec, spec.layers, itemsize(setup), head=True
     )
@@ -89,19 +89,17 @@ class Answers:
 
   def __call__(self, edited: Edited, progress: Progress) -> None:
     """Lets every changed model answer its own question, and times it."""
-    edits = self._setup.edits
-    lm = edited_lib.open_model(
-        self._setup.model, edited, batch_size=self._batch
+    edits, model = self._setup.edits, self._setup.model
+    lm = edited_lib.open_model(model, edited, batch_size=self._batch)
+    answer = functools.partial(
+        lm.generate,
+        [edit.rows[0].tolist() for edit in edits],
+        max_new_tokens=self._setup.settings.max_new_tokens,
+        stop_ids=self._stop,
+        edit_ids=range(len(edits)),
+        progress=progress,
     )
-    texts, seconds = timed(
-        lambda: lm.generate(
-            [edit.rows[0].tolist() for edit in edits],
-            max_new_tokens=self._setup.settings.max_new_tokens,
-            stop_ids=self._stop,
-            edit_ids=range(len(edits)),
-            progress=progress,
-        )
-    )
+    texts, seconds = timed(answer)
     self._count([len(text) for text in texts])
     self.stage.seconds.append(seconds)
     self.stage.peak = peak_bytes()

@@ -62,12 +62,9 @@ class Preset:
 # Fields that hold layers, heads, key and value heads, width and MLP width.
 _GPT_FIELDS = ('n_layer', 'n_head', None, 'n_embd', None)
 _LLAMA_FIELDS = (
-    'num_hidden_layers',
-    'num_attention_heads',
-    'num_key_value_heads',
-    'hidden_size',
-    'intermediate_size',
-)
+    'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads',
+    'hidden_size', 'intermediate_size',
+)  # fmt: skip
 _FIXED = TargetConfig(steps=25, threshold=0.0)
 
 PRESETS: dict[str, Preset] = {

@@ -6,10 +6,12 @@ figure in BENCHMARKS.md does. Nothing here measures.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import pathlib
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -45,12 +47,10 @@ def hardware() -> str:
 
 def _processor() -> str:
   """The processor's name."""
-  try:
-    for line in pathlib.Path('/proc/cpuinfo').read_text().splitlines():
-      if line.startswith('model name'):
-        return line.partition(':')[2].strip()
-  except OSError:
-    pass
+  with contextlib.suppress(OSError):
+    about = pathlib.Path('/proc/cpuinfo').read_text()
+    if found := re.search(r'^model name\s*:\s*(.+)', about, re.MULTILINE):
+      return found[1].strip()
   return platform.processor() or platform.machine()
 
 
@@ -116,7 +116,7 @@ def section(results: Mapping[str, Any]) -> str:
       *_table(results),
       '',
       *_whole_lines(results['stages']),
-      *_optimize_lines(results),
+      _optimize_line(results),
       *_answer_lines(results),
   ]
   if results.get('baseline'):
@@ -206,7 +206,7 @@ def _seconds(value: float) -> str:
   return f'{value * 1e9:.3g} ns'
 
 
-def _optimize_lines(results: Mapping[str, Any]) -> list[str]:
+def _optimize_line(results: Mapping[str, Any]) -> str:
   """What lies behind the row of value optimisation."""
   stage = next(s for s in results['stages'] if s['name'] == 'optimize')
   more, floor = stage['more'], sum(stage['flops'].values())
@@ -233,7 +233,7 @@ def _optimize_lines(results: Mapping[str, Any]) -> list[str]:
         ' Activations in float32 take two products of bfloat16 where one is'
         ' counted, or on a CPU products of float32.'
     )
-  return [text]
+  return text
 
 
 def _answer_lines(results: Mapping[str, Any]) -> list[str]:
@@ -371,20 +371,19 @@ def plot(results: Mapping[str, Any], folder: pathlib.Path) -> list[str]:
   return [f'plot: {path}' for path in paths]
 
 
-def _bars(
-    results: Mapping[str, Any],
-) -> list[tuple[str, dict[str, float]]]:
+def _bars(results: Mapping[str, Any]) -> list[tuple[str, dict[str, float]]]:
   """(label, stage -> seconds an edit) of every bar."""
   stages = {s['name']: s for s in results['stages'] if s['name'] in _PER_EDIT}
+  # Answers are counted by the token, a text an edit.
+  edits = {n: s['more'].get('texts', s['count']) for n, s in stages.items()}
+  shown = [name for name in _PER_EDIT if name in stages]
   an_edit = lambda key: {
-      # Answers are counted by the token, a text an edit.
-      name: stages[name][key]
-      / stages[name]['more'].get('texts', stages[name]['count'])
-      for name in _PER_EDIT
-      if name in stages
+      name: stages[name][key] / edits[name] for name in shown
   }
-  warm, compiling = an_edit('median_seconds'), an_edit('compile_seconds')
-  bars = [('jaxedit', warm), ('compilation, once', compiling)]
+  bars = [
+      ('jaxedit', an_edit('median_seconds')),
+      ('compilation, once', an_edit('compile_seconds')),
+  ]
   if results.get('baseline'):
     theirs = {
         name: results['baseline'][name]['torch_seconds']

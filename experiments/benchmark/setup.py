@@ -117,12 +117,8 @@ def prepare(
     InputError: anything that cannot be used.
   """
   preset = PRESETS[settings.preset]
-  source = hub.resolve(
-      config.model,
-      wheel=config.wheel,
-      revision=config.revision,
-      progress=progress,
-  )
+  given = {'wheel': config.wheel, 'revision': config.revision}
+  source = hub.resolve(config.model, progress=progress, **given)
   tokens = TokenCache(tokenizer.load_tokenizer(source))
   fields, layers = {}, preset.layers
   if preset.config:
@@ -164,18 +160,9 @@ def prepare(
     own = dataclasses.replace(config, **named)
     found = moments.find(own, model, tokens.tokenizer, need, progress=progress)
   return Setup(
-      config=config,
-      settings=settings,
-      task=task,
-      model=model,
-      tokenizer=tokens.tokenizer,
-      requests=requests,
-      edits=edits,
-      recipe=recipe,
-      editor=editor,
-      resources={need: found},
-      random=bool(fields),
-  )
+      config, settings, task, model, tokens.tokenizer, requests, edits, recipe,
+      editor, resources={need: found}, random=bool(fields),
+  )  # fmt: skip
 
 
 def _method(
@@ -187,11 +174,9 @@ def _method(
   if settings.value_steps:
     target = target._replace(steps=settings.value_steps)
   config = memit.MemitConfig(
-      layers=layers,
-      moment_weight=preset.moment_weight,
-      target=target,
+      layers=layers, moment_weight=preset.moment_weight, target=target,
       activations=settings.activations,
-  )
+  )  # fmt: skip
   if not settings.window:
     return config
   return anyedit(config, settings.window, settings.overlap)

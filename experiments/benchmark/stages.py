@@ -12,6 +12,7 @@ operating system's mark can be set back.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -66,21 +67,13 @@ class Stage:
     return statistics.median(self.seconds[1:] or self.seconds)
 
   @property
-  def spread(self) -> tuple[float, float]:
-    """Least and most seconds of a warm call."""
-    warm = self.seconds[1:] or self.seconds
-    return min(warm), max(warm)
-
-  @property
   def compile(self) -> float:
     """Seconds that the first call took longer."""
     return max(self.seconds[0] - self.median, 0.0)
 
-  def share(
-      self, ceilings: Mapping[str, float], flops: Mapping[str, float]
-  ) -> float:
-    """Fraction of the ceiling at which some FLOPs were done."""
-    ideal = sum(count / ceilings[dtype] for dtype, count in flops.items())
+  def share(self, ceilings: Mapping[str, float]) -> float:
+    """Fraction of the ceiling at which its FLOPs were done."""
+    ideal = sum(count / ceilings[dtype] for dtype, count in self.flops.items())
     return ideal / self.median
 
   def facts(self, ceilings: Mapping[str, float]) -> dict[str, Any]:
@@ -89,7 +82,7 @@ class Stage:
         **dataclasses.asdict(self),
         'median_seconds': self.median,
         'compile_seconds': self.compile,
-        'ceiling_share': self.share(ceilings, self.flops),
+        'ceiling_share': self.share(ceilings),
     }
 
 
@@ -122,18 +115,17 @@ def time_moments(setup: Setup, progress: Progress) -> Stage:
   stage.flops = _moment_flops(setup, stage.count)
   stage.bytes = costs.model_bytes(spec, layers[-1] + 1, itemsize(setup))
   stage.bytes += 2.0 * total.nbytes
+  add = functools.partial(
+      moments_lib.add_batch,
+      spec=spec,
+      params=setup.model.params,
+      batch=batch,
+      layers=layers,
+      site=setup.recipe.site,
+  )
   with progress('moments', calls, 'call') as advance:
     for _ in range(calls):
-      total, seconds = timed(
-          lambda total=total: moments_lib.add_batch(
-              total,
-              spec,
-              setup.model.params,
-              batch,
-              layers=layers,
-              site=setup.recipe.site,
-          )
-      )
+      total, seconds = timed(functools.partial(add, total))
       stage.seconds.append(seconds)
       advance(1)
   stage.peak = peak_bytes()

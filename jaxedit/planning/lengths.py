@@ -78,7 +78,8 @@ def lengths(edits: Sequence[EncodedEdit], texts: bool = False) -> Lengths:
   """
   found = []
   for edit in edits:
-    target, anchors = len(edit.target), _last_anchors(edit)
+    target, last = len(edit.target), edit.stages - 1
+    anchors = [edit.stage(last, c).anchor for c in range(len(edit.rows))]
     whole = sum(len(row) + target for row in edit.rows)
     found.append(
         Lengths(
@@ -92,11 +93,6 @@ def lengths(edits: Sequence[EncodedEdit], texts: bool = False) -> Lengths:
         )
     )
   return Lengths(*_columns(found, len(Lengths._fields)))
-
-
-def _last_anchors(edit: EncodedEdit) -> list[int]:
-  last = edit.stages - 1
-  return [edit.stage(last, c).anchor for c in range(len(edit.rows))]
 
 
 def _columns(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
@@ -140,9 +136,7 @@ def systems(
     A system an edit, or one of all.
   """
   sizes = lengths(edits, texts)
-  preserved = (
-      sizes.keys - sizes.states if texts else np.zeros_like(sizes.states)
-  )
+  preserved = (sizes.keys - sizes.states) * texts
   if independent:
     return [System(int(m), int(p)) for m, p in zip(sizes.states, preserved)]
   return [System(int(sizes.states.sum()), int(preserved.sum()))]

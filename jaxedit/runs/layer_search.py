@@ -163,18 +163,13 @@ def compare(
   Returns:
     'difference' of scores, other - one, and its 95% interval 'low', 'high'.
   """
-  low, high = statistics.paired_difference(
-      *(
-          np.array([[r.get(n) for n in METRICS] for r in t.records], np.float64)
-          for t in (one, other)
-      ),
-      lambda drawn: metrics.harmonic_mean(np.nanmean(drawn, axis=1)),
-      seed=seed,
-      resamples=resamples,
+  by_fact = lambda trial: np.array(
+      [[r.get(name) for name in METRICS] for r in trial.records], np.float64
   )
+  low, high = statistics.paired_difference(
+      by_fact(one), by_fact(other),
+      lambda drawn: metrics.harmonic_mean(np.nanmean(drawn, axis=1)),
+      seed=seed, resamples=resamples,
+  )  # fmt: skip
   difference = other.metrics['score'] - one.metrics['score']
-  return {
-      'difference': float(difference),
-      'low': float(low),
-      'high': float(high),
-  }
+  return {'difference': difference, 'low': float(low), 'high': float(high)}

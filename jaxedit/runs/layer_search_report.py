@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxedit import io
 from jaxedit.runs.layer_search import METRICS, Trial, ranked
 from jaxedit.trace import figures, results
 
@@ -62,7 +63,7 @@ def rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
       {
           'layers': list(one.layers),
           **one.metrics,
-          'distance': results.number(one.distance),
+          'distance': io.json_number(one.distance),
       }
       for one in trials
   ]
@@ -82,8 +83,7 @@ def document(
           for one in trials
       },
       'effects': {
-          name: [results.number(x) for x in effect]
-          for name, effect in effects.items()
+          name: results.numbers(effect) for name, effect in effects.items()
       },
   }
 

@@ -131,21 +131,16 @@ def sources(config: RunConfig, resources: Mapping[Need, Any]) -> dict[str, Any]:
     if isinstance(need, base.Moments):
       found['moments'] = {**value.provenance, 'tokens': value.count}
     elif isinstance(need, base.PreservedTexts):
-      found['preserved'] = {
-          'corpus': config.preserve,
-          'texts': len(value),
-          'ids_digest': digest(*value),
-      }
+      found['preserved'] = dict(
+          corpus=config.preserve, texts=len(value), ids_digest=digest(*value)
+      )
     elif isinstance(need, base.TextEncoder):
       found['encoder'] = {'hash': value.model.hash}
     elif isinstance(need, base.Demonstrations):
-      found['demonstrations'] = {
-          'file': config.demonstrations,
-          'records': len(value),
-      }
-    elif isinstance(need, base.Tokenizer):
-      pass
-    else:
+      found['demonstrations'] = dict(
+          file=config.demonstrations, records=len(value)
+      )
+    elif not isinstance(need, base.Tokenizer):
       found |= need.source(value)
   return found or {'moments': {'corpus': 'none', 'tokens': 0}}
 

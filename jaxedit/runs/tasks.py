@@ -205,12 +205,9 @@ class TextTask(_Task):
 
   def words(self, tokenizer: Any) -> dict[str, Any]:
     """How questions are asked."""
-    return {
-        'chat': chat_of(
-            self.config, tokenizer, chat_lib.TEMPLATE, self.config.answer_end
-        ),
-        'double_bos': self.double_bos,
-    }
+    config, kind = self.config, chat_lib.TEMPLATE
+    chat = chat_of(config, tokenizer, kind, config.answer_end)
+    return {'chat': chat, 'double_bos': self.double_bos}
 
   def load(
       self, tokens: TokenCache, spec: ModelSpec, progress: Progress
@@ -304,17 +301,16 @@ class TextTask(_Task):
       return ()
     if model is not None and self.config.encoder != 'none':
       encoder = hub.load_encoder(self.config.encoder)
-    return (
-        LongForm(
-            tokens,
-            stop_ids=stop,
-            sub_questions=self.config.sub_questions,
-            encoder=encoder,
-            decoding=self.config.decoding,
-            max_new_tokens=self.max_new_tokens,
-            **words,
-        ),
+    scorer = LongForm(
+        tokens,
+        stop_ids=stop,
+        sub_questions=self.config.sub_questions,
+        encoder=encoder,
+        decoding=self.config.decoding,
+        max_new_tokens=self.max_new_tokens,
+        **words,
     )
+    return (scorer,)
 
   def protocol(self, tokenizer: Any, contexts: Sequence[str]) -> dict[str, Any]:
     """How answers are judged, for results.json."""
@@ -412,15 +408,11 @@ def sample_contexts(model: Model, tokenizer: Any, seed: int) -> tuple[str, ...]:
 
   def sample(prompts: list[str], seed: int, length: int) -> list[str]:
     starts = [tokenizer(prompt)['input_ids'] for prompt in prompts]
+    new = length - min(map(len, starts))
     texts = decode.generate(
-        model.spec,
-        model.params,
-        starts,
-        max_new_tokens=length - min(map(len, starts)),
-        temperature=1.0,
-        top_k=5,
-        seed=seed,
-    )
+        model.spec, model.params, starts,
+        max_new_tokens=new, temperature=1.0, top_k=5, seed=seed,
+    )  # fmt: skip
     whole = [(s + t)[:length] for s, t in zip(starts, texts)]
     return tokenizer.batch_decode(whole, skip_special_tokens=True)
 

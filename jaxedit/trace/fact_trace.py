@@ -55,25 +55,17 @@ def trace_facts(
     if not restorations:
       continue
     run = functools.partial(
-        causal.trace,
-        model.spec,
-        model.params,
-        placement=model.placement,
-        restorations=restorations,
-        mode=facts.MODES[config.noise_mode],
-        progress=progress,
-    )
+        causal.trace, model.spec, model.params,
+        placement=model.placement, restorations=restorations,
+        mode=facts.MODES[config.noise_mode], progress=progress,
+    )  # fmt: skip
     tokens = [(case.end - 1,) for case in cases] if alone else None
     names = [one.name for one in restorations]
     found, spent = _resumed(run, names, cases, tokens, pieces, timer)
     parts.append(found)
     seconds += spent
-  traced = [
-      same[0]._replace(
-          scores={k: grid for one in same for k, grid in one.scores.items()}
-      )
-      for same in zip(*parts)
-  ]
+  scores = lambda same: {k: x for one in same for k, x in one.scores.items()}
+  traced = [same[0]._replace(scores=scores(same)) for same in zip(*parts)]
   found, missed = collect(tokenizer, picked, traced)
   return results.FactTraces(
       config, tuple(found), tuple(missed), cases, traced, seconds
@@ -172,9 +164,7 @@ def _cases(
 
 
 def collect(
-    tokenizer: Any,
-    picked: Sequence[EncodedFact],
-    traced: Sequence[Traced],
+    tokenizer: Any, picked: Sequence[EncodedFact], traced: Sequence[Traced]
 ) -> tuple[list[results.TracedFact], list[dict[str, Any]]]:
   """(traced facts, those left out as their numbers are not finite)."""
   found, missed = [], []

@@ -126,14 +126,11 @@ def effect_lines(average: effects.Average, *, name: str, window: int) -> Any:
       mean, half = average.mean[row], average.half_width[row]
       if np.isnan(mean).all():
         continue
-      x, strong = np.arange(len(mean)), row in _STRONG
       axes.plot(
-          x,
-          mean,
-          color=_LINES[row],
-          linewidth=2 if strong else 1.2,
+          np.arange(len(mean)), mean, color=_LINES[row],
+          linewidth=2 if row in _STRONG else 1.2,
           label=f'{role} ({average.count[row]})',
-      )
+      )  # fmt: skip
       _band(axes, mean, half, color=_LINES[row])
     _effects(axes)
     _layers(axes, average.mean.shape[1], name, window)

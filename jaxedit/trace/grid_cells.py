@@ -132,12 +132,8 @@ def choose_budget(
   Returns:
     N.
   """
-  totals = []
-  for lengths, entry in groups:
-    totals += (
-        list(np.bincount(entry, lengths).astype(int)) if len(entry) else []
-    )
-  totals = [total for total in totals if total]
+  counts = [np.bincount(entry, lengths) for lengths, entry in groups]
+  totals = [int(total) for count in counts for total in count if total]
   longest = max((int(x.max()) for x, _ in groups if len(x)), default=1)
   if not totals:
     return longest

@@ -74,14 +74,13 @@ class Grids:
       high, low = np.asarray(found.high), np.asarray(found.low)
       low = low.reshape(group.size, self.draws, -1)
       scores = {}
-      for restoration in self.restorations:
-        shape, rows = plans[restoration.name]
-        total, reported = self._sum(
-            group, found, restoration, (shape, *rows[number]), done
-        )
-        self._fill(group, found, restoration, low=low, total=total)
-        scores[restoration.name] = total
-        cells = sum(len(self.wanted[i]) for i in group.indices)
+      cells = sum(len(self.wanted[i]) for i in group.indices)
+      for one in self.restorations:
+        shape, rows = plans[one.name]
+        plan = (shape, *rows[number])
+        total, reported = self._sum(group, found, one, plan, done)
+        self._fill(group, found, one, low=low, total=total)
+        scores[one.name] = total
         done(self.spec.layers * cells - reported)
       for i, index in enumerate(group.indices):
         case = self.cases[index]
@@ -110,18 +109,11 @@ class Grids:
       scored[i, :k] = len(case.ids) - k + np.arange(k)
       labels[i, :k] = case.labels
     return partial_run.tables(
-        self.spec,
-        self.params,
-        ids,
-        valid,
-        noise,
-        corrupted=corrupted,
-        scored=scored,
-        labels=labels,
-        mode=self.mode,
+        self.spec, self.params, ids, valid, noise,
+        corrupted=corrupted, scored=scored, labels=labels, mode=self.mode,
         parts=partial_run.parts_of(self.restorations),
         entries=any(one.part == 'attn' for one in self.restorations),
-    )
+    )  # fmt: skip
 
   def _plan(self, groups: Sequence[Group], restoration: Restoration) -> Any:
     """(shape of all tiles, (rows, tiles) of every group)."""
@@ -133,12 +125,9 @@ class Grids:
         for mine, length in rows
     ]
     most = max((p.stop - p.start for part in parts for p in part), default=1)
-    shape = cells_lib.Shape(
-        rows=most,
-        token_budget=token_budget,
-        width=max((int(x.max()) for x, _ in sizes if len(x)), default=1),
-        scored=max(len(case.labels) for case in self.cases),
-    )
+    width = max((int(x.max()) for x, _ in sizes if len(x)), default=1)
+    scored = max(len(case.labels) for case in self.cases)
+    shape = cells_lib.Shape(most, token_budget, width, scored)
     return shape, [(mine, part) for (mine, _), part in zip(rows, parts)]
 
   def _rows(
@@ -234,11 +223,11 @@ class Grids:
       low: np.ndarray,
   ) -> list[float]:
     """Scores of restoring the first scored column in the last layer."""
-    mine = [self.cases[i] for i in group.indices]
-    first = np.zeros(group.size, np.int32)
-    label = np.zeros(group.size, np.int32)
-    for i, case in enumerate(mine):
-      first[i], label[i] = len(case.ids) - len(case.labels), case.labels[0]
+    counts = [len(self.cases[i].labels) for i in group.indices]
+    first, label = np.zeros((2, group.size), np.int32)
+    for i, index in enumerate(group.indices):
+      first[i] = len(self.cases[index].ids) - counts[i]
+      label[i] = self.cases[index].labels[0]
     spread = lambda x: np.repeat(x, self.draws)
     out = partial_run.edge(
         self.spec, self.params, found, spread(first), spread(label),
@@ -246,10 +235,7 @@ class Grids:
     )  # fmt: skip
     low = np.array(low)
     low[:, :, 0] = np.asarray(out).reshape(group.size, self.draws)
-    return [
-        np.mean(_score(low[i, :, : len(case.labels)]))
-        for i, case in enumerate(mine)
-    ]
+    return [np.mean(_score(low[i, :, :k])) for i, k in enumerate(counts)]
 
 
 def _score(logprob: np.ndarray) -> np.ndarray:

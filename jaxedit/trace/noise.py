@@ -44,34 +44,23 @@ class Noise(NamedTuple):
     kind: 'gaussian' or 'uniform'.
     scale: standard deviation of the gaussian, or largest value of the uniform,
       in units of the embedding.
+    relative: whether `scale` is a number of standard deviations of the
+      embeddings, so that `level` needs to know them.
   """
 
   kind: str
   scale: float
+  relative: bool = False
 
 
-class Level(NamedTuple):
-  """A noise level as it is written.
-
-  Attributes:
-    kind: 'gaussian' or 'uniform'.
-    size: a scale, or a number of standard deviations of the embeddings.
-    relative: whether it is the latter, so that `level` needs to know them.
-  """
-
-  kind: str
-  size: float
-  relative: bool
-
-
-def parse(text: str) -> Level:
+def parse(text: str) -> Noise:
   """Reads a noise level, without a model.
 
   Args:
     text: 's3', '0.1' or 'u0.1', see above.
 
   Returns:
-    The level.
+    The noise, as it is written.
 
   Raises:
     InputError: the text is none of these, or the number is not above 0.
@@ -89,7 +78,7 @@ def parse(text: str) -> Level:
         ' each above 0'
     )
   kind = 'uniform' if prefix == 'u' else 'gaussian'
-  return Level(kind, size, relative=prefix == 's')
+  return Noise(kind, size, relative=prefix == 's')
 
 
 def errors(text: str, flag: str) -> list[str]:
@@ -115,15 +104,15 @@ def level(text: str, std: float | None = None) -> Noise:
   Raises:
     InputError: the text is wrong, or relative and there is no `std`.
   """
-  parsed = parse(text)
-  if not parsed.relative:
-    return Noise(parsed.kind, parsed.size)
+  noise = parse(text)
+  if not noise.relative:
+    return noise
   if std is None or not 0 < std < math.inf:
     raise InputError(
         f'noise level {text!r} is a number of standard deviations of the'
         f' embeddings, and theirs is {std}; give a level without s'
     )
-  return Noise(parsed.kind, parsed.size * float(std))
+  return Noise(noise.kind, noise.scale * float(std))
 
 
 def embedding_std(params: Params, ids: Sequence[int]) -> float:

@@ -156,13 +156,9 @@ def _attend_clean(
   def body(h, xs):
     layer, restored, after = xs
     wanted = jnp.repeat(restored, draws, axis=0)
+    set_attention = lambda site, x: wanted if site == 'attn' else x
     out, _ = decoder.run_layer(
-        spec,
-        params,
-        h,
-        layout,
-        layer=layer,
-        intervene=lambda site, x: wanted if site == 'attn' else x,
+        spec, params, h, layout, layer=layer, intervene=set_attention
     )
     return after, out
 
@@ -208,14 +204,8 @@ def run_cells(
   first = _restored(
       found, restoration.part, packed.entry, packed.cell_ids, packed.token
   )
-  return run_rows(
-      spec,
-      params,
-      found,
-      packed,
-      first,
-      hold=_holder(found, packed, restoration),
-  )
+  hold = _holder(found, packed, restoration)
+  return run_rows(spec, params, found, packed, first, hold=hold)
 
 
 def _holder(
@@ -285,15 +275,9 @@ def run_rows(
 
     kv = [x[number, packed.cell_ids] for x in (found.key, found.value)]
     return decoder.run_layer(
-        spec,
-        params,
-        h,
-        rows,
-        layer=number,
-        prefix=(*kv, before),
-        intervene=intervene,
-        outputs=outputs,
-    )[0]
+        spec, params, h, rows, layer=number, prefix=(*kv, before),
+        intervene=intervene, outputs=outputs,
+    )[0]  # fmt: skip
 
   h = jax.lax.fori_loop(packed.entry + 1, last, lambda i, h: layer(h, i), h)
   h = layer(h, jnp.int32(last), packed.outputs)

@@ -93,13 +93,11 @@ def noisy_cases(
   asked = [edit.rows[0][slice(*span)] for edit, span in zip(edits, spans)]
   std = noise.embedding_std(model.params, np.concatenate(asked))
   found = noise.level(level, std)
-  draw = lambda tokens: noise.draw(
-      found, (draws, tokens, model.spec.width), seed
-  )
-  cases = [
-      chunk_cases(edit, span, draw(span[1] - span[0]))
-      for edit, span in zip(edits, spans)
-  ]
+  cases = []
+  for edit, (first, end) in zip(edits, spans):
+    shape = (draws, end - first, model.spec.width)
+    drawn = noise.draw(found, shape, seed)
+    cases.append(chunk_cases(edit, (first, end), drawn))
   return cases, found
 
 
@@ -201,7 +199,7 @@ def by_distance(
             'to': high,
             'count': len(rows),
             'moved': dict(zip(map(str, layers), mean.tolist())),
-            'half_width_95': [results.number(x) for x in half],
+            'half_width_95': results.numbers(half),
         }
     )
   return table

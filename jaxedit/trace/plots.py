@@ -81,13 +81,10 @@ def _average_jobs(
     shown = [i for i, count in enumerate(average.count) if count]
     jobs[f'average_map_{name}'] = functools.partial(
         figures.heat_map,
-        average.mean[shown],
-        [effects.CLASSES[i] for i in shown],
-        name=name,
-        window=window,
-        bar='average effect',
+        average.mean[shown], [effects.CLASSES[i] for i in shown],
+        name=name, window=window, bar='average effect',
         floor=min(0.0, float(average.mean[shown].min())),
-    )
+    )  # fmt: skip
     jobs[f'average_{name}'] = functools.partial(
         figures.effect_lines, average, name=name, window=window
     )
@@ -100,22 +97,21 @@ def _fact_jobs(
     found: Sequence[TracedFact], names: Sequence[str], window: int
 ) -> dict[str, Callable[[], Any]]:
   """Name -> what makes the figure, of facts."""
-  return {
-      f'fact_{one.fact.number:05}_{name}': functools.partial(
-          figures.heat_map,
-          one.result.scores[name],
-          [
-              figures.token_label(token, one.span[0] <= i < one.span[1])
-              for i, token in enumerate(one.tokens)
-          ],
-          name=name,
-          window=window,
-          bar=f'p({figures.token_label(one.said, False)})',
-          floor=one.result.low,
+  jobs: dict[str, Callable[[], Any]] = {}
+  for one in found:
+    rows = [
+        figures.token_label(token, one.span[0] <= i < one.span[1])
+        for i, token in enumerate(one.tokens)
+    ]
+    draw = functools.partial(
+        figures.heat_map, labels=rows, window=window, floor=one.result.low,
+        bar=f'p({figures.token_label(one.said, False)})',
+    )  # fmt: skip
+    for name in names:
+      jobs[f'fact_{one.fact.number:05}_{name}'] = functools.partial(
+          draw, one.result.scores[name], name=name
       )
-      for one in found
-      for name in names
-  }
+  return jobs
 
 
 def save(

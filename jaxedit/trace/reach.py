@@ -134,19 +134,12 @@ def _reach(
   tokens, valid = padded([ids], 1, width)
   column = np.minimum(text.start - 1 + np.arange(scored_width), len(ids) - 1)
   wanted = np.pad(labels, (0, scored_width - count))[None]
+  noise = np.zeros((1, pushes, width, spec.width), np.float32)
   found = partial_run.tables(
-      spec,
-      params,
-      tokens,
-      valid,
-      np.zeros((1, pushes, width, spec.width), np.float32),
-      corrupted=np.zeros_like(valid),
-      scored=column[None],
-      labels=wanted,
-      mode='add',
-      parts=partial_run.parts_of((HIDDEN,)),
-      entries=False,
-  )
+      spec, params, tokens, valid, noise,
+      corrupted=np.zeros_like(valid), scored=column[None], labels=wanted,
+      mode='add', parts=partial_run.parts_of((HIDDEN,)), entries=False,
+  )  # fmt: skip
   shape = cells_lib.Shape(
       pushes, pushes * scored_width, scored_width, scored_width
   )

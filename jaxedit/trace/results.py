@@ -15,11 +15,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxedit.io import json_number
 from jaxedit.trace import effects
 from jaxedit.trace.causal import Case, Traced
 from jaxedit.trace.facts import EncodedFact, TraceConfig
@@ -110,7 +111,7 @@ class FactTraces:
         },
         'high': float(np.mean([one.high for one in found])),
         'low': float(np.mean([one.low for one in found])),
-        'total_effect': {'mean': mean, 'half_width_95': number(half)},
+        'total_effect': {'mean': mean, 'half_width_95': json_number(half)},
         'average_effects': {
             name: _by_role(average) for name, average in self.averages.items()
         },
@@ -190,8 +191,8 @@ def _by_role(average: effects.Average) -> dict[str, Any]:
   return {
       effects.CLASSES[row]: {
           'facts': int(average.count[row]),
-          'mean': _numbers(average.mean[row]),
-          'half_width_95': _numbers(average.half_width[row]),
+          'mean': numbers(average.mean[row]),
+          'half_width_95': numbers(average.half_width[row]),
           'peak': _peak(average, row),
       }
       for row in _roles(average)
@@ -202,7 +203,7 @@ def _peak(average: effects.Average, row: int) -> dict[str, Any]:
   """The layer at which a role's average effect is largest."""
   mean, half = average.mean[row], average.half_width[row]
   layer = int(np.argmax(mean))
-  mean, half = _numbers([mean[layer], half[layer]])
+  mean, half = numbers([mean[layer], half[layer]])
   return {'layer': layer, 'mean': mean, 'half_width_95': half}
 
 
@@ -268,10 +269,6 @@ def interval(mean: float, half_width_95: float | None) -> str:
   return f'{mean:+.3f} \N{PLUS-MINUS SIGN} {half_width_95:.3f}'
 
 
-def number(value: float) -> float | None:
-  """A number that JSON can hold."""
-  return float(value) if np.isfinite(value) else None
-
-
-def _numbers(values: Sequence[float]) -> list[float | None]:
-  return [number(value) for value in values]
+def numbers(values: Iterable[float]) -> list[float | None]:
+  """Numbers that JSON can hold."""
+  return [json_number(value) for value in values]

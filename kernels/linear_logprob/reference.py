@@ -14,10 +14,7 @@ import jax.numpy as jnp
 
 
 def linear_logprob(
-    x: jax.Array,
-    kernel: jax.Array,
-    bias: jax.Array | None,
-    labels: jax.Array,
+    x: jax.Array, kernel: jax.Array, bias: jax.Array | None, labels: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Scores labels under a linear head.
 
