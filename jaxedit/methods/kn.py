@@ -255,10 +255,10 @@ def _probability(
         return x
       return jnp.where((own == layer)[:, None], mlp.astype(x.dtype), x)
 
-    prior = (clean.key[layer], clean.value[layer], prefix)
+    earlier = (clean.key[layer], clean.value[layer], prefix)
     h, _ = decoder.run_layer(
         spec, params, h, layout,
-        layer=layer, prefix=prior, intervene=intervene,
+        layer=layer, prefix=earlier, intervene=intervene,
     )  # fmt: skip
     return h, None
 
