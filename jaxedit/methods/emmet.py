@@ -17,8 +17,7 @@ from jaxedit.methods.closed_form import (
     Recipe,
     closed_form_method,
 )
-from jaxedit.methods.memit import MemitConfig
-from jaxedit.methods.settings import redefault, setting
+from jaxedit.methods.settings import setting
 from jaxedit.solve.preconditioner import Covariance
 
 
@@ -36,8 +35,13 @@ class EmmetConfig(ClosedFormConfig):
   layers: tuple[int, ...] = setting(
       (5,), 'layers to edit, ascending', source='GPT-J'
   )
-  moment_weight: float = redefault(
-      MemitConfig, 'moment_weight', 1.0, source='GPT-J, published code'
+  moment_weight: float = setting(
+      1.0,
+      'lambda: virtual tokens of text that the second moments count for',
+      unit='tokens',
+      source='GPT-J, published code',
+      low=0,
+      exclusive=True,
   )
   ridge: float = setting(
       0.1,

@@ -23,8 +23,7 @@ from jaxedit.methods.closed_form import (
     Recipe,
     closed_form_method,
 )
-from jaxedit.methods.memit import MemitConfig
-from jaxedit.methods.settings import redefault
+from jaxedit.methods.settings import setting
 from jaxedit.solve.preconditioner import Covariance
 from jaxedit.targets import TargetConfig
 
@@ -40,8 +39,13 @@ class PmetConfig(ClosedFormConfig):
   target: TargetConfig = TargetConfig(
       steps=30, rate=0.2, kl=1.0, argmax_stop=0.01
   )
-  moment_weight: float = redefault(
-      MemitConfig, 'moment_weight', 6000.0, source='GPT-J, published code'
+  moment_weight: float = setting(
+      6000.0,
+      'lambda: virtual tokens of text that the second moments count for',
+      unit='tokens',
+      source='GPT-J, published code',
+      low=0,
+      exclusive=True,
   )
 
   def recipe(self) -> Recipe:
