@@ -31,16 +31,7 @@ import numpy as np
 
 from jaxedit.batching.buckets import POWERS, round_up
 from jaxedit.edited import ledger as ledger_lib
-from jaxedit.methods import gradient, patches
-from jaxedit.methods.base import (
-    EditBatch,
-    Editor,
-    EditResult,
-    Info,
-    Method,
-    Need,
-    Run,
-)
+from jaxedit.methods import base, gradient, patches
 from jaxedit.methods.config import MethodConfig
 from jaxedit.methods.patches import Patch, Tail
 from jaxedit.methods.settings import setting
@@ -200,7 +191,7 @@ def fit(
   return branch, losses, found & finite, count
 
 
-def calinet(spec: ModelSpec, config: CalinetConfig) -> Editor:
+def calinet(spec: ModelSpec, config: CalinetConfig) -> base.Editor:
   """Makes an editor.
 
   Args:
@@ -212,17 +203,19 @@ def calinet(spec: ModelSpec, config: CalinetConfig) -> Editor:
     edit whose states are not finite is left out of the fit and not written.
   """
 
-  def init(model: Any, resources: Mapping[Need, Any]) -> State:
+  def init(model: Any, resources: Mapping[base.Need, Any]) -> State:
     del resources
     dtype = wide(model.params['embed']['embedding'].dtype)
     return State(patches.no_neurons(spec.width, dtype), np.int32(0))
 
-  def edit(model: Any, state: State, batch: EditBatch, run: Run) -> EditResult:
+  def edit(
+      model: Any, state: State, batch: base.EditBatch, run: base.Run
+  ) -> base.EditResult:
     joint = batch.group is None
     edits = batch.encoded
     if not edits:
-      info = Info(np.zeros(0, bool), {'fit': 0.0}, _reports([], [], []))
-      return EditResult(_edited(spec, [state], True), state, info)
+      info = base.Info(np.zeros(0, bool), {'fit': 0.0}, _reports([], [], []))
+      return base.EditResult(_edited(spec, [state], True), state, info)
     begin = time.monotonic()
     tail = patches.tail_of(spec, model.params, edits, batch.plan, plain=False)
     finite = np.ones(len(edits), bool)
@@ -248,7 +241,7 @@ def calinet(spec: ModelSpec, config: CalinetConfig) -> Editor:
           steps[i] = int(count)
         advance(int((group == number).sum()))
     written = finite & np.isfinite(loss)
-    info = Info(
+    info = base.Info(
         written,
         {'fit': time.monotonic() - begin},
         _reports(loss, found, steps),
@@ -261,13 +254,13 @@ def calinet(spec: ModelSpec, config: CalinetConfig) -> Editor:
       groups = ledger_lib.with_names(state.groups, more)
       states = [states[0]._replace(groups=groups)]
     edited = _edited(spec, states, joint)
-    return EditResult(edited, states[0] if joint else state, info)
+    return base.EditResult(edited, states[0] if joint else state, info)
 
   def bytes_of(model: Any, edits: Sequence[Any]) -> int:
     del model, edits
     return 8 * spec.width * config.neurons
 
-  return Editor((), init, edit, bytes_of=bytes_of, cumulative=True)
+  return base.Editor((), init, edit, bytes_of=bytes_of, cumulative=True)
 
 
 def _fit_group(
@@ -337,7 +330,7 @@ def _reports(
   }
 
 
-METHOD = Method(
+METHOD = base.Method(
     'calinet',
     'a small MLP beside the last one, trained on many facts at once',
     CalinetConfig,

@@ -46,21 +46,8 @@ from jaxedit.edited.codebook import (
     no_history,
 )
 from jaxedit.edited.ledger import Ledger
+from jaxedit.methods import base
 from jaxedit.methods import radius as radius_lib
-from jaxedit.methods.base import (
-    NOT_FINITE,
-    EditBatch,
-    Editor,
-    EditResult,
-    Info,
-    Method,
-    Need,
-    Run,
-    TargetReport,
-    check_layers,
-    empty_info,
-    per_edit,
-)
 from jaxedit.methods.config import TargetedConfig
 from jaxedit.methods.settings import setting
 from jaxedit.models import decoder
@@ -171,7 +158,7 @@ class Stream(NamedTuple):
   names: np.ndarray
 
 
-def grace(spec: ModelSpec, config: GraceConfig) -> Editor:
+def grace(spec: ModelSpec, config: GraceConfig) -> base.Editor:
   """Makes an editor.
 
   Args:
@@ -185,7 +172,7 @@ def grace(spec: ModelSpec, config: GraceConfig) -> Editor:
   Raises:
     InputError: not exactly one layer, or one that the model lacks.
   """
-  check_layers(spec, config.layers)
+  base.check_layers(spec, config.layers)
   if len(config.layers) != 1:
     raise InputError(
         f'layers {list(config.layers)}: the codebook is in one layer; name one'
@@ -193,7 +180,7 @@ def grace(spec: ModelSpec, config: GraceConfig) -> Editor:
   (layer,) = config.layers
   spec = dataclasses.replace(spec, activations=config.activations)
 
-  def init(model: Any, resources: Mapping[Need, Any]) -> Stream:
+  def init(model: Any, resources: Mapping[base.Need, Any]) -> Stream:
     del resources
     dtype = wide(model.params['embed']['embedding'].dtype)
     widths = spec.mlp_width, spec.width
@@ -204,12 +191,12 @@ def grace(spec: ModelSpec, config: GraceConfig) -> Editor:
     )
 
   def edit(
-      model: Any, stream: Stream, batch: EditBatch, run: Run
-  ) -> EditResult:
+      model: Any, stream: Stream, batch: base.EditBatch, run: base.Run
+  ) -> base.EditResult:
     state = stream.book
     if not batch.encoded:
-      info = empty_info(spec, config.layers)
-      return EditResult(_told(config, stream), stream, info)
+      info = base.empty_info(spec, config.layers)
+      return base.EditResult(_told(config, stream), stream, info)
     begin = time.monotonic()
     found, work = targets_lib.optimize(
         spec,
@@ -240,19 +227,19 @@ def grace(spec: ModelSpec, config: GraceConfig) -> Editor:
       )
       written[mine[full]] = False
       books.append(book)
-    report = TargetReport(
+    report = base.TargetReport(
         targets,
         np.arange(len(entries), dtype=np.int32),
         np.stack([np.ones(len(entries)), ~written]).astype(targets.z.dtype),
     )
-    reason = _FULL if finite.any() else NOT_FINITE
-    info = Info(
+    reason = _FULL if finite.any() else base.NOT_FINITE
+    info = base.Info(
         written=written,
         seconds={
             'optimize': middle - begin,
             'insert': time.monotonic() - middle,
         },
-        per_edit=per_edit(report, len(entries)),
+        per_edit=base.per_edit(report, len(entries)),
         targets=report,
         work=work,
         reason='' if written.any() else reason,
@@ -267,16 +254,16 @@ def grace(spec: ModelSpec, config: GraceConfig) -> Editor:
             stream.history.added([entries[i] for i in own], config.radius),
             ledger_lib.with_names(stream.names, names),
         )
-      return EditResult(_told(config, after), after, info)
+      return base.EditResult(_told(config, after), after, info)
     stacked = State(*map(np.stack, zip(*books)))
     edited = _edited(config, stacked, stacked.count, size=len(books))
-    return EditResult(edited, stream, info)
+    return base.EditResult(edited, stream, info)
 
   def bytes_of(model: Any, edits: Sequence[EncodedEdit]) -> int:
     del model
     return 4 * (spec.mlp_width + spec.width) * len(edits)
 
-  return Editor((), init, edit, bytes_of=bytes_of, cumulative=True)
+  return base.Editor((), init, edit, bytes_of=bytes_of, cumulative=True)
 
 
 def _told(config: GraceConfig, stream: Stream) -> Edited:
@@ -307,7 +294,7 @@ def _edited(
   return Edited((codebook,), size=size)
 
 
-METHOD = Method(
+METHOD = base.Method(
     'grace',
     'a codebook of outputs in one layer, for a stream of edits',
     GraceConfig,

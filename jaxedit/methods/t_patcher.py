@@ -42,17 +42,7 @@ import optax
 
 from jaxedit.batching.buckets import POWERS, round_up
 from jaxedit.edited import ledger as ledger_lib
-from jaxedit.methods import patches
-from jaxedit.methods.base import (
-    EditBatch,
-    Editor,
-    EditResult,
-    Info,
-    Method,
-    Need,
-    PreservedTexts,
-    Run,
-)
+from jaxedit.methods import base, patches
 from jaxedit.methods.config import MethodConfig
 from jaxedit.methods.patches import Patch, Tail
 from jaxedit.methods.settings import setting
@@ -377,7 +367,7 @@ def _start(
   )
 
 
-def t_patcher(spec: ModelSpec, config: TPatcherConfig) -> Editor:
+def t_patcher(spec: ModelSpec, config: TPatcherConfig) -> base.Editor:
   """Makes an editor.
 
   Args:
@@ -390,8 +380,8 @@ def t_patcher(spec: ModelSpec, config: TPatcherConfig) -> Editor:
     makes the model answer with its target is not written.
   """
 
-  def init(model: Any, resources: Mapping[Need, Any]) -> State:
-    texts = resources[PreservedTexts()]
+  def init(model: Any, resources: Mapping[base.Need, Any]) -> State:
+    texts = resources[base.PreservedTexts()]
     inputs = patches.inputs_of(spec, model.params, texts)
     more = np.zeros((_JOINED, spec.width), inputs.dtype)
     valid = np.arange(len(inputs) + _JOINED) < len(inputs)
@@ -404,15 +394,17 @@ def t_patcher(spec: ModelSpec, config: TPatcherConfig) -> Editor:
         np.int32(0),
     )
 
-  def edit(model: Any, state: State, batch: EditBatch, run: Run) -> EditResult:
+  def edit(
+      model: Any, state: State, batch: base.EditBatch, run: base.Run
+  ) -> base.EditResult:
     joint = batch.group is None
     if not batch.encoded:
-      nothing = Info(np.zeros(0, bool), {'fit': 0.0}, _reports([]))
+      nothing = base.Info(np.zeros(0, bool), {'fit': 0.0}, _reports([]))
       edited = patches.edited_of(
           spec, [state.patch], [int(state.count)], ACTIVATION, joint=True,
           groups=state.groups,
       )  # fmt: skip
-      return EditResult(edited, state, nothing)
+      return base.EditResult(edited, state, nothing)
     begin = time.monotonic()
     group = [0] * len(batch.encoded) if joint else list(batch.group)
     tail = patches.tail_of(
@@ -439,20 +431,20 @@ def t_patcher(spec: ModelSpec, config: TPatcherConfig) -> Editor:
     )
     found = [fitting.found[i] for i in range(len(group))]
     written = np.array([bool(one.success) for one in found])
-    info = Info(
+    info = base.Info(
         written,
         {'fit': time.monotonic() - begin},
         _reports(found),
         reason='' if written.any() else _reason(config),
     )
-    return EditResult(edited, states[0] if joint else state, info)
+    return base.EditResult(edited, states[0] if joint else state, info)
 
   def bytes_of(model: Any, edits: Sequence[Any]) -> int:
     del model
     return 8 * spec.width * config.neurons * len(edits)
 
-  return Editor(
-      (PreservedTexts(),),
+  return base.Editor(
+      (base.PreservedTexts(),),
       init,
       edit,
       bytes_of=bytes_of,
@@ -578,7 +570,7 @@ def _named(
   return state._replace(groups=ledger_lib.with_names(state.groups, more))
 
 
-METHOD = Method(
+METHOD = base.Method(
     't_patcher',
     'a neuron in the last MLP for every wrong token, for a stream of edits',
     TPatcherConfig,

@@ -42,18 +42,7 @@ from jaxedit.batching.buckets import round_up
 from jaxedit.batching.plan import BatchPlan
 from jaxedit.deltas import ACTIVATIONS, Edited, Routed
 from jaxedit.edited import ledger as ledger_lib
-from jaxedit.methods import patches
-from jaxedit.methods.base import (
-    EditBatch,
-    Editor,
-    EditResult,
-    Info,
-    Method,
-    Need,
-    PreservedTexts,
-    Run,
-    check_layers,
-)
+from jaxedit.methods import base, patches
 from jaxedit.methods.config import MethodConfig
 from jaxedit.methods.settings import setting
 from jaxedit.models import decoder
@@ -503,7 +492,7 @@ def _own(
   return (tokens, valid, counted), Labels(index, label, mask)
 
 
-def wise(spec: ModelSpec, config: WiseConfig) -> Editor:
+def wise(spec: ModelSpec, config: WiseConfig) -> base.Editor:
   """Makes an editor.
 
   Args:
@@ -518,14 +507,14 @@ def wise(spec: ModelSpec, config: WiseConfig) -> Editor:
   Raises:
     InputError: not exactly one layer, or one that the model lacks.
   """
-  check_layers(spec, config.layers)
+  base.check_layers(spec, config.layers)
   if len(config.layers) != 1:
     raise InputError(
         f'layers {list(config.layers)}: the side map is in one layer; name one'
     )
 
-  def init(model: Any, resources: Mapping[Need, Any]) -> State:
-    texts = resources[PreservedTexts()]
+  def init(model: Any, resources: Mapping[base.Need, Any]) -> State:
+    texts = resources[base.PreservedTexts()]
     dtype = wide(model.params['embed']['embedding'].dtype)
     lengths = np.array([min(len(ids), _LONGEST) for ids in texts], np.int32)
     tokens = np.zeros((len(texts), round_up(max(lengths))), np.int32)
@@ -541,13 +530,15 @@ def wise(spec: ModelSpec, config: WiseConfig) -> Editor:
         lengths,
     )
 
-  def edit(model: Any, state: State, batch: EditBatch, run: Run) -> EditResult:
+  def edit(
+      model: Any, state: State, batch: base.EditBatch, run: base.Run
+  ) -> base.EditResult:
     joint = batch.group is None
     edits = batch.encoded
     if not edits:
-      info = Info(np.zeros(0, bool), {'fit': 0.0}, _reports([]))
+      info = base.Info(np.zeros(0, bool), {'fit': 0.0}, _reports([]))
       edited = _edited(spec, config, [_Memory(state, config)], True)
-      return EditResult(edited, state, info)
+      return base.EditResult(edited, state, info)
     begin = time.monotonic()
     group = [0] * len(edits) if joint else list(batch.group)
     memories = [_Memory(state, config) for _ in range(max(group) + 1)]
@@ -566,14 +557,14 @@ def wise(spec: ModelSpec, config: WiseConfig) -> Editor:
         )
         advance(1)
     written = np.array([one is not None and one.finite for one in found])
-    info = Info(
+    info = base.Info(
         written,
         {'fit': time.monotonic() - begin},
         _reports(found),
         reason='' if written.any() else _FULL if full else _NOT_FINITE,
     )
     edited = _edited(spec, config, memories, joint)
-    return EditResult(
+    return base.EditResult(
         edited, memories[0].state(state) if joint else state, info
     )
 
@@ -582,8 +573,8 @@ def wise(spec: ModelSpec, config: WiseConfig) -> Editor:
     shards = -(-len(edits) // config.save_every)
     return 4 * spec.mlp_width * spec.width * shards
 
-  return Editor(
-      (PreservedTexts(),),
+  return base.Editor(
+      (base.PreservedTexts(),),
       init,
       edit,
       bytes_of=bytes_of,
@@ -677,7 +668,7 @@ def _reports(found: Sequence[_Trained | None]) -> dict[str, list[Any]]:
   }
 
 
-METHOD = Method(
+METHOD = base.Method(
     'wise',
     'a side copy of one map, read by prompts that it moves, for a stream',
     WiseConfig,
