@@ -12,9 +12,10 @@ the pure functions of a method, for a caller's own pipeline.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -55,6 +56,18 @@ from jaxedit.types import EditRequest, InputError, Probe, Progress, silent
 _CHUNK_SETTINGS = ('window', 'overlap', 'boundary')
 
 
+def _on_its_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Runs a function of a model, or of an edited one, on the model's mesh."""
+
+  @functools.wraps(function)
+  def run(model: Any, *arguments: Any, **options: Any) -> Any:
+    placement = getattr(model, 'model', model).placement
+    with placement.active():
+      return function(model, *arguments, **options)
+
+  return run
+
+
 def load(
     source: str | os.PathLike[str] | tuple[ModelSpec, Any],
     *,
@@ -88,7 +101,8 @@ def load(
     spec, params = source
     name = f'in memory {id(params):x}'
     placement = place_by(mesh, sum(x.nbytes for x in jax.tree.leaves(params)))
-    params = sharding.place(spec, params, placement)
+    with placement.active():
+      params = sharding.place(spec, params, placement)
     return Model(
         spec, params, pathlib.Path('.'), name, {}, tokenizer, placement
     )
@@ -173,6 +187,7 @@ def editor(spec: ModelSpec, method: str = 'memit', **settings: Any) -> Editor:
   return found.editor(spec, found.configure(**settings))
 
 
+@_on_its_mesh
 def edit(
     model: Model,
     requests: EditRequest | Mapping[str, Any] | Sequence[Any],
@@ -308,6 +323,7 @@ class EditedModel:
     """Opens it for evaluation or serving; see `open_model`."""
     return edited_lib.open_model(self.model, self.edited, **options)
 
+  @_on_its_mesh
   def generate(
       self,
       prompts: str | Sequence[str],
@@ -341,6 +357,7 @@ class EditedModel:
     found = texts(tokenizer, tokens, ends)
     return found[0] if single else found
 
+  @_on_its_mesh
   def score(
       self,
       prompt: str,
@@ -376,6 +393,7 @@ class EditedModel:
     record = {'model_hash': self.model.hash, **metadata}
     edited_lib.save(path, self.edited, record)
 
+  @_on_its_mesh
   def merge(self, folder: str | os.PathLike[str] | None = None) -> Model:
     """Merges the edit into a copy of the weights.
 
@@ -409,6 +427,7 @@ class EditedModel:
     return self.model
 
 
+@_on_its_mesh
 def evaluate(
     model: Model | EditedModel,
     requests: Sequence[EditRequest | Mapping[str, Any]],

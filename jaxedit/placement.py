@@ -17,6 +17,7 @@ that of the weights. This is the only module that asks JAX for its devices.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -29,7 +30,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxedit.types import Array, InputError, Params
+from jaxedit.types import Array, InputError
 
 # Axes of a mesh: edits side by side, weights at rest, tensor parallelism.
 AXES = ('data', 'fsdp', 'tensor')
@@ -119,6 +120,14 @@ class Placement:
   def full(self, count: int) -> int:
     """A count of sequences, rounded up so that no device has fewer."""
     return -(-count // self.batch_shards) * self.batch_shards
+
+  def active(self) -> contextlib.AbstractContextManager[Any]:
+    """A context in which the mesh of a caller (`jax.set_mesh`), whose axes may be
+    explicit, gives way to this one.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+      return contextlib.nullcontext()
+    return jax.set_mesh(self.mesh)
 
   @property
   def label(self) -> str:
@@ -329,49 +338,6 @@ def fetch(x: Array) -> np.ndarray:
   from jax.experimental import multihost_utils
 
   return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-
-
-def mesh_of(params: Params) -> Any:
-  """The mesh on which parameters lie, in traced code too; None for no mesh."""
-  leaf = next(iter(jax.tree.leaves(params)), None)
-  if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
-    return getattr(leaf.sharding, 'mesh', None)
-  sharding = (
-      getattr(jax.typeof(leaf), 'sharding', None) if leaf is not None else None
-  )
-  mesh = getattr(sharding, 'mesh', None)
-  return None if mesh is None or mesh.empty else mesh
-
-
-def over_batch(params: Params, x: Array, axis: int = 0) -> Array:
-  """Divides activations over the devices that hold parameters.
-
-  Args:
-    params: what the activations are computed with; they say on which mesh.
-    x: activations.
-    axis: of sequences, or of packed tokens.
-
-  Returns:
-    The same values: along `axis` divided over as many of the batch axes as
-    divide it, whole along the others. `x` itself without a mesh, and where a
-    caller's axes are not automatic.
-  """
-  mesh = mesh_of(params)
-  if mesh is None or mesh.size == 1:
-    return x
-  if any(kind != AxisType.Auto for kind in mesh.axis_types):
-    return x
-  taken, shards = [], 1
-  for name in BATCH_AXES:
-    size = mesh.shape.get(name, 1)
-    if size > 1 and not x.shape[axis] % (shards * size):
-      taken.append(name)
-      shards *= size
-  spec = [None] * x.ndim
-  spec[axis] = tuple(taken) or None
-  return jax.lax.with_sharding_constraint(
-      x, NamedSharding(mesh, PartitionSpec(*spec))
-  )
 
 
 def device_bytes(tree: Any) -> int:

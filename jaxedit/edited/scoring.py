@@ -45,6 +45,7 @@ from jaxedit.batching.packer import Segment
 from jaxedit.deltas import SiteDelta
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
+from jaxedit.placement import fetch
 from jaxedit.text.locate import Continued
 from jaxedit.text.token_cache import token_cache
 from jaxedit.types import (
@@ -473,7 +474,7 @@ def _split(
   Yields:
     The scores of each query's answers.
   """
-  logprob, best = map(np.asarray, out)
+  logprob, best = map(fetch, out)
   correct = (best == labels) & np.isfinite(logprob)
   at = 0
   for query in queries:

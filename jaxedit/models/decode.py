@@ -36,6 +36,7 @@ from jaxedit.models import (
 from jaxedit.models import stop_texts as stop_lib
 from jaxedit.models.sampling import GREEDY, Decoding
 from jaxedit.models.spec import ModelSpec
+from jaxedit.placement import fetch
 from jaxedit.types import (
     InputError,
     Params,
@@ -179,7 +180,7 @@ class _DecodeEngine:
     self._state, out = decode_state.step(
         self._spec, self._params, self._inputs, self._state, rule=self._rule
     )
-    live, out = np.array(self._state.rows.live), np.asarray(out)
+    live, out = fetch(self._state.rows.live).copy(), fetch(out)
     unfinished = live.sum()
     for slot in self.slots.active:
       i = self.slots.assigned[slot]
@@ -257,7 +258,7 @@ class _DecodeEngine:
     if self._state is None:
       self._state = decode_state.empty(fresh, *self._shape)
     self._state = decode_state.assign(self._state, fresh, slots)
-    for i, token in zip(chosen, np.asarray(first)):
+    for i, token in zip(chosen, fetch(first)):
       self.texts[i] = [int(token)]
 
 

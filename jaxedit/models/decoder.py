@@ -33,9 +33,9 @@ from jaxedit.models.blocks import (
     Norm,
     product,
 )
+from jaxedit.models.sharding import over_batch
 from jaxedit.models.spec import ModelSpec, RopeScaling
 from jaxedit.numerics import wide
-from jaxedit.placement import over_batch
 from jaxedit.types import (
     KV,
     PADDING,

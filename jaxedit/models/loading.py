@@ -117,9 +117,10 @@ def load_model(
       sum(map(math.prod, shapes.values())) * jnp.dtype(DTYPES[dtype]).itemsize
   )
   placement = place_by(mesh, size)
-  params, digest = _read_params(
-      source, layout, DTYPES[dtype], placement, progress
-  )
+  with placement.active():
+    params, digest = _read_params(
+        source, layout, DTYPES[dtype], placement, progress
+    )
   return Model(layout.spec, params, folder, digest, config, placement=placement)
 
 

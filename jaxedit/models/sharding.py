@@ -1,18 +1,21 @@
-"""How the parameters of a model lie on a mesh, by canonical name.
+"""How the parameters and the activations of a model lie on a mesh.
 
 All families share the names (`spec.param_shapes`), so they share one table of
-rules (`placement.RULES`). Heads of attention are never cut.
+rules by name (`placement.RULES`). Heads of attention are never cut. Activations
+are divided by sequences or tokens.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from flax import traverse_util
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxedit.models.spec import ModelSpec, param_shapes
-from jaxedit.placement import Placement
-from jaxedit.types import Params
+from jaxedit.placement import BATCH_AXES, Placement
+from jaxedit.types import Array, Params
 
 _BY_HEAD = tuple(f'layers/attn/{name}/' for name in ('q', 'k', 'v', 'out'))
 
@@ -54,3 +57,46 @@ def place(spec: ModelSpec, params: Params, placement: Placement) -> Params:
   where = shardings(spec, placement)
   placed = {path: jax.device_put(x, where[path]) for path, x in flat.items()}
   return traverse_util.unflatten_dict(placed, sep='/')
+
+
+def mesh_of(params: Params) -> Any:
+  """The mesh on which parameters lie, in traced code too; None for no mesh."""
+  leaf = next(iter(jax.tree.leaves(params)), None)
+  if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+    return getattr(leaf.sharding, 'mesh', None)
+  sharding = (
+      getattr(jax.typeof(leaf), 'sharding', None) if leaf is not None else None
+  )
+  mesh = getattr(sharding, 'mesh', None)
+  return None if mesh is None or mesh.empty else mesh
+
+
+def over_batch(params: Params, x: Array, axis: int = 0) -> Array:
+  """Divides activations over the devices that hold parameters.
+
+  Args:
+    params: what the activations are computed with; they say on which mesh.
+    x: activations.
+    axis: of sequences, or of packed tokens.
+
+  Returns:
+    The same values: along `axis` divided over as many of the batch axes as
+    divide it, whole along the others. `x` itself without a mesh, and where a
+    caller's axes are not automatic.
+  """
+  mesh = mesh_of(params)
+  if mesh is None or mesh.size == 1:
+    return x
+  if any(kind != AxisType.Auto for kind in mesh.axis_types):
+    return x
+  taken, shards = [], 1
+  for name in BATCH_AXES:
+    size = mesh.shape.get(name, 1)
+    if size > 1 and not x.shape[axis] % (shards * size):
+      taken.append(name)
+      shards *= size
+  spec = [None] * x.ndim
+  spec[axis] = tuple(taken) or None
+  return jax.lax.with_sharding_constraint(
+      x, NamedSharding(mesh, PartitionSpec(*spec))
+  )

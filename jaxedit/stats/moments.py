@@ -33,8 +33,8 @@ import numpy as np
 
 from jaxedit.batching import packer
 from jaxedit.models import decoder
+from jaxedit.models.sharding import over_batch
 from jaxedit.models.spec import ModelSpec, param_shapes
-from jaxedit.placement import over_batch
 from jaxedit.stats import accumulate
 from jaxedit.stats.published import load_npz
 from jaxedit.stats.storage import Moments, load, save

@@ -24,6 +24,7 @@ import numpy as np
 from jaxedit.batching.buckets import round_up
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
+from jaxedit.placement import fetch
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import Array, Params, Patch, Tap, Targets, TokenLayout
 
@@ -68,7 +69,7 @@ def replay(
         column[k, row] = edit.stage(k, 0).anchor
         z[k, row] = targets[first + row].z[k]
     layout = decoder.token_layout(valid)
-    found = np.asarray(
+    found = fetch(
         _replay(spec, params, tokens, layout, column, z, layers=layers)
     )
     parts += [found[:, row, : edit.stages] for row, edit in enumerate(some)]

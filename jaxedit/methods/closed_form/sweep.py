@@ -32,6 +32,7 @@ from jaxedit.models import decoder
 from jaxedit.models.blocks import stored
 from jaxedit.models.spec import ModelSpec
 from jaxedit.numerics import wide
+from jaxedit.placement import fetch
 from jaxedit.solve.ridge import LowRankUpdate
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import KV, Array, PackedSequences, Params, Tap, TokenLayout
@@ -332,7 +333,7 @@ class LayerSweep:
   def _keep(self, side: int, t: int, rows: Any) -> None:
     """Stores the activations of a packed batch on the device or the host."""
     if self._offloaded[side][t]:
-      rows = jax.tree.map(np.asarray, rows)
+      rows = jax.tree.map(fetch, rows)
     self._at[side][t] = rows
 
   def _gather(self, side: int, parts: Iterator[Array]) -> np.ndarray:
@@ -343,7 +344,7 @@ class LayerSweep:
         for part, one in zip(parts, mine)
     )
     for part, one in zip(segment_sum.one_ahead(found), mine):
-      part = np.asarray(part)
+      part = fetch(part)
       if total is None:
         total = np.zeros((self.states, part.shape[-1]), part.dtype)
       total[one.states] += part[: len(one.states)]
@@ -385,9 +386,7 @@ class LayerSweep:
         every = read(at, None)
         rest = batch.rows.row < len(batch.edit)
         rest[batch.anchor[self._numbers(batch) >= 0]] = False
-        preserved.append(
-            (np.asarray(every)[rest], batch.edit[batch.rows.row[rest]])
-        )
+        preserved.append((fetch(every)[rest], batch.edit[batch.rows.row[rest]]))
         yield _at(every[None], batch.anchor)
 
     plain = self._gather(0, at_anchors(0))
