@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from jaxedit import hosts, io
+from jaxedit.placement import fetch
 from jaxedit.types import InputError
 
 
@@ -56,7 +57,7 @@ class Checkpoint:
 
     # As numpy arrays, so that any number of devices can restore them. Orbax has
     # no form for arrays without elements, nor for an empty tree.
-    full = {k: np.asarray(v) for k, v in arrays.items() if v.size}
+    full = {k: fetch(v) for k, v in arrays.items() if v.size}
     empty = {
         k: [str(v.dtype), list(v.shape)]
         for k, v in arrays.items()

@@ -30,6 +30,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxedit import hosts
 from jaxedit.types import Array, InputError
 
 # Axes of a mesh: edits side by side, weights at rest, tensor parallelism.
@@ -88,15 +89,23 @@ class Placement:
 
   @property
   def memory(self) -> Mapping[str, int]:
-    """What the first device tells of its memory, bytes; empty on a CPU."""
-    return self.devices[0].memory_stats() or {}
+    """What this process's first device tells of its memory, bytes; empty on a
+    CPU.
+    """
+    return self.mesh.local_devices[0].memory_stats() or {}
 
   @property
   def budget_bytes(self) -> int | None:
     """Memory of a device that is free now, bytes; None where it is unknown.
 
-    Devices that are parts of one CPU share its memory evenly.
+    Devices that are parts of one CPU share its memory evenly. Of several
+    processes it is the least.
     """
+    known = [x for x in hosts.gather(self._free_bytes()) if x is not None]
+    return min(known, default=None)
+
+  def _free_bytes(self) -> int | None:
+    """What this process knows of `budget_bytes`."""
     if 'bytes_limit' in self.memory:
       return self.memory['bytes_limit'] - self.memory['bytes_in_use']
     if self.accelerated:
@@ -275,7 +284,7 @@ def on_mesh(mesh: Mesh | str) -> Placement:
 
 
 def default_placement(size: int) -> Placement:
-  """Chooses a mesh of all devices of this process.
+  """Chooses a mesh of all devices, of all processes that run together.
 
   Args:
     size: bytes of the weights.
@@ -284,7 +293,7 @@ def default_placement(size: int) -> Placement:
     All devices on `data` while a copy of the weights takes half of the memory of
     one at most, or where nobody knows; else all on `fsdp`.
   """
-  count = len(jax.local_devices())
+  count = jax.device_count()
   if count == 1:
     return one_device()
   found = on_mesh(f'data:{count}')
@@ -331,13 +340,23 @@ def join_parts(placement: Placement, parts: Sequence[bytes]) -> list[bytes]:
   return [one.tobytes() for one in every.max(axis=0)]
 
 
-def fetch(x: Array) -> np.ndarray:
-  """Copies an array to the host, whole and in every process that has a part."""
-  if x.is_fully_addressable or x.is_fully_replicated:
-    return np.asarray(x)
-  from jax.experimental import multihost_utils
+def fetch(x: Array | np.ndarray, dtype: Any = None) -> np.ndarray:
+  """Copies an array to the host, whole and in every process that has a part.
 
-  return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+  Args:
+    x: an array, on the host already or on devices.
+    dtype: of the copy; the array's own unless given.
+
+  Returns:
+    The array.
+  """
+  if isinstance(x, jax.Array) and not (
+      x.is_fully_addressable or x.is_fully_replicated
+  ):
+    from jax.experimental import multihost_utils
+
+    x = multihost_utils.process_allgather(x, tiled=True)
+  return np.asarray(x, dtype)
 
 
 def device_bytes(tree: Any) -> int:

@@ -23,6 +23,7 @@ from jaxedit.deltas import Dense, Edited, LowRank, SiteDelta
 from jaxedit.edited.dialogue import FactDialogue
 from jaxedit.edited.ledger import Ledger
 from jaxedit.edited.prompting import FactMemory
+from jaxedit.placement import fetch
 from jaxedit.types import InputError
 
 _FORMAT, _FIRST_FORMAT = 'jaxedit-delta-2', 'jaxedit-delta-1'
@@ -100,7 +101,7 @@ def packed(
   for number, delta in enumerate(edited.deltas):
     leaves = _leaves(type(delta))
     for name in leaves:
-      tensors[f'{number}/{name}'] = np.asarray(getattr(delta, name))
+      tensors[f'{number}/{name}'] = fetch(getattr(delta, name))
     static = {
         field.name: getattr(delta, field.name)
         for field in dataclasses.fields(delta)
@@ -180,7 +181,7 @@ def _check(edited: Edited, made_for: Any) -> None:
       array = getattr(delta, leaf)
       if array.shape[: len(lead)] != lead:
         raise ValueError(f'{leaf} of {name} has shape {array.shape}')
-      array = np.asarray(array)
+      array = fetch(array)
       bound = leaf in ('radii', 'thresholds')  # which may be infinite
       if not (np.isinf(array) & bound | np.isfinite(array)).all():
         raise ValueError(f'{leaf} of {name} holds numbers that are not finite')

@@ -22,6 +22,7 @@ import numpy as np
 from jaxedit.batching.buckets import round_up
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
+from jaxedit.placement import fetch
 from jaxedit.text.chunking import Chunking, check_chunking, surprise_spans
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import Array, Params
@@ -88,7 +89,7 @@ def surprise(spec: ModelSpec, params: Params, edit: EncodedEdit) -> np.ndarray:
   first = len(edit.rows[0]) - 1
   tokens[0, : len(text)] = text
   labels[0, first : first + len(edit.target)] = edit.target
-  logprob = np.asarray(_logprob(spec, params, tokens, labels, len(text)))
+  logprob = fetch(_logprob(spec, params, tokens, labels, len(text)))
   return -logprob[0, first : first + len(edit.target)]
 
 

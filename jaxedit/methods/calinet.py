@@ -38,6 +38,7 @@ from jaxedit.methods.settings import setting
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
 from jaxedit.numerics import wide
+from jaxedit.placement import fetch
 from jaxedit.types import Array, Params
 
 ACTIVATION = 'relu'
@@ -298,7 +299,7 @@ def _fit_group(
       neurons=config.neurons,
       rule=rule,
   )
-  branch, losses, right, steps = jax.tree.map(np.asarray, found)
+  branch, losses, right, steps = jax.tree.map(fetch, found)
   return branch, losses[: len(rows)], right[: len(rows)], steps
 
 

@@ -53,6 +53,7 @@ from jaxedit.methods.settings import setting
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
 from jaxedit.numerics import wide
+from jaxedit.placement import fetch
 from jaxedit.targets import TargetConfig
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import Array, InputError, Params, Tap
@@ -139,7 +140,7 @@ def keys_of(
   """
   found = []
   for batch in edits_lib.pack_prompts(edits, plan.independent(), plain=True):
-    keys = np.asarray(_read_keys(spec, params, batch, layer=layer))
+    keys = fetch(_read_keys(spec, params, batch, layer=layer))
     found.append(keys[batch.edit >= 0])
   return np.concatenate(found)
 

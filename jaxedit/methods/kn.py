@@ -58,6 +58,7 @@ from jaxedit.methods.settings import setting
 from jaxedit.models import blocks, decoder
 from jaxedit.models.spec import ModelSpec
 from jaxedit.numerics import wide
+from jaxedit.placement import fetch
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.text.locate import Continued
 from jaxedit.text.token_cache import token_cache
@@ -396,11 +397,11 @@ def attribute(
         attributions, spec, params, clean, label, config=config
     )
     parts = [
-        np.asarray(of_layers(start=start, stop=min(start + size, spec.layers)))
+        fetch(of_layers(start=start, stop=min(start + size, spec.layers)))
         for start in range(0, spec.layers, size)
     ]
     found = np.concatenate(parts).swapaxes(0, 1)
-    chance = np.asarray(_probabilities(spec, params, clean, label))
+    chance = fetch(_probabilities(spec, params, clean, label))
     yield found[: len(some)], chance[: len(some)]
 
 
@@ -451,7 +452,7 @@ def _embeddings(params: Params, texts: Sequence[Sequence[int]]) -> np.ndarray:
   rows = [np.asarray(text, np.int32) for text in texts]
   ids, layout = packer.pad(rows, (len(texts), width))
   table = params['embed']['embedding']
-  return np.asarray(_embedded(table, ids, layout.segment_ids != PADDING))
+  return fetch(_embedded(table, ids, layout.segment_ids != PADDING))
 
 
 def changes_of(
@@ -619,7 +620,7 @@ def _edit(
   if config.change == 'edit':
     wanted = (answers, [edit.target for edit in batch.encoded])
     texts = [_embeddings(params, text) for text in wanted]
-  changes = changes_of(np.asarray(rows), config, *texts)
+  changes = changes_of(fetch(rows), config, *texts)
   used = np.arange(config.limit) < [[len(one.neurons)] for one in found]
   finite = np.where(used, np.isfinite(changes).all(-1), True).all(-1)
   written = [bool(len(x.neurons)) and bool(ok) for x, ok in zip(found, finite)]

@@ -30,6 +30,7 @@ from jaxedit.edited import ledger as ledger_lib
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
 from jaxedit.numerics import wide
+from jaxedit.placement import fetch
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import Array, Params, Tap
 
@@ -114,7 +115,7 @@ def tail_of(
       part = _part(edits, batch, most)
       x, out = _read(spec, params, batch, part.x)
       used = batch.edit >= 0
-      part = part._replace(x=np.asarray(x), out=np.asarray(out))
+      part = part._replace(x=fetch(x), out=fetch(out))
       parts.append(Tail(*(leaf[used] for leaf in part)))
   whole = Tail(*map(np.concatenate, zip(*parts)))
   order = np.argsort(whole.edit, kind='stable')
@@ -158,7 +159,7 @@ def inputs_of(
     valid = np.zeros(tokens.shape, bool)
     for row, ids in enumerate(some):
       tokens[row, : len(ids)], valid[row, : len(ids)] = ids, True
-    x = np.asarray(_inputs(spec, params, tokens, valid))
+    x = fetch(_inputs(spec, params, tokens, valid))
     found.append(x[valid])
   return np.concatenate(found)
 

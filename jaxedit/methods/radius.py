@@ -32,6 +32,7 @@ from jaxedit.methods.base import Proposal, ProposalInputs
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
 from jaxedit.numerics import wide
+from jaxedit.placement import fetch
 from jaxedit.types import Array, InputError, Params, Tap
 
 # Neighbours that a proposed radius may reach, as a share.
@@ -110,7 +111,7 @@ def keys_of(
     length = np.ones(_ROWS, np.int32)
     length[: len(some)] = [len(prompts[i]) for i in some]
     keys = _read(spec, params, tokens, length, site=site, layer=layer)
-    for i, key in zip(some, np.asarray(keys)):
+    for i, key in zip(some, fetch(keys)):
       found[i] = key
   return np.stack(found)
 

@@ -49,6 +49,7 @@ from jaxedit.methods.settings import setting
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
 from jaxedit.numerics import wide
+from jaxedit.placement import fetch
 from jaxedit.types import Array, Params
 
 ACTIVATION = 'relu'  # zero on negatives, as nothing else is
@@ -528,7 +529,7 @@ class _Fitting:
         np.asarray([seeds[i] for i in fill], np.uint32),
         config=self._config,
     )
-    fitted = jax.tree.map(np.asarray, fitted)
+    fitted = jax.tree.map(fetch, fitted)
     for at, (i, g) in enumerate(zip(indices, groups)):
       one = jax.tree.map(lambda x: x[at], fitted)  # pylint: disable=cell-var-from-loop
       self.found[i] = one

@@ -44,6 +44,7 @@ from jaxedit.methods.hypernet.factors import Maps, Sequences
 from jaxedit.methods.settings import setting
 from jaxedit.models.spec import ModelSpec
 from jaxedit.numerics import wide
+from jaxedit.placement import fetch
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import Array, InputError, Params
 
@@ -307,9 +308,9 @@ def _all_features(
     found, loss = _features(
         spec, params, maps, texts, mine[:, None] * texts.weight
     )
-    keep = lambda y: np.asarray(y)[:, : len(some)]  # pylint: disable=cell-var-from-loop
+    keep = lambda y: fetch(y)[:, : len(some)]  # pylint: disable=cell-var-from-loop
     parts.append({s: tuple(map(keep, pair)) for s, pair in found.items()})
-    losses.append(np.asarray(loss)[: len(some)])
+    losses.append(fetch(loss)[: len(some)])
     advance(len(some))
   join = lambda *y: np.concatenate(y, axis=1).astype(np.float64)
   loss = np.concatenate(losses) / (share * tokens)

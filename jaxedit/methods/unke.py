@@ -37,6 +37,7 @@ from jaxedit.methods.config import TargetedConfig
 from jaxedit.methods.regression import Goals, Rule, Side, Texts
 from jaxedit.methods.settings import setting
 from jaxedit.models.spec import ModelSpec
+from jaxedit.placement import fetch
 from jaxedit.targets import TargetConfig
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import Array, InputError, Params, Progress, Targets
@@ -321,7 +322,7 @@ class _Fitting:
       h = regression.advance(spec, block, change, h, texts.rows)
       if i + 1 < len(layers):
         kept = regression.advance(spec, block, change, kept, self._texts.rows)
-      sound = sound & np.asarray(fine)[: len(jobs)]
+      sound = sound & fetch(fine)[: len(jobs)]
       self._collect(i, groups, change)
     self._measure(len(layers), jobs, regression.read(h, goals))
     for g, job, fine in zip(groups, jobs, sound):
@@ -340,13 +341,13 @@ class _Fitting:
       )
 
     def put(whole: np.ndarray, part: Array) -> None:
-      whole[i, list(groups)] = np.asarray(part)[: len(groups)]
+      whole[i, list(groups)] = fetch(part)[: len(groups)]
 
     jax.tree.map(put, self._changes, change)
 
   def _measure(self, i: int, jobs: Sequence[_Job], now: Array) -> None:
     """Notes |z - now| / |z - z0| of the states of a slab."""
-    found, targets = np.asarray(now), self._targets
+    found, targets = fetch(now), self._targets
     for g, job in enumerate(jobs):
       s = list(job.states)
       length = np.linalg.norm(targets.z[s] - targets.z0[s], axis=-1)
@@ -369,7 +370,7 @@ def _tight(n: int) -> int:
 
 def _broken(h: Array, texts: Texts) -> list[int]:
   """Texts with a state [1, N, D] that is not finite."""
-  broken_tokens = ~np.isfinite(np.asarray(h)[0]).all(-1) & texts.counted
+  broken_tokens = ~np.isfinite(fetch(h)[0]).all(-1) & texts.counted
   return sorted({int(r) for r in texts.rows.row[broken_tokens]})
 
 

@@ -48,6 +48,7 @@ from jaxedit.methods.settings import setting
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
 from jaxedit.numerics import einsum, wide
+from jaxedit.placement import fetch
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import Array, InputError, Params, Tap
 
@@ -616,7 +617,7 @@ def _train(
   shard, losses, steps, finite = fit(
       spec, params, shard, mask, (own, labels), irrelevant, config=config
   )
-  losses = jax.tree.map(np.asarray, losses)
+  losses = jax.tree.map(fetch, losses)
   if finite:
     memory.put(shard, float(losses.inside.mean()), name)
   return _Trained(losses, int(steps), bool(finite))

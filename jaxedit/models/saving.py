@@ -31,6 +31,7 @@ import numpy as np
 from jaxedit import io
 from jaxedit.models import checkpoint, loading, tensors
 from jaxedit.models import spec as spec_lib
+from jaxedit.placement import fetch
 from jaxedit.types import InputError, Params
 
 Changed = Collection[str | tuple[str, int]]
@@ -240,7 +241,7 @@ class _Writer:
     for slot in slots:
       if (slot.path, slot.layer) in self._pairs:
         leaf = loading.get_leaf(self._params, slot.path)
-        part = np.asarray(leaf if slot.layer is None else leaf[slot.layer])
+        part = fetch(leaf if slot.layer is None else leaf[slot.layer])
       else:  # an untouched part of a fused tensor keeps the source's values
         part = tensors.to_canonical(old, slot.source, heads)
       leaves.append(part.astype(np.promote_types(part.dtype, np.float32)))

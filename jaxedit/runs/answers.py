@@ -20,6 +20,7 @@ from jaxedit.checkpoint import Checkpoint
 from jaxedit.deltas import Edited
 from jaxedit.edited.lm import LanguageModel, counted
 from jaxedit.edited.scoring import Query, Scored
+from jaxedit.placement import fetch
 from jaxedit.runs.cache import digest
 from jaxedit.types import Progress, Stopped, silent
 
@@ -56,7 +57,7 @@ class Answers:
       edited: its edit.
       batch_size: sequences that it runs together.
     """
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(edited.deltas)]
+    leaves = [fetch(leaf) for leaf in jax.tree.leaves(edited.deltas)]
     about = digest(self._about, list(edited.rules), *leaves)
     return _Resumable(lm, self, about, _BATCHES * batch_size)
 

@@ -34,6 +34,7 @@ from jaxedit.models import loading
 from jaxedit.models import tokenizer as tokenizer_lib
 from jaxedit.models.loading import Model
 from jaxedit.numerics import wide
+from jaxedit.placement import fetch
 from jaxedit.runs import cli
 from jaxedit.runs.config import RunConfig
 from jaxedit.runs.output import Output
@@ -259,7 +260,7 @@ class Fitted:
     return TrainedEditor(
         method.name,
         maps,
-        jax.tree.map(np.asarray, self.variables),
+        jax.tree.map(fetch, self.variables),
         model.hash,
         frozenset(one.subject for one in seen),
         record,
@@ -430,7 +431,7 @@ class _Fitting:
     log = [[repr(x) for x in one] for one in self._log]
     checkpoint.save(
         self.steps,
-        {str(i): np.asarray(leaf) for i, leaf in leaves},
+        {str(i): fetch(leaf) for i, leaf in leaves},
         {'log': log, 'best': number},
     )
 

@@ -27,6 +27,7 @@ from jaxedit.methods.hypernet.network import subject_hash
 from jaxedit.methods.hypernet.training import Batch, Training
 from jaxedit.models.loading import Model
 from jaxedit.models.spec import ModelSpec
+from jaxedit.placement import fetch
 from jaxedit.text.locate import Continued
 from jaxedit.text.token_cache import TokenCache
 from jaxedit.types import LOCALITY, REPHRASE, EditRequest, InputError, Progress
@@ -271,7 +272,7 @@ class Prepared:
     ends = (shape[0], shape[1], shape[1])
     pick = lambda x, width: _padded(x[place], count, width)
     asked = [one.outer if far else one.edit for one, far in zip(some, outer)]
-    far = np.asarray(outer)[: len(some), None, None]
+    far = fetch(outer)[: len(some), None, None]
     chosen = np.where(
         far, outer_h[place], _wider(edit_h[place], outer_h.shape[1])
     )
@@ -337,9 +338,9 @@ def _states(
       )
       last = kind == 2
       h, out = enter(model.spec, model.params, texts, maps.layers[0], last)
-      found[kind].append(np.asarray(h)[: len(some)])
+      found[kind].append(fetch(h)[: len(some)])
       if last:
-        found[3].append(np.asarray(out)[: len(some)])
+        found[3].append(fetch(out)[: len(some)])
     advance(len(some))
   return [np.concatenate(parts) for parts in found]
 

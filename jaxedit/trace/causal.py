@@ -35,7 +35,7 @@ import numpy as np
 
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
-from jaxedit.placement import Placement
+from jaxedit.placement import Placement, fetch
 from jaxedit.trace import partial_run
 from jaxedit.trace.cases import Case, Traced, check
 from jaxedit.trace.grids import Grids
@@ -90,8 +90,8 @@ def predict(
     )
     best, logprob = _next(spec, params, ids, valid)
     index = list(group.indices)
-    token[index] = np.asarray(best)[: len(index)]
-    probability[index] = np.exp(np.asarray(logprob)[: len(index)])
+    token[index] = fetch(best)[: len(index)]
+    probability[index] = np.exp(fetch(logprob)[: len(index)])
   return Prediction(token, probability)
 
 

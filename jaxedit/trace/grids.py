@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxedit.batching import packer
 from jaxedit.models.spec import ModelSpec
+from jaxedit.placement import fetch
 from jaxedit.trace import grid_cells as cells_lib
 from jaxedit.trace import partial_run
 from jaxedit.trace.cases import Case, Traced
@@ -71,7 +72,7 @@ class Grids:
     plans = {r.name: self._plan(groups, r) for r in self.restorations}
     for number, group in enumerate(groups):
       found = self._tables(group)
-      high, low = np.asarray(found.high), np.asarray(found.low)
+      high, low = fetch(found.high), fetch(found.low)
       low = low.reshape(group.size, self.draws, -1)
       scores = {}
       cells = sum(len(self.wanted[i]) for i in group.indices)
@@ -166,7 +167,7 @@ class Grids:
     def add() -> int:
       here, out = waiting.popleft()
       counts = np.array([len(labels[case]) for case in here.case])
-      out = np.asarray(out, np.float64)[: counts.sum()]
+      out = fetch(out, np.float64)[: counts.sum()]
       means = np.add.reduceat(out, np.cumsum(counts) - counts) / counts
       for case in np.unique(here.case):
         at = here.case == case
@@ -234,10 +235,10 @@ class Grids:
         part=restoration.part,
     )  # fmt: skip
     low = np.array(low)
-    low[:, :, 0] = np.asarray(out).reshape(group.size, self.draws)
+    low[:, :, 0] = fetch(out).reshape(group.size, self.draws)
     return [np.mean(_score(low[i, :, :k])) for i, k in enumerate(counts)]
 
 
 def _score(logprob: np.ndarray) -> np.ndarray:
   """exp of the mean over the last axis, f64."""
-  return np.exp(np.mean(np.asarray(logprob, np.float64), axis=-1))
+  return np.exp(np.mean(fetch(logprob, np.float64), axis=-1))

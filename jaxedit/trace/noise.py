@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxedit.placement import fetch
 from jaxedit.types import InputError, Params
 
 # As published.
@@ -139,7 +140,7 @@ def embedding_std(params: Params, ids: Sequence[int]) -> float:
         f'subject tokens have ids {tokens[0]} to {tokens[-1]}, and the model'
         f' has embeddings 0 to {len(table) - 1}; use the tokenizer of the model'
     )
-  rows = np.asarray(table[tokens.astype(np.int32)]).astype(np.float64)
+  rows = fetch(table[tokens.astype(np.int32)]).astype(np.float64)
   total = int(count.sum()) * rows.shape[1]
   mean = float(count @ rows.sum(1)) / total
   return math.sqrt(float(count @ ((rows - mean) ** 2).sum(1)) / (total - 1))

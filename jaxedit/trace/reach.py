@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxedit.models.spec import ModelSpec
+from jaxedit.placement import fetch
 from jaxedit.trace import grid_cells as cells_lib
 from jaxedit.trace import partial_run
 from jaxedit.trace.grid_cells import PackedBatch
@@ -154,9 +155,9 @@ def _reach(
         rows, shape, lengths=np.array([len(ids)]), labels=[labels], draws=pushes
     )
     outs.append(_pushed(spec, params, found, packed, draw))
-  logprob = np.asarray(found.high, np.float64)[0, :count]
+  logprob = fetch(found.high, np.float64)[0, :count]
   size = pushes * count
-  pushed = np.stack([np.asarray(out, np.float64)[:size] for out in outs])
+  pushed = np.stack([fetch(out, np.float64)[:size] for out in outs])
   change = pushed.reshape(len(layers), pushes, count) - logprob
   return Reach(logprob, np.abs(change).mean(1), change.mean(1))
 

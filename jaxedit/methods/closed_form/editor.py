@@ -53,6 +53,7 @@ from jaxedit.methods.closed_form.recipe import (
 )
 from jaxedit.methods.closed_form.replay import replay
 from jaxedit.models.spec import ModelSpec
+from jaxedit.placement import fetch
 from jaxedit.solve import shaping
 from jaxedit.solve.preconditioner import Factored, rank, whiten
 from jaxedit.solve.ridge import LowRankUpdate
@@ -187,7 +188,7 @@ def _preserved(state: State, inserted: InsertionResult) -> State:
     for i, factored in enumerate(state.preconditioners):
       # Inactive pairs are zero rather than absent: one shape a batch size.
       keys = np.where(inserted.active[:, None], inserted.keys[i], 0)
-      added.append(state.previous[i] + np.asarray(_gram(factored, keys)))
+      added.append(state.previous[i] + fetch(_gram(factored, keys)))
   return state._replace(previous=tuple(added))
 
 

@@ -42,6 +42,7 @@ from jaxedit.methods.closed_form.systems import (
     Rows,
 )
 from jaxedit.models.spec import ModelSpec
+from jaxedit.placement import fetch
 from jaxedit.solve.preconditioner import Factored, preserve
 from jaxedit.solve.ridge import LowRankUpdate
 from jaxedit.solve.shaping import rect
@@ -206,7 +207,7 @@ class _Insertion:
         if isinstance(exact, LowRankUpdate):
           exact = exact.key.T @ exact.value
         exact = rect(exact, kernel[layer], recipe.rect_density)
-      delta = jax.tree.map(lambda x: np.asarray(x, dtype), exact)
+      delta = jax.tree.map(lambda x: fetch(x, dtype), exact)
     # No delta of a singular system may reach the model.
     delta, sound = systems.sound(delta)
     self.active = all_targets(self._edit, self.active & sound)

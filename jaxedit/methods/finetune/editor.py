@@ -24,6 +24,7 @@ from jaxedit.methods.finetune.examples import Example
 from jaxedit.methods.settings import setting
 from jaxedit.models import tokenizer as tokenizer_lib
 from jaxedit.models.spec import ModelSpec, param_shapes
+from jaxedit.placement import fetch
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import InputError, Progress
 
@@ -392,13 +393,13 @@ class _Fitting:
 
   def _note(self, name: str, cut: Mapping[int, Any], found: Any) -> None:
     """Notes what is known of every text, [groups, minibatches, B]."""
-    for mine, minibatches in zip(np.asarray(found), cut.values()):
+    for mine, minibatches in zip(fetch(found), cut.values()):
       for row, some in zip(mine, minibatches):
         self.per_edit[name][list(some)] = row[: len(some)]
 
   def _collect(self, jobs: Mapping[int, Sequence[int]], fit: Any) -> None:
     """Puts the values of a slab in their place."""
-    values, losses, steps = jax.device_get(fit)
+    values, losses, steps = jax.tree.map(fetch, fit)
     sound = np.isfinite(losses)
     for leaf in jax.tree.leaves(values):
       sound &= np.isfinite(leaf).all(tuple(range(1, leaf.ndim)))

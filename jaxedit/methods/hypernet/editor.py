@@ -31,6 +31,7 @@ from jaxedit.methods.hypernet.factors import Maps, Sequences
 from jaxedit.methods.settings import setting
 from jaxedit.models.spec import ModelSpec
 from jaxedit.numerics import wide
+from jaxedit.placement import fetch
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import Array, Params
 
@@ -174,7 +175,7 @@ def _pairs(
   share, scale = weights
   share = np.pad(share, (0, shape[0] - count))[:, None] * texts.weight
   found = transform(*bound, params, variables, texts, (share, scale))
-  pairs, loss, fine = jax.tree.map(np.asarray, found)
+  pairs, loss, fine = jax.tree.map(fetch, found)
   return (
       {site: tuple(x[:, :count] for x in pair) for site, pair in pairs.items()},
       loss[:count],

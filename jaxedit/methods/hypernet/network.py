@@ -26,6 +26,7 @@ from jaxedit import io
 from jaxedit.methods.base import Need
 from jaxedit.methods.hypernet import factors as lib
 from jaxedit.models.spec import ModelSpec
+from jaxedit.placement import fetch
 from jaxedit.types import Array, EditRequest, InputError, Params, Progress
 
 FILE = 'editor.safetensors'
@@ -239,7 +240,7 @@ def save(folder: str | os.PathLike[str], trained: TrainedEditor) -> None:
       'about': dict(trained.record),
   }
   path = pathlib.Path(folder) / FILE
-  arrays = {name: np.asarray(x) for name, x in arrays.items()}
+  arrays = {name: fetch(x) for name, x in arrays.items()}
   io.write_tensors(path, arrays, kind=_FORMAT, record=record)
 
 
