@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     'deltas': ('numerics',),
     'io': (),
     'hosts': (),
-    'placement': (),
+    'placement': ('hosts',),
     'checkpoint': (),
     'kernels': (),
     'solve': (),
