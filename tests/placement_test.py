@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+from unittest import mock
 
 import jax
 from absl.testing import absltest, parameterized
@@ -37,16 +38,10 @@ class PlacementTest(parameterized.TestCase):
   )
   def test_memory_of_an_accelerator(self, stats, want):
 
-    class Mesh:
-
-      class devices:  # noqa: N801
-        flat = (
-            type(
-                'Gpu', (), {'platform': 'gpu', 'memory_stats': lambda _: stats}
-            )(),
-        )
-
-    found = placement.Placement(Mesh)
+    gpu = mock.Mock(platform='gpu', memory_stats=lambda: stats)
+    mesh = mock.Mock(local_devices=[gpu])
+    mesh.devices.flat = (gpu,)
+    found = placement.Placement(mesh)
     self.assertTrue(found.accelerated)
     self.assertEqual(found.budget_bytes, want)
 
