@@ -15,6 +15,7 @@ import torch
 import transformers
 from absl.testing import absltest, parameterized
 
+from jaxedit.batching import beginnings
 from jaxedit.deltas import LowRank
 from jaxedit.models import decode, decode_state, decoder, loading, sampling
 from jaxedit.testing import models as tiny
@@ -378,6 +379,85 @@ class LongTest(parameterized.TestCase):
       # Long greedy texts meet near ties; the choice is right up to rounding.
       chosen = own[np.arange(90), text]
       np.testing.assert_allclose(chosen, best, rtol=0, atol=1e-4)
+
+
+class ShareTest(parameterized.TestCase):
+  """What prompts begin with alike is run once."""
+
+  def setUp(self):
+    super().setUp()
+    rng = np.random.default_rng(0)
+    draw = lambda n: rng.integers(2, 61, n).tolist()
+    one, other = draw(70), draw(40)
+    # Two groups and two prompts that are alone; a group member is the beginning.
+    self.prompts = [
+        one + draw(3), other + draw(2), draw(5), one + draw(9), one, draw(50),
+        other + draw(30), one + draw(1),
+    ]  # fmt: skip
+
+  def spec(self, family):
+    return tiny.tiny_spec(family, max_positions=256, vocab=61, layers=2)
+
+  def test_groups(self):
+    groups = beginnings.groups(self.prompts)
+    self.assertSameElements(groups, [0, 1, 3, 4, 6, 7])
+    self.assertEqual({groups[i] for i in (0, 3, 4, 7)}, {(groups[0][0], 69)})
+    self.assertEqual([groups[i][1] for i in (1, 6)], [40, 40])
+    self.assertEmpty(beginnings.groups([[1] * 32, [1] * 32]))
+    self.assertLen(beginnings.groups([[1] * 33, [1] * 33]), 2)
+
+  @parameterized.parameters(('llama', 1.4), ('mistral', 1.0))
+  def test_same_texts(self, family, penalty):
+    spec = self.spec(family)
+    params = tiny.random_params(spec, 0)
+    settings = dict(
+        max_new_tokens=40, temperature=1.0, repetition_penalty=penalty
+    )
+    write = functools.partial(
+        decode.generate, spec, params, self.prompts, **settings
+    )
+    want = write()
+    whole = decode_state.begin
+    with mock.patch.object(decode_state, 'begin', wraps=whole) as begin:
+      self.assertEqual(write(share=True), want)
+      self.assertEqual(begin.call_count, 2)
+      self.assertEqual(write(share=True, batch_size=3), want)
+      write()
+      self.assertEqual(begin.call_count, 4)
+
+  @parameterized.parameters('llama', 'gpt2')
+  def test_prefill_equals_a_full_run(self, family):
+    spec = self.spec(family)
+    params = tiny.random_params(spec, 1)
+    rule, numbers = sampling.split(sampling.GREEDY)
+    inputs = decode_state.DecodeInputs(
+        numbers, np.zeros(61, bool), np.int32(4), ()
+    )
+    zero = np.zeros(2, np.int32)
+    run = functools.partial(
+        decode_state.prefill, spec, params, inputs, stream=zero, edit_id=zero,
+        rule=rule,
+    )  # fmt: skip
+    some = [self.prompts[0], self.prompts[3]]
+    tokens = np.zeros((2, 80), np.int32)
+    for row, ids in zip(tokens, some):
+      row[: len(ids)] = ids
+    length = np.array([73, 79], np.int32)
+    want, first = run(tokens, length=length)
+    begun = np.zeros(128, np.int32)
+    begun[:70] = tokens[0, :70]
+    beginning = decode_state.begin(spec, params, inputs, begun, np.int32(70))
+    rest = np.zeros((2, 16), np.int32)
+    rest[:, :10] = tokens[:, 70:]
+    got, same = run(rest, length=length - 70, beginning=beginning)
+    np.testing.assert_array_equal(same, first)
+    for one, other in zip(got.rows, want.rows):
+      np.testing.assert_array_equal(one, other)
+    for one, other in zip(got.cache, want.cache):
+      for row, n in enumerate(length):
+        np.testing.assert_allclose(
+            one[:, row, :, :n], other[:, row, :, :n], rtol=0, atol=1e-4
+        )
 
 
 @functools.cache

@@ -397,6 +397,7 @@ class _EditedModel:
             streams=[streams[i] for i in part.index],
             stop_texts=[stop_texts[i] for i in part.index],
             tokenizer=self._tokenizer,
+            share=self._edited.prompting is not None,
             progress=counted(advance),
             **settings,
         )

@@ -31,7 +31,6 @@ Not here: requests and metrics (see `eval`).
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -39,7 +38,7 @@ import jax
 import numpy as np
 
 from jaxedit import deltas as deltas_lib
-from jaxedit.batching import packer
+from jaxedit.batching import beginnings, packer
 from jaxedit.batching.buckets import POWERS, octaves, round_up
 from jaxedit.batching.packer import Segment
 from jaxedit.deltas import SiteDelta
@@ -162,7 +161,7 @@ def encode_queries(
 
 
 def branched(
-    queries: Sequence[Query], *, least: int = 32, most: int = 32
+    queries: Sequence[Query], *, least: int = beginnings.LEAST, most: int = 32
 ) -> list[tuple[Query, list[int]]]:
   """Joins queries whose prompts begin alike, so that the beginning is run once.
 
@@ -182,17 +181,15 @@ def branched(
     answers = sum(len(queries[j].answers) for j in group)
     answers += len(queries[i].answers)
     fits = group and answers <= most
-    if fits and _common(queries[group[0]], queries[i]) >= least:
+    if (
+        fits
+        and beginnings.common(queries[group[0]].prompt, queries[i].prompt)
+        >= least
+    ):
       group.append(i)
     else:
       groups.append([i])
   return [(_branches([queries[i] for i in some]), some) for some in groups]
-
-
-def _common(first: Query, second: Query) -> int:
-  """Tokens that two prompts begin with alike."""
-  pairs = zip(first.prompt, second.prompt)
-  return sum(1 for _ in itertools.takewhile(lambda ab: ab[0] == ab[1], pairs))
 
 
 def _branches(queries: Sequence[Query]) -> Query:
@@ -201,7 +198,8 @@ def _branches(queries: Sequence[Query]) -> Query:
     return queries[0]
   # In order, so the first and the last differ soonest; a prompt keeps a token.
   shared = min(
-      _common(queries[0], queries[-1]), *(len(q.prompt) - 1 for q in queries)
+      beginnings.common(queries[0].prompt, queries[-1].prompt),
+      *(len(q.prompt) - 1 for q in queries),
   )
   rest = [(q.prompt[shared:], answer) for q in queries for answer in q.answers]
   return Query(

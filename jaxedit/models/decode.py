@@ -7,7 +7,9 @@ tokens a sequence as the longest text needs next, in powers of two.
 
 Every prompt has a random stream and a step count of its own, so a text depends
 neither on the sequences beside it, nor on their number, nor on the calls. Stop
-strings are looked for between calls, and what follows one is dropped.
+strings are looked for between calls, and what follows one is dropped. What
+prompts begin with alike may be run once (`share`); only they are prefilled
+together then.
 
 Not here: beam search. The batch and what runs it are in `decode_state`, how a
 token is chosen in `sampling`.
@@ -24,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxedit.batching import buckets, packer
+from jaxedit.batching import beginnings, buckets, packer
 from jaxedit.batching import slots as slots_lib
 from jaxedit.batching.buckets import round_up
 from jaxedit.batching.slots import Slots
@@ -148,6 +150,7 @@ class _DecodeEngine:
       edit_ids: Sequence[int],
       stops: Sequence[Sequence[str]],
       detokenize: stop_lib.Detokenize | None,
+      share: bool,
   ):
     self._spec, self._params, self._prompts = spec, params, prompts
     self._inputs, self._rule = inputs, rule
@@ -160,7 +163,11 @@ class _DecodeEngine:
     self._state: decode_state.DecodeState | None = None
     self._shape = 0, 0  # slots, tokens of the cache
     self.texts: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    self._groups = beginnings.groups(prompts if share else [])
+    self._beginning: tuple[int, decode_state.Beginning] | None = None
+    group = lambda i: self._groups.get(i, (-1, 0))
+    size = lambda i: (group(i)[0], len(prompts[i]))
+    order = sorted(range(len(prompts)), key=size)
     self.waiting = collections.deque(order)
     self.slots = Slots(rows)
 
@@ -207,9 +214,30 @@ class _DecodeEngine:
     free, coming = self.slots.assigned.count(None), []
     while self.waiting and free >= min(self._chunk, len(self.waiting)):
       size = min(self._chunk, len(self.waiting))
-      coming.append([self.waiting.popleft() for _ in range(size)])
-      free -= size
+      some = [self.waiting.popleft()]
+      while len(some) < size and self._alike(some[0], self.waiting[0]):
+        some.append(self.waiting.popleft())
+      coming.append(some)
+      free -= len(some)
     return coming
+
+  def _alike(self, one: int, other: int) -> bool:
+    """Whether two prompts may be prefilled together."""
+    return self._groups.get(one) == self._groups.get(other)
+
+  def _begin(self, i: int) -> decode_state.Beginning | None:
+    """What a prompt shares with others, run once; None if nothing."""
+    number, count = self._groups.get(i, (-1, 0))
+    if not count:
+      return None
+    if self._beginning is None or self._beginning[0] != number:
+      tokens = np.zeros(round_up(count, _LENGTHS), np.int32)
+      tokens[:count] = self._prompts[i][:count]
+      found = decode_state.begin(
+          self._spec, self._params, self._inputs, tokens, np.int32(count)
+      )
+      self._beginning = number, found
+    return self._beginning[1]
 
   def _resize(self, coming: Sequence[int]) -> None:
     """Resizes the batch and its cache for the next segment."""
@@ -233,15 +261,17 @@ class _DecodeEngine:
 
   def _assign(self, chosen: Sequence[int]) -> None:
     """Prefills prompts and assigns them to slots."""
-    width = round_up(max(len(self._prompts[i]) for i in chosen), _LENGTHS)
-    prompts = [self._prompts[i] for i in chosen]
+    beginning = self._begin(chosen[0])
+    _, count = self._groups.get(chosen[0], (-1, 0))
+    prompts = [self._prompts[i][count:] for i in chosen]
+    width = round_up(max(map(len, prompts)), _LENGTHS)
     tokens, _ = packer.pad(prompts, (self._chunk, width))
     # Unused sequences of the prefill have one token and get no slot.
     length, stream, edit_id = np.zeros((3, self._chunk), np.int32)
     length[:] = 1
     slots = np.full(self._chunk, len(self.slots.assigned), np.int32)
     for row, i in enumerate(chosen):
-      length[row] = len(self._prompts[i])
+      length[row] = len(prompts[row])
       stream[row], edit_id[row] = self._streams[i], self._edit_ids[i]
       slots[row] = self.slots.free_slot
       self.slots.assigned[slots[row]] = i
@@ -254,6 +284,7 @@ class _DecodeEngine:
         stream=stream,
         edit_id=edit_id,
         rule=self._rule,
+        beginning=beginning,
     )
     if self._state is None:
       self._state = decode_state.empty(fresh, *self._shape)
@@ -329,6 +360,7 @@ def generate(
     streams: Sequence[int] | None = None,
     stop_texts: Sequence[Sequence[str]] | None = None,
     tokenizer: Any = None,
+    share: bool = False,
     batch_size: int = 64,
     progress: Progress = silent,
 ) -> list[list[int]]:
@@ -352,6 +384,9 @@ def generate(
     stop_texts: of each prompt, strings that end its text; the token that
       completes one is kept as its last. See `models.stop_texts`.
     tokenizer: a transformers tokenizer, with `stop_texts`.
+    share: run once what prompts begin with alike, of 32 tokens or more; not
+      with edits side by side, nor deltas that choose. Texts are those without
+      up to rounding.
     batch_size: sequences a batch at most.
     progress: progress display.
 
@@ -398,6 +433,7 @@ def generate(
       edit_ids=[0] * len(prompts) if edit_ids is None else edit_ids,
       stops=stops,
       detokenize=stop_lib.detokenizer(tokenizer) if any(stops) else None,
+      share=share and edit_ids is None and not any(d.chooses for d in deltas),
   )
   with progress('generate', len(prompts), 'text') as advance:
     for ended in slots_lib.run(engine):

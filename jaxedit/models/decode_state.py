@@ -1,6 +1,8 @@
 """Prefill, assignment and steps of generation on a device, over explicit state.
 
-  prefill  runs right-padded prompts and chooses their first tokens
+  begin    runs what several prompts begin with alike
+  prefill  runs right-padded prompts, or what is left of them, and chooses their
+           first tokens
   assign   moves them to free slots of the running batch
   step     generates a segment of tokens for every sequence
   resize   changes the number of slots and the length of the cache
@@ -81,6 +83,39 @@ class DecodeInputs:
   most: Array  # [] int32 new tokens at most
   deltas: tuple[SiteDelta, ...]
   per_edit: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+class Beginning(NamedTuple):
+  """What the prompts of a prefill begin with alike.
+
+  Attributes:
+    cache: keys and values of all layers, [L, 1, G, P, H].
+    tokens: [P] int32.
+    count: [] int32 tokens, those after are padding.
+  """
+
+  cache: tuple[Array, Array]
+  tokens: Array
+  count: Array
+
+  def prefix(self, rows: int) -> KV:
+    """The same for every one of B' sequences."""
+    width = len(self.tokens)
+    column = jnp.arange(width, dtype=jnp.int32)
+    segment = jnp.where(column < self.count, SHARED, PADDING)
+    wide_ = lambda x: jnp.broadcast_to(x, (rows, width))
+    copy = lambda x: jnp.broadcast_to(x, (len(x), rows, *x.shape[2:]))
+    layout = TokenLayout(wide_(column), wide_(segment))
+    return KV(*map(copy, self.cache), layout)
+
+  def before(self, new: Array, old: Array) -> Array:
+    """Joins keys or values: these, and behind them [L, B', G, T, H] new ones."""
+    size = list(new.shape)
+    size[3] += old.shape[3]
+    whole = jnp.zeros(size, new.dtype)
+    whole = whole.at[:, :, :, : old.shape[3]].set(old)
+    at = (0, 0, 0, self.count, 0)
+    return jax.lax.dynamic_update_slice(whole, new, at)
 
 
 def empty(fresh: DecodeState, rows: int, width: int) -> DecodeState:
@@ -172,6 +207,33 @@ def _append(
   return longer, jnp.where(rows.live, token, -1)
 
 
+@functools.partial(jax.jit, static_argnames='spec')
+def begin(
+    spec: ModelSpec,
+    params: Params,
+    inputs: DecodeInputs,
+    tokens: Array,
+    count: Array,
+) -> Beginning:
+  """Runs what several prompts begin with alike.
+
+  Args:
+    spec: the architecture.
+    params: canonical parameters.
+    inputs: the inputs that all calls share; no delta chooses.
+    tokens: [P] int32, padded on the right.
+    count: [] int32 tokens.
+
+  Returns:
+    The beginning.
+  """
+  layout = decoder.token_layout(jnp.arange(len(tokens))[None] < count)
+  h = decoder.embed(spec, params, tokens[None], layout)
+  own = deltas_lib.active(inputs.deltas)
+  _, (cache,) = _run(spec, params, own)(h, layout)
+  return Beginning(cache, tokens, count)
+
+
 @functools.partial(jax.jit, static_argnames=('spec', 'rule'))
 def prefill(
     spec: ModelSpec,
@@ -183,6 +245,7 @@ def prefill(
     stream: Array,
     edit_id: Array,
     rule: sampling.Rule,
+    beginning: Beginning | None = None,
 ) -> tuple[DecodeState, Array]:
   """Runs prompts and chooses their first tokens.
 
@@ -195,21 +258,29 @@ def prefill(
     stream: [B'] numbers of their random streams.
     edit_id: [B'] their edits.
     rule: static settings of the choice.
+    beginning: what all of them begin with, if `tokens` are the rest of each;
+      not with edits side by side.
 
   Returns:
     (a batch of its own, [B'] first tokens).
   """
   valid = jnp.arange(tokens.shape[1]) < length[:, None]
-  layout = decoder.token_layout(valid)
+  layout, start, prefix = decoder.token_layout(valid), 0, None
+  if beginning is not None:
+    start, prefix = beginning.count, beginning.prefix(len(tokens))
+    layout = layout.replace(positions=layout.positions + start)
   h = decoder.embed(spec, params, tokens, layout)
   each = jnp.arange(len(tokens))
   seen = None
   if rule.penalised:
     seen = jnp.zeros((len(tokens), spec.vocab), bool)
     seen = seen.at[each[:, None], tokens].max(valid)
+    if beginning is not None:
+      there = jnp.arange(len(beginning.tokens)) < start
+      seen = seen.at[:, beginning.tokens].max(there)
   rows = TextState(
       token=jnp.zeros_like(length),
-      place=length - 1,
+      place=start + length - 1,
       step=jnp.zeros_like(length),
       live=jnp.ones_like(length, bool),
       stream=stream,
@@ -217,7 +288,10 @@ def prefill(
       seen=seen,
   )
   own = _active(inputs, rows)
-  h, (cache, *chosen) = _run(spec, params, own, choose=True)(h, layout)
+  run = _run(spec, params, own, choose=True)
+  h, (cache, *chosen) = run(h, layout, prefix=prefix)
+  if beginning is not None:
+    cache = tuple(map(beginning.before, cache, beginning.cache))
   chosen = iter(chosen)
   choices = tuple(next(chosen) if d.chooses else () for d in inputs.deltas)
   logits = decoder.logits(spec, params, h[each, length - 1])
@@ -231,16 +305,16 @@ def assign(state: DecodeState, fresh: DecodeState, slots: Array) -> DecodeState:
 
   Args:
     state: B slots.
-    fresh: B' texts, with a cache no longer than that of `state`.
+    fresh: B' texts; of a cache longer than that of `state` the end is padding.
     slots: [B'] int32 slots to take; B or more drops the text.
 
   Returns:
     The batch.
   """
-  _, width = fresh.shape
+  width = min(fresh.shape[1], state.shape[1])
   put = lambda old, new: old.at[slots].set(new, mode='drop')
   cache = tuple(
-      old.at[:, slots, :, :width].set(new, mode='drop')
+      old.at[:, slots, :, :width].set(new[:, :, :, :width], mode='drop')
       for old, new in zip(state.cache, fresh.cache)
   )
   put_choice = lambda old, new: old.at[:, slots].set(new, mode='drop')
