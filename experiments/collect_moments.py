@@ -38,10 +38,8 @@ def config_from_flags() -> MomentsConfig:
   given = flags.FLAGS
   named = given.out or given.dry_run
   problems = [] if named else ['--out: name the file to write']
-  try:
+  with InputError.collected(problems):
     layers = setting_flags.entries(given.layers, 'layers')
-  except InputError as error:
-    problems += error.problems
   if problems:
     raise InputError(*problems)
   config = cli.read(MomentsConfig)

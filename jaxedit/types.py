@@ -67,6 +67,15 @@ class InputError(ValueError):
     if problems:
       raise cls(*problems)
 
+  @classmethod
+  @contextlib.contextmanager
+  def collected(cls, problems: list[str]) -> Iterator[None]:
+    """Adds the messages of an error inside to a list instead."""
+    try:
+      yield
+    except cls as error:
+      problems += error.problems
+
   def lines(self) -> list[str]:
     """Lists the messages, one a line and 20 at most; the last counts others."""
     lines = [_CONTROL.sub(' ', problem) for problem in self.problems[:_LISTED]]

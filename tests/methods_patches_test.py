@@ -13,6 +13,7 @@ from absl.testing import absltest, parameterized
 
 from jaxedit import edited as edited_lib
 from jaxedit.batching import plan as plan_lib
+from jaxedit.edited import ledger as ledger_lib
 from jaxedit.methods import patches, t_patcher
 from jaxedit.methods.base import EditBatch, Run
 from jaxedit.methods.patches import Patch, Tail
@@ -46,7 +47,8 @@ class TailTest(parameterized.TestCase):
     patch = patch_of(spec)
     with jax.enable_x64(True):
       tail = patches.tail_of(spec, params, edits, plan, plain=False)
-      edited = patches.edited_of(spec, [patch], [3], 'relu', joint=True)
+      state = t_patcher.State(patch, 3, (), (), 0, ledger_lib.NO_NAMES)
+      edited = patches.edited_of(spec, [state], 'relu', joint=True)
       out = tail.out + patches.added(patch, tail.x, 'relu')
       found = np.asarray(decoder.logits(spec, params, out))
       row = 0

@@ -161,8 +161,6 @@ def errors(config: RunConfig, settings: BenchmarkConfig) -> list[str]:
       and templates.load_templates(config.context_templates),
   )
   for check in checks:
-    try:
+    with InputError.collected(problems):
       check()
-    except InputError as error:
-      problems += error.problems
   return problems

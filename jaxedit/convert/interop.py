@@ -230,23 +230,18 @@ def to_nested(
 
 def flatten(tree: Any) -> dict[str, Any]:
   """Flattens a tree into dotted paths; list places and int keys are numbers."""
-  flat: dict[str, Any] = {}
-
-  def walk(node: Any, path: tuple[str, ...]) -> None:
-    if isinstance(node, Mapping):
-      items = list(node.items())
-    elif isinstance(node, Sequence) and not isinstance(node, str | bytes):
-      items = list(enumerate(node))
-    else:
-      # A leaf of an nnx.State is a variable.
-      value = node.get_value() if hasattr(node, 'get_value') else node
-      flat['.'.join(path)] = value
-      return
-    for key, value in items:
-      walk(value, (*path, str(key)))
-
-  walk(tree, ())
-  return flat
+  if isinstance(tree, Mapping):
+    items = tree.items()
+  elif isinstance(tree, Sequence) and not isinstance(tree, str | bytes):
+    items = enumerate(tree)
+  else:
+    # A leaf of an nnx.State is a variable.
+    return {'': tree.get_value() if hasattr(tree, 'get_value') else tree}
+  return {
+      f'{key}.{path}' if path else str(key): leaf
+      for key, inner in items
+      for path, leaf in flatten(inner).items()
+  }
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:

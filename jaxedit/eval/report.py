@@ -77,8 +77,6 @@ def generations(
   """
   blocks = []
   for request, old, new in zip(requests, pre.per_record, post.per_record):
-    if len(blocks) == count:
-      break
     if old.get('text') is None or new.get('text') is None:
       continue
     # The object matters most: a long prompt is cut instead.
@@ -90,7 +88,7 @@ def generations(
         f'   after:  {_fit(new["text"], WIDTH - 11)}',
     )
     blocks.append('\n'.join(lines))
-  return '\n'.join(blocks)
+  return '\n'.join(blocks[:count])
 
 
 def excerpts(

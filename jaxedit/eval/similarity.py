@@ -137,14 +137,11 @@ def scores(
   texts = list(dict.fromkeys([*map(_spaced, predictions), *references]))
   place = {text: i for i, text in enumerate(texts)}
   vectors = retrieval.embed(encoder, texts)
-  cosines = cosine(
-      vectors[[place[_spaced(p)] for p in predictions]],
-      vectors[[place[r] for r in references]],
-  )
-  both = [
-      {**row, 'minilm_cosine': float(one)} for row, one in zip(rows, cosines)
-  ]
-  return [{m: row[m] for m in NAMES if m in row} for row in both]
+  said = vectors[[place[_spaced(p)] for p in predictions]]
+  wanted = vectors[[place[r] for r in references]]
+  for row, one in zip(rows, cosine(said, wanted)):
+    row['minilm_cosine'] = float(one)
+  return [{m: row[m] for m in NAMES if m in row} for row in rows]
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:

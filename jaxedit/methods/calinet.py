@@ -37,13 +37,17 @@ from jaxedit.methods.patches import Patch, Tail
 from jaxedit.methods.settings import setting
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
-from jaxedit.numerics import wide
+from jaxedit.numerics import all_finite, wide
 from jaxedit.placement import fetch
 from jaxedit.types import Array, Params
 
 ACTIVATION = 'relu'
 # Logits that exist at one time, rows of the head.
 _HEAD_ROWS = 512
+_NOT_FINITE = (
+    'every loss became non-finite; lower --branch_rate or load the model with'
+    ' --dtype=float32'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,16 +163,14 @@ def fit(
     (the branch, [R] losses, [R] whether a row is answered, [] updates).
   """
   steps, rate, decay, threshold = rule
-  tail = tail._replace(
-      out=tail.out + patches.added(earlier, tail.x, ACTIVATION)
-  )
+  tail = patches.under(earlier, tail, ACTIVATION)
   first, second = jax.random.split(jax.random.key(seed))
-  draw = lambda key, fan_in: (
-      jax.random.uniform(key, (neurons, spec.width), jnp.float32, -1, 1).astype(
-          tail.out.dtype
-      )
-      / np.sqrt(fan_in)
-  )
+  shape = (neurons, spec.width)
+
+  def draw(key: Array, fan_in: int) -> Array:
+    drawn = jax.random.uniform(key, shape, jnp.float32, -1, 1)
+    return drawn.astype(tail.out.dtype) / np.sqrt(fan_in)
+
   start = draw(first, spec.width), draw(second, neurons)
   total = jnp.maximum(jnp.sum(weight), 1)
 
@@ -178,15 +180,12 @@ def fit(
     value = jnp.sum(jnp.where(weight > 0, weight * losses, 0)) / total
     return value, value
 
+  optimizer = gradient.adamw(rate, decay)
   weights, _, count = gradient.fit(
-      mean,
-      start,
-      gradient.adamw(rate, decay),
-      steps=steps,
-      stop_loss=threshold,
+      mean, start, optimizer, steps=steps, stop_loss=threshold
   )
   losses, found = loss_of(spec, params, weights, tail)
-  finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(w)) for w in weights]))
+  finite = all_finite(weights)
   key, value = jax.tree.map(lambda w: jnp.where(finite, w, 0), weights)
   branch = Patch(key, jnp.zeros(neurons, key.dtype), value)
   return branch, losses, found & finite, count
@@ -212,30 +211,26 @@ def calinet(spec: ModelSpec, config: CalinetConfig) -> base.Editor:
   def edit(
       model: Any, state: State, batch: base.EditBatch, run: base.Run
   ) -> base.EditResult:
-    joint = batch.group is None
-    edits = batch.encoded
+    edits, joint, group = batch.encoded, batch.joint, batch.groups
     if not edits:
       info = base.Info(np.zeros(0, bool), {'fit': 0.0}, _reports([], [], []))
-      return base.EditResult(_edited(spec, [state], True), state, info)
+      edited = patches.edited_of(spec, [state], ACTIVATION, joint=True)
+      return base.EditResult(edited, state, info)
     begin = time.monotonic()
     tail = patches.tail_of(spec, model.params, edits, batch.plan, plain=False)
     finite = np.ones(len(edits), bool)
     fine = np.isfinite(tail.out).all((1, 2)) & np.isfinite(tail.x).all((1, 2))
     np.logical_and.at(finite, tail.edit, fine)
-    group = np.zeros(len(edits), int) if joint else np.asarray(batch.group)
     states: list[State] = []
-    loss, found, steps = (
-        np.full(len(edits), np.nan),
-        finite.copy(),
-        [0] * len(edits),
-    )
+    loss, found = np.full(len(edits), np.nan), finite.copy()
+    steps = [0] * len(edits)
     with run.progress('fit', len(edits), 'edit') as advance:
       for number in range(int(group.max()) + 1):
         mine = np.flatnonzero((group == number) & finite)
         branch, losses, right, count = _fit_group(
             (spec, model.params), config, state, tail, mine, edits
         )
-        states.append(_with(state, branch, bool(len(mine))))
+        states.append(_with(state, branch) if len(mine) else state)
         whose = tail.edit[np.isin(tail.edit, mine)]
         for i in mine:
           loss[i], found[i] = losses[whose == i].mean(), right[whose == i].all()
@@ -246,15 +241,14 @@ def calinet(spec: ModelSpec, config: CalinetConfig) -> base.Editor:
         written,
         {'fit': time.monotonic() - begin},
         _reports(loss, found, steps),
-        reason='' if written.any() else 'every loss became non-finite; lower'
-        ' --branch_rate or load the model with --dtype=float32',
-    )  # fmt: skip
+        reason='' if written.any() else _NOT_FINITE,
+    )
     if joint and batch.requests and written.any():
       ids = [batch.requests[i].id for i in np.flatnonzero(written)]
       more = [[ids, int(state.count), int(states[0].count)]]
       groups = ledger_lib.with_names(state.groups, more)
       states = [states[0]._replace(groups=groups)]
-    edited = _edited(spec, states, joint)
+    edited = patches.edited_of(spec, states, ACTIVATION, joint=joint)
     return base.EditResult(edited, states[0] if joint else state, info)
 
   def bytes_of(model: Any, edits: Sequence[Any]) -> int:
@@ -280,44 +274,29 @@ def _fit_group(
   rows = np.flatnonzero(np.isin(tail.edit, mine))
   # A power of two, so that groups share compiled code.
   count = round_up(max(len(rows), 1), POWERS)
-  pick = np.resize(rows, count) if len(rows) else np.zeros(count, int)
-  clean = jax.tree.map(lambda x: x[pick], tail)
   weight = (np.arange(count) < len(rows)).astype(tail.out.dtype)
-  if not len(rows):
-    clean = jax.tree.map(np.zeros_like, clean)
+  if len(rows):
+    clean = jax.tree.map(lambda x: x[np.resize(rows, count)], tail)
+  else:
+    clean = jax.tree.map(lambda x: np.zeros_like(x[[0] * count]), tail)
   # The seed depends on the edits alone, not on their order or other groups.
   seed = 0
   for i in mine:
     seed ^= patches.seed_of(edits[i])
   rule = config.steps, config.rate, config.decay, config.threshold
   found = fit(
-      *model,
-      clean,
-      weight,
-      state.patch,
-      np.uint32(seed),
-      neurons=config.neurons,
-      rule=rule,
-  )
+      *model, clean, weight, state.patch, np.uint32(seed),
+      neurons=config.neurons, rule=rule,
+  )  # fmt: skip
   branch, losses, right, steps = jax.tree.map(fetch, found)
   return branch, losses[: len(rows)], right[: len(rows)], steps
 
 
-def _with(state: State, branch: Patch, used: bool) -> State:
+def _with(state: State, branch: Patch) -> State:
   """Adds a branch."""
-  if not used:
-    return state
   count = int(state.count)
   patch = patches.appended(state.patch, count, branch)
   return State(patch, np.int32(count + len(branch.bias)), state.groups)
-
-
-def _edited(spec: ModelSpec, states: Sequence[State], joint: bool) -> Any:
-  counts = [int(one.count) for one in states]
-  patch = [one.patch for one in states]
-  return patches.edited_of(
-      spec, patch, counts, ACTIVATION, joint=joint, groups=states[0].groups
-  )
 
 
 def _reports(
@@ -325,7 +304,7 @@ def _reports(
 ) -> dict[str, list[Any]]:
   """Values by edit, as plain JSON types."""
   return {
-      'loss': [float(x) if np.isfinite(x) else None for x in loss],
+      'loss': base.json_numbers(loss),
       'answered': [bool(x) for x in found],
       'steps': [int(x) for x in steps],
   }

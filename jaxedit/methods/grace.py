@@ -106,14 +106,9 @@ def _read_keys(
   index = batch.anchor[:, 0]
   read = lambda x: jnp.take(x[0], index, axis=0, mode='fill', fill_value=0)
   h = decoder.embed(spec, params, batch.tokens, batch.rows)
+  tap = Tap(SITE, (layer,), read)
   _, (found,) = decoder.run_layers(
-      spec,
-      params,
-      h,
-      batch.rows,
-      start=0,
-      stop=layer + 1,
-      taps=(Tap(SITE, (layer,), read),),
+      spec, params, h, batch.rows, start=0, stop=layer + 1, taps=(tap,)
   )
   return found[0].astype(wide(found.dtype))
 
@@ -211,18 +206,15 @@ def grace(spec: ModelSpec, config: GraceConfig) -> base.Editor:
     targets = jax.tree.map(lambda *x: np.concatenate(x), *found)
     middle = time.monotonic()
     keys = keys_of(spec, model.params, batch.encoded, batch.plan, layer=layer)
-    entries = [
-        Entry(key, value, label_of(one.target))
-        for key, value, one in zip(keys, targets.z, batch.encoded)
-    ]
+    labels = [label_of(one.target) for one in batch.encoded]
+    entries = list(map(Entry, keys, targets.z, labels))
     finite = targets.finite & np.isfinite(keys).all(-1)
-    joint = batch.group is None
-    group = np.zeros(len(entries), int) if joint else np.asarray(batch.group)
+    joint, group, limit = batch.joint, batch.groups, None
+    if not joint:  # a book then holds its own entries only
+      limit = int(state.count) + np.bincount(group).max()
     books, written = [], finite.copy()
     for number in range(int(group.max()) + 1):
       mine = np.flatnonzero((group == number) & finite)
-      # Side by side, a book holds its own entries only.
-      limit = None if joint else int(state.count) + np.bincount(group).max()
       book, full = entered(
           state, [entries[i] for i in mine], config.radius, limit
       )
@@ -234,31 +226,17 @@ def grace(spec: ModelSpec, config: GraceConfig) -> base.Editor:
         np.stack([np.ones(len(entries)), ~written]).astype(targets.z.dtype),
     )
     reason = _FULL if finite.any() else base.NOT_FINITE
-    info = base.Info(
-        written=written,
-        seconds={
-            'optimize': middle - begin,
-            'insert': time.monotonic() - middle,
-        },
-        per_edit=base.per_edit(report, len(entries)),
-        targets=report,
-        work=work,
-        reason='' if written.any() else reason,
-    )
-    if joint:
-      after = stream._replace(book=books[0])
-      if batch.requests:
-        own = np.flatnonzero(written)
-        names = [batch.requests[i].id for i in own]
-        after = Stream(
-            books[0],
-            stream.history.added([entries[i] for i in own], config.radius),
-            ledger_lib.with_names(stream.names, names),
-        )
-      return base.EditResult(_told(config, after), after, info)
-    stacked = State(*map(np.stack, zip(*books)))
-    edited = _edited(config, stacked, stacked.count, size=len(books))
-    return base.EditResult(edited, stream, info)
+    info = base.target_info(report, written, (begin, middle), work, reason)
+    if not joint:
+      stacked = State(*map(np.stack, zip(*books)))
+      edited = _edited(config, stacked, size=len(books))
+      return base.EditResult(edited, stream, info)
+    history, names, own = stream.history, stream.names, np.flatnonzero(written)
+    if batch.requests:
+      history = history.added([entries[i] for i in own], config.radius)
+      names = ledger_lib.with_names(names, [batch.requests[i].id for i in own])
+    after = Stream(books[0], history, names)
+    return base.EditResult(_told(config, after), after, info)
 
   def bytes_of(model: Any, edits: Sequence[EncodedEdit]) -> int:
     del model
@@ -269,7 +247,7 @@ def grace(spec: ModelSpec, config: GraceConfig) -> base.Editor:
 
 def _told(config: GraceConfig, stream: Stream) -> Edited:
   """The edit of a stream, with which edits it holds."""
-  edited = _edited(config, stream.book, stream.book.count)
+  edited = _edited(config, stream.book)
   names = ledger_lib.names_of(stream.names)
   if not edited.deltas or not names:
     return edited
@@ -278,21 +256,14 @@ def _told(config: GraceConfig, stream: Stream) -> Edited:
 
 
 def _edited(
-    config: GraceConfig, book: State, count: np.ndarray, size: int | None = None
+    config: GraceConfig, book: State, size: int | None = None
 ) -> Edited:
   """The edit that a codebook is; of none without entries."""
-  if not np.any(count):
+  if not np.any(book.count):
     return Edited(size=size)
-  lead = lambda x: jnp.asarray(x)[None]
-  codebook = Codebook(
-      config.layers,
-      SITE,
-      lead(book.keys),
-      lead(book.values),
-      lead(book.radii),
-      lead(count),
-  )
-  return Edited((codebook,), size=size)
+  leaves = (book.keys, book.values, book.radii, book.count)
+  leaves = (jnp.asarray(x)[None] for x in leaves)
+  return Edited((Codebook(config.layers, SITE, *leaves),), size=size)
 
 
 METHOD = base.Method(

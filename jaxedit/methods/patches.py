@@ -184,13 +184,15 @@ def added(patch: Patch, x: Array, activation: str) -> Array:
   return jnp.einsum('...p,pd->...d', act, patch.value, precision='highest')
 
 
+def under(patch: Patch, tail: Tail, activation: str) -> Tail:
+  """The tail of texts with neurons in force."""
+  return tail._replace(out=tail.out + added(patch, tail.x, activation))
+
+
 def no_neurons(width: int, dtype: Any) -> Patch:
   """Makes an empty array of neurons."""
-  return Patch(
-      np.zeros((_LEAST, width), dtype),
-      np.zeros(_LEAST, dtype),
-      np.zeros((_LEAST, width), dtype),
-  )
+  zeros = lambda *shape: np.zeros((_LEAST, *shape), dtype)
+  return Patch(zeros(width), zeros(), zeros(width))
 
 
 def appended(patch: Patch, count: int, more: Patch) -> Patch:
@@ -208,46 +210,38 @@ def appended(patch: Patch, count: int, more: Patch) -> Patch:
 
 
 def edited_of(
-    spec: ModelSpec,
-    patches: Sequence[Patch],
-    counts: Sequence[int],
-    activation: str,
-    *,
-    joint: bool,
-    groups: np.ndarray = ledger_lib.NO_NAMES,
+    spec: ModelSpec, states: Sequence[Any], activation: str, *, joint: bool
 ) -> Edited:
-  """Makes the edit of one patch, or of several side by side.
+  """Makes the edit of one state, or of several side by side.
 
   Args:
     spec: the architecture.
-    patches: neurons of each.
-    counts: how many of them are in use.
-    activation: their activation function.
-    joint: whether there is one patch, that of all edits.
-    groups: of a joint edit, which neurons are whose, see `edited.ledger`.
+    states: each with its `patch`, the `count` of neurons in use, and `groups`,
+      which of them are whose (see `edited.ledger`).
+    activation: of the neurons.
+    joint: whether there is one state, that of all edits.
 
   Returns:
     The edit.
   """
-  size = None if joint else len(patches)
-  if not any(counts):
+  size = None if joint else len(states)
+  if not any(state.count for state in states):
     return Edited(size=size)
-  most = max(len(patch.bias) for patch in patches)
-  padded = [Patch(*(grown(x, most) for x in patch)) for patch in patches]
+  most = max(len(state.patch.bias) for state in states)
+  padded = [grown(state.patch, most) for state in states]
   stack = (lambda x: x[0]) if joint else np.stack
   leaves = (jnp.asarray(stack(x))[None] for x in zip(*padded))
-  layer = spec.layers - 1
-  named = ledger_lib.names_of(groups) if joint else []
-  return Edited(
-      (Neurons((layer,), SITE, *leaves, activation=activation),),
-      size=size,
-      ledger=ledger_lib.of_groups(named) if named else None,
-  )
+  layers = (spec.layers - 1,)
+  neurons = Neurons(layers, SITE, *leaves, activation=activation)
+  named = ledger_lib.names_of(states[0].groups) if joint else []
+  ledger = ledger_lib.of_groups(named) if named else None
+  return Edited((neurons,), size=size, ledger=ledger)
 
 
-def grown(x: np.ndarray, size: int) -> np.ndarray:
-  """Pads an array of neurons to `size` with unused ones."""
-  return np.concatenate([x, np.zeros((size - len(x), *x.shape[1:]), x.dtype)])
+def grown(patch: Patch, size: int) -> Patch:
+  """Pads neurons to `size` with unused ones."""
+  pad = lambda x: np.pad(x, [(0, size - len(x))] + [(0, 0)] * (x.ndim - 1))
+  return Patch(*map(pad, patch))
 
 
 def seed_of(edit: EncodedEdit) -> int:

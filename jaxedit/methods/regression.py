@@ -30,7 +30,7 @@ from jaxedit.batching.buckets import round_up
 from jaxedit.methods import gradient
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
-from jaxedit.numerics import wide
+from jaxedit.numerics import all_finite, wide
 from jaxedit.types import Array, PackedSequences, Params
 
 
@@ -137,11 +137,9 @@ def pack(
   count, width, budget = shape
   real = np.zeros(count, np.int32)
   real[: len(texts)] = [len(ids) for ids in texts]
-  run = (
-      real
-      if pad is None
-      else np.where(np.arange(count) < len(texts), real.max(initial=0), 0)
-  )
+  run = real.copy()
+  if pad is not None:
+    run[: len(texts)] = real.max(initial=0)
   rows = packer.end_to_end(
       np.zeros_like(run), run, width=width, token_budget=budget, real=real
   )
@@ -196,9 +194,7 @@ def _between(
     stop: int,
 ) -> Array:
   """Runs layers start to stop - 1; rows have a group axis, or h alone."""
-  one = lambda h, rows: _run_layers(
-      spec, params, h, rows, start=start, stop=stop
-  )
+  one = functools.partial(_run_layers, spec, params, start=start, stop=stop)
   if h.ndim == 3:
     return one(h, rows)
   return jax.vmap(one, in_axes=(0, 0 if rows.row.ndim == 2 else None))(h, rows)
@@ -246,10 +242,8 @@ def aim(
 @jax.jit
 def read(h: Array, goals: Goals) -> Array:
   """[groups, M, D] states at the anchors."""
-  pick = lambda x, place: jnp.take(
-      x[0], place, axis=0, mode='fill', fill_value=0
-  )
-  return jax.vmap(pick)(h, goals.place)
+  pick = functools.partial(jnp.take, axis=0, mode='fill', fill_value=0)
+  return jax.vmap(pick)(h[:, 0], goals.place)
 
 
 @functools.partial(jax.jit, static_argnames='spec')
@@ -318,8 +312,7 @@ def fit(
   optimizer = gradient.adamw(rule.rate, rule.decay, _decays)
   weights, value, _ = gradient.fit(loss, exact, optimizer, steps=rule.steps)
   change = jax.tree.map(jnp.subtract, weights, exact)
-  sound = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(change)]
-  sound = jnp.all(jnp.stack([jnp.isfinite(value), *sound]))
+  sound = all_finite((value, change))
   return jax.tree.map(lambda x: jnp.where(sound, x, 0), change), sound
 
 

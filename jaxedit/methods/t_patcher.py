@@ -29,6 +29,7 @@ one. No validation set: training stops at the first success.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import time
@@ -48,7 +49,7 @@ from jaxedit.methods.patches import Patch, Tail
 from jaxedit.methods.settings import setting
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
-from jaxedit.numerics import wide
+from jaxedit.numerics import all_finite, wide
 from jaxedit.placement import fetch
 from jaxedit.types import Array, Params
 
@@ -297,15 +298,12 @@ def _fit(
 ) -> Fitted:
   """Trains one edit's patch; see `fit`."""
   n = len(tail.label)
-  tail = tail._replace(
-      out=tail.out + patches.added(earlier, tail.x, ACTIVATION)
-  )
+  tail = patches.under(earlier, tail, ACTIVATION)
   best = jnp.argmax(decoder.logits(spec, params, tail.out), axis=-1)
   wrong = tail.mask & (best != tail.label)
   order = jnp.argsort(~wrong)[: config.neurons]  # the first wrong tokens
   own = jnp.where(wrong[order], order, n)
-  if (missing := config.neurons - len(own)) > 0:
-    own = jnp.pad(own, (0, missing), constant_values=n)
+  own = jnp.pad(own, (0, config.neurons - len(own)), constant_values=n)
   start = _start(tail, own, seed, config)
   optimizer = optax.chain(
       optax.clip_by_global_norm(_CLIP),
@@ -330,21 +328,13 @@ def _fit(
   goes_on = lambda loop: (loop.steps < config.steps) & ~loop.done
   zero = jnp.zeros([], tail.out.dtype)
   loop = _Loop(
-      start,
-      optimizer.init(start),
-      zero,
-      jnp.int32(0),
-      ~jnp.any(wrong),
-      rate=zero + config.rate,
-      best=zero + jnp.inf,
-      bad=jnp.int32(0),
-      sum=zero,
-  )
+      start, optimizer.init(start), zero, jnp.int32(0), ~jnp.any(wrong),
+      rate=zero + config.rate, best=zero + jnp.inf, bad=jnp.int32(0), sum=zero,
+  )  # fmt: skip
   loop = jax.lax.while_loop(goes_on, step, loop)
   w = loop.weights
   value, success = loss(w)
-  finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in w]))
-  success &= finite & jnp.all(jnp.isfinite(tail.out))
+  success &= all_finite((w, tail.out))
   keep = (own < n) & success
   patch = Patch(w.key, w.bias, w.value * w.scale)
   zeroed = lambda x: jnp.where(keep.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
@@ -387,70 +377,45 @@ def t_patcher(spec: ModelSpec, config: TPatcherConfig) -> base.Editor:
     more = np.zeros((_JOINED, spec.width), inputs.dtype)
     valid = np.arange(len(inputs) + _JOINED) < len(inputs)
     dtype = wide(model.params['embed']['embedding'].dtype)
-    return State(
-        patches.no_neurons(spec.width, dtype),
-        np.int32(0),
-        np.concatenate([inputs, more]),
-        valid,
-        np.int32(0),
-    )
+    patch, memory = patches.no_neurons(spec.width, dtype), [inputs, more]
+    zero = np.int32(0)
+    return State(patch, zero, np.concatenate(memory), valid, zero)
 
   def edit(
       model: Any, state: State, batch: base.EditBatch, run: base.Run
   ) -> base.EditResult:
-    joint = batch.group is None
-    if not batch.encoded:
-      nothing = base.Info(np.zeros(0, bool), {'fit': 0.0}, _reports([]))
-      edited = patches.edited_of(
-          spec, [state.patch], [int(state.count)], ACTIVATION, joint=True,
-          groups=state.groups,
-      )  # fmt: skip
-      return base.EditResult(edited, state, nothing)
-    begin = time.monotonic()
-    group = [0] * len(batch.encoded) if joint else list(batch.group)
-    tail = patches.tail_of(
-        spec, model.params, batch.encoded, batch.plan, plain=True
-    )
-    fitting = _Fitting(spec, model.params, config, state, max(group) + 1)
-    with run.progress('fit', len(group), 'edit') as advance:
+    begin, edits = time.monotonic(), batch.encoded
+    joint, group = batch.joint or not edits, batch.groups.tolist()
+    count = max(group, default=0) + 1
+    fitting = _Fitting(spec, model.params, config, state, count)
+    if edits:
+      tail = patches.tail_of(spec, model.params, edits, batch.plan, plain=True)
+    with run.progress('fit', len(edits), 'edit') as advance:
       for indices in _rounds(group):
-        fitting.fit(
-            indices, [group[i] for i in indices], tail,
-            [patches.seed_of(batch.encoded[i]) for i in indices],
-        )  # fmt: skip
+        seeds = [patches.seed_of(edits[i]) for i in indices]
+        fitting.fit(indices, [group[i] for i in indices], tail, seeds)
         advance(len(indices))
     states = fitting.states
     if joint:
       states = [_named(states[0], fitting.rows, batch.requests)]
-    edited = patches.edited_of(
-        spec,
-        [one.patch for one in states],
-        [int(one.count) for one in states],
-        ACTIVATION,
-        joint=joint,
-        groups=states[0].groups,
-    )
-    found = [fitting.found[i] for i in range(len(group))]
-    written = np.array([bool(one.success) for one in found])
+    found = [fitting.found[i] for i in range(len(edits))]
+    written = np.array([one.success for one in found], bool)
     info = base.Info(
         written,
         {'fit': time.monotonic() - begin},
         _reports(found),
-        reason='' if written.any() else _reason(config),
+        reason='' if written.any() or not edits else _reason(config),
     )
+    edited = patches.edited_of(spec, states, ACTIVATION, joint=joint)
     return base.EditResult(edited, states[0] if joint else state, info)
 
   def bytes_of(model: Any, edits: Sequence[Any]) -> int:
     del model
     return 8 * spec.width * config.neurons * len(edits)
 
+  needs = (base.PreservedTexts(),)
   return base.Editor(
-      (base.PreservedTexts(),),
-      init,
-      edit,
-      bytes_of=bytes_of,
-      cumulative=True,
-      ordered=True,
+      needs, init, edit, bytes_of=bytes_of, cumulative=True, ordered=True
   )
 
 
@@ -463,9 +428,8 @@ def _reason(config: TPatcherConfig) -> str:
 
 def _reports(found: Sequence[Fitted]) -> dict[str, list[Any]]:
   """Values by edit, as plain JSON types."""
-  number = lambda x: float(x) if np.isfinite(x) else None
   return {
-      'loss': [number(one.loss) for one in found],
+      'loss': base.json_numbers(one.loss for one in found),
       'steps': [int(one.steps) for one in found],
       'neurons': [int(one.used) for one in found],
   }
@@ -473,16 +437,14 @@ def _reports(found: Sequence[Fitted]) -> dict[str, list[Any]]:
 
 def _rounds(group: Sequence[int]) -> list[list[int]]:
   """Edits that are trained side by side: one of each group, in order."""
-  rounds: list[list[int]] = []
-  seen: dict[int, int] = {}
+  rounds: dict[int, list[int]] = {}
+  seen: collections.Counter[int] = collections.Counter()
   for i, number in enumerate(group):
-    turn = seen[number] = seen.get(number, -1) + 1
-    while turn >= len(rounds):
-      rounds.append([])
-    rounds[turn].append(i)
+    rounds.setdefault(seen[number], []).append(i)
+    seen[number] += 1
   return [
       some[first : first + _SIDE_BY_SIDE]
-      for some in rounds
+      for some in rounds.values()
       for first in range(0, len(some), _SIDE_BY_SIDE)
   ]
 
@@ -516,19 +478,13 @@ class _Fitting:
     # A power of two, so that small batches share compiled code.
     count = round_up(len(indices), POWERS)
     fill = [*range(len(indices)), *[0] * (count - len(indices))]
-    rows = Tail(*(leaf[[indices[i] for i in fill]] for leaf in tail))
-    grown = [
-        Patch(*(patches.grown(x, most) for x in one.patch)) for one in mine
-    ]
     pick = lambda values: np.stack([values[i] for i in fill])
-    fitted = fit(
-        *self._model,
-        rows,
-        Patch(*(pick(leaf) for leaf in zip(*grown))),
-        (pick([s.memory for s in mine]), pick([s.valid for s in mine])),
-        np.asarray([seeds[i] for i in fill], np.uint32),
-        config=self._config,
-    )
+    rows = Tail(*(leaf[pick(indices)] for leaf in tail))
+    grown = [patches.grown(one.patch, most) for one in mine]
+    earlier = Patch(*map(pick, zip(*grown)))
+    memory = pick([s.memory for s in mine]), pick([s.valid for s in mine])
+    seed = pick(seeds).astype(np.uint32)
+    fitted = fit(*self._model, rows, earlier, memory, seed, config=self._config)
     fitted = jax.tree.map(fetch, fitted)
     for at, (i, g) in enumerate(zip(indices, groups)):
       one = jax.tree.map(lambda x: x[at], fitted)  # pylint: disable=cell-var-from-loop
@@ -549,14 +505,9 @@ def _frozen(state: State, fitted: Fitted, inputs: np.ndarray) -> State:
   texts = len(memory) - _JOINED
   at = texts + (int(state.joined) + np.arange(len(inputs))) % _JOINED
   memory[at], valid[at] = inputs, True
-  return State(
-      patch,
-      np.int32(state.count + len(more.bias)),
-      memory,
-      valid,
-      np.int32(state.joined + len(inputs)),
-      state.groups,
-  )
+  count = np.int32(state.count + len(more.bias))
+  joined = np.int32(state.joined + len(inputs))
+  return State(patch, count, memory, valid, joined, state.groups)
 
 
 def _named(

@@ -339,11 +339,8 @@ class _Fitting:
       self._changes = jax.tree.map(
           lambda x: np.zeros((*lead, *x.shape[1:]), x.dtype), change
       )
-
-    def put(whole: np.ndarray, part: Array) -> None:
+    for whole, part in zip(*map(jax.tree.leaves, (self._changes, change))):
       whole[i, list(groups)] = fetch(part)[: len(groups)]
-
-    jax.tree.map(put, self._changes, change)
 
   def _measure(self, i: int, jobs: Sequence[_Job], now: Array) -> None:
     """Notes |z - now| / |z - z0| of the states of a slab."""
@@ -414,8 +411,8 @@ def _check_settings(config: UnkeConfig) -> None:
 
 def _check_preserved(spec: ModelSpec, texts: Sequence[np.ndarray]) -> None:
   problems = []
-  for i, ids in enumerate(texts):
-    name = f'text {i + 1} to preserve'
+  for i, ids in enumerate(texts, 1):
+    name = f'text {i} to preserve'
     if not 1 <= len(ids) <= spec.max_positions:
       problems.append(
           f'{name}: has {len(ids)} tokens; the model takes 1 to'

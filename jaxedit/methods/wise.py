@@ -38,6 +38,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxedit import io
 from jaxedit.batching.buckets import round_up
 from jaxedit.batching.plan import BatchPlan
 from jaxedit.deltas import ACTIVATIONS, Edited, Routed
@@ -293,21 +294,16 @@ def loss_of(
   (layer,) = config.layers
   inside, moved = gaps(spec.activation, rows, shard)
   outside, _ = gaps(spec.activation, irrelevant, shard)
+  h, layout = rows.out + moved, decoder.token_layout(rows.valid)
   h, _ = decoder.run_layers(
-      spec,
-      params,
-      rows.out + moved,
-      decoder.token_layout(rows.valid),
-      start=layer + 1,
-      stop=spec.layers,
+      spec, params, h, layout, start=layer + 1, stop=spec.layers
   )
   h = jnp.take_along_axis(h, labels.index[..., None], axis=1)
   logprob, _ = decoder.label_logprob(spec, params, h, labels.label)
   total = -jnp.sum(jnp.where(labels.mask, logprob, 0), axis=-1)
   count = jnp.sum(labels.mask, axis=-1) + config.counts_one_more
   nll = jnp.mean(total / count)
-  loss = nll
-  loss += _positive_mean(outside[:, None] - inside + config.gamma)
+  loss = nll + _positive_mean(outside[:, None] - inside + config.gamma)
   loss += _positive_mean(outside - config.alpha)
   loss += _positive_mean(config.beta - inside)
   return Losses(loss, nll, inside, outside)
@@ -422,15 +418,14 @@ class _Memory:
   def next(self) -> tuple[Any, Array]:
     """(the shard that the next edit is trained in, its mask)."""
     config = self._config
-    shard = np.zeros(self._empty, self._dtype)
-    shard = shard if self.begins else self.shards[-1]
+    number = np.uint32(self.count // config.save_every)
     mask = mask_of(
-        np.uint32(config.seed),
-        np.uint32(self.count // config.save_every),
-        shape=self._empty,
-        share=config.mask_share,
-    )
-    return shard, mask
+        np.uint32(config.seed), number,
+        shape=self._empty, share=config.mask_share,
+    )  # fmt: skip
+    if self.begins:
+      return np.zeros(self._empty, self._dtype), mask
+    return self.shards[-1], mask
 
   def put(self, shard: Any, inside: float, name: str | None) -> None:
     """Keeps a trained edit; merges full shards where it is time."""
@@ -448,9 +443,8 @@ class _Memory:
     if several < 2 or self.count % (several * config.save_every):
       return
     last = np.stack([np.asarray(x) for x in self.shards[-several:]])
-    least = min(self.least[-several:])
     self.shards[-several:] = [ties(last, config.merge_density)]
-    self.least[-several:] = [least]
+    self.least[-several:] = [min(self.least[-several:])]
     self.names[-several:] = [sum(self.names[-several:], [])]
 
   def state(self, state: State) -> State:
@@ -521,66 +515,48 @@ def wise(spec: ModelSpec, config: WiseConfig) -> base.Editor:
     tokens = np.zeros((len(texts), round_up(max(lengths))), np.int32)
     for row, (ids, length) in enumerate(zip(texts, lengths)):
       tokens[row, :length] = ids[:length]
-    size = config.shards
-    return State(
-        np.zeros((size, spec.mlp_width, spec.width), dtype),
-        np.full(size, np.inf, dtype),
-        np.int32(0),
-        np.int32(0),
-        tokens,
-        lengths,
-    )
+    shards = np.zeros((config.shards, spec.mlp_width, spec.width), dtype)
+    least = np.full(config.shards, np.inf, dtype)
+    return State(shards, least, np.int32(0), np.int32(0), tokens, lengths)
 
   def edit(
       model: Any, state: State, batch: base.EditBatch, run: base.Run
   ) -> base.EditResult:
-    joint = batch.group is None
-    edits = batch.encoded
-    if not edits:
-      info = base.Info(np.zeros(0, bool), {'fit': 0.0}, _reports([]))
-      edited = _edited(spec, config, [_Memory(state, config)], True)
-      return base.EditResult(edited, state, info)
-    begin = time.monotonic()
-    group = [0] * len(edits) if joint else list(batch.group)
-    memories = [_Memory(state, config) for _ in range(max(group) + 1)]
+    begin, edits = time.monotonic(), batch.encoded
+    joint = batch.joint or not edits
+    count = max(batch.groups, default=0) + 1
+    memories = [_Memory(state, config) for _ in range(count)]
+    train = functools.partial(
+        _train, spec, model.params, config, state, batch.plan
+    )
     full, found = False, []
     names = [one.id for one in batch.requests] or [None] * len(edits)
     with run.progress('fit', len(edits), 'edit') as advance:
-      for one, number, name in zip(edits, group, names):
+      for one, number, name in zip(edits, batch.groups, names):
         memory = memories[number]
         full |= memory.full
-        found.append(
-            None
-            if memory.full
-            else _train(
-                spec, model.params, config, state, batch.plan, one, memory, name
-            )
-        )
+        found.append(None if memory.full else train(one, memory, name))
         advance(1)
-    written = np.array([one is not None and one.finite for one in found])
+    written = np.array([one is not None and one.finite for one in found], bool)
+    reason = _FULL if full else _NOT_FINITE
     info = base.Info(
         written,
         {'fit': time.monotonic() - begin},
         _reports(found),
-        reason='' if written.any() else _FULL if full else _NOT_FINITE,
+        reason='' if written.any() or not found else reason,
     )
-    edited = _edited(spec, config, memories, joint)
-    return base.EditResult(
-        edited, memories[0].state(state) if joint else state, info
-    )
+    if joint:
+      state = memories[0].state(state)
+    return base.EditResult(_edited(spec, config, memories, joint), state, info)
 
   def bytes_of(model: Any, edits: Sequence[Any]) -> int:
     del model
     shards = -(-len(edits) // config.save_every)
     return 4 * spec.mlp_width * spec.width * shards
 
+  needs = (base.PreservedTexts(),)
   return base.Editor(
-      (base.PreservedTexts(),),
-      init,
-      edit,
-      bytes_of=bytes_of,
-      cumulative=True,
-      ordered=True,
+      needs, init, edit, bytes_of=bytes_of, cumulative=True, ordered=True
   )
 
 
@@ -608,8 +584,7 @@ def _train(
   own = read(spec, params, *texts, layer=layer)
   # The draw depends on the edit alone, not on its place in a batch.
   rng = np.random.default_rng(patches.seed_of(edit))
-  drawn = rng.permutation(len(state.lengths))
-  drawn = np.resize(drawn, config.irrelevant_rows)
+  drawn = np.resize(rng.permutation(len(state.lengths)), config.irrelevant_rows)
   tokens = state.texts[drawn]
   valid = np.arange(tokens.shape[1]) < state.lengths[drawn, None]
   irrelevant = read(spec, params, tokens, valid, valid, layer=layer)
@@ -636,36 +611,25 @@ def _edited(
     return Edited(size=size)
   stack = (lambda x: x[0]) if joint else np.stack
   shards, least = (stack(x) for x in zip(*(m.padded(most) for m in memories)))
-  routed = Routed(
-      config.layers,
-      SITE,
-      jnp.asarray(shards)[None],
-      jnp.asarray(config.act_ratio * least)[None],
-      activation=spec.activation,
-  )
+  leaves = (jnp.asarray(x)[None] for x in (shards, config.act_ratio * least))
+  routed = Routed(config.layers, SITE, *leaves, activation=spec.activation)
   names = memories[0].names if joint else []
   groups = [[ids, i, i + 1] for i, ids in enumerate(names)]
-  known = groups and all(names)
-  return Edited(
-      (routed,),
-      size=size,
-      ledger=ledger_lib.of_groups(groups) if known else None,
-  )
+  ledger = ledger_lib.of_groups(groups) if groups and all(names) else None
+  return Edited((routed,), size=size, ledger=ledger)
 
 
 def _reports(found: Sequence[_Trained | None]) -> dict[str, list[Any]]:
   """Values by edit, as plain JSON types; None of an edit without a shard."""
 
-  def each(value: Any) -> list[float | None]:
-    values = [np.nan if one is None else float(value(one)) for one in found]
-    return [x if np.isfinite(x) else None for x in values]
-
+  losses = [one and one.losses for one in found]
+  each = lambda value: [x and io.json_number(value(x)) for x in losses]
   return {
-      'loss': each(lambda one: one.losses.loss),
-      'likelihood': each(lambda one: one.losses.nll),
-      'gap_edit': each(lambda one: one.losses.inside.mean()),
-      'gap_irrelevant': each(lambda one: one.losses.outside.max()),
-      'steps': [0 if one is None else one.steps for one in found],
+      'loss': each(lambda x: x.loss),
+      'likelihood': each(lambda x: x.nll),
+      'gap_edit': each(lambda x: x.inside.mean()),
+      'gap_irrelevant': each(lambda x: x.outside.max()),
+      'steps': [one.steps if one else 0 for one in found],
   }
 
 
@@ -676,11 +640,7 @@ METHOD = base.Method(
     wise,
     chunkable=False,
     parity={
-        'easyedit': {
-            'counts_one_more': True,
-            'decays_all': True,
-            'whole_rows': True,
-        }
+        'easyedit': dict(counts_one_more=True, decays_all=True, whole_rows=True)
     },
     source='arXiv 2405.14768',
     small={

@@ -152,15 +152,14 @@ def open_folder(folder: str | os.PathLike[str]) -> Checkpoint:
     raise InputError(_no_weights(folder))
   problems, headers = [], {}
   for name in names:
-    try:
-      if not (folder / name).is_file():
-        raise InputError(
-            f'{folder / INDEX} names the shard {name}, which is not in the '
-            'folder; fetch it'
-        )
+    if not (folder / name).is_file():
+      problems.append(
+          f'{folder / INDEX} names the shard {name}, which is not in the folder;'
+          ' fetch it'
+      )
+      continue
+    with InputError.collected(problems):
       headers[name] = read_header(folder / name)
-    except InputError as error:
-      problems += error.problems
   tensors: dict[str, Tensor] = {}
   for header in headers.values():
     for name, tensor in header.tensors.items():

@@ -164,10 +164,8 @@ def check_folder(folder: str | os.PathLike[str]) -> tuple[str, int]:
     InputError: it is no encoder that can be used; all errors at once.
   """
   problems: list[str] = []
-  try:
+  with InputError.collected(problems):
     loading.open_model(folder, families.ENCODERS)
-  except InputError as error:
-    problems += error.problems
   folder = pathlib.Path(folder)
   pooling, errors = _pooling(folder)
   problems += errors

@@ -52,15 +52,13 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
   # Heavy, and of no use to those who only convert a file.
   import transformers
 
+  kind, options = transformers.AutoTokenizer, {'trust_remote_code': False}
+  if (folder / 'tokenizer.json').is_file():
+    kind, options = transformers.PreTrainedTokenizerFast, {}
   try:
-    if (folder / 'tokenizer.json').is_file():
-      tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(
-          str(folder), local_files_only=True
-      )
-    else:
-      tokenizer = transformers.AutoTokenizer.from_pretrained(
-          str(folder), trust_remote_code=False, local_files_only=True
-      )
+    tokenizer = kind.from_pretrained(
+        str(folder), local_files_only=True, **options
+    )
   # What a broken file raises is not specified: besides ValueError, OSError and
   # ImportError, the part of tokenizers below Python raises plain Exception, and
   # where it panics a BaseException of its own.
@@ -95,8 +93,7 @@ def end_ids(folder: str | os.PathLike[str]) -> tuple[int, ...]:
   """
   path = pathlib.Path(folder) / 'generation_config.json'
   found = _settings(path).get('eos_token_id')
-  ids = found if isinstance(found, list) else [found]
-  ids = [] if found is None else ids
+  ids = found if isinstance(found, list) else [found] * (found is not None)
   if not all(type(i) is int and i >= 0 for i in ids):
     raise types.InputError(
         f'{path}: eos_token_id {found!r} is neither a token id nor a list of'
@@ -128,10 +125,8 @@ def _folder_faults(folder: pathlib.Path) -> list[str]:
     )
   found = {}
   for name in _READ:
-    try:
+    with types.InputError.collected(problems):
       found[name] = _settings(folder / name)
-    except types.InputError as error:
-      problems += error.problems
   rules = tokenizer_rules.errors(found.get('tokenizer.json', {}))
   problems += [f'{folder / "tokenizer.json"}: {rule}' for rule in rules]
   for name in ('tokenizer_config.json', 'config.json'):

@@ -123,10 +123,8 @@ def errors(
       lambda: read_proposal(settings.proposal),
   )
   for check in checks:
-    try:
+    with InputError.collected(problems):
       check()
-    except InputError as e:
-      problems += e.problems
   return problems
 
 
@@ -186,11 +184,9 @@ def read(
     raise InputError(f'--proposal={proposal.path}: was found for another model')
   source = settings.probe_data or settings.data
   wanted, skip = settings.probe_facts, settings.probe_skip
+  count = skip + wanted + len(seen)
   config = dataclasses.replace(
-      config,
-      data=source,
-      num_edits=skip + wanted + len(seen),
-      max_new_tokens=0,
+      config, data=source, num_edits=count, max_new_tokens=0
   )
   tokens = TokenCache(tokenizer)
   loaded = FactTask(config, chosen).load(tokens, model.spec, progress)

@@ -187,10 +187,8 @@ def from_flags(kind: str) -> Chosen:
     value = FLAGS[name].value
     if value is None:
       continue
-    try:
+    with InputError.collected(problems):
       given[name] = setting_flags.read(setting, value)
-    except InputError as e:
-      problems += e.problems
   # A given setting wins over a bundle.
   config = configure(config, method.parity.get(FLAGS.parity, {}))
   try:
@@ -198,8 +196,7 @@ def from_flags(kind: str) -> Chosen:
     problems += [f'--{problem}' for problem in config.errors(FLAGS.dtype)]
   except InputError as e:
     problems += [f'--{problem}' for problem in e.problems]
-  if problems:
-    raise InputError(*problems)
+  InputError.raise_for(problems)
   if chunked:
     config = anyedit(config, FLAGS.window, FLAGS.overlap, FLAGS.boundary)
   if FLAGS.parity != 'none' and 'batch_size' in FLAGS:

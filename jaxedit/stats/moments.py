@@ -130,14 +130,9 @@ def add_batch(
   read = functools.partial(gram, real=batch.segment_ids != PADDING)
   h = decoder.embed(spec, params, batch.tokens, layout)
   *before, last = layers
+  tap = Tap(site, tuple(before), read)
   h, (sums,) = decoder.run_layers(
-      spec,
-      params,
-      h,
-      layout,
-      start=0,
-      stop=last,
-      taps=(Tap(site, tuple(before), read),),
+      spec, params, h, layout, start=0, stop=last, taps=(tap,)
   )
   # Outside the loop over layers nothing needs what follows the last key, so the
   # compiler drops it.

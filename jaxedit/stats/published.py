@@ -124,13 +124,10 @@ def load_npz(
           ' collect the moments'
       )
       continue
-    try:
+    with InputError.collected(problems):
       gram, count = _read_archive(paths[0], width)
-    except InputError as error:
-      problems += error.problems
-      continue
-    grams.append(gram)
-    counts.append(count)
+      grams.append(gram)
+      counts.append(count)
   InputError.raise_for(problems)
   provenance = {
       'model': model_hash,

@@ -186,8 +186,7 @@ def choose(
         if len(picked) == wanted:
           break
         one = judged(tokenizer, one, int(token))
-        reason = _reason(tokenizer, one, p, keep_wrong)
-        if reason:
+        if reason := _reason(tokenizer, one, p, keep_wrong):
           missed.append(left_out(one.fact, reason))
         else:
           picked.append(one)

@@ -409,7 +409,6 @@ class _Fitting:
         self.written[list(some)] = False
         continue
 
-      def put(whole: np.ndarray, part: np.ndarray, g=g, number=number) -> None:
+      leaves = map(jax.tree.leaves, (self.values, values))
+      for whole, part in zip(*leaves):
         whole[:, g] = part[number]
-
-      jax.tree.map(put, self.values, values)

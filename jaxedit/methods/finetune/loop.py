@@ -133,14 +133,9 @@ def enter(
   taps = (Tap(_DOWN, (lowest,)),) if down else ()
 
   def one(examples: Examples) -> tuple[Entry, Array]:
+    h = decoder.embed(spec, params, examples.tokens, examples.rows)
     h, seen = decoder.run_layers(
-        spec,
-        params,
-        decoder.embed(spec, params, examples.tokens, examples.rows),
-        examples.rows,
-        start=0,
-        stop=lowest + down,
-        taps=taps,
+        spec, params, h, examples.rows, start=0, stop=lowest + down, taps=taps
     )
     entry = Entry(h, seen[0][0] if down else None)
     return entry, _scores(spec, params, (), examples, entry, lowest)
@@ -164,16 +159,9 @@ def _scores(
       first = jax.tree.map(lambda x: x[0], delta)
       h = first(entry.key, h).astype(h.dtype)
   h, _ = decoder.run_layers(
-      spec,
-      params,
-      h,
-      examples.rows,
-      start=lowest,
-      stop=spec.layers,
-      deltas=deltas,
-      outputs=examples.outputs,
-      remat=decoder.SAVE_PRODUCTS,
-  )
+      spec, params, h, examples.rows, start=lowest, stop=spec.layers,
+      deltas=deltas, outputs=examples.outputs, remat=decoder.SAVE_PRODUCTS,
+  )  # fmt: skip
   nll = _nll(spec, params, h[0], examples.labels, examples.weights)
   row = examples.outputs.rows.row
   mine = row == jnp.arange(len(examples.share))[:, None]
@@ -196,9 +184,8 @@ def _nll(
   if len(h) <= _PIECE:
     return some(args)
   rest = -len(h) % _PIECE
-  cut = lambda x: jnp.pad(x, ((0, rest), (0, 0))).reshape(
-      -1, _PIECE, x.shape[1]
-  )
+  pad = lambda x: jnp.pad(x, ((0, rest), (0, 0)))
+  cut = lambda x: pad(x).reshape(-1, _PIECE, x.shape[1])
   found = jax.lax.map(jax.checkpoint(some), jax.tree.map(cut, args))
   return found.reshape(-1)[: len(h)]
 

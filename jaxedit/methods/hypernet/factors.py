@@ -141,13 +141,11 @@ def pack(texts: Sequence[Text], shape: tuple[int, int, int]) -> Sequences:
     Numpy arrays; texts past the last one are empty.
   """
   count, width, scored = shape
-  found = Sequences(
-      np.zeros([count, width], np.int32),
-      np.zeros(count, np.int32),
-      np.zeros([count, scored], np.int32),
-      np.zeros([count, scored], np.int32),
-      np.zeros([count, scored], np.float32),
-  )
+  zeros = lambda *shape: np.zeros(shape, np.int32)
+  index, labels, weight = (zeros(count, scored) for _ in range(3))
+  weight = weight.astype(np.float32)
+  tokens, length = zeros(count, width), zeros(count)
+  found = Sequences(tokens, length, index, labels, weight)
   for b, text in enumerate(texts):
     found.tokens[b, : len(text.tokens)] = text.tokens
     found.length[b] = len(text.tokens)

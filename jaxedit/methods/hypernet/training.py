@@ -32,6 +32,7 @@ from jaxedit.methods.hypernet.network import Network, Variables, embedding
 from jaxedit.methods.settings import setting
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
+from jaxedit.numerics import all_finite
 from jaxedit.types import Array, Params
 
 OUTERS = ('rephrase', 'edit', 'mixed')
@@ -236,10 +237,9 @@ def _rolled(batch: Batch, count: int) -> tuple[Sequences, Array, Array]:
   parts = (batch.local, batch.local_h, batch.local_out)
   if count == 1:
     return parts
-  rolls = lambda x: jnp.concatenate(
-      [jnp.roll(x, -i, axis=0) for i in range(count)]
-  )
-  return jax.tree.map(rolls, parts)
+  rolled = lambda i: jax.tree.map(lambda x: jnp.roll(x, -i, axis=0), parts)
+  join = lambda *x: jnp.concatenate(x)
+  return jax.tree.map(join, *map(rolled, range(count)))
 
 
 def losses(trial: Trial, params: Params, pairs: Any, batch: Batch) -> Losses:
@@ -292,13 +292,9 @@ def total(config: Training, found: Losses) -> Array:
 
 
 def _factors(trial: Trial, params: Params, batch: Batch) -> Any:
+  share, h = _share(trial, batch), batch.edit_h
   return lib.edit_factors(
-      trial.spec,
-      params,
-      trial.maps,
-      batch.edit_h,
-      batch.edit,
-      share=_share(trial, batch),
+      trial.spec, params, trial.maps, h, batch.edit, share=share
   )[0]
 
 
@@ -347,8 +343,7 @@ def step(
   """
   config = trial.config
   value, grads, statistics = gradient(trial, params, state.variables, batch)
-  checks = [jnp.isfinite(x).all() for x in jax.tree.leaves((value, grads))]
-  sound = jnp.all(jnp.stack(checks))
+  sound = all_finite((value, grads))
   keep = functools.partial(
       jax.tree.map, lambda new, old: jnp.where(sound, new, old)
   )
@@ -374,16 +369,8 @@ def step(
       state.optimizer,
       added,
   )
-  return (
-      State(
-          Variables(trained, statistics),
-          inner,
-          added,
-          state.step + 1,
-          state.skipped + ~sound,
-      ),
-      value,
-  )
+  counts = state.step + 1, state.skipped + ~sound
+  return State(Variables(trained, statistics), inner, added, *counts), value
 
 
 @functools.partial(jax.jit, static_argnames='trial')
