@@ -79,8 +79,7 @@ def main() -> None:
       problems += e.problems
   config, timed = cli.read(RunConfig), FLAGS.baseline == 'torch'
   problems += tracing.errors(config, settings, chosen)
-  if problems:
-    raise InputError(*problems)
+  InputError.raise_for(problems)
   if config.dry_run:
     print('\n'.join(dry_run.tracing(config, settings)))
     return

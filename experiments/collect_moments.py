@@ -40,8 +40,7 @@ def config_from_flags() -> MomentsConfig:
   problems = [] if named else ['--out: name the file to write']
   with InputError.collected(problems):
     layers = setting_flags.entries(given.layers, 'layers')
-  if problems:
-    raise InputError(*problems)
+  InputError.raise_for(problems)
   config = cli.read(MomentsConfig)
   return dataclasses.replace(
       config, layers=layers, out=pathlib.Path(given.out or '')

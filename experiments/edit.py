@@ -72,8 +72,7 @@ def main(kind: str = 'auto') -> None:
   except InputError as e:
     problems += e.problems
   problems += session.errors(config)
-  if problems:
-    raise InputError(*problems)
+  InputError.raise_for(problems)
   given = dict(command=cli.given(), progress=cli.progress_bar)
   if config.dry_run:
     lines = dry_run.editing(config, chosen, kind)

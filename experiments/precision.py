@@ -105,8 +105,7 @@ def main() -> None:
         f'--dtype={config.dtype}: this program rounds weights to bfloat16; pass'
         ' --dtype=bfloat16'
     )
-  if problems:
-    raise InputError(*problems)
+  InputError.raise_for(problems)
   with Output(
       config.output_dir, cli.given(), overwrite=config.overwrite
   ) as output:

@@ -113,8 +113,7 @@ def main() -> None:
   config, settings = cli.read(RunConfig), cli.read(ReachConfig)
   problems = config_lib.errors(config)
   problems += noise_lib.errors(settings.noise, '--noise')
-  if problems:
-    raise InputError(*problems)
+  InputError.raise_for(problems)
   if settings.plots:
     plots.require()
   clock, given = Clock(), cli.given()

@@ -45,8 +45,7 @@ def main() -> None:
     method, settings = training_flags.from_flags()
   except InputError as e:
     problems += e.problems
-  if problems:
-    raise InputError(*problems)
+  InputError.raise_for(problems)
   command = {k: v for k, v in cli.given().items() if k != 'out'}
   lines = training.run(
       config,

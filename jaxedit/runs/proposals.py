@@ -67,8 +67,7 @@ def asked(chosen: Chosen, kind: str) -> str | None:
         f'--{_BEGIN}{name}: is proposed from facts with paraphrases and'
         ' neighbours, and these are long answers; give such --data'
     )
-  if problems:
-    raise InputError(*problems)
+  InputError.raise_for(problems)
   return name
 
 

@@ -234,10 +234,7 @@ def write(
 
 
 def _records(
-    session: Session,
-    became: EditReports,
-    before: Evaluation,
-    after: Evaluation,
+    session: Session, became: EditReports, before: Evaluation, after: Evaluation
 ) -> list[dict[str, Any]]:
   """One JSON object a request: the edit, how it went, before and after."""
   info, known = became.info, ('number', 'id', 'case', 'superseded')
@@ -257,9 +254,7 @@ def _records(
   ]
 
 
-def tables(
-    evaluations: Mapping[str, Evaluation],
-) -> dict[str, dict[str, Any]]:
+def tables(evaluations: Mapping[str, Evaluation]) -> dict[str, dict[str, Any]]:
   """The results of evaluations by name, as plain numbers.
 
   Args:
