@@ -6,10 +6,11 @@ import hashlib
 import json
 import os
 import pathlib
-import tempfile
 from unittest import mock
 
+import dataset_files
 from absl.testing import absltest, parameterized
+from dataset_files import asked, without
 
 from jaxedit import testing
 from jaxedit.eval import datasets
@@ -62,10 +63,6 @@ ZSRE = {
 }
 
 
-def _without(data, name):
-  return {key: value for key, value in data.items() if key != name}
-
-
 def _people(*names, **changes):
   return [
       {'prompt': '{} is', 'subject': name, 'target_new': 'x'} | changes
@@ -77,37 +74,7 @@ def near(prompt, answer):
   return Probe('locality', prompt, (answer,))
 
 
-def asked(request):
-  return tuple(probe.prompt for probe in request.probes_of('rephrase'))
-
-
-class Base(parameterized.TestCase):
-
-  def setUp(self):
-    super().setUp()
-    folder = self.enterContext(tempfile.TemporaryDirectory())
-    self.path = os.path.join(folder, 'facts.jsonl')
-
-  def write(self, text):
-    mode = 'wb' if isinstance(text, bytes) else 'w'
-    with open(self.path, mode) as file:
-      file.write(text)
-
-  def load(self, *objects, as_list=False, **options):
-    self.write(
-        json.dumps(objects, indent=1)
-        if as_list
-        else '\n'.join(map(json.dumps, objects)) + '\n'
-    )
-    return datasets.load_requests(self.path, **options)
-
-  def problems(self, *objects, **options):
-    with self.assertRaises(InputError) as caught:
-      self.load(*objects, **options)
-    return caught.exception.problems
-
-
-class FormatTest(Base):
+class FormatTest(dataset_files.Base):
 
   def test_own(self):
     for data in (OWN, OWN | {'prompt': 'Ada plays the '}):
@@ -263,7 +230,7 @@ class FormatTest(Base):
     self.assertNotEmpty(loaded.requests)
 
 
-class FileTest(Base):
+class FileTest(dataset_files.Base):
 
   def test_missing_file_and_folder(self):
     for path in (self.path, os.path.dirname(self.path)):
@@ -361,11 +328,11 @@ class FileTest(Base):
     self.assertEqual(asked(record), ('a\u2028b\u0085c',))
 
 
-class ErrorTest(Base):
+class ErrorTest(dataset_files.Base):
 
   @parameterized.parameters(
-      (_without(OWN, 'prompt'), "'prompt' is missing"),
-      (_without(OWN, 'subject'), "'subject' is missing"),
+      (without(OWN, 'prompt'), "'prompt' is missing"),
+      (without(OWN, 'subject'), "'subject' is missing"),
       (OWN | {'subject': 3}, "'subject' holds a number; it must be text"),
       (OWN | {'subject': None}, "'subject' holds null"),
       (OWN | {'subject': ' '}, "'subject' is empty"),
@@ -382,15 +349,15 @@ class ErrorTest(Base):
           OWN | {'neighbours': [{'prompt': 'x'}]},
           r"'neighbours\[1\].answer' is missing",
       ),
-      (_without(OWN, 'target_true'), r"'neighbours\[1\]' has no answer"),
+      (without(OWN, 'target_true'), r"'neighbours\[1\]' has no answer"),
       (OWN | {'portability': []}, "'portability' holds a list"),
       (
           OWN | {'portability': {'alias': [{'prompt': 'x', 'answer': ''}]}},
           r"'portability.alias\[1\].answer' is empty",
       ),
       (OWN | {'paraphrase': []}, "'paraphrase' is unknown"),
-      (_without(FLAT, 'ground_truth'), "'ground_truth' is missing"),
-      (_without(FLAT, 'locality_prompt'), "'locality_prompt' is missing"),
+      (without(FLAT, 'ground_truth'), "'ground_truth' is missing"),
+      (without(FLAT, 'locality_prompt'), "'locality_prompt' is missing"),
       (FLAT | {'target_new': 'harp'}, 'nothing to edit'),
       (ZSRE | {'alt': ''}, "'alt' is empty"),
       (ZSRE | {'answers': []}, "'answers' is an empty list"),
@@ -519,7 +486,7 @@ class ErrorTest(Base):
     )
 
 
-class SkipTest(Base):
+class SkipTest(dataset_files.Base):
 
   def test_the_next_record_takes_the_place(self):
     good = _people('a', 'b', 'c', 'd')

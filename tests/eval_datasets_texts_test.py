@@ -3,11 +3,11 @@
 import collections
 import hashlib
 import json
-import os
 import pathlib
-import tempfile
 
+import dataset_files
 from absl.testing import absltest, parameterized
+from dataset_files import asked, without
 
 from jaxedit import testing
 from jaxedit.eval import datasets
@@ -73,10 +73,6 @@ def _single(**changes):
   } | changes
 
 
-def _without(data, name):
-  return {key: value for key, value in data.items() if key != name}
-
-
 def _asked(*questions, **changes):
   return [{'question': q, 'answer': f'{q}!'} | changes for q in questions]
 
@@ -89,30 +85,8 @@ def sub(prompt, answer):
   return Probe('sub_question', prompt, (answer,))
 
 
-def asked(request):
-  return tuple(probe.prompt for probe in request.probes_of('rephrase'))
-
-
-class Base(parameterized.TestCase):
-
-  def setUp(self):
-    super().setUp()
-    folder = self.enterContext(tempfile.TemporaryDirectory())
-    self.path = os.path.join(folder, 'passages.jsonl')
-
-  def load(self, *objects, as_list=False, **options):
-    text = (
-        json.dumps(objects, indent=1)
-        if as_list
-        else '\n'.join(map(json.dumps, objects)) + '\n'
-    )
-    pathlib.Path(self.path).write_text(text, encoding='utf-8')
-    return load(self.path, **options)
-
-  def problems(self, *objects, **options):
-    with self.assertRaises(InputError) as caught:
-      self.load(*objects, **options)
-    return caught.exception.problems
+class Base(dataset_files.Base):
+  kinds = ('text',)
 
 
 class FormatTest(Base):
@@ -185,7 +159,7 @@ class FormatTest(Base):
   def test_akew_single_rewrites(self):
     counterfact, wiki = self.load(
         _single(),
-        _without(
+        without(
             _single(requested_rewrite=_rewrite('Ben')), 'paraphrase_prompts'
         ),
     ).requests
@@ -232,8 +206,8 @@ class FormatTest(Base):
     self.assertEqual(datasets.kind_of(self.path), 'fact')
     self.assertEqual(datasets.kind_of('demo'), 'fact')
     self.assertEqual(datasets.kind_of('demo_passages'), 'text')
-    counterfact = _single(requested_rewrite=_without(
-        _without(_rewrite(), 'fact_new_uns'), 'unsfact_triplets_GPT'
+    counterfact = _single(requested_rewrite=without(
+        without(_rewrite(), 'fact_new_uns'), 'unsfact_triplets_GPT'
     ))  # fmt: skip
     for data, name in (
         (_case(_rewrite()), 'akew'), (_single(), 'akew'),
@@ -252,7 +226,7 @@ class FormatTest(Base):
 class ErrorTest(Base):
 
   @parameterized.parameters(
-      (_without(OWN, 'question'), "'question' is missing"),
+      (without(OWN, 'question'), "'question' is missing"),
       (OWN | {'answer': 3}, "'answer' holds a number; it must be text"),
       (OWN | {'answer': '\n'}, "'answer' is empty"),
       (OWN | {'paraphrases': 'x'}, "'paraphrases' holds text; .* a list"),
@@ -265,15 +239,15 @@ class ErrorTest(Base):
       (OWN | {'paraphrase': []}, "'paraphrase' is unknown; .*sub_questions"),
       (OWN | {'case': 3}, "'case' holds a number"),
       (OWN | {'category': ''}, "'category' is empty"),
-      (_without(UNKE, 'para_question'), "'para_question' is missing"),
-      (_without(UNKE, 'answer'), "'answer' is missing"),
+      (without(UNKE, 'para_question'), "'para_question' is missing"),
+      (without(UNKE, 'answer'), "'answer' is missing"),
       (UNKE | {'sub_answer': ['Yes.']}, "'sub_answer' hold 2 and 1 texts"),
       (UNKE | {'sub_answer': ['Yes.', 1]}, r"'sub_answer\[2\]' holds a num"),
       (_case(), "'requested_rewrite' is an empty list"),
       (_single(requested_rewrite='x'), "'requested_rewrite' holds text"),
       (_single(paraphrase_prompts=[3]), r"'paraphrase_prompts\[1\]' holds"),
       (
-          _case(_rewrite(), _without(_rewrite('Ben'), 'fact_new_uns')),
+          _case(_rewrite(), without(_rewrite('Ben'), 'fact_new_uns')),
           r"'requested_rewrite\[2\].fact_new_uns' is missing",
       ),
       (

@@ -64,21 +64,20 @@ def from_hf_flax(
   flat = flatten(tree.get('params', tree))
   prefix = family.PREFIX
   pieces: dict[str, dict[int | None, Any]] = {}
-  problems, used = [], set()
+  problems = []
   for name, slots in tensors.upstream_slots(spec, family.TENSORS).items():
     path = _flax_name(name, slots[0], spec)
     found = tensors.find_name(path, prefix, flat)
     if found is None:
       problems.append(f'the Flax tree has no leaf {path}')
       continue
-    used.add(found)
-    value = np.asarray(flat[found])
+    given = value = np.asarray(flat.pop(found))
     if value.ndim == 2 and path.endswith('.kernel'):
       value = value.T  # torch's layout of a Linear, and GPT-2's turned round
     wanted = tensors.upstream_shape(slots[0])
     if value.shape != wanted:
       problems.append(
-          f'Flax leaf {found} has shape {list(np.shape(flat[found]))}, which '
+          f'Flax leaf {found} has shape {list(given.shape)}, which '
           f'does not fit {list(wanted)} of the torch tensor {name}'
       )
       continue
@@ -88,7 +87,6 @@ def from_hf_flax(
   problems += [
       f'Flax leaf {name} has no place in a {spec.family} model of this spec'
       for name in flat
-      if name not in used
   ]
   return _stack(pieces, problems, dtype)
 
@@ -170,13 +168,12 @@ def from_nested(
   """
   flat = flatten(tree)
   pieces: dict[str, dict[int | None, Any]] = {}
-  problems, used = [], set()
+  problems = []
   for path, layer, name, shape in _places(spec, names):
     if name not in flat:
       problems.append(f'the tree has no leaf {name} (for {path})')
       continue
-    used.add(name)
-    value = np.asarray(flat[name])
+    value = np.asarray(flat.pop(name))
     if not _merges(value.shape, shape):
       problems.append(
           f'leaf {name} has shape {list(value.shape)} where {path} needs '
@@ -185,9 +182,7 @@ def from_nested(
       continue
     pieces.setdefault(path, {})[layer] = value.reshape(shape)
   problems += [
-      f'leaf {name} of the tree is not in the table of paths'
-      for name in flat
-      if name not in used
+      f'leaf {name} of the tree is not in the table of paths' for name in flat
   ]
   return _stack(pieces, problems, dtype)
 
@@ -305,10 +300,8 @@ def _stack(
   InputError.raise_for(problems)
   leaves = {}
   for path, layers in pieces.items():
-    whole = (
-        layers[None]
-        if None in layers
-        else np.stack([layers[layer] for layer in sorted(layers)])
-    )
+    whole = layers.get(None)
+    if whole is None:
+      whole = np.stack([layers[layer] for layer in sorted(layers)])
     leaves[path] = jnp.asarray(whole, loading.DTYPES[dtype])
   return loading.nest(leaves)

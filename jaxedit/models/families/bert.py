@@ -64,27 +64,17 @@ _HARMLESS = (
 def spec_from_hf(config: Mapping[str, Any]) -> spec_lib.ModelSpec:
   """Reads a BERT config; see `families.spec_from_hf`."""
   fields = common.Fields('bert', config)
-  width = fields.integer('hidden_size')
-  heads = fields.integer('num_attention_heads')
+  sizes = common.plain_sizes(
+      fields, common.NAMES, positions=512, eps=1e-12, activation='gelu'
+  )
   fields.must_be('is_decoder', False)
   fields.must_be('add_cross_attention', False)
   if fields.value('position_embedding_type', 'absolute') != 'absolute':
     fields.refuse('position_embedding_type', "'absolute'")
   spec = spec_lib.ModelSpec(
       family='bert',
-      layers=fields.integer('num_hidden_layers'),
-      width=width,
-      mlp_width=fields.integer('intermediate_size'),
-      heads=heads,
-      kv_heads=heads,
-      head_size=fields.head_size(width, heads, explicit=False),
-      vocab=fields.integer('vocab_size'),
-      max_positions=fields.integer('max_position_embeddings', 512),
-      norm='layer',
-      norm_eps=fields.number('layer_norm_eps', 1e-12),
+      **sizes,
       residual='post',
-      activation=fields.activation('hidden_act', 'gelu'),
-      gated=False,
       rotary='none',
       learned_positions=True,
       token_types=fields.integer('type_vocab_size', 2),

@@ -263,6 +263,57 @@ def rope(
   return Rope(theta, part, _scaling(fields, kind, numbers))
 
 
+# Names of config fields, by what they hold.
+GPT_NAMES = dict(
+    layers='n_layer', width='n_embd', heads='n_head', mlp='n_inner',
+    positions='n_positions', eps='layer_norm_epsilon', act='activation_function',
+)  # fmt: skip
+NAMES = dict(
+    layers='num_hidden_layers', width='hidden_size', heads='num_attention_heads',
+    mlp='intermediate_size', positions='max_position_embeddings',
+    eps='layer_norm_eps', act='hidden_act',
+)  # fmt: skip
+
+
+def plain_sizes(
+    fields: Fields,
+    names: Mapping[str, str],
+    *,
+    positions: int,
+    eps: float = 1e-5,
+    activation: str,
+) -> dict[str, Any]:
+  """Reads what models with layer norms and a plain MLP have in common.
+
+  Args:
+    fields: the config.
+    names: `GPT_NAMES` or `NAMES`.
+    positions: longest input where the config is silent.
+    eps: likewise, added to the variance.
+    activation: likewise, transformers' name.
+
+  Returns:
+    Fields of `ModelSpec`.
+  """
+  width = fields.integer(names['width'])
+  heads = fields.integer(names['heads'])
+  inner = 4 * width if names is GPT_NAMES else _REQUIRED
+  return dict(
+      layers=fields.integer(names['layers']),
+      width=width,
+      mlp_width=fields.integer(names['mlp'], inner),
+      heads=heads,
+      kv_heads=heads,
+      head_size=fields.head_size(width, heads, explicit=False),
+      vocab=fields.integer('vocab_size'),
+      max_positions=fields.integer(names['positions'], positions),
+      norm='layer',
+      norm_eps=fields.number(names['eps'], eps),
+      activation=fields.activation(names['act'], activation),
+      gated=False,
+  )
+
+
 def llama_spec(
     family: str,
     config: Mapping[str, Any],

@@ -41,25 +41,15 @@ _HARMLESS = ('n_ctx', 'reorder_and_upcast_attn')
 def spec_from_hf(config: Mapping[str, Any]) -> spec_lib.ModelSpec:
   """Reads a GPT-2 config; see `families.spec_from_hf`."""
   fields = common.Fields('gpt2', config)
-  width = fields.integer('n_embd')
-  heads = fields.integer('n_head')
+  sizes = common.plain_sizes(
+      fields, common.GPT_NAMES, positions=1024, activation='gelu_new'
+  )
   fields.must_be('scale_attn_by_inverse_layer_idx', False)
   fields.must_be('add_cross_attention', False)
   scaled = fields.flag('scale_attn_weights', True)
   spec = spec_lib.ModelSpec(
       family='gpt2',
-      layers=fields.integer('n_layer'),
-      width=width,
-      mlp_width=fields.integer('n_inner', 4 * width),
-      heads=heads,
-      kv_heads=heads,
-      head_size=fields.head_size(width, heads, explicit=False),
-      vocab=fields.integer('vocab_size'),
-      max_positions=fields.integer('n_positions', 1024),
-      norm='layer',
-      norm_eps=fields.number('layer_norm_epsilon', 1e-5),
-      activation=fields.activation('activation_function', 'gelu_new'),
-      gated=False,
+      **sizes,
       rotary='none',
       learned_positions=True,
       qkv_bias=True,

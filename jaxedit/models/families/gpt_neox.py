@@ -39,9 +39,9 @@ IGNORED = (
 def spec_from_hf(config: Mapping[str, Any]) -> spec_lib.ModelSpec:
   """Reads a GPT-NeoX config; see `families.spec_from_hf`."""
   fields = common.Fields('gpt_neox', config)
-  width = fields.integer('hidden_size')
-  heads = fields.integer('num_attention_heads')
-  head_size = fields.head_size(width, heads, explicit=False)
+  sizes = common.plain_sizes(
+      fields, common.NAMES, positions=2048, activation='gelu'
+  )
   rope = common.rope(
       fields, theta_name='rotary_emb_base', fraction_name='rotary_pct',
       fraction=0.25,
@@ -50,20 +50,9 @@ def spec_from_hf(config: Mapping[str, Any]) -> spec_lib.ModelSpec:
   bias = fields.flag('attention_bias', True)
   spec = spec_lib.ModelSpec(
       family='gpt_neox',
-      layers=fields.integer('num_hidden_layers'),
-      width=width,
-      mlp_width=fields.integer('intermediate_size'),
-      heads=heads,
-      kv_heads=heads,
-      head_size=head_size,
-      vocab=fields.integer('vocab_size'),
-      max_positions=fields.integer('max_position_embeddings', 2048),
-      norm='layer',
-      norm_eps=fields.number('layer_norm_eps', 1e-5),
+      **sizes,
       residual='parallel' if parallel else 'sequential',
-      activation=fields.activation('hidden_act', 'gelu'),
-      gated=False,
-      rotary_size=int(head_size * rope.fraction),
+      rotary_size=int(sizes['head_size'] * rope.fraction),
       rope_theta=rope.theta,
       rope_scaling=rope.scaling,
       qkv_bias=bias,

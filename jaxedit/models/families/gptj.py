@@ -40,25 +40,15 @@ _HARMLESS = ('n_ctx',)
 def spec_from_hf(config: Mapping[str, Any]) -> spec_lib.ModelSpec:
   """Reads a GPT-J config; see `families.spec_from_hf`."""
   fields = common.Fields('gptj', config)
-  width = fields.integer('n_embd')
-  heads = fields.integer('n_head')
+  sizes = common.plain_sizes(
+      fields, common.GPT_NAMES, positions=2048, activation='gelu_new'
+  )
   fields.must_be('rotary', True)
   fields.must_be('scale_attn_weights', True)
   spec = spec_lib.ModelSpec(
       family='gptj',
-      layers=fields.integer('n_layer'),
-      width=width,
-      mlp_width=fields.integer('n_inner', 4 * width),
-      heads=heads,
-      kv_heads=heads,
-      head_size=fields.head_size(width, heads, explicit=False),
-      vocab=fields.integer('vocab_size'),
-      max_positions=fields.integer('n_positions', 2048),
-      norm='layer',
-      norm_eps=fields.number('layer_norm_epsilon', 1e-5),
+      **sizes,
       residual='parallel_shared',
-      activation=fields.activation('activation_function', 'gelu_new'),
-      gated=False,
       rotary='interleaved',
       rotary_size=fields.integer('rotary_dim'),
       mlp_bias=True,
