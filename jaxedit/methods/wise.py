@@ -545,7 +545,7 @@ def wise(spec: ModelSpec, config: WiseConfig) -> base.Editor:
         _reports(found),
         reason='' if written.any() or not found else reason,
     )
-    if joint:
+    if joint and edits:
       state = memories[0].state(state)
     return base.EditResult(_edited(spec, config, memories, joint), state, info)
 
