@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import shutil
 from unittest import mock
 
@@ -141,6 +142,34 @@ class TrainingTest(programs.Case):
         mock.patch.object(training, 'step', step),
     ):
       return RUNS.run(**changes)
+
+  def test_sigterm_saves_the_present_step(self):
+    """Before the first validation, at one, and between two."""
+    folder, calls, step = RUNS.path('stopped'), 0, training.step
+
+    def stop(*args):
+      nonlocal calls
+      calls += 1
+      if calls in (3, 10, 23):
+        signal.raise_signal(signal.SIGTERM)
+      return step(*args)
+
+    with mock.patch.object(training, 'step', stop):
+      for steps in (3, 10, 23):
+        done = RUNS.run(output_dir=folder)
+        self.assertEqual(done.code, 143, done.err)
+        self.assertIn(
+            f"by SIGTERM in 'train', {steps} of 50 steps; saved in"
+            f' {folder}/unfinished',
+            done.err.splitlines()[-1],
+        )
+        self.assertEqual(calls, steps)
+      self.succeed(RUNS.run, output_dir=folder)
+      self.assertEqual(calls, 50)
+    same = lambda path: (path / network.FILE).read_bytes()
+    self.assertEqual(same(folder), same(WHOLE.folder))
+    times = lambda log: [{**x, 'seconds': 0} for x in log['log']]
+    self.assertEqual(times(self.log(folder)), times(self.log(WHOLE.folder)))
 
   def test_early_stopping_keeps_the_best(self):
     nan = float('nan')

@@ -3,9 +3,9 @@
   read -> exclude -> split by subject -> states of all texts -> steps
        -> every so often: held-out loss, checkpoint -> the best variables
 
-An interrupted run resumes from its newest checkpoint with the same numbers: the
-order of records follows from the seed and the step, and the checkpoint holds all
-that a step changes.
+An interrupted run resumes from its newest checkpoint, of a validation or of where
+it was stopped, with the same numbers: the order of records follows from the seed
+and the step, and the checkpoint holds all that a step changes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from jaxedit.runs.output import Output
 from jaxedit.runs.provenance import versions
 from jaxedit.runs.training_data import Examples, Prepared, load
 from jaxedit.text.token_cache import TokenCache
-from jaxedit.types import InputError, Progress, silent
+from jaxedit.types import InputError, Progress, Stopped, silent
 
 LOG = 'training.json'
 
@@ -307,6 +307,9 @@ def fit(
 
   Returns:
     What it came to.
+
+  Raises:
+    Stopped: by `progress`; the present step is saved.
   """
   maps = factors.maps_of(model.spec, settings.layers)
   made = method.trainer.network(model.spec, maps, settings)
@@ -318,19 +321,23 @@ def fit(
     fitting.restore(checkpoint)
   first, last = fitting.steps, settings.steps
   with progress('train', last, 'step') as advance:
-    advance(first)
     batches = itertools.islice(_batches(train, settings, seed), first, last)
-    for make in () if fitting.ended else batches:
-      fitting.step(make())
-      advance(1)
-      if fitting.steps % settings.validate_every and fitting.steps < last:
-        continue
-      fitting.validate()
-      print(fitting.line(), file=sys.stderr)
-      if checkpoint is not None:
+    try:
+      advance(first)
+      for make in () if fitting.ended else batches:
+        fitting.step(make())
+        if not fitting.steps % settings.validate_every or fitting.steps == last:
+          fitting.validate()
+          print(fitting.line(), file=sys.stderr)
+          if checkpoint is not None:
+            fitting.save(checkpoint)
+        advance(1)
+        if fitting.ended:
+          break
+    except Stopped:
+      if checkpoint is not None and fitting.steps > first:
         fitting.save(checkpoint)
-      if fitting.ended:
-        break
+      raise
   return fitting.done()
 
 
@@ -358,7 +365,7 @@ class _Fitting:
     self._best: tuple[int, Any] = (0, None)
     self._losses: list[Any] = []
     self._begin = time.monotonic()
-    self.steps = 0
+    self.steps = self._saved = 0
     self._unedited = self._judged(None)
 
   @property
@@ -425,15 +432,20 @@ class _Fitting:
 
   def save(self, checkpoint: Checkpoint) -> None:
     """Saves all that a step changes, and the best variables."""
+    if self.steps == self._saved:
+      return
     number, best = self._best
     leaves = enumerate(jax.tree.leaves((self._state, best)))
     # JSON has no number for what is not finite.
     log = [[repr(x) for x in one] for one in self._log]
+    losses = [repr(float(x)) for x in self._losses]
+    spent = time.monotonic() - self._begin
     checkpoint.save(
         self.steps,
         {str(i): fetch(leaf) for i, leaf in leaves},
-        {'log': log, 'best': number},
+        {'log': log, 'best': number, 'losses': losses, 'seconds': spent},
     )
+    self._saved = self.steps
 
   def restore(self, checkpoint: Checkpoint) -> None:
     """Goes on from the newest checkpoint, if there is one."""
@@ -441,14 +453,18 @@ class _Fitting:
     if found is None:
       return
     self.steps, arrays, record = found
-    tree = (self._state, self._state.variables)
-    leaves, structure = jax.tree.flatten(tree)
+    self._saved = self.steps
+    # There is no best one before the first validation.
+    best = self._state.variables if record['log'] else None
+    leaves, structure = jax.tree.flatten((self._state, best))
     leaves = [jax.numpy.asarray(arrays[str(i)]) for i, _ in enumerate(leaves)]
     self._state, best = jax.tree.unflatten(structure, leaves)
     self._log = [
         Point(int(one[0]), *map(float, one[1:])) for one in record['log']
     ]
     self._best = record['best'], jax.tree.map(np.array, best)
+    self._losses = [float(x) for x in record['losses']]
+    self._begin = time.monotonic() - record['seconds']
 
   def done(self) -> Fitted:
     """What training came to.
