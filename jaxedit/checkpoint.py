@@ -6,12 +6,15 @@ command restores the newest step and goes on from there.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
+import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -68,7 +71,7 @@ class Checkpoint:
     said['record_crc32'] = _sum(said)
     try:
       self._folder.mkdir(parents=True, exist_ok=True)
-      with self._manager(ocp) as manager:
+      with _quiet_threads(), self._manager(ocp) as manager:
         manager.save(
             step,
             args=ocp.args.Composite(
@@ -76,10 +79,10 @@ class Checkpoint:
                 record=ocp.args.JsonSave(said),
             ),
         )
-    except OSError as e:
+    except (OSError, ValueError) as e:
       raise InputError(
-          f'{self._folder}: the checkpoint cannot be written ({e}); make room'
-          ' there or name another folder'
+          f'{self._folder}: the checkpoint cannot be written ({_reason(e)});'
+          ' make room there or name another folder, and repeat the command'
       ) from e
 
   def restore(self) -> tuple[int, dict[str, np.ndarray], Any] | None:
@@ -148,6 +151,27 @@ def _alone(ocp: Any) -> Any:
       active_processes={number} if hosts.count() > 1 else None,
       barrier_sync_key_prefix=f'process{number}' if hosts.count() > 1 else None,
   )
+
+
+@contextlib.contextmanager
+def _quiet_threads() -> Iterator[None]:
+  """Prints no errors of threads: Orbax raises those of its own once more."""
+  hook, threading.excepthook = threading.excepthook, lambda args: None
+  try:
+    yield
+  finally:
+    threading.excepthook = hook
+
+
+def _reason(error: OSError | ValueError) -> str:
+  """Says what the system has refused; raises an error that is another one's.
+
+  Tensorstore, which Orbax writes with, raises ValueError for those of the system.
+  """
+  found = re.search(r"os_error_code='(\d+)'", str(error))
+  if not found and not isinstance(error, OSError):
+    raise error
+  return os.strerror(int(found[1])) if found else error.strerror or str(error)
 
 
 def _sums(arrays: Mapping[str, jax.Array | np.ndarray]) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import resource
 import tempfile
 from unittest import mock
 
@@ -111,6 +112,22 @@ class CheckpointTest(parameterized.TestCase):
     place.write_text('')
     with self.assertRaisesRegex(InputError, 'cannot be written .*make room'):
       Checkpoint(place / 'below').save(0, {}, {})
+
+  def test_a_full_disk(self):
+    """A limit on the size of files stands for it; both write what they can."""
+    self.save(0, {'x': np.zeros(2)})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    big = {'x': np.random.default_rng(0).standard_normal(4096)}
+    for most in (1000, 100):
+      try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+        with self.assertRaisesRegex(InputError, r'written \(.*File too large'):
+          self.save(1, big)
+      finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+      self.assertEqual(Checkpoint(self.folder).restore()[0], 0)
+    self.save(1, big)
+    self.assertEqual(Checkpoint(self.folder).restore()[0], 1)
 
 
 if __name__ == '__main__':

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import glob
 import os
@@ -65,6 +66,9 @@ flags.DEFINE_integer(
     lower_bound=1,
 )
 HOST_FLAGS = tuple(field.name for field in dataclasses.fields(hosts.Group))
+
+# Errors of a disk that is full, or that may not be written.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 # The settings that choose and load a model, and run it.
 MODEL_FIELDS = (
@@ -277,6 +281,15 @@ def _attempt(
   except InputError as e:
     for line in e.lines():
       print(f'error: {line}', file=sys.stderr)
+    return 2
+  except OSError as e:
+    if e.errno not in _DISK:
+      raise
+    print(
+        f'error: {e.filename or "a file"}: cannot be written ({e.strerror});'
+        ' make room there or choose another place, and repeat the command',
+        file=sys.stderr,
+    )
     return 2
   except (MemoryError, jax.errors.JaxRuntimeError) as e:
     if 'RESOURCE_EXHAUSTED' not in str(e) and not isinstance(e, MemoryError):
