@@ -7,11 +7,14 @@ command restores the newest step and goes on from there.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
+import logging
 import os
 import pathlib
 import re
 import shutil
+import sys
 import threading
 import zlib
 from collections.abc import Iterator, Mapping
@@ -71,7 +74,7 @@ class Checkpoint:
     said['record_crc32'] = _sum(said)
     try:
       self._folder.mkdir(parents=True, exist_ok=True)
-      with _quiet_threads(), self._manager(ocp) as manager:
+      with _quiet(), self._manager(ocp) as manager:
         manager.save(
             step,
             args=ocp.args.Composite(
@@ -154,13 +157,23 @@ def _alone(ocp: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet_threads() -> Iterator[None]:
-  """Prints no errors of threads: Orbax raises those of its own once more."""
-  hook, threading.excepthook = threading.excepthook, lambda args: None
+def _quiet() -> Iterator[None]:
+  """Prints nothing of errors: Orbax raises those of its threads once more."""
+  log = logging.getLogger('absl')
+  level, hooks = log.level, (threading.excepthook, sys.unraisablehook)
+  log.setLevel(logging.CRITICAL + 1)
+  threading.excepthook = sys.unraisablehook = lambda args: None
   try:
     yield
+  except BaseException:
+    for one in threading.enumerate():  # an error may be on its way to the hook
+      if type(one).__module__.startswith('orbax.'):
+        one.join(10)
+    gc.collect()  # event loops that were closed too early
+    raise
   finally:
-    threading.excepthook = hook
+    log.setLevel(level)
+    threading.excepthook, sys.unraisablehook = hooks
 
 
 def _reason(error: OSError | ValueError) -> str:
