@@ -202,7 +202,7 @@ class _DecodeEngine:
       if not live[slot]:
         yield slot, i
     if live.sum() < unfinished:
-      rows = self._state.rows._replace(live=jnp.asarray(live))
+      rows = self._state.rows._replace(live=live)
       self._state = self._state._replace(rows=rows)
 
   def free(self, slot: int) -> None:
