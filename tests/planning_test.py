@@ -11,6 +11,7 @@ from absl.testing import absltest, parameterized
 
 from jaxedit import targets as targets_lib
 from jaxedit.batching import plan as plan_lib
+from jaxedit.placement import device_bytes
 from jaxedit.planning import fit, programs, stages, targets
 from jaxedit.planning.stages import Stage
 from jaxedit.targets import engine
@@ -77,24 +78,49 @@ class CompilerTest(absltest.TestCase):
           spec, params, edits(), plan=plan(),
           objective=targets_lib.Objective(1, CONFIG),
       )  # fmt: skip
-    args, keywords, _ = targets.step_arguments(
+    made = targets.step_arguments(
         spec, programs.abstract_params(spec, 'float32'), edits(), plan(),
         number=0, layer=1, output='block', config=CONFIG,
     )  # fmt: skip
     real, with_ = seen[0]
-    self.assertEqual(keywords, with_)
+    self.assertEqual(made.keywords, with_)
     of = lambda tree: jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
-    self.assertEqual(of(args[1:]), of(real[1:]))
+    self.assertEqual(of(made.args[1:]), of(real[1:]))
 
   def test_memory_is_that_of_the_arrays(self):
     spec, found = step(layers=3)
     params = programs.abstract_params(spec, 'float32')
-    weights = programs.nbytes(params)
+    weights = device_bytes(params)
     self.assertEqual(weights, 4 * sum(x.size for x in jax.tree.leaves(params)))
     # Arguments that a program does not read are left out.
     self.assertBetween(found.step.arguments, 0, weights + found.resident)
     self.assertGreater(found.step.temporary, 0)
     self.assertGreater(found.waiting, 0)
+
+
+class CollectivesTest(absltest.TestCase):
+
+  def test_bodies_of_loops_count_by_their_trips(self):
+    text = """HloModule step
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %c = f32[] add(%a, %b)
+}
+
+%body.1 (arg: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %g = bf16[16,8]{1,0} all-gather(%x), dimensions={0}
+  ROOT %t = (s32[], f32[4,8]) tuple(%i, %y)
+}
+
+ENTRY %main.2 (p: f32[4]) -> f32[4] {
+  %w = (s32[], f32[4,8]) while(%s), condition=%cond.1, body=%body.1, backend_config={"known_trip_count":{"n":"3"}}
+  %r = (f32[4], f32[2]) all-reduce(%a, %b), to_apply=%add
+  ROOT %out = f32[4] copy(%p)
+}
+"""
+    found = programs.collectives(text)
+    want = {'all-gather': 3 * 2 * 16 * 8, 'all-reduce': 4 * (4 + 2)}
+    self.assertEqual(found, want)
 
 
 class FitTest(parameterized.TestCase):
@@ -119,7 +145,7 @@ class FitTest(parameterized.TestCase):
     rates = {'float32': 1e11, 'memory': 1e10}
     head, *_, total = fit.table(self.plan(), rates)
     self.assertIn('TFLOP', head)
-    self.assertRegex(total, r'^total +1 +- +- +12 +2\.29 +25$')
+    self.assertRegex(total, r'^total +1 +- +- +12 +2\.34 +25$')
 
   def test_what_does_not_fit(self):
     gib = 2.0**30

@@ -53,8 +53,8 @@ class DryRunTest(programs.Case):
     self.assertEqual(
         list(found),
         [
-            'stage', 'load', 'moments', 'evaluate_before, score',
-            'evaluate_before, generate', 'targets', 'factor', 'insert',
+            'stage', 'load', 'moments', 'factor', 'evaluate_before, score',
+            'evaluate_before, generate', 'targets', 'insert',
             'evaluate_after, score', 'evaluate_after, generate', 'total',
         ],
     )  # fmt: skip

@@ -204,3 +204,49 @@ def ours_flops(
   pairs = every(sizes.pairs + sizes.kl)
   flops += 3 * attention_flops(spec, pairs, above(spec, layer))
   return flops + prefill_flops(spec, layer, lengths(edits))
+
+
+def gathered_bytes(spec: ModelSpec, layer: int, itemsize: int) -> float:
+  """Bytes of weights that a device gathers in a step, where `fsdp` divides them.
+
+  Every layer's weights twice, for the forward and the backward pass, and the
+  head's. Bytes of results: a device sends 1 / devices less.
+
+  Args:
+    spec: the architecture.
+    layer: the layer whose output is optimised.
+    itemsize: bytes a weight as it is gathered.
+  """
+  return target_bytes(spec, layer, 1, itemsize)
+
+
+def exchanged_bytes(spec: ModelSpec, layer: int, tokens: float) -> float:
+  """Bytes of activations in a step, where `data` or `fsdp` divides a batch.
+
+  The tokens of a sequence lie anywhere in the packed batch, so attention gathers
+  queries, keys and values of all tokens, and sums their gradients: of each layer
+  2 A + D numbers a token are gathered and A + D summed, A the width of queries,
+  keys and values together. Bytes of results on a device, f32.
+
+  Args:
+    spec: the architecture.
+    layer: the layer whose output is optimised.
+    tokens: packed tokens of all devices.
+  """
+  each = (spec.heads + 2 * spec.kv_heads) * spec.head_size
+  return 4.0 * tokens * above(spec, layer) * (3 * each + 2 * spec.width)
+
+
+def summed_bytes(spec: ModelSpec, layer: int, tokens: float) -> float:
+  """Bytes of activations in a step, where `tensor` divides matrices.
+
+  Attention and MLP each sum their outputs, and the gradient of their input for
+  every map that reads it. Bytes of results on a device, f32.
+
+  Args:
+    spec: the architecture.
+    layer: the layer whose output is optimised.
+    tokens: packed tokens of a device.
+  """
+  sums = 2 + 3 + 1 + spec.gated
+  return 4.0 * tokens * above(spec, layer) * sums * spec.width

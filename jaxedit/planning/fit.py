@@ -12,7 +12,7 @@ from jaxedit.planning.stages import Stage
 _GIB = 2**30
 # Of a process beside its arrays: tokenizer, modules imported late, and loaded
 # programs. Measured with a tiny model (BENCHMARKS.md, "Dry runs").
-PROCESS_BYTES = 300 * 2**20
+PROCESS_BYTES = 350 * 2**20
 # How often slots are halved in search of a number that fits.
 _HALVINGS = 12
 
@@ -25,11 +25,13 @@ class Plan:
     stages: in the order of the run.
     weights: bytes of the weights a device.
     shared: whether the device's memory is the host's.
+    devices: over which the work is divided.
   """
 
   stages: tuple[Stage, ...]
   weights: float
   shared: bool
+  devices: int = 1
 
   @property
   def device(self) -> list[float]:
@@ -41,7 +43,9 @@ class Plan:
     """Peak bytes of the host, by stage: after imports, as `PROCESS_BYTES`."""
     found, kept = [], float(PROCESS_BYTES)
     for stage, device in zip(self.stages, self.device):
-      found.append(kept + stage.host + (device if self.shared else 0))
+      found.append(
+          kept + stage.host + (device * self.devices if self.shared else 0)
+      )
       kept += stage.kept
     return found
 
@@ -78,7 +82,8 @@ def table(plan: Plan, rates: Mapping[str, float]) -> list[str]:
           'what',
       )
   ]
-  seconds = [stage.seconds(rates) for stage in plan.stages]
+  count = 1 if plan.shared else plan.devices
+  seconds = [stage.seconds(rates) / count for stage in plan.stages]
   for stage, device, host, time in zip(
       plan.stages, plan.device, plan.host, seconds
   ):

@@ -21,11 +21,11 @@ from jaxedit.edited import scoring
 from jaxedit.edited.scoring import Query
 from jaxedit.models import decode
 from jaxedit.models.decode import GREEDY, Decoding
-from jaxedit.models.flops import layer_weights
 from jaxedit.models.loading import Model
 from jaxedit.models.spec import ModelSpec, param_shapes
+from jaxedit.placement import device_bytes
 from jaxedit.planning import costs
-from jaxedit.planning.programs import compiled, nbytes
+from jaxedit.planning.programs import compiled
 from jaxedit.stats import moments as moments_lib
 
 # Share of the ceiling that a stage reaches, about: 33% to 50% were measured
@@ -112,7 +112,7 @@ def load(model: Model, tensor_bytes: int) -> Stage:
   Returns:
     The stage; a tensor is on the host and on the device at one time.
   """
-  size = nbytes(model.params)
+  size = device_bytes(model.params)
   count = sum(1 for _ in param_shapes(model.spec))
   return Stage(
       'load',
@@ -125,7 +125,7 @@ def load(model: Model, tensor_bytes: int) -> Stage:
 
 def moments(
     model: Model, layers: Sequence[int], site: str, *, tokens: int,
-    width: int, batch_rows: int, sampled: int,
+    width: int, batch_rows: int,
 ) -> Stage:  # fmt: skip
   """Second moments of keys, collected.
 
@@ -136,7 +136,6 @@ def moments(
     tokens: of the text.
     width: tokens of a packed sequence.
     batch_rows: sequences computed at once.
-    sampled: tokens that the model draws itself.
 
   Returns:
     The stage. The sums are on the host in f64, twice when they are read back.
@@ -151,17 +150,15 @@ def moments(
   )  # fmt: skip
   program = compiled(lowered)
   model_flops, gram = costs.moment_flops(spec, layers, tokens)
-  model_flops += 2.0 * sampled * spec.layers * layer_weights(spec)
   calls = -(-tokens // (batch_rows * width))
   read = costs.model_bytes(spec, layers[-1] + 1, itemsize(model))
-  text = costs.model_bytes(spec, spec.layers, itemsize(model), head=True)
   sums = 8.0 * len(layers) * size**2
   return Stage(
       'moments',
       f'{tokens:,} tokens, {len(layers)} x [{size}, {size}]',
       flops=added((products(model), model_flops), ('float32', gram)),
-      moved=calls * (read + 2.0 * nbytes(total)) + sampled / 64 * text,
-      device=nbytes(total) + program.peak,
+      moved=calls * (read + 2.0 * device_bytes(total)),
+      device=device_bytes(total) + program.peak,
       host=2 * sums,
       kept=sums,
   )
@@ -255,5 +252,5 @@ def generate(
       flops={products(model): costs.score_flops(spec, tokens, count)},
       moved=steps * read,
       # A resized cache stands beside the old one.
-      device=edited + program.peak + 2.0 * nbytes(state),
+      device=edited + program.peak + 2.0 * device_bytes(state),
   )

@@ -10,7 +10,6 @@ Axis letters as in `jaxedit.types`; W weights a layer.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,8 +22,10 @@ from jaxedit.batching.slots import SlotAllocator
 from jaxedit.models.flops import attention_flops
 from jaxedit.models.loading import Model
 from jaxedit.models.spec import ModelSpec
+from jaxedit.placement import device_bytes
 from jaxedit.planning import costs, lengths
-from jaxedit.planning.programs import Program, compiled, nbytes
+from jaxedit.planning import programs as programs_lib
+from jaxedit.planning.programs import Program
 from jaxedit.planning.stages import Stage, itemsize, products
 from jaxedit.targets import TargetConfig, engine
 from jaxedit.targets.partial_forward import shared_prefix_kv
@@ -41,15 +42,28 @@ class StepProgram(NamedTuple):
   Attributes:
     step: the compiled optimiser step.
     prefill: the compiled prefill of a packed batch.
-    resident: bytes that stay on a device between steps: the caches of prefixes and
-      the state of the optimiser.
-    waiting: bytes of one prefilled batch.
+    resident: bytes that stay on a device between steps: the caches of prefixes
+      and the state of the optimiser.
+    waiting: bytes of one prefilled batch on a device.
   """
 
   step: Program
   prefill: Program
   resident: int
   waiting: int
+
+
+class StepArguments(NamedTuple):
+  """Arguments of `engine.step` as shapes, with what they are made of."""
+
+  args: tuple[Any, ...]
+  keywords: dict[str, Any]
+  prefill: jax.stages.Lowered
+  shared: Any
+  prefilled: Any
+
+
+_shared_prefix_kv = jax.jit(shared_prefix_kv, static_argnames='spec')
 
 
 def step_arguments(
@@ -62,12 +76,13 @@ def step_arguments(
     layer: int,
     output: str,
     config: TargetConfig,
-) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any, Any, Any]]:
-  """Arguments of `engine.step` as shapes, as a run would have them.
+) -> StepArguments:
+  """Makes the arguments that a run would have.
 
   Args:
     spec: the architecture, with the activations of the optimisation.
-    params: canonical parameters, or their shapes.
+    params: canonical parameters, or their shapes; on a mesh with shards, of
+      which those of all that follows come.
     edits: all edits.
     plan: made for them.
     number: of the batch shape.
@@ -76,29 +91,43 @@ def step_arguments(
     config: settings.
 
   Returns:
-    (arguments, keywords, (shared prefixes, first packed batch, what its prefill
-    returns)).
+    The arguments; nothing is allocated.
   """
+  several = any(getattr(x, 'sharding', None) for x in jax.tree.leaves(params))
+
+  def shapes(lowered: jax.stages.Lowered) -> Any:
+    if several:
+      return programs_lib.output(lowered)[1]
+    plain = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.tree.map(plain, lowered.out_info)
+
   shape = plan.shapes[number]
   mine = [i for i, e in enumerate(edits) if plan.shape_of(e) == number]
   tokens, layout = edits_lib.pack_shared_prefix(plan)
-  shared = jax.eval_shape(
-      functools.partial(shared_prefix_kv, spec), params, tokens, layout
-  )
+  shared = None
+  if tokens.shape[1]:
+    shared = shapes(_shared_prefix_kv.lower(spec, params, tokens, layout))
   packed = next(edits_lib.pack_edits(edits, mine, plan, shape))
-  prefill = functools.partial(engine.prefill, spec, layer=layer, output=output)
-  prefilled = jax.eval_shape(prefill, params, shared, packed)
-  cache = jax.eval_shape(lambda x: engine.empty(x, plan, shape), prefilled)
-  assigned = SlotAllocator(plan, shape).layout()
-  chained = shape.grow > 0
-  start = functools.partial(
-      engine.start, spec, solver=config.solver, return_kv=chained
+  prefill = engine.prefill.lower(
+      spec, params, shared, packed, layer=layer, output=output
   )
-  state = jax.eval_shape(start, cache, assigned)
-  fresh = np.ones(shape.slots, bool)
+  prefilled = shapes(prefill)
+  cache = jax.eval_shape(lambda x: engine.empty(x, plan, shape), prefilled)
+  allocator = SlotAllocator(plan, shape)
+  if several:
+    index = allocator.assign(0, edits[mine[0]], 0).reshape(-1)
+    move = np.stack([index, index])
+    cache = shapes(engine.assign.lower(cache, prefilled, 0, 0, move))
+  assigned, chained = allocator.layout(), shape.grow > 0
+  state = shapes(
+      engine.start.lower(
+          spec, cache, assigned, solver=config.solver, return_kv=chained
+      )
+  )
   keywords = dict(layer=layer, return_kv=chained, **engine.split_config(config))
+  fresh = np.ones(shape.slots, bool)
   args = (spec, params, cache, assigned, state, fresh)
-  return args, keywords, (shared, packed, prefilled)
+  return StepArguments(args, keywords, prefill, shared, prefilled)
 
 
 def programs(
@@ -109,18 +138,13 @@ def programs(
     **objective: Any,
 ) -> StepProgram:
   """Compiles the programs of one batch shape; see `step_arguments`."""
-  args, keywords, (shared, packed, prefilled) = step_arguments(
-      spec, params, edits, plan, **objective
-  )
-  prefill = engine.prefill.lower(
-      spec, params, shared, packed,
-      layer=objective['layer'], output=objective['output'],
-  )  # fmt: skip
+  found = step_arguments(spec, params, edits, plan, **objective)
+  step = engine.step.lower(*found.args, **found.keywords)
   return StepProgram(
-      compiled(engine.step.lower(*args, **keywords)),
-      compiled(prefill),
-      nbytes((shared, args[2], args[4])),
-      nbytes(prefilled),
+      programs_lib.compiled(step),
+      programs_lib.compiled(found.prefill),
+      device_bytes((found.shared, found.args[2], found.args[4])),
+      device_bytes(found.prefilled),
   )
 
 

@@ -24,9 +24,10 @@ from jaxedit.eval.protocols import case_numbers
 from jaxedit.methods import base
 from jaxedit.models import assets, checkpoint, families, loading
 from jaxedit.models import tokenizer as tokenizer_lib
+from jaxedit.models.decode import Decoding
 from jaxedit.models.loading import Model
 from jaxedit.models.spec import ModelSpec, param_shapes
-from jaxedit.placement import one_device
+from jaxedit.placement import device_bytes, place_by
 from jaxedit.planning import costs, fit, machine, programs, stages, targets
 from jaxedit.planning.fit import Limits, Plan
 from jaxedit.planning.stages import Stage
@@ -38,6 +39,7 @@ from jaxedit.runs.method_flags import Chosen
 from jaxedit.runs.moments import MomentsConfig
 from jaxedit.runs.tasks import TASKS
 from jaxedit.runs.trace_config import TraceRunConfig
+from jaxedit.stats import corpora
 from jaxedit.stats import moments as moments_lib
 from jaxedit.targets.budget import plan_batches
 from jaxedit.text import templates
@@ -47,7 +49,7 @@ from jaxedit.trace import flops as trace_flops
 from jaxedit.types import InputError, silent
 
 # Stand-ins of context templates that a model samples, of ten tokens each.
-_CONTEXTS = (
+CONTEXTS = (
     templates.PLAIN,
     *(
         f'{start} first of the many towns along the. {templates.PLAIN}'
@@ -90,13 +92,15 @@ def _open(config: RunConfig) -> _Opened:
         f'{folder} holds no tokenizer: lengths are those of'
         f' {assets.DEMO_MODEL}'
     )
+  whole = programs.abstract_params(spec, config.dtype)
+  placement = place_by(config.mesh, device_bytes(whole))
   model = Model(
       spec=spec,
-      params=programs.abstract_params(spec, config.dtype),
+      params=programs.abstract_params(spec, config.dtype, placement),
       folder=named,
       hash='',
       config=fields,
-      placement=one_device(),
+      placement=placement,
   )
   tokens = TokenCache(tokenizer_lib.load_tokenizer(named))
   return _Opened(model, tokens, max(sizes), tuple(notes))
@@ -131,7 +135,7 @@ def editing(config: RunConfig, chosen: Chosen, kind: str) -> list[str]:
   task = TASKS[kind](config, _planned(chosen))
   editor = chosen.method.editor(spec, chosen.config)
   loaded = task.load(tokens, spec, silent)
-  contexts = getattr(task, 'given_contexts', ()) or _CONTEXTS
+  contexts = getattr(task, 'given_contexts', ()) or CONTEXTS
   encoded = task.encode(spec, tokens, loaded.requests, contexts)
   batches = batches_of(case_numbers(loaded.requests), config.batch_size)
   alone = config.reset and config.batch_size == 1
@@ -144,7 +148,11 @@ def editing(config: RunConfig, chosen: Chosen, kind: str) -> list[str]:
       memory=min((x for x in free if x is not None), default=None),
   )
   found = [stages.load(model, opened.tensor_bytes)]
-  found += _needs(config, model, editor.needs)
+  found += _needs(config, model, tokens, editor.needs)
+  own: list[Stage] = []
+  if editor.stages is not None:
+    first, *own = editor.stages(model, encoded, plan, batches, config.reset)
+    found.append(first)
   asked = _asked(
       config, model, task.scorers(tokens, spec, model), loaded.requests
   )
@@ -157,8 +165,7 @@ def editing(config: RunConfig, chosen: Chosen, kind: str) -> list[str]:
     notes.append(
         f'{chosen.name}: what it does beside optimising targets is not counted'
     )
-  else:
-    found += editor.stages(model, encoded, plan, batches, config.reset)
+  found += own
   found += asked('evaluate_after', _edited_bytes(model))
   shape = plan.shapes[-1]
   return _report(
@@ -180,7 +187,7 @@ def _planned(chosen: Chosen) -> Chosen:
 
 
 def _needs(
-    config: RunConfig, model: Model, needs: Sequence[Any]
+    config: RunConfig, model: Model, tokens: TokenCache, needs: Sequence[Any]
 ) -> list[Stage]:
   """The stages that provide what an editor needs: its moments."""
   found = []
@@ -201,27 +208,40 @@ def _needs(
         seed=config.seed,
         site=need.site,
     )
-    found.append(_collection(collected, model))
+    found += _collection(collected, model, tokens)
   return found
 
 
-def _collection(config: MomentsConfig, model: Model) -> Stage:
-  """The stage that collects moments."""
-  count = config.tokens
+def _collection(
+    config: MomentsConfig, model: Model, tokens: TokenCache
+) -> list[Stage]:
+  """The stages that draw texts and collect moments."""
+  count, found = config.tokens, []
   if count is None:
     size = moments_lib.key_width(model.spec, config.site)
     count = moments_lib.TOKENS_PER_DIMENSION * size
-  return stages.moments(
-      model,
-      config.layers,
-      config.site,
-      tokens=count,
-      width=min(config.width, model.spec.max_positions),
-      batch_rows=config.batch_rows,
-      # Texts that the package ships are not drawn again; the hash of the weights
-      # would tell.
-      sampled=count if config.corpus == 'self' else 0,
-  )
+  if config.corpus == 'self':
+    # Texts that the package ships are not drawn again; the hash of the weights
+    # would tell.
+    starts = corpora.sample_starts(tokens.tokenizer)
+    texts = -(-count // (corpora.LENGTH + len(starts[0])))
+    drawn = stages.generate(
+        model, [starts[i % len(starts)] for i in range(texts)],
+        new_tokens=corpora.LENGTH, batch_size=corpora.ROWS,
+        decoding=Decoding(1.0, corpora.TOP_K), name='moments, sample',
+    )  # fmt: skip
+    found.append(drawn)
+  return [
+      *found,
+      stages.moments(
+          model,
+          config.layers,
+          config.site,
+          tokens=count,
+          width=min(config.width, model.spec.max_positions),
+          batch_rows=model.placement.full(config.batch_rows),
+      ),
+  ]
 
 
 def _asked(
@@ -266,7 +286,7 @@ def _edited_bytes(model: Model) -> float:
   """
   if stages.itemsize(model) < 4:
     return 0.0
-  return float(programs.nbytes(model.params['layers']['mlp']['down']['kernel']))
+  return float(device_bytes(model.params['layers']['mlp']['down']['kernel']))
 
 
 def _report(
@@ -280,13 +300,14 @@ def _report(
 ) -> list[str]:
   """The lines of a plan; refuses one that does not fit."""
   placement = model.placement
-  weights = float(programs.nbytes(model.params))
-  plan = Plan(tuple(found), weights, not placement.accelerated)
+  weights = float(device_bytes(model.params))
+  plan = Plan(
+      tuple(found), weights, not placement.accelerated, placement.mesh.size
+  )
   rates = machine.rates()
   lines = [
       f'dry run: {head}; {config.model}, {config.dtype}, on'
-      f' {placement.mesh.devices.size} x {placement.platform}; nothing is read'
-      ' or written',
+      f' {placement.mesh.size} x {placement.platform} ({placement.label})',
       *fit.table(plan, rates),
       *fit.notes(plan, rates),
       *notes,
@@ -302,7 +323,10 @@ def _report(
     print('\n'.join(lines))
     fits = functools.partial(_fits, plan, limits, slots, stages.itemsize(model))
     remedy = fit.advice(
-        fits, slots=slots, narrow=config.dtype == 'bfloat16', devices=1
+        fits,
+        slots=slots,
+        narrow=config.dtype == 'bfloat16',
+        devices=placement.mesh.size,
     )
     raise InputError(*(f'{problem}; {remedy}' for problem in problems))
   return lines
@@ -319,7 +343,7 @@ def _fits(
     devices: int,
 ) -> bool:
   """Whether a run with other settings would fit, about."""
-  share = (2 / itemsize if narrow else 1.0) / devices
+  share = (2 / itemsize if narrow else 1.0) * plan.devices / devices
   scale = slots / present if slots and present else 1.0
   changed = [
       dataclasses.replace(one, device=one.device * scale)
@@ -327,7 +351,9 @@ def _fits(
       else one
       for one in plan.stages
   ]
-  other = Plan(tuple(changed), plan.weights * share, plan.shared)
+  other = dataclasses.replace(
+      plan, stages=tuple(changed), weights=plan.weights * share
+  )
   return not fit.misfits(other, limits)
 
 
@@ -346,7 +372,7 @@ def collecting(config: RunConfig, collection: MomentsConfig) -> list[str]:
   moments_lib.check(model.spec, collection.layers, sizes)
   found = [
       stages.load(model, opened.tensor_bytes),
-      _collection(collection, model),
+      *_collection(collection, model, opened.tokens),
   ]
   layers = ','.join(map(str, collection.layers))
   return _report(

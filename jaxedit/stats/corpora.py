@@ -43,6 +43,8 @@ _CHARACTERS = 64
 # Faults of a file that are told in full.
 _SHOWN = 20
 _SAMPLES = 'jaxedit sampled text 1'
+# Of samples: tokens to add to a start, texts at once, most probable tokens.
+LENGTH, ROWS, TOP_K = 64, 64, 50
 _TITLE = re.compile(r'= (?!=).*(?<!=) =')
 
 # What samples begin with where a model has no token to begin with: short and
@@ -341,9 +343,9 @@ def sample(
     tokens: int,
     seed: int,
     stop_ids: Sequence[int] = (),
-    length: int = 64,
-    batch_rows: int = 64,
-    top_k: int = 50,
+    length: int = LENGTH,
+    batch_rows: int = ROWS,
+    top_k: int = TOP_K,
     model: str = '',
     tokenizer: Any = None,
     store: str | os.PathLike[str] | None = None,
