@@ -24,10 +24,12 @@ from jaxedit.runs.config import RunConfig
 from jaxedit.runs.training import TrainConfig
 from jaxedit.types import InputError
 
+_MODEL_FIELDS = (*cli.MODEL_FIELDS, 'encoder')
+
 
 def define_flags() -> None:
   """Defines this program's flags."""
-  cli.define(RunConfig, names=cli.MODEL_FIELDS)
+  cli.define(RunConfig, names=_MODEL_FIELDS)
   cli.define(TrainConfig)
   flags.DEFINE_alias('out', 'output_dir')
   training_flags.define_flags()
@@ -38,7 +40,7 @@ def define_flags() -> None:
 def main() -> None:
   config = cli.read(TrainConfig)
   model = dataclasses.replace(
-      RunConfig(), **{n: flags.FLAGS[n].value for n in cli.MODEL_FIELDS}
+      RunConfig(), **{n: flags.FLAGS[n].value for n in _MODEL_FIELDS}
   )
   problems = training.errors(config)
   try:

@@ -134,7 +134,7 @@ class TrainingTest(programs.Case):
     """A run whose held-out losses are given, the unedited model's first."""
     script = iter(losses)
     judged = lambda self, variables: runs_training.Point(
-        self.steps, next(script), 0.0, 0.0, 0.0
+        self.steps, next(script)
     )
     step = lambda trial, params, state, batch: (state, 0.0)
     with (

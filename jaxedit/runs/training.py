@@ -16,7 +16,8 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +28,12 @@ from jaxedit.checkpoint import Checkpoint
 from jaxedit.convert import hub
 from jaxedit.methods.base import Method, check_layers
 from jaxedit.methods.hypernet import factors, network, training
-from jaxedit.methods.hypernet.network import TrainedEditor, Variables
+from jaxedit.methods.hypernet.network import (
+    Course,
+    Job,
+    TrainedEditor,
+    Variables,
+)
 from jaxedit.methods.hypernet.training import Batch, Training, Trial
 from jaxedit.methods.settings import setting
 from jaxedit.models import loading
@@ -36,10 +42,17 @@ from jaxedit.models.loading import Model
 from jaxedit.numerics import wide
 from jaxedit.placement import fetch
 from jaxedit.runs import cli
+from jaxedit.runs import needs as needs_lib
 from jaxedit.runs.config import RunConfig
 from jaxedit.runs.output import Output
 from jaxedit.runs.provenance import versions
-from jaxedit.runs.training_data import Examples, Prepared, load
+from jaxedit.runs.training_data import (
+    Example,
+    Examples,
+    Prepared,
+    example,
+    load,
+)
 from jaxedit.text.token_cache import TokenCache
 from jaxedit.types import InputError, Progress, Stopped, silent
 
@@ -86,21 +99,27 @@ class Point(NamedTuple):
 
   Attributes:
     step: batches so far.
-    loss: weighted held-out loss.
-    nll: of edited answers, nats a token.
-    kl: at local prompts, nats a token.
-    right: share of outer prompts whose answer is the most probable.
+    loss: held-out loss.
+    scores: name -> other scores of the held-out examples.
     train_loss: mean loss of the batches since the last validation.
     seconds: time spent on these batches.
   """
 
   step: int
   loss: float
-  nll: float
-  kl: float
-  right: float
+  scores: Mapping[str, float] = types.MappingProxyType({})
   train_loss: float = 0.0
   seconds: float = 0.0
+
+  def record(self) -> dict[str, float | None]:
+    """All of it as plain JSON types; None for a number that is not finite."""
+    found = {**self._asdict(), **self.scores}
+    del found['scores']
+    return {k: x if math.isfinite(x) else None for k, x in found.items()}
+
+  def said(self) -> str:
+    """Its scores, for the user."""
+    return ', '.join(f'{name} {x:.3f}' for name, x in self.scores.items())
 
 
 def run(
@@ -140,22 +159,39 @@ def run(
         progress=progress,
     )
     spec = loading.open_model(folder)[2].spec
-    settings = _with_layers(settings, spec)
+    course = course_of(method)
+    for need in course.needs:
+      needs_lib.check(model_config, need)
+    settings = course.settled(spec, settings)
     tokens = TokenCache(tokenizer_lib.load_tokenizer(folder))
-    records = load(config, settings, tokens, spec)
+    longest = min(config.longest, spec.max_positions)
+    make = lambda one: course.example(one, tokens, settings, longest)
+    records = load(config, settings, make, longest)
     model = loading.load_model(
         folder, model_config.dtype, progress, mesh=model_config.mesh
     )
+    resources = {
+        need: needs_lib.provide(
+            model_config, model, tokens.tokenizer, need, progress=progress
+        )
+        for need in course.needs
+    }
     for line in notes(config, records):
       print(line, file=sys.stderr)
     output.begin()
     output.clear(written)
     about = {'command': dict(command), 'versions': versions()}
-    fitted = fit(
+    job = course.job(
         model,
-        method,
         settings,
-        records,
+        records.train,
+        records.held_out,
+        resources,
+        progress,
+    )
+    fitted = fit(
+        job,
+        settings,
         seed=config.seed,
         minutes=config.minutes,
         checkpoint=Checkpoint(output.unfinished / 'steps'),
@@ -175,7 +211,7 @@ def errors(config: TrainConfig) -> list[str]:
   return ['--out is missing: name a folder for the trained editor']
 
 
-def _with_layers(settings: Training, spec: Any) -> Training:
+def _with_layers(spec: Any, settings: Training) -> Training:
   """Settings with the layers that are edited; the last three unless given."""
   layers = settings.layers
   if layers is None:
@@ -214,6 +250,7 @@ class Fitted:
     variables: those.
     skipped: batches whose gradient was not finite.
     stopped: why training ended.
+    about: what else the editor's record says.
   """
 
   unedited: Point
@@ -222,14 +259,11 @@ class Fitted:
   variables: Variables
   skipped: int
   stopped: str
+  about: Mapping[str, Any]
 
   def record(self) -> list[dict[str, Any]]:
     """All validations as plain JSON types."""
-    plain = lambda x: x if x is None or math.isfinite(x) else None
-    return [
-        {name: plain(x) for name, x in one._asdict().items()}
-        for one in (self.unedited, *self.log)
-    ]
+    return [one.record() for one in (self.unedited, *self.log)]
 
   def editor(
       self,
@@ -256,6 +290,7 @@ class Fitted:
         },
         'step': best.step,
         'held_out_loss': {'unedited': self.unedited.loss, 'trained': best.loss},
+        **self.about,
     }
     return TrainedEditor(
         method.name,
@@ -269,10 +304,11 @@ class Fitted:
   def lines(self, path: Any) -> list[str]:
     """What to print at the end."""
     old, best = self.unedited, self.log[self.best]
+    wide = lambda cells: ' '.join(f'{cell:>8}' for cell in cells)
     found = [
-        f'{"":14} {"loss":>8} {"nll":>8} {"KL":>8} {"right":>8}',
+        f'{"":14} {wide(["loss", *best.scores])}',
         *(
-            f'{name:14} {x.loss:8.3f} {x.nll:8.3f} {x.kl:8.3f} {x.right:8.3f}'
+            f'{name:14} {wide(f"{v:.3f}" for v in (x.loss, *x.scores.values()))}'
             for name, x in (('unedited', old), (f'step {best.step}', best))
         ),
         f'{self.stopped}; held-out scores above, of the variables kept: {path}',
@@ -282,11 +318,74 @@ class Fitted:
     return found
 
 
+def course_of(method: Method) -> Course:
+  """How a method's editor is trained."""
+  return method.trainer.course or Course(
+      (), _with_layers, example, functools.partial(_HypernetJob, method)
+  )
+
+
+class _HypernetJob:
+  """A `network.Job` of a hyper-network."""
+
+  about: Mapping[str, Any] = types.MappingProxyType({})
+
+  def __init__(
+      self,
+      method: Method,
+      model: Model,
+      settings: Training,
+      train: Sequence[Example],
+      held_out: Sequence[Example],
+      resources: Any,
+      progress: Progress,
+  ):
+    del resources
+    maps = factors.maps_of(model.spec, settings.layers)
+    made = method.trainer.network(model.spec, maps, settings)
+    self._trial = Trial(model.spec, maps, made, settings)
+    self._params = model.params
+    size = settings.batch_size
+    self._train = Prepared(model, maps, train, progress, size)
+    self._held_out = Prepared(model, maps, held_out, progress)
+
+  def start(self, seed: int) -> training.State:
+    """See `network.Job`."""
+    dtype = wide(self._params['embed']['embedding'].dtype)
+    return training.start(self._trial, seed, dtype)
+
+  def step(self, state: training.State, batch: Batch) -> tuple[Any, Any]:
+    """See `network.Job`."""
+    return training.step(self._trial, self._params, state, batch)
+
+  def judge(self, variables: Variables | None) -> dict[str, float]:
+    """See `network.Job`."""
+    config, sums = self._trial.config, None
+    far = np.full(config.batch_size, config.outer != 'edit')
+    for indices in self._held_out.everything(config.batch_size):
+      batch = self._held_out.batch(indices, config.batch_size, far)
+      found = training.judge(self._trial, self._params, variables, batch)
+      sums = found if sums is None else jax.tree.map(jax.numpy.add, sums, found)
+    return {
+        'loss': float(training.total(config, sums)),
+        'nll': float(sums.nll / sums.tokens),
+        'kl': float(sums.kl / sums.local_tokens),
+        'right': float(sums.right / sums.outers),
+    }
+
+  def batches(self, seed: int) -> Iterator[Callable[[], Batch]]:
+    """See `network.Job`."""
+    settings = self._trial.config
+    size = settings.batch_size
+    for epoch in itertools.count():
+      for indices in self._train.epoch(size, (seed, epoch)):
+        outer = _outer(settings, (seed, epoch, indices[0]), size)
+        yield functools.partial(self._train.batch, indices, size, outer)
+
+
 def fit(
-    model: Model,
-    method: Method,
-    settings: Training,
-    records: Examples,
+    job: Job,
+    settings: Any,
     *,
     seed: int,
     minutes: float | None = None,
@@ -296,10 +395,8 @@ def fit(
   """Trains until the steps are done or the held-out loss stays.
 
   Args:
-    model: the unedited model; never changed.
-    method: the method.
-    settings: its settings, with layers.
-    records: the records.
+    job: what is trained.
+    settings: of the method: `steps`, `validate_every`, `patience`.
     seed: of the initial variables and the order of records.
     minutes: of training at most; None for no limit.
     checkpoint: where to save and to resume; None for neither.
@@ -311,17 +408,12 @@ def fit(
   Raises:
     Stopped: by `progress`; the present step is saved.
   """
-  maps = factors.maps_of(model.spec, settings.layers)
-  made = method.trainer.network(model.spec, maps, settings)
-  trial = Trial(model.spec, maps, made, settings)
-  train = Prepared(model, maps, records.train, progress, settings.batch_size)
-  validation = Prepared(model, maps, records.held_out, progress)
-  fitting = _Fitting(trial, model.params, validation, seed, minutes)
+  fitting = _Fitting(job, settings, seed, minutes)
   if checkpoint is not None:
     fitting.restore(checkpoint)
   first, last = fitting.steps, settings.steps
   with progress('train', last, 'step') as advance:
-    batches = itertools.islice(_batches(train, settings, seed), first, last)
+    batches = itertools.islice(job.batches(seed), first, last)
     try:
       advance(first)
       for make in () if fitting.ended else batches:
@@ -349,18 +441,9 @@ def _finite(loss: float) -> float:
 class _Fitting:
   """The state of training, its validations and the best variables so far."""
 
-  def __init__(
-      self,
-      trial: Trial,
-      params: Any,
-      validation: Prepared,
-      seed: int,
-      minutes: float | None,
-  ):
-    self._trial, self._params, self._validation = trial, params, validation
-    self._minutes = minutes
-    dtype = wide(params['embed']['embedding'].dtype)
-    self._state = training.start(trial, seed, dtype)
+  def __init__(self, job: Job, settings: Any, seed: int, minutes: float | None):
+    self._job, self._settings, self._minutes = job, settings, minutes
+    self._state = job.start(seed)
     self._log: list[Point] = []
     self._best: tuple[int, Any] = (0, None)
     self._losses: list[Any] = []
@@ -371,7 +454,7 @@ class _Fitting:
   @property
   def ended(self) -> str:
     """Why training ends before its last step; '' if it goes on."""
-    config = self._trial.config
+    config = self._settings
     if not self._log:
       return ''
     best = self._log[self._best[0]].step
@@ -382,11 +465,9 @@ class _Fitting:
       return f'{spent:.1f} minutes'
     return ''
 
-  def step(self, batch: Batch) -> None:
+  def step(self, batch: Any) -> None:
     """Trains on a batch."""
-    self._state, loss = training.step(
-        self._trial, self._params, self._state, batch
-    )
+    self._state, loss = self._job.step(self._state, batch)
     self._losses.append(loss)
     self.steps += 1
 
@@ -400,34 +481,22 @@ class _Fitting:
     number = len(self._log) - 1
     lower = _finite(found.loss) < _finite(self._log[self._best[0]].loss)
     # The last ones are kept where nothing stops.
-    if number == 0 or not self._trial.config.patience or lower:
+    if number == 0 or not self._settings.patience or lower:
       # A copy: the memory of the state is reused.
       self._best = number, jax.tree.map(np.array, self._state.variables)
     self._losses, self._begin = [], time.monotonic()
 
   def _judged(self, variables: Variables | None) -> Point:
     """Scores of the held-out records."""
-    config, sums = self._trial.config, None
-    far = np.full(config.batch_size, config.outer != 'edit')
-    for indices in self._validation.everything(config.batch_size):
-      batch = self._validation.batch(indices, config.batch_size, far)
-      found = training.judge(self._trial, self._params, variables, batch)
-      sums = found if sums is None else jax.tree.map(jax.numpy.add, sums, found)
-    return Point(
-        self.steps,
-        float(training.total(config, sums)),
-        float(sums.nll / sums.tokens),
-        float(sums.kl / sums.local_tokens),
-        float(sums.right / sums.outers),
-    )
+    loss, *rest = self._job.judge(variables).items()
+    return Point(self.steps, loss[1], dict(rest))
 
   def line(self) -> str:
     """The newest validation, for the user."""
     now, old = self._log[-1], self._unedited
     return (
         f'step {now.step}: held-out loss {now.loss:.3f} (unedited'
-        f' {old.loss:.3f}; nll {now.nll:.3f}, KL {now.kl:.3f}, right'
-        f' {now.right:.3f}), training {now.train_loss:.3f}'
+        f' {old.loss:.3f}; {now.said()}), training {now.train_loss:.3f}'
     )
 
   def save(self, checkpoint: Checkpoint) -> None:
@@ -437,7 +506,10 @@ class _Fitting:
     number, best = self._best
     leaves = enumerate(jax.tree.leaves((self._state, best)))
     # JSON has no number for what is not finite.
-    log = [[repr(x) for x in one] for one in self._log]
+    log = [
+        jax.tree.map(repr, one._asdict() | {'scores': dict(one.scores)})
+        for one in self._log
+    ]
     losses = [repr(float(x)) for x in self._losses]
     spent = time.monotonic() - self._begin
     checkpoint.save(
@@ -460,7 +532,8 @@ class _Fitting:
     leaves = [jax.numpy.asarray(arrays[str(i)]) for i, _ in enumerate(leaves)]
     self._state, best = jax.tree.unflatten(structure, leaves)
     self._log = [
-        Point(int(one[0]), *map(float, one[1:])) for one in record['log']
+        Point(**(jax.tree.map(float, one) | {'step': int(one['step'])}))
+        for one in record['log']
     ]
     self._best = record['best'], jax.tree.map(np.array, best)
     self._losses = [float(x) for x in record['losses']]
@@ -487,18 +560,8 @@ class _Fitting:
         best,
         int(self._state.skipped),
         stopped,
+        self._job.about,
     )
-
-
-def _batches(
-    train: Prepared, settings: Training, seed: int
-) -> Iterator[Callable[[], Batch]]:
-  """Yields functions that make the batches, without end."""
-  size = settings.batch_size
-  for epoch in itertools.count():
-    for indices in train.epoch(size, (seed, epoch)):
-      outer = _outer(settings, (seed, epoch, indices[0]), size)
-      yield functools.partial(train.batch, indices, size, outer)
 
 
 def _outer(settings: Training, seed: Any, size: int) -> np.ndarray:

@@ -63,30 +63,33 @@ class Examples:
   """What is trained on and held out.
 
   Attributes:
-    train: records.
+    train: records, as `network.Course.example` makes them.
     held_out: records with other subjects.
     excluded: records that were left out for their subject.
     unusable: records that lack a probe, or are too long.
     loaded: what they were read from.
   """
 
-  train: tuple[Example, ...]
-  held_out: tuple[Example, ...]
+  train: tuple[Any, ...]
+  held_out: tuple[Any, ...]
   excluded: int
   unusable: int
   loaded: Loaded
 
 
 def load(
-    config: Any, training: Training, tokens: TokenCache, spec: ModelSpec
+    config: Any,
+    training: Any,
+    example: Callable[[EditRequest], Any],
+    longest: int,
 ) -> Examples:
   """Reads records and splits them by subject.
 
   Args:
     config: `training.TrainConfig`.
     training: settings of the method.
-    tokens: of the model's tokenizer.
-    spec: the architecture.
+    example: makes the example of a request, None if it is of no use.
+    longest: a text's length that it refuses, tokens.
 
   Returns:
     The records.
@@ -105,9 +108,7 @@ def load(
       for one in loaded.requests
       if subject_hash(one.subject) not in excluded
   ]
-  longest = min(config.longest, spec.max_positions)
-  drafts = [_record(tokens, one, training.locality_tokens) for one in left]
-  found = [one for one in drafts if one is not None and _fits(one, longest)]
+  found = [one for one in map(example, left) if one is not None]
   train, held_out = _split(found, config.held_out, config.seed)
   if training.batch_size % training.edits:
     raise InputError(
@@ -134,10 +135,20 @@ def load(
   )
 
 
-def _record(
-    tokens: TokenCache, request: EditRequest, local_tokens: str
+def example(
+    request: EditRequest, tokens: TokenCache, training: Training, longest: int
 ) -> Example | None:
-  """Encodes a request; None if it lacks a probe or a text has no token."""
+  """Encodes a request.
+
+  Args:
+    request: the request.
+    tokens: of the model's tokenizer.
+    training: settings of the method.
+    longest: length of a text that is too long, tokens.
+
+  Returns:
+    The example; None if it lacks a probe, or a text has no token or too many.
+  """
   local = request.probes_of(LOCALITY)[:1]
   outer = request.probes_of(REPHRASE)[:1]
   if not local or not outer:
@@ -150,8 +161,9 @@ def _record(
   if not all(map(len, (*prompts, *answers))):
     return None
   texts = [lib.answer(*one) for one in zip(prompts, answers)]
-  texts[2] = _local(texts[2], local_tokens)
-  return Example(subject_hash(request.subject), *texts)
+  texts[2] = _local(texts[2], training.locality_tokens)
+  found = Example(subject_hash(request.subject), *texts)
+  return found if _fits(found, longest) else None
 
 
 def _local(text: Text, which: str) -> Text:

@@ -15,8 +15,8 @@ import hashlib
 import os
 import pathlib
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -69,20 +69,64 @@ class Network(NamedTuple):
   rate_of: Callable[[str, float], float] = lambda path, rate: rate
 
 
-class Trainer(NamedTuple):
-  """How a method's network is made and trained.
+class Job(Protocol):
+  """One training: examples, a loss, and an optimiser's step.
 
   Attributes:
-    config: a frozen dataclass of settings of training, `training.Training`.
-    network: (spec, maps, its config) -> Network.
+    about: what it was trained with, for the editor's record, plain JSON types.
+  """
+
+  about: Mapping[str, Any]
+
+  def start(self, seed: int) -> Any:
+    """Makes the state: a pytree with `variables` and `skipped`, a count."""
+
+  def step(self, state: Any, batch: Any) -> tuple[Any, Any]:
+    """Trains on a batch: (state, [] its loss); the old state's memory is reused."""
+
+  def judge(self, variables: Variables | None) -> dict[str, float]:
+    """Scores on held-out examples, 'loss' first; None the unedited model."""
+
+  def batches(self, seed: int) -> Iterator[Callable[[], Any]]:
+    """Yields functions that make the batches of a seed, without end."""
+
+
+class Course(NamedTuple):
+  """How an editor is trained, as a run of training asks for it.
+
+  Attributes:
+    needs: what `job` must be given beside a model.
+    settled: (spec, settings) -> settings with layers.
+    example: (request, tokens, settings, longest) -> the example of a request,
+      which has a `subject`, a hash; None if it is of no use.
+    job: (model, settings, examples to train on, held-out ones, resources,
+      progress) -> Job.
+  """
+
+  needs: tuple[Need, ...]
+  settled: Callable[[ModelSpec, Any], Any]
+  example: Callable[[EditRequest, Any, Any, int], Any]
+  job: Callable[..., Job]
+
+
+class Trainer(NamedTuple):
+  """How what a method uses is made and trained.
+
+  Attributes:
+    config: a frozen dataclass of settings of training; `training.Training`, or
+      what else `course` asks for with the fields of a run: `layers`, `steps`,
+      `batch_size`, `edits`, `validate_every`, `patience`.
+    network: (spec, maps, its config) -> Network; None with a course of its own.
     small: its config for tests.
     parity: name of a published code -> settings that reproduce it.
+    course: how it is trained; None for a hyper-network.
   """
 
   config: type
-  network: Callable[[ModelSpec, lib.Maps, Any], Network]
+  network: Callable[[ModelSpec, lib.Maps, Any], Network] | None
   small: Any
   parity: Mapping[str, Mapping[str, Any]] = types.MappingProxyType({})
+  course: Course | None = None
 
 
 @dataclasses.dataclass(frozen=True)
