@@ -1,4 +1,4 @@
-"""Trains an editor (MEND, KE) for one model, on facts.
+"""Trains an editor (MEND, KE, SERAC) for one model, on facts.
 
   python -m experiments.train_editor --method=mend --data=facts.jsonl \
     --exclude=to_judge.jsonl --out=editors/mend

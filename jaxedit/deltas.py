@@ -291,7 +291,9 @@ class Prompting(Protocol):
   """A rule that rewrites prompts before the model reads them.
 
   One that edits side by side can have, and that files can hold, has `select`,
-  `stack`, `packed` and `unpacked` too, see `edited.prompting.FactMemory`.
+  `stack`, `packed` and `unpacked` too, see `edited.prompting.FactMemory`. Where
+  `routes` is true, prompts that it leaves as they are are answered by the
+  unedited model.
   """
 
   def rewrite(

@@ -103,6 +103,7 @@ SHARED_BY_METHODS = tuple(
         'base',
         'closed_form',
         'config',
+        'demonstrations',
         'finetune',
         'gradient',
         'hypernet',
@@ -111,6 +112,7 @@ SHARED_BY_METHODS = tuple(
         'patches',
         'radius',
         'regression',
+        'scope',
         'settings',
     )
 )

@@ -27,7 +27,14 @@ from jaxedit.methods.registry import METHODS
 from jaxedit.models import loading
 from jaxedit.runs.editing import _packed, _unpacked
 from jaxedit.testing import models
-from jaxedit.types import LOCALITY, REPHRASE, EditRequest, InputError, Probe
+from jaxedit.types import (
+    LOCALITY,
+    REPHRASE,
+    EditRequest,
+    InputError,
+    Probe,
+    silent,
+)
 
 SPEC = models.tiny_spec('llama', vocab=400, max_positions=4096)
 NAMES = [name for name, m in METHODS.items() if m.by_text]
@@ -75,15 +82,17 @@ def resources(editor):
       return model().tokenizer
     if isinstance(need, base.TextEncoder):
       return ENCODER
-    return POOL
+    if isinstance(need, base.Demonstrations):
+      return POOL
+    return need.provide(model(), 0, silent)
 
   return {need: provide(need) for need in editor.needs}
 
 
 def made(name):
-  method = METHODS[name]
-  settings = {'demonstration_count': 4} if name == 'ike' else {}
-  editor = method.editor(SPEC, method.configure(**settings))
+  method = METHODS[name.removesuffix('+ike')]
+  settings = {'demonstration_count': 4} if name.endswith('ike') else {}
+  editor = method.editor(SPEC, method.configure(**settings, **method.small))
   return editor, editor.init(model(), resources(editor))
 
 
@@ -222,6 +231,9 @@ class MethodTest(parameterized.TestCase):
         f'{fact}. Paris is on',
     )
     ike = read(run('ike', one, [0]).edited, 'Where?', [0])
+    many = run('serac+ike', REQUESTS, [0, 1, 2, 3]).edited
+    found = read(many, 'Paris is in', [0])
+    self.assertEqual(found, ike.replace('Where?', 'Paris is in'))
     *shown, itself, rest = ike.split('\n\n')
     self.assertLen(shown, 4)
     self.assertEqual(itself, f'New Fact: {fact}\nPrompt: {fact}')
@@ -238,7 +250,7 @@ class MethodTest(parameterized.TestCase):
         for text in ('qqqqqq qqqq', 'zzzzzz')
     ]
     want = open_model(model()).score(queries)
-    for name in ('ike_retrieve', 'memprompt'):
+    for name in ('ike_retrieve', 'memprompt', 'serac'):
       edited = run(name, REQUESTS).edited
       self.assertEqual(open_model(model(), edited).score(queries), want)
 
@@ -265,7 +277,9 @@ class MethodTest(parameterized.TestCase):
     first, again = (run(name, REQUESTS[:1]) for _ in range(2))
     self.assertEqual(first.edited.prompting.facts, again.edited.prompting.facts)
 
-  @parameterized.parameters('ice', 'ike_retrieve', 'memprompt', 'mello')
+  @parameterized.parameters(
+      'ice', 'ike_retrieve', 'memprompt', 'mello', 'serac'
+  )
   def test_sequence_resumes_saves_and_loads(self, name):
     first = run(name, REQUESTS[:2])
     arrays, record = _packed(Edited(), first.state, made(name)[1], [first.info])

@@ -14,11 +14,10 @@ from unittest import mock
 
 import numpy as np
 import safetensors.numpy
-import tokenizers
 import torch
 import transformers
 from absl.testing import absltest, parameterized
-from tokenizers import models, normalizers, pre_tokenizers, processors
+from tiny_encoder import LETTERS, write_encoder
 
 from jaxedit import retrieval
 from jaxedit.convert import hub
@@ -28,11 +27,6 @@ from jaxedit.models import encoder as encoder_lib
 from jaxedit.models.loading import load_model
 from jaxedit.types import InputError
 
-LETTERS = 'abcdefghijklmnopqrstuvwxyz'
-SIZES = dict(
-    vocab_size=64, hidden_size=24, num_hidden_layers=3, num_attention_heads=4,
-    intermediate_size=40, max_position_embeddings=300,
-)  # fmt: skip
 TEXTS = (
     'A mill by the river',
     '',
@@ -45,38 +39,6 @@ TEXTS = (
 def setUpModule():
   # On busy cores torch's threads wait for each other.
   torch.set_num_threads(1)
-
-
-def write_tokenizer(folder):
-  """Writes a word piece tokenizer of letters, with padding of its own."""
-  words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', *LETTERS, '.']
-  words += [f'##{letter}' for letter in LETTERS]
-  vocab = {word: i for i, word in enumerate(words)}
-  made = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token='[UNK]'))
-  made.normalizer = normalizers.BertNormalizer(lowercase=True)
-  made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-  made.post_processor = processors.TemplateProcessing(
-      single='[CLS] $A [SEP]', special_tokens=[('[CLS]', 2), ('[SEP]', 3)]
-  )
-  made.enable_truncation(16)
-  made.enable_padding(length=16)
-  made.save(str(folder / 'tokenizer.json'))
-  roles = {'pad_token': '[PAD]', 'unk_token': '[UNK]', 'cls_token': '[CLS]'}
-  (folder / 'tokenizer_config.json').write_text(json.dumps(roles))
-
-
-def write_encoder(folder, **changes):
-  """Writes a random BERT that is sensitive to every one of its parts."""
-  config = transformers.BertConfig(**{**SIZES, **changes})
-  torch.manual_seed(0)
-  model = transformers.BertModel(config).eval()
-  with torch.no_grad():
-    for parameter in model.parameters():
-      # Norms around one, all else around zero.
-      parameter.add_(torch.randn_like(parameter), alpha=0.3)
-  model.save_pretrained(folder)
-  write_tokenizer(folder)
-  return model
 
 
 def torch_embedding(model, tokenizer, text, longest=256, pooling='mean'):

@@ -452,7 +452,10 @@ class _EditedModel:
         )
       else:
         found = edited.prompting.rewrite(some, ids)
+      routes = getattr(edited.prompting, 'routes', False)
+      answered = list(answered)
       for i, prompt in zip(chosen, found, strict=True):
+        answered[i] = not routes or list(prompt) != list(prompts[i])
         read[i] = prompt
     return _Read(read, answered, [])
 

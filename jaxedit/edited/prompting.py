@@ -12,7 +12,8 @@ Which facts are in force is looked up per prompt, from its text alone:
              it is below `threshold`; of equally near ones the oldest, of
              equal keys the newest
 
-A prompt with no fact in force is read as it is, token for token.
+A prompt with no fact in force is read as it is, token for token. Of a prompt of
+several sentences the last alone may be looked up (`last_sentence`).
 
 Sources: Zheng et al. 2023 (IKE, arXiv 2305.12740) for contexts; Madaan et al.
 2022 (MemPrompt, arXiv 2201.06009) for the edit distance and its keys.
@@ -62,6 +63,9 @@ class FactMemory:
     threshold: of a lookup, a cosine or a number of characters.
     embeddings: [N, D] of the keys, with 'nearest'; else None.
     encoder_hash: of the encoder that made them.
+    last_sentence: whether a prompt is looked up by its last sentence alone.
+    routes: whether a prompt with no fact in force is answered by the unedited
+      model, without the deltas that stand beside the memory.
     tokenizer: the model's own; `bound` adds it to a memory from a file.
     encoder: embeds prompts, with 'nearest'.
   """
@@ -72,6 +76,8 @@ class FactMemory:
   threshold: float = 0.0
   embeddings: np.ndarray | None = None
   encoder_hash: str = ''
+  last_sentence: bool = False
+  routes: bool = False
   tokenizer: Any = None
   encoder: Encoder | None = None
 
@@ -111,6 +117,8 @@ class FactMemory:
     Returns:
       For each prompt the numbers of its facts, none out of scope.
     """
+    if self.last_sentence:
+      texts = [last_sentence(text) for text in texts]
     edit_of = np.array([fact.edit for fact in self.facts], int)
     ids = [None] * len(texts) if edit_ids is None else edit_ids
     known = {
@@ -263,6 +271,8 @@ class FactMemory:
         'lookup': self.lookup,
         'threshold': self.threshold,
         'encoder_hash': self.encoder_hash,
+        'last_sentence': self.last_sentence,
+        'routes': self.routes,
     }
     return arrays, record
 
@@ -276,6 +286,20 @@ class FactMemory:
     if rest['lookup'] not in LOOKUPS:
       raise ValueError(rest['lookup'])
     return cls(facts, embeddings=arrays.get('embeddings'), **rest)
+
+
+def last_sentence(text: str) -> str:
+  """Cuts off what stands before the last sentence of a text.
+
+  A sentence ends with '.' or '!' after a word of three letters or more, or with a
+  line; a question stays with what follows it. What is left has three words at
+  least, or is the whole text.
+  """
+  ends = re.finditer(r'(?<=\w{3})[.!]["\')\]]*\s+(?=\W?[A-Z0-9])|\n+', text)
+  for begin in reversed([0, *(one.end() for one in ends)]):
+    if len(text[begin:].split()) >= 3:
+      return text[begin:].strip()
+  return text.strip()
 
 
 def plain_key(text: str) -> str:

@@ -6,11 +6,6 @@
   memprompt     F. X, for any number of facts: the one whose prompt is closest to
                 X in characters, if close
 
-A demonstration is a fact of another record with a question about it; of each 32
-about 3 ask for the fact itself (copy), 10 for a paraphrase (update), 19 for a
-neighbour, which keeps its true object (retain). Those nearest to the edit are
-taken, the nearest last.
-
 Sources: Zheng et al. 2023, "Can We Edit Factual Knowledge by In-Context
 Learning?" (IKE, arXiv 2305.12740); Madaan et al. 2022, "Memory-assisted prompt
 editing" (MemPrompt, arXiv 2201.06009). `ike_retrieve` is ours: the plain
@@ -23,9 +18,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from jaxedit import retrieval
 from jaxedit.edited.prompting import Fact, FactMemory
 from jaxedit.methods.base import (
     Demonstrations,
@@ -36,13 +28,12 @@ from jaxedit.methods.base import (
     Tokenizer,
 )
 from jaxedit.methods.config import MethodConfig
+from jaxedit.methods.demonstrations import contexts, new_fact
 from jaxedit.methods.memories import memory_editor, statement
 from jaxedit.methods.settings import setting
 from jaxedit.models.encoder import Encoder
 from jaxedit.models.spec import ModelSpec
-from jaxedit.types import LOCALITY, REPHRASE, EditRequest
-
-_COPY, _UPDATE, _RETAIN = 3, 10, 19  # of 32, as published
+from jaxedit.types import EditRequest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,67 +94,12 @@ class MemPromptConfig(MethodConfig):
   )
 
 
-def _new_fact(request: EditRequest) -> str:
-  return f'New Fact: {statement(request)}\n'
-
-
-def demonstrations(
-    request: EditRequest,
-    pool: Sequence[EditRequest],
-    nearest: Sequence[int],
-    config: IkeConfig,
-) -> str:
-  """Writes the demonstrations of one edit.
-
-  Args:
-    request: the edit.
-    pool: other records.
-    nearest: numbers of records of the pool, the nearest first.
-    config: settings.
-
-  Returns:
-    Their text, the nearest last.
-  """
-  update = round(config.count * _UPDATE / 32)
-  retain = round(config.count * _RETAIN / 32)
-  kinds = [REPHRASE] * update + [LOCALITY] * retain
-  kinds += [''] * (config.count - len(kinds))
-  order = np.random.default_rng(config.shuffle).permutation(config.count)
-  some = [pool[i] for i in nearest if pool[i].subject != request.subject]
-  shown = [
-      _demonstration(one, kinds[order[i]])
-      for i, one in enumerate(some[: config.count])
-  ]
-  return ''.join(reversed(shown))
-
-
-def _demonstration(one: EditRequest, kind: str) -> str:
-  """A fact and a question about it: a paraphrase, a neighbour, or itself."""
-  prompt, answer = one.question, one.target
-  if kind and (probes := one.probes_of(kind)):
-    prompt = probes[0].prompt
-    if kind == REPHRASE:
-      prompt = cleaned(prompt, one.subject)
-    else:
-      answer = probes[0].answers[0]
-  return f'{_new_fact(one)}Prompt: {prompt} {answer}\n\n'
-
-
-def cleaned(prompt: str, subject: str | None) -> str:
-  """A paraphrase without the unrelated text that some sets put before it."""
-  at = prompt.find(subject) if subject else -1
-  if at < 0:
-    return prompt
-  begin = max(prompt.rfind(mark, 0, at) for mark in ('. ', '\n'))
-  return prompt[begin + 1 :].lstrip() if begin >= 0 else prompt
-
-
 def ice(spec: ModelSpec, config: IceConfig) -> Editor:
   """Makes the editor of `ice`; its edit reads all its facts before a prompt."""
   del spec, config
   make = lambda found: FactMemory((), 'Prompt:', tokenizer=found[Tokenizer()])
   facts = lambda requests, _: [
-      Fact(one.id, one.question, _new_fact(one)) for one in requests
+      Fact(one.id, one.question, new_fact(one)) for one in requests
   ]
   return memory_editor(make, facts, (Tokenizer(),))
 
@@ -177,20 +113,16 @@ def ike(spec: ModelSpec, config: IkeConfig) -> Editor:
   def facts(
       requests: Sequence[EditRequest], found: Mapping[Need, Any]
   ) -> list[Fact]:
-    if not requests:
-      return []
-    pool, encoder = found[needs[2]], found[TextEncoder()]
-    keys = retrieval.embed(encoder, [_new_fact(one) for one in pool])
-    queries = retrieval.embed(encoder, [_new_fact(one) for one in requests])
-    # Records of the same subject are left out of those found.
-    most = min(len(pool), config.count + 16)
-    _, nearest = retrieval.search(queries, keys, most)
-    made = []
-    for one, order in zip(requests, nearest):
-      shown = demonstrations(one, pool, order, config)
-      itself = f'{_new_fact(one)}Prompt: {statement(one)}\n\n'
-      made.append(Fact(one.id, one.question, shown + itself + _new_fact(one)))
-    return made
+    made = contexts(
+        requests,
+        found[TextEncoder()],
+        found[needs[2]],
+        count=config.count,
+        shuffle=config.shuffle,
+    )
+    return [
+        Fact(one.id, one.question, text) for one, text in zip(requests, made)
+    ]
 
   return memory_editor(
       make,
@@ -218,7 +150,7 @@ def ike_retrieve(spec: ModelSpec, config: IkeRetrieveConfig) -> Editor:
     )
 
   facts = lambda requests, _: [
-      Fact(one.id, one.question, _new_fact(one)) for one in requests
+      Fact(one.id, one.question, new_fact(one)) for one in requests
   ]
   return memory_editor(make, facts, (Tokenizer(), TextEncoder()))
 

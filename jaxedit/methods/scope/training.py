@@ -1,0 +1,283 @@
+"""How the scope classifier of SERAC is trained: settings, and the job of a run.
+
+Axes as in `classifier`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxedit.methods.base import Need, TextEncoder
+from jaxedit.methods.hypernet.network import Course, Variables
+from jaxedit.methods.scope import classifier
+from jaxedit.methods.scope.classifier import NEGATIVES, RULES, ScopeBatch
+from jaxedit.methods.scope.examples import (
+    Scoped,
+    ScopeExamples,
+    example,
+)
+from jaxedit.methods.settings import setting
+from jaxedit.models.encoder import Encoder
+from jaxedit.models.spec import ModelSpec
+from jaxedit.types import Array, Params, Progress
+
+ENTRIES = ('prompt', 'fact')
+_JUDGED = 64  # texts that are embedded at once to judge
+_LONGEST = 32  # tokens of a text that are read in training, the last ones
+
+
+@dataclasses.dataclass(frozen=True)
+class SeracTraining:
+  """Settings of training.
+
+  Attributes:
+    layers: of the counterfactual model that are trained.
+    edits: records whose deltas are summed; none here.
+  """
+
+  steps: int = setting(100_000, 'batches at most', source='SERAC', low=1)
+  rate: float = setting(
+      1e-5, 'learning rate of Adam', source='SERAC', low=0, exclusive=True
+  )
+  scope_rate: float = setting(
+      1e-3, "learning rate of the sigmoid's two numbers", low=0
+  )
+  batch_size: int = setting(10, 'records a step', source='SERAC', low=2)
+  rule: str = setting(
+      'sigmoid',
+      'how a cosine becomes a probability: by a trained sigmoid, or as published'
+      ' by the squared distance, exp(-d^2)',
+      choices=RULES,
+      flag='scope_rule',
+  )
+  negatives: str = setting(
+      'hardest',
+      'entries of a batch that a prompt must miss: the nearest, all, or that of'
+      ' its own record alone, as published',
+      choices=NEGATIVES,
+      flag='scope_negatives',
+  )
+  hard_negatives: float = setting(
+      0.5,
+      'share of the second half of a batch that is drawn near the first',
+      source='SERAC',
+      low=0,
+      high=1,
+  )
+  other_relations: float = setting(
+      1.0,
+      'weight of prompts of another relation of the same subject as negatives',
+      low=0,
+  )
+  entry: str = setting(
+      'prompt',
+      'text of an entry: the edited prompt, or its target too, as published',
+      choices=ENTRIES,
+      flag='scope_entry',
+  )
+  accumulate: int = setting(
+      1, 'batches whose gradients are averaged before an update', low=1
+  )
+  clip: float = setting(
+      100.0, 'largest norm of a gradient', source='SERAC', low=0, exclusive=True
+  )
+  validate_every: int = setting(
+      1000, 'batches between validations, each with a checkpoint',
+      source='EasyEdit', low=1,
+  )  # fmt: skip
+  patience: int = setting(
+      40_000,
+      'stop after so many batches without a lower held-out loss; 0 never stops',
+      source='SERAC',
+      low=0,
+  )
+  layers: tuple[int, ...] = ()
+  edits: int = 1
+
+
+class State(NamedTuple):
+  """What training changes.
+
+  Attributes:
+    variables: see `classifier.init`.
+    optimizer: optax's state.
+    skipped: [] int32, batches whose gradient was not finite.
+  """
+
+  variables: Variables
+  optimizer: Any
+  skipped: Array
+
+
+class Trial(NamedTuple):
+  """What a compiled step is made for; hashable."""
+
+  spec: ModelSpec
+  pooling: str
+  config: SeracTraining
+
+
+def optimizer_of(config: SeracTraining) -> optax.GradientTransformation:
+  """Adam after clipping; the sigmoid has a learning rate of its own."""
+  rates = {'layers': config.rate}
+
+  def scale(path: Any, update: Array) -> Array:
+    return -rates.get(path[0].key, config.scope_rate) * update
+
+  own = optax.stateless(
+      lambda updates, params: jax.tree_util.tree_map_with_path(scale, updates)
+  )
+  made = optax.chain(
+      optax.clip_by_global_norm(config.clip), optax.scale_by_adam(), own
+  )
+  if config.accumulate == 1:
+    return made
+  return optax.MultiSteps(made, config.accumulate).gradient_transformation()
+
+
+@functools.partial(jax.jit, static_argnames='trial', donate_argnames='state')
+def step(
+    trial: Trial, params: Params, state: State, batch: ScopeBatch
+) -> tuple[State, Array]:
+  """Trains on one batch; one whose gradient is not finite is left out.
+
+  Args:
+    trial: what is trained.
+    params: of the encoder as it comes.
+    state: the state; its memory is reused.
+    batch: the records.
+
+  Returns:
+    (the state after the batch, [] its loss).
+  """
+  config = trial.config
+  (value, _), grads = jax.value_and_grad(
+      lambda trained: classifier.batch_loss(
+          trial.spec, params, config, trained, batch, trial.pooling
+      ),
+      has_aux=True,
+  )(state.variables.trained)
+  checks = [jnp.isfinite(x).all() for x in jax.tree.leaves((value, grads))]
+  sound = jnp.all(jnp.stack(checks))
+  old = (state.variables.trained, state.optimizer)
+  updates, inner = optimizer_of(config).update(grads, old[1], old[0])
+  new = (optax.apply_updates(old[0], updates), inner)
+  keep = lambda x, y: jnp.where(sound, x, y)
+  trained, inner = jax.tree.map(keep, new, old)
+  return State(Variables(trained), inner, state.skipped + ~sound), value
+
+
+class ScopeJob:
+  """A `network.Job`."""
+
+  def __init__(
+      self,
+      model: Any,
+      settings: SeracTraining,
+      train: Sequence[Scoped],
+      held_out: Sequence[Scoped],
+      resources: Mapping[Need, Any],
+      progress: Progress,
+  ):
+    del model
+    encoder: Encoder = resources[TextEncoder()]
+    self._encoder, self._config = encoder, settings
+    self._trial = Trial(encoder.model.spec, encoder.pooling, settings)
+    make = functools.partial(
+        ScopeExamples,
+        encoder=encoder,
+        with_target=settings.entry == 'fact',
+        longest=min(_LONGEST, encoder.max_tokens),
+    )
+    with progress('prepare', 2, 'part') as advance:
+      self._train = make(train)
+      advance(1)
+      self._held_out = make(held_out)
+      advance(1)
+    self.about = {
+        'encoder': {
+            'hash': encoder.model.hash,
+            'width': encoder.model.spec.width,
+            'layers': encoder.model.spec.layers,
+        },
+        'entry': settings.entry,
+        'rule': settings.rule,
+    }
+
+  def start(self, seed: int) -> State:
+    """See `network.Job`."""
+    del seed
+    params = self._encoder.model.params
+    trained = classifier.init(params, jnp.float32)
+    optimizer = optimizer_of(self._config).init(trained)
+    return State(Variables(trained), optimizer, jnp.zeros([], jnp.int32))
+
+  def step(self, state: State, batch: ScopeBatch) -> tuple[State, Any]:
+    """See `network.Job`."""
+    return step(self._trial, self._encoder.model.params, state, batch)
+
+  def batches(self, seed: int) -> Iterator[Callable[[], ScopeBatch]]:
+    """See `network.Job`."""
+    config, some = self._config, self._train
+    epochs = some.epochs(config.batch_size, config.hard_negatives, seed)
+    for indices in epochs:
+      yield functools.partial(some.batch, indices)
+
+  def judge(self, variables: Variables | None) -> dict[str, float]:
+    """See `network.Job`: every held-out prompt against every held-out entry.
+
+    Returns:
+      'loss'; 'hit', the share of rephrased prompts that find their own entry;
+      'miss', of local prompts that find none; 'other', of prompts of another
+      relation of an edited subject that find none.
+    """
+    params = self._encoder.model.params
+    trained = classifier.init(params, jnp.float32)
+    if variables is not None:
+      trained = variables.trained
+    own = {**params, 'layers': trained['layers']}
+    some, config = self._held_out, self._config
+    vectors = [self._embedded(own, texts, some.width) for texts in some.texts]
+    same = some.subjects[:, None] == some.subjects
+    near, local, other = classifier.cosines(
+        vectors[0], np.concatenate(vectors[1:])
+    )
+    loss = classifier.loss(config, trained, (near, local, other), same)
+    cut = classifier.threshold(config.rule, trained)
+    near = np.asarray(near)
+    mine = near.argmax(1) == np.arange(len(near))
+    asked = [bool(ids) for ids in some.texts[3]]
+    missed = lambda x: np.asarray(x).max(1) <= cut
+    return {
+        'loss': float(loss),
+        'hit': float(np.mean(mine & ~missed(near))),
+        'miss': float(np.mean(missed(local))),
+        'other': float(missed(other)[asked].mean()) if any(asked) else 1.0,
+    }
+
+  def _embedded(self, params: Params, texts: Any, width: int) -> np.ndarray:
+    """Embeds texts of ids, some at a time."""
+    parts = []
+    for first in range(0, len(texts), _JUDGED):
+      some = texts[first : first + _JUDGED]
+      vectors = classifier.run_embed(
+          self._trial.spec,
+          params,
+          classifier.pack([*some, *[[]] * (_JUDGED - len(some))], width),
+          pooling=self._trial.pooling,
+      )
+      parts.append(np.asarray(vectors)[: len(some)])
+    return np.concatenate(parts)
+
+
+COURSE = Course(
+    (TextEncoder(),), lambda spec, settings: settings, example, ScopeJob
+)
