@@ -9,11 +9,13 @@ results.json, which say what the last process computed and how long it took.
 from __future__ import annotations
 
 import os
+import pathlib
 import random
 import re
 import signal
 import threading
 import time
+import unittest
 from unittest import mock
 
 import programs
@@ -23,6 +25,7 @@ from absl.testing import absltest
 from experiments import memit_batch
 from jaxedit import io
 
+CACHE = os.environ.get('JAXEDIT_CACHE', '')  # has the demo model
 # Other moments in every run of the test; a failure names them.
 SEED = int(os.environ.get('JAXEDIT_RESUME_SEED', time.time_ns() % 10**6))
 _FILES = ('delta.safetensors', 'records.jsonl', 'moments.safetensors')
@@ -31,8 +34,12 @@ _FILES = ('delta.safetensors', 'records.jsonl', 'moments.safetensors')
 class Run:
   """An output folder and a cache, and the command that fills them."""
 
-  def __init__(self, setup: programs.Setup, **given):
+  def __init__(self, setup: programs.Setup, models: str = '', **given):
     self.folder, cache = setup.path('out'), setup.path('cache')
+    cache.mkdir()
+    for path in pathlib.Path(models).iterdir() if models else ():
+      if path.name not in ('moments', 'xla'):
+        (cache / path.name).symlink_to(path)
     self._env = {
         'JAXEDIT_CACHE': str(cache),  # moments, which a run collects itself
         'JAX_COMPILATION_CACHE_DIR': str(setup.folder / 'xla'),
@@ -207,6 +214,40 @@ class LongTest(Case):
         signal.SIGTERM,
         128 + signal.SIGTERM,
     )
+
+
+@unittest.skipUnless(
+    os.environ.get('JAXEDIT_RESUME_DEMO'),
+    'takes minutes: JAXEDIT_RESUME_DEMO=1 runs it on the demo model',
+)
+class DemoModelTest(Case):
+
+  def test_in_moments_and_in_evaluation(self):
+    """SmolLM2-135M, with few steps; both kills hit one run."""
+    setup = programs.Setup(memit_batch)
+    self.addCleanup(setup.close)
+    contexts = setup.path('contexts.json')
+    contexts.write_text('["{}", "In the city. {}"]')
+    flags = dict(
+        models=os.path.abspath(CACHE), model='smollm2-135m-instruct', data='demo',
+        num_edits=20, method='alphaedit', layers='3,4', batch_size=10, slots=5,
+        value_steps=3, value_rate=5, max_new_tokens=8, eval_batch_size=2,
+        moments_tokens=15360, context_templates=contexts, compilation_cache=True,
+    )  # fmt: skip
+    whole, run, draw = (
+        Run(setup, **flags),
+        Run(setup, **flags),
+        random.Random(SEED),
+    )
+    whole.finish()
+    said = f'JAXEDIT_RESUME_SEED={SEED}:'
+    for stage, number, longest in (('second moments', 1, 9), ('score', 2, 3)):
+      wait = draw.uniform(0, longest)
+      code, shown, err = run.end(stage, number, wait, signal.SIGKILL)
+      said += f' {stage} {number} + {wait:.3f} s: {shown};'
+      self.assertEqual(code, -signal.SIGKILL, f'{said}\n{err}')
+    print(said)
+    self.check(run, whole.found(), said)
 
 
 if __name__ == '__main__':
