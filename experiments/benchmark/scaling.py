@@ -136,9 +136,19 @@ class Work(NamedTuple):
 
 def work(
     spec: ModelSpec, layers: Sequence[int], edits: Sequence[EncodedEdit],
-    *, count: int, batch: int, devices: int,
+    *, count: int, batch: int, devices: int, local: bool = False,
 ) -> list[Work]:  # fmt: skip
-  """Counts the stages of `count` edits like those given, bf16 weights."""
+  """Counts the stages of `count` edits like those given, bf16 weights.
+
+  Args:
+    spec: the architecture.
+    layers: edited layers.
+    edits: some edits.
+    count: edits of the run.
+    batch: edits solved for together.
+    devices: that work and batches are divided over.
+    local: as if the tokens of a sequence lay on one device.
+  """
   scale, last = count / len(edits), layers[-1]
   loads, sizes = lengths.loads(edits), lengths.lengths(edits)
   suffix = scale * float((loads.suffix + 1).sum())
@@ -155,7 +165,9 @@ def work(
   def gather(size: float, activations: float = 0.0) -> Any:
     return lambda fsdp: activations * (devices > 1) + size * fsdp
 
-  per_step = costs.exchanged_bytes(spec, last, _TOKENS * devices)
+  per_step = (
+      0.0 if local else costs.exchanged_bytes(spec, last, _TOKENS * devices)
+  )
   return [
       Work(
           'moments', model + 2 * gram, max(1, text / (_TEXT * devices)), below,
@@ -230,6 +242,15 @@ def tables(count: int, batch: int) -> list[str]:
     ]  # fmt: skip
     for device, hardware in HARDWARE.items():
       lines.append(_row(device, hardware, weights, every))
+    alone = {
+        n: work(
+            spec, layers, edits,
+            count=count, batch=batch, devices=n, local=True,
+        )
+        for n in _COUNTS
+    }  # fmt: skip
+    first = next(iter(HARDWARE))
+    lines.append(_row(f'{first}, local', HARDWARE[first], weights, alone))
     lines += ['', _host(spec, layers, edits, count, batch)]
   return lines
 

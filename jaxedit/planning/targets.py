@@ -227,6 +227,8 @@ def stage(
           spec, layer, max(ran, config.steps), itemsize(model)
       ),
       device=largest,
+      collective=max(ran, config.steps)
+      * sum(kinds[0].step.collectives.values()),
       host=2 * pair,
       kept=8.0 * states * spec.width,
       checked=checked,
