@@ -12,9 +12,8 @@ from __future__ import annotations
 import atexit
 import sys
 
-import jax
-
 from experiments import anyedit_batch, collect_moments, edit, memit_batch
+from jaxedit.placement import device_names
 from jaxedit.runs import cli
 
 _PROGRAMS = {
@@ -34,7 +33,7 @@ def status(name: str) -> float:
 
 def main() -> None:
   program = _PROGRAMS[sys.argv.pop(1)]
-  jax.devices()
+  device_names()  # starts JAX
   base = status('VmRSS')
 
   def report() -> None:
