@@ -225,18 +225,23 @@ def _direction(
   along = _tangent(state.point, state.grad, radius)
   q = along(state.grad)
   steepest = first * _size(now.size) / jnp.maximum(_size(q), 1e-30)
-  shares = []
-  turn, weight = state.turns[-1], state.weights[-1]
-  square = jnp.maximum(jnp.sum(jnp.square(turn)), 1e-30)
+  square = jnp.maximum(jnp.sum(jnp.square(state.turns[-1])), 1e-30)
+  weight = state.weights[-1]
   curved = 1 / jnp.maximum(weight, 1e-30) / square
   scale = jnp.where(weight > 0, curved, steepest)
-  for i in reversed(range(_PAIRS)):
-    shares.append(state.weights[i] * jnp.sum(state.moves[i] * q))
-    q = q - shares[-1] * state.turns[i]
-  p = scale * q
-  for i, share in zip(range(_PAIRS), reversed(shares)):
-    share -= state.weights[i] * jnp.sum(state.turns[i] * p)
-    p += share * state.moves[i]
+  pairs = (state.moves, state.turns, state.weights)
+
+  def back(q: Array, pair: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+    move, turn, weight = pair
+    share = weight * jnp.sum(move * q)
+    return q - share * turn, share
+
+  def forth(p: Array, pair: tuple[Any, Array]) -> tuple[Array, None]:
+    (move, turn, weight), share = pair
+    return p + (share - weight * jnp.sum(turn * p)) * move, None
+
+  q, shares = jax.lax.scan(back, q, pairs, reverse=True)
+  p, _ = jax.lax.scan(forth, scale * q, (pairs, shares))
   return -along(p)
 
 

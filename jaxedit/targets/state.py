@@ -68,7 +68,7 @@ class TargetConfig(NamedTuple):
   solver: str = 'adam'
   first_step: float = 0.5
   stagnation: float = 0.0
-  stagnation_steps: int = 3
+  stagnation_steps: int = 4
 
 
 class HalfOutputs(NamedTuple):
