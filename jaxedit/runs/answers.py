@@ -42,7 +42,9 @@ class Answers:
     """
     self._checkpoint, self._about = Checkpoint(folder), about
     self._pieces: dict[str, Arrays] = {}
-    self._unsaved = self._cost = 0.0  # seconds: of new pieces, of a save
+    # Seconds: of pieces that are not saved, and of a save; the first one loads
+    # Orbax.
+    self._unsaved, self._cost = 0.0, 1.0
     if found := self._checkpoint.restore():
       _, arrays, record = found
       self._pieces = _apart(arrays, record['pieces'])

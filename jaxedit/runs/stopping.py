@@ -3,7 +3,8 @@
 SIGTERM, SIGINT and the end of `--max_seconds` are noted here and polled where a
 stage counts its progress: what it calls raises `types.Stopped`, and stages that
 hold what is not saved yet save it on the way out. A second signal ends the
-process at once, as files are written whole or not at all.
+process at once, as files are written whole or not at all; Python notes the first
+one when the call of the device at hand returns.
 
   reason          exit code
   SIGTERM         143, as a shell reports a process that it ended
