@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from unittest import mock
@@ -17,12 +18,16 @@ from editing_runs import fact
 from experiments import edit, train_editor
 from jaxedit import edited as edited_lib
 from jaxedit.convert import hub
+from jaxedit.deltas import Edited
 from jaxedit.methods import serac
+from jaxedit.methods.hypernet import factors as lib
 from jaxedit.methods.hypernet import network
-from jaxedit.methods.scope import classifier, examples, training
+from jaxedit.methods.hypernet.factors import Sequences, Text, maps_of
+from jaxedit.methods.scope import answers, classifier, examples, training
 from jaxedit.methods.scope.training import SeracTraining
 from jaxedit.models import loading, tokenizer
 from jaxedit.runs import training as runs_training
+from jaxedit.testing import models
 from jaxedit.types import LOCALITY, REPHRASE, EditRequest, InputError, Probe
 
 NAMES = [
@@ -109,11 +114,71 @@ class ClassifierTest(parameterized.TestCase):
     )
 
 
+class AnswersTest(parameterized.TestCase):
+  """The mixture of two models, and its loss, by hand."""
+
+  def draw(self, *shape):
+    x = np.random.default_rng(0).standard_normal(shape)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+  def test_mixture(self):
+    f, h = self.draw(2, 3, 2, 5)
+    s = np.array([0.2, 0.0, 1.0])
+    with jax.enable_x64(True), np.errstate(divide='ignore'):
+      found = answers.mixture(f, h, (np.log(s), np.log(1 - s)))
+    part = s[:, None, None]
+    want = np.log((1 - part) * np.exp(f) + part * np.exp(h))
+    np.testing.assert_allclose(found, want, atol=1e-12)
+    np.testing.assert_array_equal(found[1], f[1])
+    np.testing.assert_array_equal(found[2], h[2])
+
+  def test_loss(self):
+    f, h = self.draw(2, 2, 3, 2, 5)
+    labels = np.random.default_rng(1).integers(5, size=(2, 3, 2))
+    weight = np.array([[1, 1], [1, 0], [1, 1]], np.float32)
+    pack = lambda kind: Sequences((), (), (), labels[kind], weight)
+    texts = answers.Answers((), (), (), pack(0), pack(1))
+    s = np.array([[0.9, 0.8, 0.7], [0.3, 0.1, 0.2]])
+    odds = [(np.log(x), np.log(1 - x)) for x in s]
+    with jax.enable_x64(True):
+      found = answers.mixture_loss(tuple(f), tuple(h), odds, texts, 0.1)
+    nll = kl = 0.0
+    for b, o in itertools.product(range(3), range(2)):
+      if not weight[b, o]:
+        continue
+      mix = [
+          (1 - s[k, b]) * np.exp(f[k, b, o]) + s[k, b] * np.exp(h[k, b, o])
+          for k in range(2)
+      ]
+      nll -= np.log(mix[0][labels[0, b, o]])
+      kl += np.sum(np.exp(f[1, b, o]) * (f[1, b, o] - np.log(mix[1])))
+    self.assertAlmostEqual(float(found), (0.1 * nll + kl) / 5, delta=1e-12)
+
+  def test_the_changed_model(self):
+    spec = models.tiny_spec('llama')
+    params, maps = models.random_params(spec, 0), maps_of(spec, (1, 2))
+    trained = answers.init(spec, maps, 2, 0, np.float32)
+    tokens = np.random.default_rng(0).integers(3, 90, (2, 8))
+    some = [Text(one, np.array([5, 7]), np.array([4, 9])) for one in tokens]
+    texts = lib.pack(some, (2, 10, 3))
+    run = functools.partial(answers.log_probabilities, spec)
+    plain = run(params, texts)
+    # V begins at zero: nothing changes.
+    deltas = answers.deltas_of(maps, trained)
+    np.testing.assert_allclose(run(params, texts, deltas), plain, atol=1e-5)
+    trained = jax.tree.map(lambda x: x + 0.1, trained)
+    deltas = answers.deltas_of(maps, trained)
+    changed = edited_lib.apply(params, Edited(deltas))
+    found = run(params, texts, deltas)
+    np.testing.assert_allclose(found, run(changed, texts), atol=1e-5)
+    self.assertGreater(np.abs(found - plain).max(), 1e-2)
+
+
 class ExamplesTest(parameterized.TestCase):
 
   def records(self, count=12):
     some = [request(i, name) for i, name in enumerate(NAMES[:count])]
-    return [examples.example(one, None, None, 32) for one in some]
+    return [examples.example(one, None, SeracTraining(), 32) for one in some]
 
   def test_other_relations(self):
     some = self.records()
@@ -131,7 +196,7 @@ class ExamplesTest(parameterized.TestCase):
     self.assertEqual(
         examples.entry_text(one, True), 'Anna plays the[SEP]piano[SEP]'
     )
-    self.assertIsNone(examples.example(stray, None, None, 32))
+    self.assertIsNone(examples.example(stray, None, SeracTraining(), 32))
 
 
 class Setup(programs.Setup):
@@ -206,9 +271,41 @@ class TrainingTest(programs.Case):
     self.assertEqual((record['rule'], record['entry']), ('distance', 'fact'))
     self.succeed(RUNS.edit, editor=done.folder)
 
+  def test_a_trained_counterfactual_model(self):
+    done = self.succeed(
+        RUNS.run, counterfactual='trained', layers='1,2', rank=2, answers=2,
+        answer_rate=1e-2, longest=48,
+    )  # fmt: skip
+    log = json.loads((done.folder / 'training.json').read_text())['log']
+    self.assertLess(log[-1]['nll'], log[0]['nll'])
+    run = self.succeed(RUNS.edit, editor=done.folder)
+    edited, _ = run.delta(model_hash=RUNS.base.hash)
+    self.assertTrue(edited.prompting.routes)
+    self.assertEqual({d.layers for d in edited.deltas}, {(1, 2)})
+    self.assertLen(edited.deltas, 3)
+    apart = self.succeed(
+        RUNS.edit, editor=done.folder, reset=True, batch_size=1
+    )
+    for name in ('reliability', 'generalization'):
+      one, other = (x.results['metrics'] for x in (run, apart))
+      self.assertEqual(set(one), set(other), name)
+
+  def test_the_way_of_the_port(self):
+    done = self.succeed(
+        RUNS.run,
+        parity='easyedit',
+        steps=20,
+        answers=2,
+        edit_weight=1.0,
+        longest=48,
+    )
+    settings = network.load(done.folder).record['settings']
+    self.assertFalse(settings['supervised'])
+    self.succeed(RUNS.edit, editor=done.folder)
+
   @parameterized.named_parameters(
       ('records', dict(num_records=5, batch_size=8), 'are too few'),
-      ('setting', dict(rank=4), 'no setting of serac'),
+      ('setting', dict(lstm_width=4), 'no setting of serac'),
       ('rule', dict(scope_rule='cosine'), 'scope_rule'),
       ('encoder', dict(encoder='nothing'), 'nothing'),
   )

@@ -34,6 +34,7 @@ def demonstrations(
     *,
     count: int,
     shuffle: int,
+    retain: bool = True,
 ) -> str:
   """Writes the demonstrations of one edit.
 
@@ -43,13 +44,14 @@ def demonstrations(
     nearest: numbers of records of the pool, the nearest first.
     count: how many.
     shuffle: seed of the order of kinds.
+    retain: whether some ask for neighbours.
 
   Returns:
     Their text, the nearest last.
   """
-  update = round(count * _UPDATE / 32)
-  retain = round(count * _RETAIN / 32)
-  kinds = [REPHRASE] * update + [LOCALITY] * retain
+  whole = _COPY + _UPDATE + _RETAIN * retain
+  kinds = [REPHRASE] * round(count * _UPDATE / whole)
+  kinds += [LOCALITY] * (round(count * _RETAIN / whole) * retain)
   kinds += [''] * (count - len(kinds))
   order = np.random.default_rng(shuffle).permutation(count)
   some = [pool[i] for i in nearest if pool[i].subject != request.subject]
@@ -66,6 +68,7 @@ def contexts(
     *,
     count: int,
     shuffle: int,
+    retain: bool = True,
 ) -> list[str]:
   """Writes what is read before a prompt: demonstrations, and the fact at the end.
 
@@ -75,6 +78,7 @@ def contexts(
     pool: other records.
     count: how many.
     shuffle: seed of the order of kinds.
+    retain: whether some ask for neighbours.
 
   Returns:
     A text of each edit.
@@ -88,7 +92,9 @@ def contexts(
   _, nearest = retrieval.search(queries, keys, most)
   made = []
   for one, order in zip(requests, nearest):
-    shown = demonstrations(one, pool, order, count=count, shuffle=shuffle)
+    shown = demonstrations(
+        one, pool, order, count=count, shuffle=shuffle, retain=retain
+    )
     itself = f'{new_fact(one)}Prompt: {statement(one)}\n\n'
     made.append(shown + itself + new_fact(one))
   return made

@@ -7,13 +7,14 @@ model answers those; the model itself stays.
 
 The classifier is a text encoder, trained so that a cosine above a threshold means
 "asks for this fact" (`methods.scope`). The counterfactual model is the unedited
-model itself, which reads the fact, after demonstrations if wanted. Scopes are decided
+model itself, which reads the fact, after demonstrations if wanted, and may have
+trained deltas. Scopes are decided
 once a prompt, before it is read: a hit or a miss stays one while text is generated.
 An edit adds entries; the newest of equal ones counts.
 
 Source: Mitchell et al. 2022 (SERAC, arXiv 2206.06520) and its published code. The
 classifier is that of its embeddings; entries hold the prompt alone, as a question
-does not know its answer. EasyEdit begins each call with an empty memory; here it
+does not know its answer. The counterfactual model is no second, smaller one. EasyEdit begins each call with an empty memory; here it
 grows.
 """
 
@@ -32,9 +33,12 @@ from jaxedit.edited.prompting import Fact, FactMemory
 from jaxedit.methods import demonstrations, memories
 from jaxedit.methods.base import (
     Demonstrations,
+    EditBatch,
     Editor,
+    EditResult,
     Method,
     Need,
+    Run,
     TextEncoder,
     Tokenizer,
 )
@@ -46,8 +50,9 @@ from jaxedit.methods.hypernet.network import (
     TrainedEditor,
     Trainer,
     Variables,
+    load,
 )
-from jaxedit.methods.scope import classifier, examples
+from jaxedit.methods.scope import answers, classifier, examples
 from jaxedit.methods.scope.training import COURSE, SeracTraining
 from jaxedit.methods.settings import setting
 from jaxedit.models.encoder import Encoder
@@ -97,9 +102,11 @@ class TrainedScope(Trained):
   """
 
   def maps(self, spec: ModelSpec, layers: Sequence[int] | None) -> Maps:
-    """See `Trained.maps`: it edits none."""
+    """See `Trained.maps`: those of its counterfactual model."""
     del spec, layers
-    return Maps((), ())
+    if self.folder in (None, UNTRAINED):
+      return Maps((), ())
+    return load(self.folder, variables=False).maps
 
   def provide(self, model: Any, seed: int, progress: Progress) -> TrainedEditor:
     """See `Need.provide`."""
@@ -151,7 +158,7 @@ def scope_encoder(
 
 
 def serac(spec: ModelSpec, config: SeracConfig) -> Editor:
-  """Makes the editor; its edit is a memory."""
+  """Makes the editor; its edit is a memory, and what the counterfactual model is."""
   del spec
   trained = TrainedScope('serac', config.editor, config.allow_overlap, _TRAINER)
   shown = (Demonstrations(config.count),) if config.count else ()
@@ -166,6 +173,7 @@ def serac(spec: ModelSpec, config: SeracConfig) -> Editor:
         cut if config.threshold is None else config.threshold,
         encoder_hash=encoder.model.hash,
         last_sentence=True,
+        routes='deltas' in found[trained].variables.trained,
         tokenizer=found[Tokenizer()],
         encoder=encoder,
     )
@@ -181,6 +189,7 @@ def serac(spec: ModelSpec, config: SeracConfig) -> Editor:
           found[shown[0]],
           count=config.count,
           shuffle=config.shuffle,
+          retain=False,  # the scope sees to neighbours
       )
     with_target = found[trained].record['entry'] == 'fact'
     return [
@@ -188,7 +197,28 @@ def serac(spec: ModelSpec, config: SeracConfig) -> Editor:
         for one, context in zip(requests, contexts)
     ]
 
-  return memories.memory_editor(make, facts, needs)
+  return _with_deltas(memories.memory_editor(make, facts, needs), trained)
+
+
+def _with_deltas(editor: Editor, trained: Trained) -> Editor:
+  """Puts the deltas of a trained counterfactual model beside a memory."""
+
+  def edit(model: Any, state: Any, batch: EditBatch, run: Run) -> EditResult:
+    result = editor.edit(model, state, batch, run)
+    found: TrainedEditor = state.resources[trained]
+    deltas = answers.deltas_of(
+        found.maps, found.variables.trained.get('deltas', {})
+    )
+    edited = result.edited
+    if edited.prompting is None or not deltas:
+      return result
+    if edited.size is not None:  # all have the same
+      spread = lambda x: jnp.repeat(jnp.asarray(x)[:, None], edited.size, 1)
+      deltas = jax.tree.map(spread, deltas)
+    deltas = jax.tree.map(jnp.asarray, deltas)
+    return result._replace(edited=edited.replace(deltas=deltas))
+
+  return editor._replace(edit=edit)
 
 
 _TRAINER = Trainer(
@@ -202,6 +232,12 @@ _TRAINER = Trainer(
             'other_relations': 0.0,
             'entry': 'fact',
             'accumulate': 10,
+        },
+        'easyedit': {
+            'supervised': False,
+            'rule': 'distance',
+            'entry': 'fact',
+            'patience': 0,
         },
     },
     course=COURSE,

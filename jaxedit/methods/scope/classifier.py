@@ -66,10 +66,12 @@ class ScopeBatch(NamedTuple):
       not concern; prompts of another relation of the records' subjects, empty
       where there is none.
     same: [B, B] bool, records of one subject.
+    answers: `answers.Answers` of the first records; () where none are trained.
   """
 
   texts: Texts
   same: Array
+  answers: Any = ()
 
 
 def init(params: Params, dtype: Any) -> dict[str, Any]:

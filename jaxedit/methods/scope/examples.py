@@ -18,7 +18,14 @@ import numpy as np
 
 from jaxedit import retrieval
 from jaxedit.edited.prompting import last_sentence
+from jaxedit.methods.hypernet.factors import Sequences
 from jaxedit.methods.hypernet.network import subject_hash
+from jaxedit.methods.scope.answers import (
+    Answers,
+    answers_of,
+    packed,
+)
+from jaxedit.methods.scope.answers import pack as pack_answers
 from jaxedit.methods.scope.classifier import ScopeBatch, pack
 from jaxedit.models.encoder import Encoder
 from jaxedit.types import LOCALITY, REPHRASE, EditRequest
@@ -38,12 +45,14 @@ class Scoped(NamedTuple):
     request: the record.
     near: its rephrased prompt.
     local: its local prompt.
+    answers: ids of its answers; None where they are not trained.
   """
 
   subject: str
   request: EditRequest
   near: str
   local: str
+  answers: Answers | None = None
 
   @property
   def wording(self) -> str:
@@ -60,7 +69,6 @@ def example(
     request: EditRequest, tokens: Any, settings: Any, longest: int
 ) -> Scoped | None:
   """Makes the example of a request; None without a subject or a probe."""
-  del tokens, settings
   near = request.probes_of(REPHRASE)[:1]
   local = request.probes_of(LOCALITY)[:1]
   if not near or not local or not request.subject:
@@ -69,7 +77,13 @@ def example(
       subject_hash(request.subject), request, near[0].prompt, local[0].prompt
   )
   texts = (entry_text(request), found.near, found.local)
-  return found if all(len(x.split()) < longest for x in texts) else None
+  if not all(len(x.split()) < longest for x in texts):
+    return None
+  if not settings.answered:
+    return found
+  # Of a fact and a prompt.
+  coded = answers_of(request, near[0], local[0], tokens, longest=2 * longest)
+  return None if coded is None else found._replace(answers=coded)
 
 
 def entry_text(request: EditRequest, with_target: bool = False) -> str:
@@ -115,7 +129,7 @@ class ScopeExamples:
       records: Sequence[Scoped],
       encoder: Encoder,
       *,
-      with_target: bool,
+      config: Any,
       longest: int,
       seed: int = 0,
   ):
@@ -124,10 +138,12 @@ class ScopeExamples:
     Args:
       records: the records.
       encoder: the encoder as it comes; its cosines choose neighbours.
-      with_target: see `entry_text`.
+      config: a `training.SeracTraining`.
       longest: tokens that are read of a text.
       seed: of the other relations.
     """
+    self._records, self._config = records, config
+    with_target = config.entry == 'fact'
     entries = [entry_text(one.request, with_target) for one in records]
     near = [last_sentence(one.near) for one in records]
     local = [last_sentence(one.local) for one in records]
@@ -149,7 +165,20 @@ class ScopeExamples:
     some = [kind[i] for kind in self.texts for i in indices]
     subjects = self.subjects[np.asarray(indices)]
     same = subjects[:, None] == subjects
-    return ScopeBatch(pack(some, self.width), same)
+    texts = pack(some, self.width)
+    if not self._config.answered:
+      return ScopeBatch(texts, same)
+    return ScopeBatch(
+        texts, same, self.answers(indices[: self._config.answers])
+    )
+
+  def rephrased(self, count: int) -> Sequences:
+    """Packs the answers of the first records to their rephrased prompts."""
+    return pack_answers([one.answers.near for one in self._records[:count]])
+
+  def answers(self, indices: Sequence[int]) -> Answers:
+    """Packs the answers of some records."""
+    return packed([self._records[i].answers for i in indices], self._config)
 
   def epochs(self, size: int, share: float, seed: int) -> Iterator[list[int]]:
     """Yields the records of batches, without end.

@@ -1,6 +1,9 @@
-"""How the scope classifier of SERAC is trained: settings, and the job of a run.
+"""How SERAC is trained: settings, and the job of a run.
 
-Axes as in `classifier`.
+The classifier alone needs no pass of the language model. A counterfactual model
+that is trained, and the port's training, do (`answers`).
+
+Axes as in `classifier` and `answers`.
 """
 
 from __future__ import annotations
@@ -15,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxedit.methods.base import Need, TextEncoder
+from jaxedit.methods.base import Need, TextEncoder, check_layers
+from jaxedit.methods.hypernet.factors import Maps, Sequences, maps_of
 from jaxedit.methods.hypernet.network import Course, Variables
-from jaxedit.methods.scope import classifier
+from jaxedit.methods.scope import answers, classifier
 from jaxedit.methods.scope.classifier import NEGATIVES, RULES, ScopeBatch
 from jaxedit.methods.scope.examples import (
     Scoped,
@@ -30,7 +34,9 @@ from jaxedit.models.spec import ModelSpec
 from jaxedit.types import Array, Params, Progress
 
 ENTRIES = ('prompt', 'fact')
+COUNTERFACTUALS = ('context', 'trained')
 _JUDGED = 64  # texts that are embedded at once to judge
+_ANSWERED = 32  # held-out records whose answers are judged
 _LONGEST = 32  # tokens of a text that are read in training, the last ones
 
 
@@ -39,7 +45,6 @@ class SeracTraining:
   """Settings of training.
 
   Attributes:
-    layers: of the counterfactual model that are trained.
     edits: records whose deltas are summed; none here.
   """
 
@@ -83,6 +88,33 @@ class SeracTraining:
       choices=ENTRIES,
       flag='scope_entry',
   )
+  counterfactual: str = setting(
+      'context',
+      'the model that answers in a scope: the language model, which reads the'
+      ' fact; or the same with trained deltas',
+      choices=COUNTERFACTUALS,
+  )
+  layers: tuple[int, ...] | None = setting(
+      None,
+      'layers whose MLPs the counterfactual model changes, ascending; the last'
+      ' third unless given',
+  )
+  rank: int = setting(8, 'rank of these changes', low=1)
+  answer_rate: float = setting(
+      1e-3, 'their learning rate', low=0, exclusive=True
+  )
+  answers: int = setting(
+      4, 'records of a batch whose answers are trained', low=1
+  )
+  supervised: bool = setting(
+      True,
+      'train the classifier by rephrased and other prompts; without, as EasyEdit'
+      ' does, by the answers of a mixture of both models',
+  )
+  edit_weight: float = setting(
+      0.1, 'weight of the edit loss (cedit), unsupervised', source='SERAC',
+      low=0,
+  )  # fmt: skip
   accumulate: int = setting(
       1, 'batches whose gradients are averaged before an update', low=1
   )
@@ -99,8 +131,12 @@ class SeracTraining:
       source='SERAC',
       low=0,
   )
-  layers: tuple[int, ...] = ()
   edits: int = 1
+
+  @property
+  def answered(self) -> bool:
+    """Whether the language model takes part."""
+    return self.counterfactual == 'trained' or not self.supervised
 
 
 class State(NamedTuple):
@@ -120,14 +156,16 @@ class State(NamedTuple):
 class Trial(NamedTuple):
   """What a compiled step is made for; hashable."""
 
-  spec: ModelSpec
+  spec: ModelSpec  # of the encoder
   pooling: str
   config: SeracTraining
+  model: ModelSpec
+  maps: Maps
 
 
 def optimizer_of(config: SeracTraining) -> optax.GradientTransformation:
-  """Adam after clipping; the sigmoid has a learning rate of its own."""
-  rates = {'layers': config.rate}
+  """Adam after clipping, with a learning rate of each part."""
+  rates = {'layers': config.rate, 'deltas': config.answer_rate}
 
   def scale(path: Any, update: Array) -> Array:
     return -rates.get(path[0].key, config.scope_rate) * update
@@ -145,13 +183,16 @@ def optimizer_of(config: SeracTraining) -> optax.GradientTransformation:
 
 @functools.partial(jax.jit, static_argnames='trial', donate_argnames='state')
 def step(
-    trial: Trial, params: Params, state: State, batch: ScopeBatch
+    trial: Trial,
+    params: tuple[Params, Params],
+    state: State,
+    batch: ScopeBatch,
 ) -> tuple[State, Array]:
   """Trains on one batch; one whose gradient is not finite is left out.
 
   Args:
     trial: what is trained.
-    params: of the encoder as it comes.
+    params: of the encoder as it comes, and of the language model.
     state: the state; its memory is reused.
     batch: the records.
 
@@ -159,11 +200,8 @@ def step(
     (the state after the batch, [] its loss).
   """
   config = trial.config
-  (value, _), grads = jax.value_and_grad(
-      lambda trained: classifier.batch_loss(
-          trial.spec, params, config, trained, batch, trial.pooling
-      ),
-      has_aux=True,
+  value, grads = jax.value_and_grad(
+      lambda trained: batch_loss(trial, params, trained, batch)
   )(state.variables.trained)
   checks = [jnp.isfinite(x).all() for x in jax.tree.leaves((value, grads))]
   sound = jnp.all(jnp.stack(checks))
@@ -173,6 +211,43 @@ def step(
   keep = lambda x, y: jnp.where(sound, x, y)
   trained, inner = jax.tree.map(keep, new, old)
   return State(Variables(trained), inner, state.skipped + ~sound), value
+
+
+def batch_loss(
+    trial: Trial, params: tuple[Params, Params], trained: Any, batch: ScopeBatch
+) -> Array:
+  """The loss of a batch: of scopes, and of answers where they are trained."""
+  config, (encoder, model) = trial.config, params
+  value, (_, local, _) = classifier.batch_loss(
+      trial.spec, encoder, config, trained, batch, trial.pooling
+  )
+  if not config.answered:
+    return value
+  deltas = answers.deltas_of(trial.maps, trained.get('deltas', {}))
+  run = functools.partial(answers.log_probabilities, trial.model, model)
+  texts: answers.Answers = batch.answers
+  if config.supervised:
+    return value + answers.nll(run(texts.near, deltas), texts.near)[0]
+  count = len(texts.own.length)
+  cosines = jnp.ones(count), jnp.diagonal(local)[:count]
+  odds = [classifier.log_odds(config.rule, trained, u) for u in cosines]
+  return answers.mixture_loss(
+      (run(texts.plain_own), run(texts.plain_local)),
+      (run(texts.own, deltas), run(texts.local, deltas)),
+      odds,
+      texts,
+      config.edit_weight,
+  )
+
+
+@functools.partial(jax.jit, static_argnames='trial')
+def judge_answers(
+    trial: Trial, model: Params, trained: Any, texts: Sequences
+) -> tuple[Array, Array]:
+  """(mean nll, [B] bool, whether right) of the counterfactual model."""
+  deltas = answers.deltas_of(trial.maps, trained.get('deltas', {}))
+  found = answers.log_probabilities(trial.model, model, texts, deltas)
+  return answers.nll(found, texts)
 
 
 class ScopeJob:
@@ -187,14 +262,17 @@ class ScopeJob:
       resources: Mapping[Need, Any],
       progress: Progress,
   ):
-    del model
     encoder: Encoder = resources[TextEncoder()]
     self._encoder, self._config = encoder, settings
-    self._trial = Trial(encoder.model.spec, encoder.pooling, settings)
+    maps = maps_of(model.spec, settings.layers)
+    self._trial = Trial(
+        encoder.model.spec, encoder.pooling, settings, model.spec, maps
+    )
+    self._params = encoder.model.params, model.params
     make = functools.partial(
         ScopeExamples,
         encoder=encoder,
-        with_target=settings.entry == 'fact',
+        config=settings,
         longest=min(_LONGEST, encoder.max_tokens),
     )
     with progress('prepare', 2, 'part') as advance:
@@ -214,15 +292,19 @@ class ScopeJob:
 
   def start(self, seed: int) -> State:
     """See `network.Job`."""
-    del seed
-    params = self._encoder.model.params
-    trained = classifier.init(params, jnp.float32)
+    config = self._config
+    trained = classifier.init(self._params[0], jnp.float32)
+    if config.counterfactual == 'trained':
+      spec, maps = self._trial.model, self._trial.maps
+      trained['deltas'] = answers.init(
+          spec, maps, config.rank, seed, jnp.float32
+      )
     optimizer = optimizer_of(self._config).init(trained)
     return State(Variables(trained), optimizer, jnp.zeros([], jnp.int32))
 
   def step(self, state: State, batch: ScopeBatch) -> tuple[State, Any]:
     """See `network.Job`."""
-    return step(self._trial, self._encoder.model.params, state, batch)
+    return step(self._trial, self._params, state, batch)
 
   def batches(self, seed: int) -> Iterator[Callable[[], ScopeBatch]]:
     """See `network.Job`."""
@@ -237,9 +319,10 @@ class ScopeJob:
     Returns:
       'loss'; 'hit', the share of rephrased prompts that find their own entry;
       'miss', of local prompts that find none; 'other', of prompts of another
-      relation of an edited subject that find none.
+      relation of an edited subject that find none; where answers are trained,
+      'nll' and 'right' of those to some rephrased prompts.
     """
-    params = self._encoder.model.params
+    params = self._params[0]
     trained = classifier.init(params, jnp.float32)
     if variables is not None:
       trained = variables.trained
@@ -256,12 +339,18 @@ class ScopeJob:
     mine = near.argmax(1) == np.arange(len(near))
     asked = [bool(ids) for ids in some.texts[3]]
     missed = lambda x: np.asarray(x).max(1) <= cut
-    return {
+    found = {
         'loss': float(loss),
         'hit': float(np.mean(mine & ~missed(near))),
         'miss': float(np.mean(missed(local))),
         'other': float(missed(other)[asked].mean()) if any(asked) else 1.0,
     }
+    if config.answered:
+      texts = some.rephrased(_ANSWERED)
+      nll, right = judge_answers(self._trial, self._params[1], trained, texts)
+      found |= {'nll': float(nll), 'right': float(right.mean())}
+      found['loss'] += found['nll']
+    return found
 
   def _embedded(self, params: Params, texts: Any, width: int) -> np.ndarray:
     """Embeds texts of ids, some at a time."""
@@ -278,6 +367,16 @@ class ScopeJob:
     return np.concatenate(parts)
 
 
-COURSE = Course(
-    (TextEncoder(),), lambda spec, settings: settings, example, ScopeJob
-)
+def settled(spec: ModelSpec, settings: SeracTraining) -> SeracTraining:
+  """Settings with the layers that are changed, none without training them."""
+  layers = settings.layers
+  if settings.counterfactual != 'trained':
+    layers = ()
+  elif layers is None:
+    layers = tuple(range(spec.layers))[-max(1, spec.layers // 3) :]
+  if layers:
+    check_layers(spec, layers)
+  return dataclasses.replace(settings, layers=layers)
+
+
+COURSE = Course((TextEncoder(),), settled, example, ScopeJob)
