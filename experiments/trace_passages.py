@@ -28,7 +28,7 @@ from jaxedit.eval import datasets
 from jaxedit.methods.settings import setting
 from jaxedit.models import loading
 from jaxedit.models import tokenizer as tokenizer_lib
-from jaxedit.runs import cli, tasks
+from jaxedit.runs import cli, dry_run, tasks
 from jaxedit.runs import config as config_lib
 from jaxedit.runs.clock import Clock
 from jaxedit.runs.config import RunConfig
@@ -68,7 +68,7 @@ class ReachConfig:
 
 def define_flags() -> None:
   """Defines this program's flags."""
-  names = (*cli.MODEL_FIELDS, *_DATA, *_FOLDER)
+  names = (*cli.MODEL_FIELDS, *_DATA, *_FOLDER, 'dry_run')
   cli.define(RunConfig, 'text', names=names, seed=noise_lib.SEED)
   cli.define(ReachConfig)
   flags.adopt_module_key_flags(cli)
@@ -114,6 +114,13 @@ def main() -> None:
   problems = config_lib.errors(config)
   problems += noise_lib.errors(settings.noise, '--noise')
   InputError.raise_for(problems)
+  if config.dry_run:
+    lines = dry_run.reaching(
+        config, settings.chunking,
+        stride=settings.stride, pushes=settings.pushes, draws=settings.draws,
+    )  # fmt: skip
+    print('\n'.join(lines))
+    return
   if settings.plots:
     plots.require()
   clock, given = Clock(), cli.given()

@@ -10,7 +10,7 @@ import editing_runs
 import programs
 from absl.testing import absltest
 
-from experiments import causal_trace, collect_moments
+from experiments import causal_trace, collect_moments, trace_passages
 from jaxedit.models import checkpoint, loading
 from jaxedit.planning import machine
 from jaxedit.runs import output
@@ -119,6 +119,15 @@ class DryRunTest(programs.Case):
     found = self.table(done)
     self.assertIn('cells, 10 draws', found['trace'][-1])
     self.assertGreater(float(found['trace'][0]), 0)
+
+  def test_passages(self):
+    setup = programs.Setup(trace_passages, chats=True)
+    self.addCleanup(setup.close)
+    data = setup.write(*editing_runs.TEXTS)
+    done = setup.run(dry_run=True, data=data, window=3, plots=False)
+    found = self.table(done)
+    self.assertIn('4 passages', found['locating'][-1])
+    self.assertGreater(float(found['reach'][0]), 0)
 
 
 if __name__ == '__main__':

@@ -18,8 +18,11 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from jaxedit.convert import hub
 from jaxedit.edited.scoring import Query
+from jaxedit.eval import datasets
 from jaxedit.eval.protocols import case_numbers
 from jaxedit.methods import base
 from jaxedit.models import assets, checkpoint, families, loading
@@ -31,7 +34,7 @@ from jaxedit.placement import device_bytes, place_by
 from jaxedit.planning import costs, fit, machine, programs, stages, targets
 from jaxedit.planning.fit import Limits, Plan
 from jaxedit.planning.stages import Stage
-from jaxedit.runs import cli
+from jaxedit.runs import cli, tasks
 from jaxedit.runs import tracing as runs_tracing
 from jaxedit.runs.config import RunConfig
 from jaxedit.runs.inputs import batches_of
@@ -42,10 +45,13 @@ from jaxedit.runs.trace_config import TraceRunConfig
 from jaxedit.stats import corpora
 from jaxedit.stats import moments as moments_lib
 from jaxedit.targets.budget import plan_batches
-from jaxedit.text import templates
+from jaxedit.text import chat as chat_lib
+from jaxedit.text import passages, templates
+from jaxedit.text.chunking import Chunking
 from jaxedit.text.token_cache import TokenCache
 from jaxedit.trace import causal, facts
 from jaxedit.trace import flops as trace_flops
+from jaxedit.trace.restoration import restoration
 from jaxedit.types import InputError, silent
 
 # Stand-ins of context templates that a model samples, of ten tokens each.
@@ -444,3 +450,71 @@ def _traced(
       moved=runs * read,
       device=2 * group + columns * row,
   )
+
+
+def reaching(
+    config: RunConfig,
+    chunking: Chunking,
+    *,
+    stride: int,
+    pushes: int,
+    draws: int,
+) -> list[str]:
+  """Plans how far states reach into long answers; as `editing`.
+
+  Args:
+    config: model, dtype, data and cache.
+    chunking: how answers are cut.
+    stride: states of every n-th layer are pushed.
+    pushes: of a layer.
+    draws: corrupted copies of a question.
+  """
+  cli.use_compilation_cache(config.compilation_cache)
+  opened = _open(config)
+  model, spec, tokens = opened.model, opened.model.spec, opened.tokens
+  chat = tasks.chat_of(
+      config, tokens.tokenizer, chat_lib.TEMPLATE, config.answer_end
+  )
+  encoder = passages.passage_encoder(
+      tokens, chat=chat, max_tokens=spec.max_positions, chunking=chunking
+  )
+  loaded = datasets.load_requests(
+      config.data, kinds=(datasets.TEXT,), limit=config.num_edits,
+      on_bad_record=config.on_bad_record, check=encoder.check,
+  )  # fmt: skip
+  edits = encoder.encode(loaded.requests)
+  above = lambda layers: sum(spec.layers - 1 - layer for layer in layers)
+  pushed, every = above(range(0, spec.layers - 1, stride)), above(
+      range(spec.layers)
+  )
+  runs = {'reach': np.zeros(2), 'locating': np.zeros(2)}
+  for edit in edits:
+    whole, target = len(edit.text(0)), len(edit.target)
+    # Tokens times layers, and scored tokens.
+    count = (1 + pushes) * whole * spec.layers + pushes * target * pushed
+    runs['reach'] += [count, target * (1 + pushes * pushed / spec.layers)]
+    for k in range(edit.stages):
+      one = edit.stage(k, 0)
+      count = (1 + draws) * one.end * spec.layers
+      count += draws * (one.end - one.anchor) * every
+      runs['locating'] += [count, len(one.labels) * draws * spec.layers]
+  longest = max(len(edit.text(0)) for edit in edits)
+  found = [stages.load(model, opened.tensor_bytes)]
+  for name, times in (('reach', pushes), ('locating', draws)):
+    layers, scored = runs[name]
+    flops = costs.score_flops(spec, layers / spec.layers, scored)
+    one = causal.table_bytes(
+        spec, model.params, longest, times, (restoration('hidden'),)
+    )
+    found.append(
+        Stage(
+            name,
+            f'{len(edits)} passages to {longest} tokens, {times} draws',
+            flops={stages.products(model): flops},
+            device=2.0 * one + 4.0 * longest * times * spec.mlp_width,
+        )
+    )
+  return _report(
+      config, model, found, opened.notes,
+      slots=None, head=f'reach into {len(edits)} passages',
+  )  # fmt: skip
