@@ -216,11 +216,11 @@ class RefusalTest(TempTestCase):
     self.change('config.json', position_embedding_type='relative_key')
     self.refused(
         "'hidden_size' is 'many', but a bert model here needs",
-        "'is_decoder' is True, but .* needs false",
-        "'position_embedding_type' is 'relative_key', but .* needs 'absolute'",
         "'num_hidden_layers' is 0, but",
         "'layer_norm_eps' is -1, but .* a positive number",
         "'hidden_act' is 'relu', but .* needs one of silu",
+        "'is_decoder' is True, but .* needs false",
+        "'position_embedding_type' is 'relative_key', but .* needs 'absolute'",
         "'embedding_size' is 12: it is unknown for bert",
     )
     self.change('config.json', model_type='roberta')
