@@ -27,7 +27,7 @@ from absl import flags
 
 from experiments.benchmark import torch_model, torch_trace
 from jaxedit.models.loading import Model
-from jaxedit.runs import cli, dry_run, method_flags, trace_config, tracing
+from jaxedit.runs import cli, dry_trace, method_flags, trace_config, tracing
 from jaxedit.runs.config import RunConfig
 from jaxedit.runs.trace_config import TraceRunConfig
 from jaxedit.trace import noise, results
@@ -81,7 +81,7 @@ def main() -> None:
   problems += tracing.errors(config, settings, chosen)
   InputError.raise_for(problems)
   if config.dry_run:
-    print('\n'.join(dry_run.tracing(config, settings)))
+    print('\n'.join(dry_trace.tracing(config, settings)))
     return
   if timed:
     torch_model.require()

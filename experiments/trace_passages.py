@@ -28,7 +28,7 @@ from jaxedit.eval import datasets
 from jaxedit.methods.settings import setting
 from jaxedit.models import loading
 from jaxedit.models import tokenizer as tokenizer_lib
-from jaxedit.runs import cli, dry_run, tasks
+from jaxedit.runs import cli, dry_trace, tasks
 from jaxedit.runs import config as config_lib
 from jaxedit.runs.clock import Clock
 from jaxedit.runs.config import RunConfig
@@ -115,7 +115,7 @@ def main() -> None:
   problems += noise_lib.errors(settings.noise, '--noise')
   InputError.raise_for(problems)
   if config.dry_run:
-    lines = dry_run.reaching(
+    lines = dry_trace.reaching(
         config, settings.chunking,
         stride=settings.stride, pushes=settings.pushes, draws=settings.draws,
     )  # fmt: skip

@@ -18,11 +18,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from jaxedit.convert import hub
-from jaxedit.edited.scoring import Query
-from jaxedit.eval import datasets
 from jaxedit.eval.protocols import case_numbers
 from jaxedit.methods import base
 from jaxedit.models import assets, checkpoint, families, loading
@@ -31,27 +27,20 @@ from jaxedit.models.decode import Decoding
 from jaxedit.models.loading import Model
 from jaxedit.models.spec import ModelSpec, param_shapes
 from jaxedit.placement import device_bytes, place_by
-from jaxedit.planning import costs, fit, machine, programs, stages, targets
+from jaxedit.planning import fit, machine, programs, stages, targets
 from jaxedit.planning.fit import Limits, Plan
 from jaxedit.planning.stages import Stage
-from jaxedit.runs import cli, tasks
-from jaxedit.runs import tracing as runs_tracing
+from jaxedit.runs import cli
 from jaxedit.runs.config import RunConfig
 from jaxedit.runs.inputs import batches_of
 from jaxedit.runs.method_flags import Chosen
 from jaxedit.runs.moments import MomentsConfig
 from jaxedit.runs.tasks import TASKS
-from jaxedit.runs.trace_config import TraceRunConfig
 from jaxedit.stats import corpora
 from jaxedit.stats import moments as moments_lib
 from jaxedit.targets.budget import plan_batches
-from jaxedit.text import chat as chat_lib
-from jaxedit.text import passages, templates
-from jaxedit.text.chunking import Chunking
+from jaxedit.text import templates
 from jaxedit.text.token_cache import TokenCache
-from jaxedit.trace import causal, facts
-from jaxedit.trace import flops as trace_flops
-from jaxedit.trace.restoration import restoration
 from jaxedit.types import InputError, silent
 
 # Stand-ins of context templates that a model samples, of ten tokens each.
@@ -65,8 +54,15 @@ CONTEXTS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class _Opened:
-  """A model without its weights."""
+class Opened:
+  """A model without its weights.
+
+  Attributes:
+    model: its parameters are shapes.
+    tokens: of its tokenizer.
+    tensor_bytes: of the largest tensor of its files.
+    notes: what stands in for what.
+  """
 
   model: Model
   tokens: TokenCache
@@ -74,8 +70,19 @@ class _Opened:
   notes: tuple[str, ...]
 
 
-def _open(config: RunConfig) -> _Opened:
-  """Reads the config and the tokenizer of a model; no weights."""
+def open_abstract(config: RunConfig) -> Opened:
+  """Reads the config and the tokenizer of a model; no weights.
+
+  Args:
+    config: names the model, its dtype and its mesh.
+
+  Returns:
+    The model as shapes on its mesh. A folder without weights is sized by its
+    config, one without a tokenizer has the demo model's.
+
+  Raises:
+    InputError: the model cannot be had, or is of no known family.
+  """
   folder = hub.resolve(
       config.model,
       wheel=config.wheel,
@@ -109,7 +116,7 @@ def _open(config: RunConfig) -> _Opened:
       placement=placement,
   )
   tokens = TokenCache(tokenizer_lib.load_tokenizer(named))
-  return _Opened(model, tokens, max(sizes), tuple(notes))
+  return Opened(model, tokens, max(sizes), tuple(notes))
 
 
 def _matrices(spec: ModelSpec) -> list[int]:
@@ -136,7 +143,7 @@ def editing(config: RunConfig, chosen: Chosen, kind: str) -> list[str]:
       what does not fit in memory, with what would.
   """
   cli.use_compilation_cache(config.compilation_cache)
-  opened = _open(config)
+  opened = open_abstract(config)
   model, tokens, spec = opened.model, opened.tokens, opened.model.spec
   task = TASKS[kind](config, _planned(chosen))
   editor = chosen.method.editor(spec, chosen.config)
@@ -174,7 +181,7 @@ def editing(config: RunConfig, chosen: Chosen, kind: str) -> list[str]:
   found += own
   found += asked('evaluate_after', _edited_bytes(model))
   shape = plan.shapes[-1]
-  return _report(
+  return report(
       config, model, found, notes,
       slots=shape.slots if objective is not None else None,
       head=f'{len(encoded)} edits in {len(batches)} batches by {chosen.name}',
@@ -295,7 +302,7 @@ def _edited_bytes(model: Model) -> float:
   return float(device_bytes(model.params['layers']['mlp']['down']['kernel']))
 
 
-def _report(
+def report(
     config: RunConfig,
     model: Model,
     found: Sequence[Stage],
@@ -304,7 +311,23 @@ def _report(
     slots: int | None,
     head: str,
 ) -> list[str]:
-  """The lines of a plan; refuses one that does not fit."""
+  """Writes a plan; refuses one that does not fit.
+
+  Args:
+    config: of the run.
+    model: as shapes.
+    found: its stages.
+    notes: lines that follow the table.
+    slots: of the largest batch; None where there are none.
+    head: what is planned.
+
+  Returns:
+    Lines to print.
+
+  Raises:
+    InputError: a device or the host has too little memory; what would fit. The
+      lines are printed before.
+  """
   placement = model.placement
   weights = float(device_bytes(model.params))
   plan = Plan(
@@ -371,7 +394,7 @@ def collecting(config: RunConfig, collection: MomentsConfig) -> list[str]:
     collection: what to collect.
   """
   cli.use_compilation_cache(config.compilation_cache)
-  opened = _open(config)
+  opened = open_abstract(config)
   model = opened.model
   width = min(collection.width, model.spec.max_positions)
   sizes = {'width': width, 'batch_rows': collection.batch_rows}
@@ -381,140 +404,7 @@ def collecting(config: RunConfig, collection: MomentsConfig) -> list[str]:
       *_collection(collection, model, opened.tokens),
   ]
   layers = ','.join(map(str, collection.layers))
-  return _report(
+  return report(
       config, model, found, opened.notes,
       slots=None, head=f'second moments of layers {layers}',
-  )  # fmt: skip
-
-
-def tracing(config: RunConfig, settings: TraceRunConfig) -> list[str]:
-  """Plans a causal trace; as `editing`.
-
-  The search for layers, whose trials depend on what the traces find, is not
-  counted.
-
-  Args:
-    config: model, dtype and cache.
-    settings: what to trace.
-  """
-  cli.use_compilation_cache(config.compilation_cache)
-  opened = _open(config)
-  model, spec, tokenizer = (
-      opened.model,
-      opened.model.spec,
-      opened.tokens.tokenizer,
-  )
-  check = facts.checker(tokenizer, spec.max_positions)
-  loaded = runs_tracing.open_facts(config, settings)(check)
-  encoded = facts.encode(tokenizer, loaded.requests)[: settings.num_facts]
-  notes = list(opened.notes)
-  if settings.suggest_layers:
-    notes.append('the search for layers is not counted')
-  prompts = stages.score(
-      model,
-      [Query(tuple(map(int, one.ids)), ((0,),)) for one in encoded],
-      batch_size=64,
-  )
-  found = [
-      stages.load(model, opened.tensor_bytes),
-      dataclasses.replace(prompts, name='complete'),
-      _traced(model, settings, encoded),
-  ]
-  return _report(
-      config, model, found, notes,
-      slots=None, head=f'traces of {len(encoded)} facts',
-  )  # fmt: skip
-
-
-def _traced(
-    model: Model, settings: TraceRunConfig, encoded: Sequence[Any]
-) -> Stage:
-  """The stage of all grids."""
-  spec, draws = model.spec, settings.draws
-  counted = trace_flops.count(spec, settings, encoded)
-  columns, tables = causal.budgets(model.placement.platform)
-  longest = max(len(one.ids) for one in encoded)
-  one = causal.table_bytes(
-      spec, model.params, longest, draws, settings.restorations
-  )
-  group = max(1, min(len(encoded), tables // one)) * one
-  row = 4 * (2 * spec.mlp_width + 6 * spec.width) + 4 * spec.vocab // longest
-  runs = counted['flops'] / (
-      2 * columns * costs.layer_weights(spec) * spec.layers
-  )
-  read = costs.model_bytes(spec, spec.layers, stages.itemsize(model), head=True)
-  return Stage(
-      'trace',
-      f"{counted['cells']:,} cells, {draws} draws, {columns} columns at a time",
-      flops={stages.products(model): counted['flops']},
-      moved=runs * read,
-      device=2 * group + columns * row,
-  )
-
-
-def reaching(
-    config: RunConfig,
-    chunking: Chunking,
-    *,
-    stride: int,
-    pushes: int,
-    draws: int,
-) -> list[str]:
-  """Plans how far states reach into long answers; as `editing`.
-
-  Args:
-    config: model, dtype, data and cache.
-    chunking: how answers are cut.
-    stride: states of every n-th layer are pushed.
-    pushes: of a layer.
-    draws: corrupted copies of a question.
-  """
-  cli.use_compilation_cache(config.compilation_cache)
-  opened = _open(config)
-  model, spec, tokens = opened.model, opened.model.spec, opened.tokens
-  chat = tasks.chat_of(
-      config, tokens.tokenizer, chat_lib.TEMPLATE, config.answer_end
-  )
-  encoder = passages.passage_encoder(
-      tokens, chat=chat, max_tokens=spec.max_positions, chunking=chunking
-  )
-  loaded = datasets.load_requests(
-      config.data, kinds=(datasets.TEXT,), limit=config.num_edits,
-      on_bad_record=config.on_bad_record, check=encoder.check,
-  )  # fmt: skip
-  edits = encoder.encode(loaded.requests)
-  above = lambda layers: sum(spec.layers - 1 - layer for layer in layers)
-  pushed, every = above(range(0, spec.layers - 1, stride)), above(
-      range(spec.layers)
-  )
-  runs = {'reach': np.zeros(2), 'locating': np.zeros(2)}
-  for edit in edits:
-    whole, target = len(edit.text(0)), len(edit.target)
-    # Tokens times layers, and scored tokens.
-    count = (1 + pushes) * whole * spec.layers + pushes * target * pushed
-    runs['reach'] += [count, target * (1 + pushes * pushed / spec.layers)]
-    for k in range(edit.stages):
-      one = edit.stage(k, 0)
-      count = (1 + draws) * one.end * spec.layers
-      count += draws * (one.end - one.anchor) * every
-      runs['locating'] += [count, len(one.labels) * draws * spec.layers]
-  longest = max(len(edit.text(0)) for edit in edits)
-  found = [stages.load(model, opened.tensor_bytes)]
-  for name, times in (('reach', pushes), ('locating', draws)):
-    layers, scored = runs[name]
-    flops = costs.score_flops(spec, layers / spec.layers, scored)
-    one = causal.table_bytes(
-        spec, model.params, longest, times, (restoration('hidden'),)
-    )
-    found.append(
-        Stage(
-            name,
-            f'{len(edits)} passages to {longest} tokens, {times} draws',
-            flops={stages.products(model): flops},
-            device=2.0 * one + 4.0 * longest * times * spec.mlp_width,
-        )
-    )
-  return _report(
-      config, model, found, opened.notes,
-      slots=None, head=f'reach into {len(edits)} passages',
   )  # fmt: skip
