@@ -52,11 +52,12 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
   # Heavy, and of no use to those who only convert a file.
   import transformers
 
-  kind, options = transformers.AutoTokenizer, {'trust_remote_code': False}
+  # By name: to look AutoTokenizer up imports torch where it is installed.
+  kind, options = 'AutoTokenizer', {'trust_remote_code': False}
   if (folder / 'tokenizer.json').is_file():
-    kind, options = transformers.PreTrainedTokenizerFast, {}
+    kind, options = 'PreTrainedTokenizerFast', {}
   try:
-    tokenizer = kind.from_pretrained(
+    tokenizer = getattr(transformers, kind).from_pretrained(
         str(folder), local_files_only=True, **options
     )
   # What a broken file raises is not specified: besides ValueError, OSError and
