@@ -245,7 +245,7 @@ def _placed(bench: Any, mesh: str) -> Any:
 class EditingTest(OnEight):
   """Every editor of the registry gives on a mesh what it gives on one device.
 
-  Every kind of editor on one mesh and one on all; the rest takes an hour.
+  MEMIT on all meshes; the others take long.
   """
 
   def check(self, case: str, mesh: str, dtype: str, close: float) -> None:
@@ -261,6 +261,7 @@ class EditingTest(OnEight):
         self.assertLess(editors.gap(np.asarray(x), np.asarray(y)), close)
     self.assertLess(editors.gap(got.effect(), want.effect()), close)
 
+  @pytest.mark.long
   @parameterized.parameters(*((kind,) for kind in KINDS))
   def test_every_kind(self, case):
     self.check(case, 'data:4,tensor:2', 'float64', 1e-9)
