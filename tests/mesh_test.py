@@ -261,8 +261,8 @@ class EditingTest(OnEight):
         self.assertLess(editors.gap(np.asarray(x), np.asarray(y)), close)
     self.assertLess(editors.gap(got.effect(), want.effect()), close)
 
-  @pytest.mark.long
   @parameterized.parameters(*((kind,) for kind in KINDS))
+  @pytest.mark.long
   def test_every_kind(self, case):
     self.check(case, 'data:4,tensor:2', 'float64', 1e-9)
 
@@ -270,8 +270,8 @@ class EditingTest(OnEight):
   def test_every_mesh(self, mesh):
     self.check('memit', mesh, 'float64', 1e-9)
 
-  @pytest.mark.long
   @parameterized.product(case=CASES, mesh=MESHES)
+  @pytest.mark.long
   def test_every_case_on_every_mesh(self, case, mesh):
     self.check(case, mesh, 'float64', 1e-9)
     # The steps of UnKE's regression amplify rounding: 3e-4 in f32.
