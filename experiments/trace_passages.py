@@ -30,6 +30,7 @@ from jaxedit.models import loading
 from jaxedit.models import tokenizer as tokenizer_lib
 from jaxedit.runs import cli, dry_trace, tasks
 from jaxedit.runs import config as config_lib
+from jaxedit.runs.cache import TraceFiles
 from jaxedit.runs.clock import Clock
 from jaxedit.runs.config import RunConfig
 from jaxedit.runs.output import Output
@@ -129,14 +130,16 @@ def main() -> None:
     with clock('load'):
       model, chat, loaded, edits, spans = load(config, settings)
     output.begin(['results.json'])
+    about = {'model': model.hash, 'dtype': config.dtype, 'versions': versions()}
+    pieces = TraceFiles(output.unfinished, about)
     with clock('reach'):
-      table = reached(config, settings, model, edits)
+      table = reached(config, settings, model, edits, pieces)
     with clock('locating'):
       cases, level = passages.noisy_cases(
           model, edits, spans,
           level=settings.noise, draws=settings.draws, seed=config.seed,
       )  # fmt: skip
-      located = passages.locating(model, cases, cli.progress_bar)
+      located = passages.locating(model, cases, cli.progress_bar, pieces)
     if settings.plots:
       passages.draw(table, located, output.folder / 'plots')
     clock.stop()
@@ -170,14 +173,18 @@ def main() -> None:
 
 
 def reached(
-    config: RunConfig, settings: ReachConfig, model: loading.Model, edits: Any
+    config: RunConfig,
+    settings: ReachConfig,
+    model: loading.Model,
+    edits: Any,
+    pieces: TraceFiles,
 ) -> list[dict[str, Any]]:
   """Pushes the anchors of passages; by distance, see `passages.by_distance`."""
   layers = tuple(range(0, model.spec.layers - 1, settings.stride))
   found = reach.reach(
       model.spec, model.params, [passages.text_of(edit) for edit in edits],
       layers=layers, size=settings.push, pushes=settings.pushes,
-      seed=config.seed, progress=cli.progress_bar,
+      seed=config.seed, pieces=pieces, progress=cli.progress_bar,
   )  # fmt: skip
   return passages.by_distance(found, layers)
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import numpy as np
 import programs
@@ -152,6 +153,29 @@ class DistributedTest(programs.Case):
     self.assertNotEqual(process.returncode, 0)
     self.assertIn('process 1 of 2 was lost (SIGKILL)', err)
     self.assert_equal(self.finish(2, folder))
+
+  def test_a_run_of_eight_devices_completes_on_two(self):
+    folder, cache = self.setup.path('out'), str(self.setup.path('cache'))
+
+    def start(devices):
+      forced = f'--xla_force_host_platform_device_count={devices}'
+      given = self.given | {'output_dir': folder, 'mesh': f'data:{devices}'}
+      environment = {'XLA_FLAGS': forced, 'JAXEDIT_CACHE': cache}
+      with mock.patch.dict(os.environ, environment):
+        return self.setup.start(*self.setup.arguments(**given))
+
+    process = start(8)
+    while not (folder / 'unfinished' / 'sequence').exists():
+      self.assertIsNone(process.poll())
+      time.sleep(0.01)
+    process.terminate()
+    _, err = process.communicate(timeout=600)
+    self.assertEqual(process.returncode, 143, err)
+    self.assertIn('the same command resumes', err)
+    process = start(2)
+    out, err = process.communicate(timeout=600)
+    self.assertEqual(process.returncode, 0, err)
+    self.assert_equal(programs.Done(0, out, err, folder))
 
   def test_all_stop_where_one_is_told_to(self):
     folder = self.setup.path('out')

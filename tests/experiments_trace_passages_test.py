@@ -1,5 +1,7 @@
 """How far one state reaches into an answer: the program and its parts."""
 
+from unittest import mock
+
 import numpy as np
 import programs
 import text_helpers
@@ -9,7 +11,7 @@ from experiments import trace_passages
 from jaxedit.models import tokenizer as tokenizer_lib
 from jaxedit.text import chat as chat_lib
 from jaxedit.text import chunking
-from jaxedit.trace import passages, reach
+from jaxedit.trace import causal, passages, reach
 from jaxedit.types import EditRequest
 
 RECORDS = [
@@ -41,6 +43,31 @@ class PassagesTest(absltest.TestCase):
     self.assertLen(found['locating']['first']['mean'], 3)
     self.assertTrue((done.folder / 'plots/reach.svg').is_file())
     self.assertTrue((done.folder / 'plots/locating.png').is_file())
+
+  def test_an_interrupted_run_resumes(self):
+    given = dict(
+        data=self.setup.write(*RECORDS), window=3, stride=1, draws=2, pushes=2,
+        plots=False,
+    )  # fmt: skip
+    whole = self.setup.run(**given)
+    given['output_dir'] = self.setup.path('out')
+    for module, name in ((reach, '_reach'), (causal, 'trace')):
+      calls, real = [], getattr(module, name)
+
+      def broken(*args, real=real, calls=calls, **more):
+        calls.append(1)
+        if len(calls) == 2 or 'found' in more:
+          raise KeyboardInterrupt
+        return real(*args, **more)
+
+      with mock.patch.object(module, name, broken):
+        self.assertEqual(self.setup.run(**given).code, 130)
+    with mock.patch.object(reach, '_reach') as again:
+      done = self.setup.run(**given)
+    again.assert_not_called()
+    self.assertEqual(done.code, 0, done.err)
+    for name in ('protocol', 'reach', 'locating'):
+      self.assertEqual(done.results[name], whole.results[name])
 
   def test_shares_are_of_means(self):
     # The second passage lost next to nothing, the last is broken.

@@ -61,7 +61,7 @@ def trace_facts(
     )  # fmt: skip
     tokens = [(case.end - 1,) for case in cases] if alone else None
     names = [one.name for one in restorations]
-    found, spent = _resumed(run, names, cases, tokens, pieces, timer)
+    found, spent = resumed(run, names, cases, tokens, pieces, timer)
     parts.append(found)
     seconds += spent
   scores = lambda same: {k: x for one in same for k, x in one.scores.items()}
@@ -72,15 +72,40 @@ def trace_facts(
   )
 
 
-def _resumed(
+class _Unsaved:
+  """Keeps no pieces: every run begins anew."""
+
+  def load(self, *parts: Any) -> None:
+    del parts
+
+  def save(self, arrays: Mapping[str, np.ndarray], *parts: Any) -> None:
+    del arrays, parts
+
+
+UNSAVED = _Unsaved()
+
+
+def resumed(
     run: Callable[..., list[Traced]],
     names: Sequence[str],
     cases: Sequence[Case],
     tokens: Sequence[Sequence[int]] | None,
     pieces: Any,
-    timer: Callable[[], float],
+    timer: Callable[[], float] = time.monotonic,
 ) -> tuple[list[Traced], float]:
-  """Traces what was not saved before, and saves it; see `trace_facts`."""
+  """Traces what was not saved before, and saves it.
+
+  Args:
+    run: `causal.trace` but for the cases, their tokens and `found`.
+    names: of the restorations.
+    cases: to trace.
+    tokens: columns of each case; None for all.
+    pieces: see `trace_facts`.
+    timer: tells seconds.
+
+  Returns:
+    (what was traced, seconds of all runs).
+  """
 
   def about(i: int) -> tuple[Any, ...]:
     ids, first, end, drawn, labels = cases[i]

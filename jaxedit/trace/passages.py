@@ -8,6 +8,7 @@ locating  the question is corrupted and the state before a chunk is restored:
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +20,15 @@ from jaxedit.models import loading
 from jaxedit.text import locate
 from jaxedit.text.chat import Chat
 from jaxedit.text.encoding import EncodedEdit
-from jaxedit.trace import causal, figures, noise, plots, reach, results
+from jaxedit.trace import (
+    causal,
+    fact_trace,
+    figures,
+    noise,
+    plots,
+    reach,
+    results,
+)
 from jaxedit.trace.restoration import HIDDEN
 from jaxedit.types import Progress, silent
 
@@ -105,6 +114,7 @@ def locating(
     model: loading.Model,
     cases: Sequence[Sequence[causal.Case]],
     progress: Progress = silent,
+    pieces: Any = fact_trace.UNSAVED,
 ) -> dict[str, dict[str, Any]]:
   """Restores the state before every chunk.
 
@@ -112,6 +122,7 @@ def locating(
     model: the model.
     cases: of every passage, one a chunk.
     progress: told of cells.
+    pieces: see `fact_trace.trace_facts`.
 
   Returns:
     'first' (chunk of a passage) and 'later' -> share of what the corruption took
@@ -121,11 +132,11 @@ def locating(
   """
   flat = [case for some in cases for case in some]
   anchors = [(len(case.ids) - len(case.labels),) for case in flat]
-  found = causal.trace(
-      model.spec, model.params, flat,
-      placement=model.placement, restorations=[HIDDEN], tokens=anchors,
-      progress=progress,
+  run = functools.partial(
+      causal.trace, model.spec, model.params,
+      placement=model.placement, restorations=[HIDDEN], progress=progress,
   )  # fmt: skip
+  found, _ = fact_trace.resumed(run, [HIDDEN.name], flat, anchors, pieces)
   effects = iter(
       [*(x.scores['hidden'][anchor] - x.low), x.high - x.low]
       for x, (anchor,) in zip(found, anchors)

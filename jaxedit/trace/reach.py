@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +72,7 @@ def reach(
     size: float = 0.5,
     pushes: int = 4,
     seed: int = 0,
+    pieces: Any = None,
     progress: Progress = silent,
 ) -> list[Reach]:
   """Pushes the anchors of texts.
@@ -84,6 +85,8 @@ def reach(
     size: length of a push, as a share of the state's.
     pushes: n.
     seed: of the directions, the same for all texts and layers.
+    pieces: keeps the result of each text, so that an interrupted run can resume,
+      such as `runs.cache.TraceFiles`; None for nothing.
     progress: told of texts.
 
   Returns:
@@ -98,7 +101,15 @@ def reach(
   found = []
   with progress('reach', len(texts), 'text') as done:
     for text in texts:
-      found.append(_reach(spec, params, text, layers, draw.astype(np.float32)))
+      about = ('reach', text.ids, text.start, list(layers), draw)
+      saved = pieces and pieces.load(*about)
+      if saved:
+        one = Reach(**saved)
+      else:
+        one = _reach(spec, params, text, layers, draw.astype(np.float32))
+        if pieces:
+          pieces.save(one._asdict(), *about)
+      found.append(one)
       done(1)
   return found
 
