@@ -182,7 +182,9 @@ def sha256(path: pathlib.Path) -> str:
     with path.open('rb') as file:
       return hashlib.file_digest(file, 'sha256').hexdigest()
   except OSError as error:
-    raise InputError(f'{path}: cannot be read ({error.strerror}).') from error
+    raise InputError(
+        f'{path}: cannot be read ({error.strerror}); check the path'
+    ) from error
 
 
 def unpack(
