@@ -197,7 +197,7 @@ def follow(path: str, present: bool = True) -> None:
   original, first = _originals.get(path, path), number() == 0
   wanted = gather(_listing(original) if first and present else '')[0]
   same = first or not wanted or _listing(original) == wanted
-  if wanted and same and not first:
+  if wanted and same and not first and os.path.isdir(original):
     shutil.copytree(original, path, dirs_exist_ok=True)
   if not all(gather(same)):
     raise InputError(

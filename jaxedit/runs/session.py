@@ -19,7 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxedit import edited as edited_lib
-from jaxedit import io
+from jaxedit import hosts, io
 from jaxedit.deltas import UNEDITED, Edited
 from jaxedit.eval import evaluation
 from jaxedit.eval.evaluation import Evaluation
@@ -144,8 +144,9 @@ def _stores(session: Session, output: Output) -> Stores:
   targets = TargetFiles(output.unfinished / 'targets', about, exact=True)
   if session.config.states:
     settings = target_settings(session.model, session.chosen.config)
-    folder = pathlib.Path(session.config.states)
-    targets = TargetFiles(folder, settings, exact=False)
+    folder = hosts.own(session.config.states)
+    hosts.follow(folder)
+    targets = TargetFiles(pathlib.Path(folder), settings, exact=False)
   answers = Answers(output.unfinished / 'answers', about)
   return Stores(targets, output, answers)
 
