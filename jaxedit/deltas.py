@@ -287,28 +287,14 @@ def _last(prompt: Array) -> Array:
   return jnp.max(jnp.where(prompt, jnp.arange(len(prompt)), 0))
 
 
-class Prompting(Protocol):
-  """A rule that rewrites prompts before the model reads them.
+class Speak(Protocol):
+  """Greedy generation under the edit of each text.
 
-  One that edits side by side can have, and that files can hold, has `select`,
-  `stack`, `packed` and `unpacked` too, see `edited.prompting.FactMemory`. Where
-  `routes` is true, prompts that it leaves as they are are answered by the
-  unedited model.
+  Attributes:
+    most: tokens that a text and what follows it may have.
   """
 
-  def rewrite(
-      self, prompts: Sequence[Sequence[int]], edit_ids: Sequence[int] | None
-  ) -> list[list[int]]:
-    """Returns the token ids to read in place of each prompt's.
-
-    Args:
-      prompts: token ids.
-      edit_ids: which edit a prompt is under; None where there is one.
-    """
-
-
-class Speak(Protocol):
-  """Greedy generation under the edit of each text."""
+  most: int
 
   def __call__(
       self,
@@ -333,29 +319,60 @@ class Speak(Protocol):
     """
 
 
-class Dialogue(Protocol):
-  """A `Prompting` rule that lets the model write before it answers.
+class Prompting:
+  """A rule that rewrites prompts before the model reads them.
 
-  It has `transcripts` in place of `rewrite`. What an answer follows is the
-  transcript, whether it is generated or scored.
+  A subclass has `rewrite`; the other methods say what a rule that has nothing
+  but this can do. `edited.prompting.FactMemory` has all of them.
+
+  Attributes:
+    routes: whether prompts that it leaves as they are are answered by the
+      unedited model.
+    ids: of the edit requests whose facts it holds, oldest first; None where it
+      does not say.
   """
 
-  def transcripts(
+  routes: bool = False
+  ids: Sequence[str] | None = None
+
+  def rewrite(
       self,
       prompts: Sequence[Sequence[int]],
       edit_ids: Sequence[int] | None,
-      speak: Speak,
-      *,
-      most: int,
+      speak: Speak | None = None,
   ) -> list[list[int]]:
     """Returns the token ids that the answer of each prompt follows.
 
     Args:
       prompts: token ids.
       edit_ids: which edit a prompt is under; None where there is one.
-      speak: generates.
-      most: tokens of a text at most.
+      speak: generates, for a rule that lets the model write before it answers;
+        the answer follows what was written, generated or scored. Opened models
+        give it.
     """
+    raise NotImplementedError
+
+  def bound(self, tokenizer: Any) -> Prompting:
+    """Returns the rule with the tokenizer of the model that it is opened with."""
+    del tokenizer
+    return self
+
+  def select(self, index: int) -> Prompting:
+    """Returns the rule of one of the edits side by side."""
+    del index
+    return self
+
+  def stack(self, others: Sequence[Prompting]) -> Prompting:
+    """Returns the rules of independent edits side by side, this one first.
+
+    Raises:
+      ValueError: it has no such form.
+    """
+    raise ValueError('only single edits without rules can be stacked')
+
+  def packed(self) -> tuple[dict[str, Array], dict[str, Any]] | None:
+    """Writes the rule as arrays and plain JSON types; None: no file holds it."""
+    return None
 
 
 class Routing(Protocol):

@@ -13,20 +13,20 @@ from edits import KINDS, LENGTHS, SPEC, deltas_of, model, random_queries
 
 from jaxedit import api
 from jaxedit import edited as edited_lib
-from jaxedit.deltas import UNEDITED, Edited
+from jaxedit.deltas import UNEDITED, Edited, Prompting
 from jaxedit.edited import Query, apply_model, open_model
 from jaxedit.models import decoder
 from jaxedit.models.decode import Decoding
 from jaxedit.types import InputError
 
 
-class Prefixed:
+class Prefixed(Prompting):
   """Puts tokens of each prompt's edit before it."""
 
   def __init__(self):
     self.calls = []
 
-  def rewrite(self, prompts, edit_ids):
+  def rewrite(self, prompts, edit_ids, speak=None):
     self.calls.append((prompts, edit_ids))
     ids = [0] * len(prompts) if edit_ids is None else edit_ids
     return [[50 + i, 60, *prompt] for i, prompt in zip(ids, prompts)]
@@ -98,9 +98,9 @@ class RuleTest(parameterized.TestCase):
     )
 
   def test_rewritten_prompts_are_checked(self):
-    class Long:
+    class Long(Prompting):
 
-      def rewrite(self, prompts, edit_ids):
+      def rewrite(self, prompts, edit_ids, speak=None):
         return [[3] * 80, [500], *prompts[2:]]
 
     lm = open_model(model(), Edited(prompting=Long()))

@@ -115,6 +115,9 @@ def speak(texts, which, **options):
   return found
 
 
+speak.most = 4096
+
+
 def read(edited, text, edit_ids=None):
   """What the model reads in place of a prompt."""
   tokenizer = model().tokenizer
@@ -122,10 +125,7 @@ def read(edited, text, edit_ids=None):
   if edited.prompting is None:
     return text
   rule = edited.prompting
-  if hasattr(rule, 'transcripts'):
-    (found,) = rule.transcripts([ids], edit_ids, speak, most=4096)
-  else:
-    (found,) = rule.rewrite([ids], edit_ids)
+  (found,) = rule.rewrite([ids], edit_ids, speak)
   return tokenizer.decode(found, skip_special_tokens=True)
 
 

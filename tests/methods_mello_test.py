@@ -169,8 +169,9 @@ class ScriptTest(parameterized.TestCase):
     def speak(texts, which, *, max_new_tokens, stop_ids, stop_texts):
       return script(None, None, texts, stop_texts=[stop_texts] * len(texts))
 
+    speak.most = most
     prompts = [ids(question) for question in questions]
-    return memory.dialogues(prompts, None, speak, most=most)
+    return memory.dialogues(prompts, None, speak)
 
   def test_the_transcript(self):
     script = Script(model().tokenizer)

@@ -223,8 +223,7 @@ def stack(edits: Sequence[Edited]) -> Edited:
       kinds, sites, layers or widths than the first.
   """
   for edited in edits:
-    alone = edited.prompting is None or hasattr(edited.prompting, 'stack')
-    if edited.size is not None or edited.routing is not None or not alone:
+    if edited.size is not None or edited.routing is not None:
       raise ValueError('only single edits without rules can be stacked')
   deltas = zip(*(edited.deltas for edited in edits), strict=True)
   first, *rest = (edited.prompting for edited in edits)
@@ -265,6 +264,6 @@ def select(edited: Edited, index: int) -> Edited:
     )
   deltas = jax.tree.map(lambda x: x[:, index], edited.deltas)
   prompting = edited.prompting
-  if hasattr(prompting, 'select'):
+  if prompting is not None:
     prompting = prompting.select(index)
   return edited.replace(deltas=deltas, prompting=prompting, size=None)

@@ -58,7 +58,7 @@ class Transcript(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FactDialogue(FactMemory):
-  """A `deltas.Dialogue` rule over a memory; its lookup is 'nearest'.
+  """A `deltas.Prompting` rule over a memory; its lookup is 'nearest'.
 
   Attributes:
     demonstrations: questions answered in this form, blank lines between them.
@@ -72,28 +72,24 @@ class FactDialogue(FactMemory):
   rounds: int = 4
   round_tokens: int = 128
 
-  def rewrite(self, prompts, edit_ids):
-    del prompts, edit_ids
-    raise InputError(
-        'a memory that is asked in rounds needs the model itself; open it with'
-        ' jaxedit.open_model, which writes the rounds'
-    )
-
-  def transcripts(
+  def rewrite(
       self,
       prompts: Sequence[Sequence[int]],
       edit_ids: Sequence[int] | None,
-      speak: Speak,
-      *,
-      most: int,
+      speak: Speak | None = None,
   ) -> list[list[int]]:
-    """See `deltas.Dialogue`; prompts of an edit without facts stay as they are.
+    """See `deltas.Prompting`; prompts of an edit without facts stay as they are.
 
     Raises:
-      InputError: tokenizer or encoder are missing, or a question does not fit
-        the context window.
+      InputError: tokenizer, encoder or `speak` are missing, or a question does
+        not fit the context window.
     """
-    found = self.dialogues(prompts, edit_ids, speak, most=most)
+    if speak is None:
+      raise InputError(
+          'a memory that is asked in rounds needs the model itself; open it with'
+          ' jaxedit.open_model, which writes the rounds'
+      )
+    found = self.dialogues(prompts, edit_ids, speak)
     return [
         list(ids) if one is None else self._ids(one.text)
         for ids, one in zip(prompts, found)
@@ -104,10 +100,8 @@ class FactDialogue(FactMemory):
       prompts: Sequence[Sequence[int]],
       edit_ids: Sequence[int] | None,
       speak: Speak,
-      *,
-      most: int,
   ) -> list[Transcript | None]:
-    """Writes the transcripts; see `transcripts`. None where there is no fact."""
+    """Writes the transcripts; see `rewrite`. None where there is no fact."""
     self._check_bound()
     ids = [None] * len(prompts) if edit_ids is None else list(edit_ids)
     keys = [(tuple(p), edit) for p, edit in zip(prompts, ids)]
@@ -124,8 +118,8 @@ class FactDialogue(FactMemory):
       text = self.tokenizer.decode(prompts[i], skip_special_tokens=True)
       start = f'{self.demonstrations}\n\n{QUESTION} {text.strip()}\n'
       found[i] = Transcript(start.lstrip('\n'), (), False)
-    self._check_window(found, most)
-    self._converse(found, ids, speak, most)
+    self._check_window(found, speak.most)
+    self._converse(found, ids, speak)
     for i, one in found.items():
       if not one.ended:
         found[i] = one._replace(text=f'{one.text.rstrip()}\n{FINAL}')
@@ -136,7 +130,6 @@ class FactDialogue(FactMemory):
       found: dict[int, Transcript],
       edit_ids: Sequence[int | None],
       speak: Speak,
-      most: int,
   ) -> None:
     """Runs the rounds; changes `found`."""
     waiting = list(found)
@@ -144,7 +137,7 @@ class FactDialogue(FactMemory):
     # After the last retrieval the model may still say what follows from it.
     for turn in range(self.rounds + 1):
       texts = {i: self._ids(found[i].text) for i in waiting}
-      longest = most - self.round_tokens - _ANSWER
+      longest = speak.most - self.round_tokens - _ANSWER
       waiting = [i for i in waiting if len(texts[i]) <= longest]
       if not waiting:
         return

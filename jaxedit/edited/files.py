@@ -66,8 +66,8 @@ def save(
     InputError: the file cannot be written, or the edit has a rule that has no
       file form.
   """
-  written = edited.prompting is None or hasattr(edited.prompting, 'packed')
-  if edited.routing is not None or not written:
+  rule = ({}, {}) if edited.prompting is None else edited.prompting.packed()
+  if edited.routing is not None or rule is None:
     raise InputError(
         f'{path}: cannot be written, as the edit has'
         f' {" and ".join(edited.rules)}, which no file holds; save what it was'
@@ -76,7 +76,7 @@ def save(
   tensors, kinds = packed(edited)
   record = {'deltas': kinds, 'size': edited.size, 'metadata': dict(metadata)}
   if edited.prompting is not None:
-    arrays, kept = edited.prompting.packed()
+    arrays, kept = rule
     record['prompting'] = {'rule': type(edited.prompting).__name__, **kept}
     tensors |= {f'prompting/{name}': x for name, x in arrays.items()}
   if edited.ledger is not None:

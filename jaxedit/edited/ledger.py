@@ -126,8 +126,8 @@ def edits_in(edited: Edited) -> list[str]:
     )
   if edited.ledger is not None:
     return [one for some in edited.ledger.names for one in some]
-  if hasattr(edited.prompting, 'facts'):
-    return [fact.id for fact in edited.prompting.facts]
+  if edited.prompting is not None and edited.prompting.ids is not None:
+    return list(edited.prompting.ids)
   if edited == Edited():
     return []
   kinds = sorted({type(delta).__name__ for delta in edited.deltas})
@@ -180,7 +180,7 @@ def _without(edited: Edited, indices: Sequence[int]) -> Edited:
   if edited == Edited():
     return edited
   rule = edited.prompting.without(indices)
-  return edited.replace(prompting=rule if rule.facts else None)
+  return edited.replace(prompting=rule if rule.ids else None)
 
 
 def _without_groups(edited: Edited, indices: Sequence[int]) -> Edited:

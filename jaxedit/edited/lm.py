@@ -133,7 +133,7 @@ def open_model(
   check(model.spec, model.params, edited)
   if batch_size < 1:
     raise InputError(f'batch_size is {batch_size}; it must be at least 1')
-  if hasattr(edited.prompting, 'bound'):
+  if edited.prompting is not None:
     edited = edited.replace(prompting=edited.prompting.bound(model.tokenizer))
   return _EditedModel(model, edited, batch_size)
 
@@ -405,26 +405,6 @@ class _EditedModel:
           results[i] = one
     return results
 
-  def _speaker(
-      self, edit_ids: Sequence[int] | None, progress: Progress
-  ) -> deltas_lib.Speak:
-    """How a dialogue rule generates, under the deltas of each text's edit."""
-
-    def speak(texts, which, *, max_new_tokens, stop_ids, stop_texts):
-      ids = None if edit_ids is None else [edit_ids[i] for i in which]
-      return self._continued(
-          _Read(texts, [True] * len(texts), []),
-          ids,
-          streams=range(len(texts)),
-          stop_texts=[stop_texts] * len(texts),
-          progress=progress,
-          max_new_tokens=max_new_tokens,
-          stop_ids=stop_ids,
-          batch_size=self._batch_size,
-      )
-
-    return speak
-
   def _read(
       self,
       prompts: Sequence[Sequence[int]],
@@ -443,16 +423,9 @@ class _EditedModel:
       chosen = [i for i, yes in enumerate(answered) if yes]
       ids = None if edit_ids is None else [edit_ids[i] for i in chosen]
       some = [prompts[i] for i in chosen]
-      if hasattr(edited.prompting, 'transcripts'):
-        found = edited.prompting.transcripts(
-            some,
-            ids,
-            self._speaker(ids, progress),
-            most=self.spec.max_positions,
-        )
-      else:
-        found = edited.prompting.rewrite(some, ids)
-      routes = getattr(edited.prompting, 'routes', False)
+      speak = _Speaker(self, ids, progress)
+      found = edited.prompting.rewrite(some, ids, speak)
+      routes = edited.prompting.routes
       answered = list(answered)
       for i, prompt in zip(chosen, found, strict=True):
         answered[i] = not routes or list(prompt) != list(prompts[i])
@@ -524,6 +497,32 @@ class _EditedModel:
       else:
         self._merged = enter(self._base, deltas)
     return self._merged
+
+
+class _Speaker(NamedTuple):
+  """How a rule generates, under the deltas of each text's edit."""
+
+  lm: _EditedModel
+  edit_ids: Sequence[int] | None
+  progress: Progress
+
+  @property
+  def most(self) -> int:
+    return self.lm.spec.max_positions
+
+  def __call__(self, texts, which, *, max_new_tokens, stop_ids, stop_texts):
+    ids = self.edit_ids
+    # pylint: disable-next=protected-access
+    return self.lm._continued(
+        _Read(texts, [True] * len(texts), []),
+        None if ids is None else [ids[i] for i in which],
+        streams=range(len(texts)),
+        stop_texts=[stop_texts] * len(texts),
+        progress=self.progress,
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids,
+        batch_size=self.lm._batch_size,
+    )
 
 
 def counted(advance: Callable[[int], None]) -> Progress:

@@ -29,6 +29,7 @@ from typing import Any, Self
 import numpy as np
 
 from jaxedit import retrieval
+from jaxedit.deltas import Prompting, Speak
 from jaxedit.models.encoder import Encoder
 from jaxedit.types import InputError
 
@@ -53,7 +54,7 @@ class Fact:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class FactMemory:
+class FactMemory(Prompting):
   """A `deltas.Prompting` rule; see the module head.
 
   Attributes:
@@ -81,14 +82,23 @@ class FactMemory:
   tokenizer: Any = None
   encoder: Encoder | None = None
 
+  @property
+  def ids(self) -> list[str]:
+    """See `deltas.Prompting`."""
+    return [fact.id for fact in self.facts]
+
   def rewrite(
-      self, prompts: Sequence[Sequence[int]], edit_ids: Sequence[int] | None
+      self,
+      prompts: Sequence[Sequence[int]],
+      edit_ids: Sequence[int] | None,
+      speak: Speak | None = None,
   ) -> list[list[int]]:
-    """See `deltas.Prompting`.
+    """See `deltas.Prompting`; nothing is generated.
 
     Raises:
       InputError: the tokenizer or the encoder is missing, see `bound`.
     """
+    del speak
     self._check_bound()
     texts = [
         self.tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts
