@@ -272,7 +272,7 @@ class OtherRunsTest(absltest.TestCase):
   def test_goes_on_where_it_was_stopped(self):
     folder, given = SETUP.path('out'), dict(kinds='hidden,severed_mlp')
     given |= dict(output_dir=folder, keep_wrong=True)
-    save = cache.TraceFiles.save
+    save = cache.ArrayFiles.save
     saved = []
 
     def stop(self, arrays, *parts):
@@ -281,7 +281,7 @@ class OtherRunsTest(absltest.TestCase):
       save(self, arrays, *parts)
       saved.append(arrays)
 
-    with mock.patch.object(cache.TraceFiles, 'save', stop):
+    with mock.patch.object(cache.ArrayFiles, 'save', stop):
       self.assertEqual(SETUP.run(**given).code, 130)
     self.assertFalse((folder / 'results.json').exists())
     traced = []
@@ -290,7 +290,7 @@ class OtherRunsTest(absltest.TestCase):
       save(self, arrays, *parts)
       traced.append(arrays)
 
-    with mock.patch.object(cache.TraceFiles, 'save', count):
+    with mock.patch.object(cache.ArrayFiles, 'save', count):
       done = SETUP.run(**given)
     self.assertEqual(done.code, 0, done.err)
     self.assertIn('4 traces of an interrupted run were kept', done.err)

@@ -12,6 +12,7 @@ import tiny_model
 from absl.testing import absltest, parameterized
 from editing_runs import TEXTS, Case, fact, interrupted_at, text
 
+from jaxedit.edited import scoring
 from jaxedit.runs import editing, inputs, moments, report
 from jaxedit.runs.cache import TargetFiles
 
@@ -69,6 +70,23 @@ class InterruptedTest(Case):
       one, other = ((x.folder / name).read_bytes() for x in (again, whole))
       self.assertEqual(one, other)
     self.assertEqual(again.results['counts'], whole.results['counts'])
+
+  def test_the_unedited_model_is_asked_once(self):
+    settings = dict(num_edits=2, max_new_tokens=3, answers=FACT.path('kept'))
+    one = self.succeed(FACT, **settings)
+    score, asked = scoring.score, []
+
+    def spy(*args, **given):
+      asked.append(args)
+      return score(*args, **given)
+
+    with mock.patch.object(scoring, 'score', spy):
+      again = self.succeed(FACT, **settings)
+    self.assertLen(asked, 1)  # the edited one
+    for name in ('delta.safetensors', 'records.jsonl'):
+      one_, other = ((x.folder / name).read_bytes() for x in (again, one))
+      self.assertEqual(one_, other)
+    self.assertEqual(again.results['metrics'], one.results['metrics'])
 
   def test_a_run_resumes_that_had_saved_the_model(self):
     settings = dict(num_edits=2, max_new_tokens=0, save_model=True)

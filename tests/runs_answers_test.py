@@ -13,7 +13,7 @@ from absl.testing import absltest, parameterized
 
 from jaxedit.deltas import UNEDITED, Edited, LowRank
 from jaxedit.edited.scoring import Query, Scored
-from jaxedit.runs.answers import Answers
+from jaxedit.runs.answers import Answers, KeptAnswers
 from jaxedit.types import Stopped
 
 
@@ -66,6 +66,7 @@ def stopping(after):
 
 
 class AnswersTest(parameterized.TestCase):
+  kind = Answers
 
   def setUp(self):
     super().setUp()
@@ -77,7 +78,7 @@ class AnswersTest(parameterized.TestCase):
     ]
 
   def open(self, model, edited=UNEDITED, about='a', size=1):
-    self.answers = Answers(self.folder, {'a': about})
+    self.answers = self.kind(self.folder, {'a': about})
     return self.answers.open(model, edited, size)
 
   def score(self, model, *, progress=None, **given):
@@ -141,6 +142,10 @@ class AnswersTest(parameterized.TestCase):
     self.assertEqual(lm.score([], progress=stopping(0)), [])
     self.assertEqual(lm.spec, 'spec')
     self.assertFalse(self.folder.exists())
+
+
+class KeptAnswersTest(AnswersTest):
+  kind = KeptAnswers
 
 
 if __name__ == '__main__':

@@ -13,7 +13,7 @@ from absl.testing import absltest, parameterized
 from jaxedit.methods.registry import METHODS
 from jaxedit.methods.settings import configure
 from jaxedit.runs import cache
-from jaxedit.runs.cache import TargetFiles, TraceFiles, digest, edit_digest
+from jaxedit.runs.cache import ArrayFiles, TargetFiles, digest, edit_digest
 from jaxedit.testing import facts
 from jaxedit.types import InputError, Targets
 
@@ -132,20 +132,20 @@ class DigestTest(absltest.TestCase):
     self.assertEqual(digest(ids[::2]), digest(ids[::2].copy()))
 
 
-class TraceFilesTest(Case):
+class ArrayFilesTest(Case):
 
   def test_the_same_is_found_again(self):
-    files = TraceFiles(self.folder, {'model': 'm'})
+    files = ArrayFiles(self.folder, {'model': 'm'})
     ids = np.arange(3, dtype=np.int32)
     self.assertIsNone(files.load(ids, [1, 2], None))
     files.save({'x': np.eye(2)[:, :1]}, ids, [1, 2], None)
-    again = TraceFiles(self.folder, {'model': 'm'})
+    again = ArrayFiles(self.folder, {'model': 'm'})
     found = again.load(ids.copy(), [1, 2], None)
     np.testing.assert_array_equal(found['x'], [[1], [0]])
     self.assertEqual(again.found, 1)
     for parts in ((ids + 1, [1, 2], None), (ids, [1, 2], [0])):
       self.assertIsNone(again.load(*parts))
-    other = TraceFiles(self.folder, {'model': 'n'})
+    other = ArrayFiles(self.folder, {'model': 'n'})
     self.assertIsNone(other.load(ids, [1, 2], None))
     self.assertEqual(other.found, 0)
 

@@ -21,7 +21,7 @@ from jaxedit.deltas import Edited
 from jaxedit.edited.lm import LanguageModel, counted
 from jaxedit.edited.scoring import Query, Scored
 from jaxedit.placement import fetch
-from jaxedit.runs.cache import digest
+from jaxedit.runs.cache import ArrayFiles, digest
 from jaxedit.types import Progress, Stopped, silent
 
 # Batches of a piece: what an interrupted run may lose.
@@ -85,6 +85,31 @@ class Answers:
     arrays, pieces = _together(self._pieces)
     self._checkpoint.save(len(pieces), arrays, {'pieces': pieces})
     self._unsaved, self._cost = 0.0, time.monotonic() - begin
+
+
+class KeptAnswers(Answers):
+  """Pieces of answers as files of a folder, which other runs read too."""
+
+  def __init__(self, folder: pathlib.Path, about: Mapping[str, Any]):
+    """See `Answers`; the folder need not exist."""
+    # pylint: disable=super-init-not-called
+    self._about, self._pieces = about, {}
+    self._files = ArrayFiles(folder, {})
+
+  def __contains__(self, key: str) -> bool:
+    if key not in self._pieces:
+      found = self._files.load(key)
+      if found is not None:
+        self._pieces[key] = found
+    return key in self._pieces
+
+  def add(self, key: str, piece: Arrays, seconds: float) -> None:
+    del seconds
+    self._pieces[key] = piece
+    self._files.save(piece, key)
+
+  def save(self) -> None:
+    pass  # each piece was, as it came
 
 
 def _together(

@@ -92,8 +92,8 @@ class TargetFiles:
     return self._folder / f'{name}.safetensors'
 
 
-class TraceFiles:
-  """Traces of facts in a folder, for `trace.fact_trace`.
+class ArrayFiles:
+  """Arrays in a folder, found by all that they depend on.
 
   Attributes:
     found: how many were there when they were asked for.

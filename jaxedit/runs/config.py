@@ -136,6 +136,12 @@ class RunConfig:
       ' and only inserts and evaluates. With one batch or --reset alone, as in a'
       ' sequence targets depend on the batches before',
   )
+  answers: str | None = setting(
+      None,
+      'folder that keeps what the unedited model answers: a later run that asks'
+      ' the same model the same in batches of the same size reads it there,'
+      ' whatever its method',
+  )
   context_templates: str | None = setting(
       None,
       'JSON list of contexts with one {} each; sampled from the model unless'

@@ -50,12 +50,14 @@ class Stores(NamedTuple):
   Attributes:
     targets: optimised targets.
     output: the folder; batches of a sequence lie in its `unfinished`.
-    answers: of models under evaluation.
+    answers: of edited models under evaluation.
+    before: of the unedited one.
   """
 
   targets: TargetFiles
   output: Output
   answers: Answers
+  before: Answers
 
 
 def edit(

@@ -27,7 +27,7 @@ from jaxedit.eval.scorers.base import Scorer
 from jaxedit.methods import base
 from jaxedit.models import loading, saving
 from jaxedit.runs import cli, edit_reports, editing, inputs, report
-from jaxedit.runs.answers import Answers
+from jaxedit.runs.answers import Answers, KeptAnswers
 from jaxedit.runs.cache import TargetFiles, target_settings
 from jaxedit.runs.clock import Clock, compile_seconds
 from jaxedit.runs.config import RunConfig, errors
@@ -102,7 +102,7 @@ def _work(
   stores = _stores(session, output)
   with clock('evaluate_before'):
     before = editing.judge(
-        session, None, scorers, answers=stores.answers, progress=progress
+        session, None, scorers, answers=stores.before, progress=progress
     )
   fluency = report.perplexity(session, UNEDITED, 'pre', clock, progress)
   outcome, after = _edit_parts(
@@ -148,7 +148,24 @@ def _stores(session: Session, output: Output) -> Stores:
     hosts.follow(folder)
     targets = TargetFiles(pathlib.Path(folder), settings, exact=False)
   answers = Answers(output.unfinished / 'answers', about)
-  return Stores(targets, output, answers)
+  return Stores(targets, output, answers, _kept_answers(session) or answers)
+
+
+def _kept_answers(session: Session) -> Answers | None:
+  """The unedited model's answers that runs share, if they shall."""
+  config, model = session.config, session.model
+  if not config.answers:
+    return None
+  about = {
+      'versions': versions(),
+      'model': model.hash,
+      'dtype': config.dtype,
+      'mesh': dict(model.placement.mesh.shape),
+      'batch': config.eval_batch_size,
+  }
+  folder = hosts.own(config.answers)
+  hosts.follow(folder)
+  return KeptAnswers(pathlib.Path(folder), about)
 
 
 def _edit_parts(

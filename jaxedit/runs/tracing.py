@@ -24,7 +24,7 @@ from jaxedit.models import tokenizer as tokenizer_lib
 from jaxedit.models.loading import Model
 from jaxedit.runs import cli, layer_inputs, layer_trials, trace_config
 from jaxedit.runs import config as config_lib
-from jaxedit.runs.cache import TraceFiles
+from jaxedit.runs.cache import ArrayFiles
 from jaxedit.runs.clock import Clock, compile_seconds
 from jaxedit.runs.config import RunConfig
 from jaxedit.runs.method_flags import Chosen
@@ -235,7 +235,7 @@ def _trace(
   _tell(results.notes(settings.num_facts, len(picked), missed, loaded.source))
   output.begin(_stale(output.folder))
   about = {**fact_trace.about(settings, model), 'versions': versions()}
-  pieces = TraceFiles(output.unfinished, about)
+  pieces = ArrayFiles(output.unfinished, about)
   with clock('trace'):
     found = fact_trace.trace_facts(
         settings, model, tokenizer, picked, level,

@@ -38,7 +38,7 @@ def trace_facts(
     picked: facts with the model's answers, which are scored.
     level: of the noise.
     pieces: keeps the traces of each fact, so that an interrupted run can resume,
-      such as `runs.cache.TraceFiles`.
+      such as `runs.cache.ArrayFiles`.
     timer: tells seconds.
     progress: told of cells.
 

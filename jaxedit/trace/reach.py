@@ -86,7 +86,7 @@ def reach(
     pushes: n.
     seed: of the directions, the same for all texts and layers.
     pieces: keeps the result of each text, so that an interrupted run can resume,
-      such as `runs.cache.TraceFiles`; None for nothing.
+      such as `runs.cache.ArrayFiles`; None for nothing.
     progress: told of texts.
 
   Returns:
