@@ -30,7 +30,7 @@ from jaxedit.models import loading
 from jaxedit.models import tokenizer as tokenizer_lib
 from jaxedit.runs import cli, dry_trace, tasks
 from jaxedit.runs import config as config_lib
-from jaxedit.runs.cache import TraceFiles
+from jaxedit.runs.cache import ArrayFiles
 from jaxedit.runs.clock import Clock
 from jaxedit.runs.config import RunConfig
 from jaxedit.runs.output import Output
@@ -131,7 +131,7 @@ def main() -> None:
       model, chat, loaded, edits, spans = load(config, settings)
     output.begin(['results.json'])
     about = {'model': model.hash, 'dtype': config.dtype, 'versions': versions()}
-    pieces = TraceFiles(output.unfinished, about)
+    pieces = ArrayFiles(output.unfinished, about)
     with clock('reach'):
       table = reached(config, settings, model, edits, pieces)
     with clock('locating'):
@@ -177,7 +177,7 @@ def reached(
     settings: ReachConfig,
     model: loading.Model,
     edits: Any,
-    pieces: TraceFiles,
+    pieces: ArrayFiles,
 ) -> list[dict[str, Any]]:
   """Pushes the anchors of passages; by distance, see `passages.by_distance`."""
   layers = tuple(range(0, model.spec.layers - 1, settings.stride))
