@@ -32,6 +32,7 @@ from jaxedit.methods.hypernet.network import (
     Course,
     Job,
     TrainedEditor,
+    TrainingSettings,
     Variables,
 )
 from jaxedit.methods.hypernet.training import Batch, Training, Trial
@@ -126,7 +127,7 @@ def run(
     config: TrainConfig,
     model_config: RunConfig,
     method: Method,
-    settings: Training,
+    settings: TrainingSettings,
     *,
     command: Mapping[str, Any],
     progress: Progress = silent,
@@ -211,7 +212,7 @@ def errors(config: TrainConfig) -> list[str]:
   return ['--out is missing: name a folder for the trained editor']
 
 
-def _with_layers(spec: Any, settings: Training) -> Training:
+def _with_layers(spec: Any, settings: TrainingSettings) -> TrainingSettings:
   """Settings with the layers that are edited; the last three unless given."""
   layers = settings.layers
   if layers is None:
@@ -269,7 +270,7 @@ class Fitted:
       self,
       model: Model,
       method: Method,
-      settings: Training,
+      settings: TrainingSettings,
       records: Examples,
       config: TrainConfig,
   ) -> TrainedEditor:
@@ -385,7 +386,7 @@ class _HypernetJob:
 
 def fit(
     job: Job,
-    settings: Any,
+    settings: TrainingSettings,
     *,
     seed: int,
     minutes: float | None = None,

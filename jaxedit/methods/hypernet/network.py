@@ -25,6 +25,7 @@ import numpy as np
 from jaxedit import io
 from jaxedit.methods.base import Need
 from jaxedit.methods.hypernet import factors as lib
+from jaxedit.methods.settings import setting
 from jaxedit.models.spec import ModelSpec
 from jaxedit.placement import fetch
 from jaxedit.types import Array, EditRequest, InputError, Params, Progress
@@ -67,6 +68,49 @@ class Network(NamedTuple):
       dict[str, lib.Pair],
   ]
   rate_of: Callable[[str, float], float] = lambda path, rate: rate
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSettings:
+  """Settings of every training.
+
+  `metadata` of the fields holds help, unit and source.
+
+  Attributes:
+    edits: records whose deltas are summed before they are judged.
+  """
+
+  layers: tuple[int, ...] | None = setting(
+      None, 'layers to edit, ascending; the last three unless given'
+  )
+  steps: int = setting(100_000, 'batches at most', source='EasyEdit', low=1)
+  rate: float = setting(
+      1e-6, 'learning rate of Adam', source='MEND', low=0, exclusive=True
+  )
+  batch_size: int = setting(
+      8, 'records a step, each with a delta of its own', low=1
+  )
+  edits: int = 1
+  edit_weight: float = setting(
+      0.1, 'weight of the edit loss (cedit)', source='MEND', low=0
+  )
+  accumulate: int = setting(
+      1, 'batches whose gradients are averaged before an update', low=1
+  )
+  clip: float = setting(
+      100.0, 'largest norm of a gradient', source='MEND', low=0, exclusive=True
+  )
+  validate_every: int = setting(
+      1000, 'batches between validations, each with a checkpoint',
+      source='EasyEdit', low=1,
+  )  # fmt: skip
+  patience: int = setting(
+      20_000,
+      'stop after so many batches without a lower held-out loss; 0 never stops,'
+      ' and keeps the last state instead of the best, as EasyEdit does',
+      source='MEND',
+      low=0,
+  )
 
 
 class Job(Protocol):
@@ -113,9 +157,8 @@ class Trainer(NamedTuple):
   """How what a method uses is made and trained.
 
   Attributes:
-    config: a frozen dataclass of settings of training; `training.Training`, or
-      what else `course` asks for with the fields of a run: `layers`, `steps`,
-      `batch_size`, `edits`, `validate_every`, `patience`.
+    config: a subclass of `TrainingSettings`; of `training.Training` without a
+      course of its own.
     network: (spec, maps, its config) -> Network; None with a course of its own.
     small: its config for tests.
     parity: name of a published code -> settings that reproduce it.

@@ -28,7 +28,12 @@ import optax
 
 from jaxedit.methods.hypernet import factors as lib
 from jaxedit.methods.hypernet.factors import Maps, Sequences
-from jaxedit.methods.hypernet.network import Network, Variables, embedding
+from jaxedit.methods.hypernet.network import (
+  Network,
+  TrainingSettings,
+  Variables,
+  embedding,
+)
 from jaxedit.methods.settings import setting
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
@@ -40,22 +45,9 @@ LOCAL_TOKENS = ('answer', 'all', 'after')
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
-  """Settings of training; the defaults are those of MEND's published code.
+class Training(TrainingSettings):
+  """Settings of training; the defaults are those of MEND's published code."""
 
-  `metadata` of the fields holds help, unit and source.
-  """
-
-  layers: tuple[int, ...] | None = setting(
-      None, 'layers to edit, ascending; the last three unless given'
-  )
-  steps: int = setting(100_000, 'batches at most', source='EasyEdit', low=1)
-  rate: float = setting(
-      1e-6, 'learning rate of Adam', source='MEND', low=0, exclusive=True
-  )
-  batch_size: int = setting(
-      8, 'records a step, each with a delta of its own', low=1
-  )
   edits: int = setting(
       1,
       'records whose deltas are summed before they are judged; the batches that'
@@ -67,19 +59,10 @@ class Training:
       'divide the loss of an edit by the tokens of all edits of its batch, as'
       ' EasyEdit does, instead of its own',
   )
-  edit_weight: float = setting(
-      0.1, 'weight of the edit loss (cedit)', source='MEND', low=0
-  )
   locality_weight: float = setting(
       1.0, 'weight of the KL divergence on local prompts (cloc)',
       source='MEND', low=0,
   )  # fmt: skip
-  accumulate: int = setting(
-      1, 'batches whose gradients are averaged before an update', low=1
-  )
-  clip: float = setting(
-      100.0, 'largest norm of a gradient', source='MEND', low=0, exclusive=True
-  )
   outer: str = setting(
       'rephrase',
       'prompt that the edited answer is scored at: a rephrased one, that of the'
@@ -98,17 +81,6 @@ class Training:
       1, 'local prompts a record, of itself and its neighbours in the batch',
       low=1,
   )  # fmt: skip
-  validate_every: int = setting(
-      1000, 'batches between validations, each with a checkpoint',
-      source='EasyEdit', low=1,
-  )  # fmt: skip
-  patience: int = setting(
-      20_000,
-      'stop after so many batches without a lower held-out loss; 0 never stops,'
-      ' and keeps the last state instead of the best, as EasyEdit does',
-      source='MEND',
-      low=0,
-  )
   late_update: bool = setting(
       False,
       'make the first update one batch late, with a sum of one gradient more, as'

@@ -20,7 +20,7 @@ import optax
 
 from jaxedit.methods.base import Need, TextEncoder, check_layers
 from jaxedit.methods.hypernet.factors import Maps, Sequences, maps_of
-from jaxedit.methods.hypernet.network import Course, Variables
+from jaxedit.methods.hypernet.network import Course, TrainingSettings, Variables
 from jaxedit.methods.scope import answers, classifier
 from jaxedit.methods.scope.classifier import NEGATIVES, RULES, ScopeBatch
 from jaxedit.methods.scope.examples import (
@@ -28,7 +28,7 @@ from jaxedit.methods.scope.examples import (
     ScopeExamples,
     example,
 )
-from jaxedit.methods.settings import setting
+from jaxedit.methods.settings import redefault, setting
 from jaxedit.models.encoder import Encoder
 from jaxedit.models.spec import ModelSpec
 from jaxedit.types import Array, Params, Progress
@@ -41,21 +41,24 @@ _LONGEST = 32  # tokens of a text that are read in training, the last ones
 
 
 @dataclasses.dataclass(frozen=True)
-class SeracTraining:
-  """Settings of training.
+class SeracTraining(TrainingSettings):
+  """Settings of training."""
 
-  Attributes:
-    edits: records whose deltas are summed; none here.
-  """
-
-  steps: int = setting(100_000, 'batches at most', source='SERAC', low=1)
-  rate: float = setting(
-      1e-5, 'learning rate of Adam', source='SERAC', low=0, exclusive=True
+  rate: float = redefault(TrainingSettings, 'rate', 1e-5, source='SERAC')
+  batch_size: int = redefault(
+      TrainingSettings, 'batch_size', 10, help='records a step',
+      source='SERAC', low=2,
+  )  # fmt: skip
+  edit_weight: float = redefault(
+      TrainingSettings, 'edit_weight', 0.1, source='SERAC',
+      help='weight of the edit loss (cedit), unsupervised',
+  )  # fmt: skip
+  patience: int = redefault(
+      TrainingSettings, 'patience', 40_000, source='SERAC'
   )
   scope_rate: float = setting(
       1e-3, "learning rate of the sigmoid's two numbers", low=0
   )
-  batch_size: int = setting(10, 'records a step', source='SERAC', low=2)
   rule: str = setting(
       'sigmoid',
       'how a cosine becomes a probability: by a trained sigmoid, or as published'
@@ -111,27 +114,6 @@ class SeracTraining:
       'train the classifier by rephrased and other prompts; without, as EasyEdit'
       ' does, by the answers of a mixture of both models',
   )
-  edit_weight: float = setting(
-      0.1, 'weight of the edit loss (cedit), unsupervised', source='SERAC',
-      low=0,
-  )  # fmt: skip
-  accumulate: int = setting(
-      1, 'batches whose gradients are averaged before an update', low=1
-  )
-  clip: float = setting(
-      100.0, 'largest norm of a gradient', source='SERAC', low=0, exclusive=True
-  )
-  validate_every: int = setting(
-      1000, 'batches between validations, each with a checkpoint',
-      source='EasyEdit', low=1,
-  )  # fmt: skip
-  patience: int = setting(
-      40_000,
-      'stop after so many batches without a lower held-out loss; 0 never stops',
-      source='SERAC',
-      low=0,
-  )
-  edits: int = 1
 
   @property
   def answered(self) -> bool:
