@@ -431,6 +431,29 @@ class DeltaTest(Case):
     rows = list(zip((0, 0, 0, 1), done.records))
     self.assert_judged(TEXT, edited, rows, TEXT.cases)
 
+  def test_a_sequence_is_judged_along_the_way(self):
+    text = dict(max_new_tokens=0, perplexity_text=FACT.text)
+    done = self.succeed(FACT, judge_at='1,2,4', **text)
+    (along,) = done.results['along']  # batches of two; the last one is the end
+    self.assertEqual(along['edits'], 2)
+    half = self.succeed(FACT, num_edits=2, **text).results
+    for name, value in half['metrics']['post'].items():
+      self.assertAlmostEqual(
+          along['metrics']['post'][name], value, delta=1e-5, msg=name
+      )
+    self.assertEqual(along['counts'], {'post': half['counts']['post']})
+    self.assertAlmostEqual(
+        along['perplexity']['value'], half['perplexity']['post']['value'], 3
+    )
+    lines = done.out.splitlines()
+    at = lines.index('after so many edits, of all so far:')
+    self.assertEqual(
+        [x.split()[0] for x in lines[at + 1 :][:3]], ['edits', '2', '4']
+    )
+    refused = FACT.run(judge_at='2', reset=True, max_new_tokens=0)
+    self.assertEqual(refused.code, 2)
+    self.assertIn('--judge_at needs one edited model', refused.err)
+
   @parameterized.parameters('rect', 'prune')
   def test_post(self, post):
     done = self.succeed(FACT, post=post, max_new_tokens=0)

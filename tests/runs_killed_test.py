@@ -126,7 +126,7 @@ class Case(absltest.TestCase):
     ]
     return setup, dict(
         method='alphaedit', data=setup.write(*facts), layers='0,1',
-        batch_size=batch, slots=4, value_steps=15, max_new_tokens=2,
+        batch_size=batch, judge_at='20', slots=4, value_steps=15, max_new_tokens=2,
         eval_batch_size=4, moments_corpus=f'file:{setup.text}',
         moments_tokens=700, context_templates=contexts,
         compilation_cache=True,

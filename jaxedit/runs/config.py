@@ -240,6 +240,12 @@ class RunConfig:
   perplexity_tokens: int = setting(
       20000, 'tokens of it that are scored at most', low=1, high=10**8
   )
+  judge_at: tuple[int, ...] | None = setting(
+      None,
+      'numbers of edits of a sequence after which all so far are judged, as after'
+      ' the last, e.g. 10,100,300; results.json has them as `along`',
+      low=1,
+  )
   show: int = setting(4, 'texts before and after to print', low=0)
   dry_run: bool = setting(
       False,
@@ -308,6 +314,7 @@ def errors(config: RunConfig) -> list[str]:
     single = {
         '--save_model needs': config.save_model,
         '--perplexity_text needs': config.perplexity_text,
+        '--judge_at needs': config.judge_at,
     }
     problems += [
         f'{name} one edited model; --reset makes one a batch: leave one of them'

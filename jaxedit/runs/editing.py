@@ -7,7 +7,7 @@ kept (`checkpoint`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from jaxedit import edited as edited_lib
 from jaxedit.checkpoint import Checkpoint
 from jaxedit.deltas import UNEDITED, Edited
 from jaxedit.edited import files
-from jaxedit.eval import evaluation
+from jaxedit.eval import evaluation, protocols
 from jaxedit.eval.evaluation import Evaluation
 from jaxedit.eval.scorers.base import Scorer
 from jaxedit.methods import base
@@ -37,11 +37,17 @@ class SessionResult:
     edited: the edit; of independent batches, side by side.
     edit_ids: which of them each request belongs to; None for one edit.
     info: of all requests together.
+    along: what judging along the way found, in order; plain JSON types.
   """
 
   edited: Edited
   edit_ids: tuple[int, ...] | None
   info: Info
+  along: tuple[Mapping[str, Any], ...] = ()
+
+
+# (the edit so far, indices of its requests, how they went) -> what was found.
+Judge = Callable[[Edited, Sequence[int], Info], Mapping[str, Any]]
 
 
 class Stores(NamedTuple):
@@ -65,6 +71,7 @@ def edit(
     state: Any,
     stores: Stores | None = None,
     progress: Progress = silent,
+    judge_along: Judge | None = None,
 ) -> SessionResult:
   """Makes all edits of a session, by its protocol.
 
@@ -73,6 +80,7 @@ def edit(
     state: what the editor's `init` returned.
     stores: where targets and checkpoints are saved; None saves nothing.
     progress: progress display.
+    judge_along: judges a sequence where its config asks for it.
 
   Returns:
     The edit, or independent edits side by side.
@@ -80,7 +88,7 @@ def edit(
   cache = None if stores is None else stores.targets
   if session.config.reset:
     return _edit_independent(session, state, Run(cache, progress))
-  outcome = _edit_in_sequence(session, state, stores, progress)
+  outcome = _edit_in_sequence(session, state, stores, progress, judge_along)
   edited = session.editor.finish(session.model, outcome.edited)
   return dataclasses.replace(outcome, edited=edited)
 
@@ -109,21 +117,24 @@ def _edit_in_sequence(
     state: Any,
     stores: Stores | None,
     progress: Progress,
+    judge_along: Judge | None,
 ) -> SessionResult:
   """Edits batch after batch, each on the model that the last one left."""
   config, model = session.config, session.model
-  batches = batches_of(session.cases, config.batch_size)
-  total, infos, first = UNEDITED, [], 0
+  order = protocols.sequence(config.batch_size, judge_at=config.judge_at or ())
+  steps = list(order.steps(session.cases))
+  total, infos, along, first = UNEDITED, [], [], 0
   checkpoint, start = None, state
-  if stores is not None and len(batches) > 1:
+  if stores is not None and len(steps) > 1:
     checkpoint = Checkpoint(stores.output.unfinished / 'sequence')
     found = checkpoint.restore()
     if found is not None:
       step, arrays, record = found
       first = step + 1
       total, state, infos = _unpacked(arrays, record, state)
+      along = list(record['along'])
   earlier = digest()
-  for number, indices in enumerate(batches):
+  for number, (indices, judged) in enumerate(steps):
     encoded = [session.encoded[i] for i in indices]
     if number >= first:
       cache = None
@@ -148,14 +159,20 @@ def _edit_in_sequence(
       else:
         total = edited_lib.add(total, result.edited)
       infos.append(result.info)
-      if checkpoint is not None and number + 1 < len(batches):
+      last = number + 1 == len(steps)
+      if judged and judge_along and not last:  # after the last all are anyway
+        finished = session.editor.finish(model, total)
+        found = judge_along(finished, judged, base.join_infos(infos))
+        along.append({'edits': len(judged), **found})
+      if checkpoint is not None and not last:
         # What a memory holds is in its state as well.
         kept_sum = UNEDITED if session.editor.cumulative else total
-        checkpoint.save(number, *_packed(kept_sum, state, start, infos))
+        arrays, record = _packed(kept_sum, state, start, infos)
+        checkpoint.save(number, arrays, {**record, 'along': along})
     earlier = digest(earlier, *map(edit_digest, encoded))
   deltas = tuple(map(edited_lib.compact, total.deltas))
   return SessionResult(
-      total.replace(deltas=deltas), None, base.join_infos(infos)
+      total.replace(deltas=deltas), None, base.join_infos(infos), tuple(along)
   )
 
 

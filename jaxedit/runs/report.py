@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxedit import edited as edited_lib
@@ -27,6 +27,11 @@ _RESULTS = ('results.json', 'records.jsonl', 'delta.safetensors', 'deltas')
 # What a run that is refused takes back.
 WRITTEN = (*_RESULTS, 'model', 'templates.json', 'moments.safetensors')
 _LISTED = 5  # skipped records that are told at once; results.json has all
+# What is printed of a sequence along the way, where it was measured.
+_ALONG = (
+    'reliability', 'generalization', 'locality_agreement', 'es', 'ps', 'ns',
+    'question/rouge_l_f1', 'paraphrase/rouge_l_f1',
+)  # fmt: skip
 _PERPLEXITY_TOKENS = 512  # a window
 _PERPLEXITY_BYTES = 1 << 31  # of its file
 _PERPLEXITY_CHARACTERS = 32  # read for each token that is scored
@@ -343,8 +348,40 @@ def lines(
         f' {new:.2f} after ({fluency["post"]["tokens"]} tokens)'
     )
   count = len(session.loaded.requests)
+  if along := results.get('along'):
+    found += ['', *_along(along, after, results)]
   found.append(
       f'\n{count} edits in {clock.seconds["total"]:.0f} s; results in'
       f' {session.config.folder}'
   )
   return found
+
+
+def _along(
+    along: Sequence[Mapping[str, Any]],
+    after: Evaluation,
+    results: Mapping[str, Any],
+) -> list[str]:
+  """A table of a sequence that was judged along the way.
+
+  Args:
+    along: as results.json has it.
+    after: the evaluation after the last edit.
+    results: of the run.
+  """
+  points = [(one['edits'], one['metrics']['post']) for one in along]
+  last = {name: one['mean'] for name, one in after.summary.items()}
+  points.append((len(after.per_record), last))
+  fluency = [one['perplexity']['value'] for one in along if 'perplexity' in one]
+  if fluency:
+    fluency.append(results['perplexity']['post']['value'])
+  names = [n for n in _ALONG if n in last]
+  head = ['edits', *names, *['perplexity'][: len(fluency)]]
+  rows = [
+      [f'{edits}', *(f'{values[n]:.3f}' for n in names)]
+      + [f'{x:.2f}' for x in fluency[i : i + 1]]
+      for i, (edits, values) in enumerate(points)
+  ]
+  sizes = [max(map(len, column)) for column in zip(head, *rows)]
+  line = lambda row: '  '.join(x.rjust(n) for x, n in zip(row, sizes))
+  return ['after so many edits, of all so far:', *map(line, [head, *rows])]

@@ -126,6 +126,8 @@ def _work(
   }
   if fluency:
     results['perplexity'] = fluency
+  if outcome.along:
+    results['along'] = outcome.along
   if config.save_model:
     with clock('save_model'):
       results['saved'], saved = _save_and_judge(
@@ -178,11 +180,27 @@ def _edit_parts(
     progress: Progress,
 ) -> tuple[SessionResult, Evaluation]:
   """Edits, saves and judges all requests, part by part."""
+
+  def judge_along(edited: Edited, indices: Sequence[int], info: Any):
+    some = session.part(indices)
+    with clock('evaluate_along'):
+      after = editing.judge(
+          some,
+          SessionResult(edited, None, info),
+          scorers,
+          before=evaluation.select(before, indices),
+          answers=stores.answers,
+          progress=progress,
+      )
+    marked = edit_reports.edit_reports(some, info).marked(after, after=True)
+    fluency = report.perplexity(session, edited, 'perplexity', clock, progress)
+    return report.tables({'post': marked}) | fluency
+
   parts, done = session.parts(), []
   for number, indices in enumerate(parts, 1):
     single = len(parts) == 1
     part = session if single else session.part(indices)
-    outcome = editing.edit(part, state, stores, progress)
+    outcome = editing.edit(part, state, stores, progress, judge_along)
     clock.add(outcome.info.seconds)
     if single:  # where nothing could be written there is nothing to judge
       editing.require_some(outcome.info, stores.output)

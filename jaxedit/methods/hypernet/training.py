@@ -29,10 +29,10 @@ import optax
 from jaxedit.methods.hypernet import factors as lib
 from jaxedit.methods.hypernet.factors import Maps, Sequences
 from jaxedit.methods.hypernet.network import (
-  Network,
-  TrainingSettings,
-  Variables,
-  embedding,
+    Network,
+    TrainingSettings,
+    Variables,
+    embedding,
 )
 from jaxedit.methods.settings import setting
 from jaxedit.models import decoder
