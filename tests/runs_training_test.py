@@ -15,10 +15,10 @@ from editing_runs import fact
 
 from experiments import edit, train_editor
 from jaxedit.methods.hypernet import network, training
+from jaxedit.methods.hypernet.examples import Example, shapes_of
 from jaxedit.methods.hypernet.factors import Text
 from jaxedit.models import loading
 from jaxedit.runs import training as runs_training
-from jaxedit.runs.training_data import Example, shapes_of
 
 _FIRST = 'Danielle Toko Sydney Paris France Yasuda'.split()
 _LAST = 'Wellington Madrid Spain Tower'.split()

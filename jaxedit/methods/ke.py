@@ -36,6 +36,7 @@ from jaxedit.methods.base import Method
 from jaxedit.methods.hypernet import editor as editor_lib
 from jaxedit.methods.hypernet import factors as factors_lib
 from jaxedit.methods.hypernet import network as network_lib
+from jaxedit.methods.hypernet.course import course_of
 from jaxedit.methods.hypernet.editor import HypernetConfig
 from jaxedit.methods.hypernet.training import Training
 from jaxedit.methods.settings import setting
@@ -231,6 +232,7 @@ def _modulated(
 
 _TRAINER = network_lib.Trainer(
     KeTraining,
+    course_of(network),
     network,
     small=KeTraining(
         layers=(0, 1), lstm_width=6, condition_width=7, inner_width=5,

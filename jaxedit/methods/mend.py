@@ -34,6 +34,7 @@ from jaxedit.methods.base import Method
 from jaxedit.methods.hypernet import editor as editor_lib
 from jaxedit.methods.hypernet import factors as factors_lib
 from jaxedit.methods.hypernet import network as network_lib
+from jaxedit.methods.hypernet.course import course_of
 from jaxedit.methods.hypernet.editor import HypernetConfig
 from jaxedit.methods.hypernet.training import Training
 from jaxedit.methods.settings import setting
@@ -243,6 +244,7 @@ def merge(known: Mapping[str, Array], new: Any) -> dict[str, Array]:
 _LATE = {'one_rate': True, 'late_update': True, 'accumulate': 10}
 _TRAINER = network_lib.Trainer(
     MendTraining,
+    course_of(network),
     network,
     small=MendTraining(layers=(0, 1), rank=5, step_size=3.0, descend=True),
     parity={

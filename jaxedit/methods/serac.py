@@ -223,7 +223,7 @@ def _with_deltas(editor: Editor, trained: Trained) -> Editor:
 
 _TRAINER = Trainer(
     SeracTraining,
-    None,
+    COURSE,
     small=SeracTraining(),
     parity={
         'serac': {
@@ -240,7 +240,6 @@ _TRAINER = Trainer(
             'patience': 0,
         },
     },
-    course=COURSE,
 )
 
 METHOD = Method(

@@ -11,13 +11,12 @@ and the step, and the checkpoint holds all that a step changes.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,21 +25,18 @@ import numpy as np
 from jaxedit import io
 from jaxedit.checkpoint import Checkpoint
 from jaxedit.convert import hub
-from jaxedit.methods.base import Method, check_layers
-from jaxedit.methods.hypernet import factors, network, training
+from jaxedit.methods.base import Method
+from jaxedit.methods.hypernet import factors, network
 from jaxedit.methods.hypernet.network import (
-    Course,
     Job,
     TrainedEditor,
     TrainingSettings,
     Variables,
 )
-from jaxedit.methods.hypernet.training import Batch, Training, Trial
 from jaxedit.methods.settings import setting
 from jaxedit.models import loading
 from jaxedit.models import tokenizer as tokenizer_lib
 from jaxedit.models.loading import Model
-from jaxedit.numerics import wide
 from jaxedit.placement import fetch
 from jaxedit.runs import cli
 from jaxedit.runs import needs as needs_lib
@@ -48,10 +44,7 @@ from jaxedit.runs.config import RunConfig
 from jaxedit.runs.output import Output
 from jaxedit.runs.provenance import versions
 from jaxedit.runs.training_data import (
-    Example,
     Examples,
-    Prepared,
-    example,
     load,
 )
 from jaxedit.text.token_cache import TokenCache
@@ -160,7 +153,7 @@ def run(
         progress=progress,
     )
     spec = loading.open_model(folder)[2].spec
-    course = course_of(method)
+    course = method.trainer.course
     for need in course.needs:
       needs_lib.check(model_config, need)
     settings = course.settled(spec, settings)
@@ -210,15 +203,6 @@ def errors(config: TrainConfig) -> list[str]:
   if config.output_dir:
     return []
   return ['--out is missing: name a folder for the trained editor']
-
-
-def _with_layers(spec: Any, settings: TrainingSettings) -> TrainingSettings:
-  """Settings with the layers that are edited; the last three unless given."""
-  layers = settings.layers
-  if layers is None:
-    layers = tuple(range(spec.layers))[-3:]
-  check_layers(spec, layers)
-  return dataclasses.replace(settings, layers=layers)
 
 
 def notes(config: TrainConfig, records: Examples) -> list[str]:
@@ -317,71 +301,6 @@ class Fitted:
     if self.skipped:
       found.append(f'{self.skipped} batches left out: gradient not finite')
     return found
-
-
-def course_of(method: Method) -> Course:
-  """How a method's editor is trained."""
-  return method.trainer.course or Course(
-      (), _with_layers, example, functools.partial(_HypernetJob, method)
-  )
-
-
-class _HypernetJob:
-  """A `network.Job` of a hyper-network."""
-
-  about: Mapping[str, Any] = types.MappingProxyType({})
-
-  def __init__(
-      self,
-      method: Method,
-      model: Model,
-      settings: Training,
-      train: Sequence[Example],
-      held_out: Sequence[Example],
-      resources: Any,
-      progress: Progress,
-  ):
-    del resources
-    maps = factors.maps_of(model.spec, settings.layers)
-    made = method.trainer.network(model.spec, maps, settings)
-    self._trial = Trial(model.spec, maps, made, settings)
-    self._params = model.params
-    size = settings.batch_size
-    self._train = Prepared(model, maps, train, progress, size)
-    self._held_out = Prepared(model, maps, held_out, progress)
-
-  def start(self, seed: int) -> training.State:
-    """See `network.Job`."""
-    dtype = wide(self._params['embed']['embedding'].dtype)
-    return training.start(self._trial, seed, dtype)
-
-  def step(self, state: training.State, batch: Batch) -> tuple[Any, Any]:
-    """See `network.Job`."""
-    return training.step(self._trial, self._params, state, batch)
-
-  def judge(self, variables: Variables | None) -> dict[str, float]:
-    """See `network.Job`."""
-    config, sums = self._trial.config, None
-    far = np.full(config.batch_size, config.outer != 'edit')
-    for indices in self._held_out.everything(config.batch_size):
-      batch = self._held_out.batch(indices, config.batch_size, far)
-      found = training.judge(self._trial, self._params, variables, batch)
-      sums = found if sums is None else jax.tree.map(jax.numpy.add, sums, found)
-    return {
-        'loss': float(training.total(config, sums)),
-        'nll': float(sums.nll / sums.tokens),
-        'kl': float(sums.kl / sums.local_tokens),
-        'right': float(sums.right / sums.outers),
-    }
-
-  def batches(self, seed: int) -> Iterator[Callable[[], Batch]]:
-    """See `network.Job`."""
-    settings = self._trial.config
-    size = settings.batch_size
-    for epoch in itertools.count():
-      for indices in self._train.epoch(size, (seed, epoch)):
-        outer = _outer(settings, (seed, epoch, indices[0]), size)
-        yield functools.partial(self._train.batch, indices, size, outer)
 
 
 def fit(
@@ -563,10 +482,3 @@ class _Fitting:
         stopped,
         self._job.about,
     )
-
-
-def _outer(settings: Training, seed: Any, size: int) -> np.ndarray:
-  """[B] bool, which records are asked their rephrased prompt."""
-  if settings.outer == 'mixed':
-    return np.random.default_rng(seed).random(size) < 0.5
-  return np.full(size, settings.outer == 'rephrase')

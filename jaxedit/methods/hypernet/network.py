@@ -157,19 +157,18 @@ class Trainer(NamedTuple):
   """How what a method uses is made and trained.
 
   Attributes:
-    config: a subclass of `TrainingSettings`; of `training.Training` without a
-      course of its own.
-    network: (spec, maps, its config) -> Network; None with a course of its own.
+    config: a subclass of `TrainingSettings`.
+    course: how it is trained.
+    network: (spec, maps, its config) -> Network; None where it is none.
     small: its config for tests.
     parity: name of a published code -> settings that reproduce it.
-    course: how it is trained; None for a hyper-network.
   """
 
   config: type
-  network: Callable[[ModelSpec, lib.Maps, Any], Network] | None
-  small: Any
+  course: Course
+  network: Callable[[ModelSpec, lib.Maps, Any], Network] | None = None
+  small: Any = None
   parity: Mapping[str, Mapping[str, Any]] = types.MappingProxyType({})
-  course: Course | None = None
 
 
 @dataclasses.dataclass(frozen=True)
