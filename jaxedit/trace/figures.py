@@ -26,7 +26,7 @@ from jaxedit.trace import effects
 # Ink and paper of every figure; a page puts its own colours in their place.
 INK, PAPER = '#1b1e24', '#ffffff'
 MAPS = {'hidden': 'Purples', 'mlp': 'Greens', 'attn': 'Reds'}
-_LINES = ('#0072b2', '#56b4e9', '#d55e00', '#e69f00', '#009e73', '#cc79a7')
+LINES = ('#0072b2', '#56b4e9', '#d55e00', '#e69f00', '#009e73', '#cc79a7')
 _STRONG = (2, 5)  # last subject token, last token
 # Restoration -> its name in the plot of severed paths, and its colour.
 _SEVERED = {
@@ -127,11 +127,11 @@ def effect_lines(average: effects.Average, *, name: str, window: int) -> Any:
       if np.isnan(mean).all():
         continue
       axes.plot(
-          np.arange(len(mean)), mean, color=_LINES[row],
+          np.arange(len(mean)), mean, color=LINES[row],
           linewidth=2 if row in _STRONG else 1.2,
           label=f'{role} ({average.count[row]})',
       )  # fmt: skip
-      _band(axes, mean, half, color=_LINES[row])
+      _band(axes, mean, half, color=LINES[row])
     _effects(axes)
     _layers(axes, average.mean.shape[1], name, window)
     figure.legend(loc='outside lower center', ncols=2, fontsize=8)
