@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxedit import edited as edited_lib
@@ -44,6 +45,7 @@ from jaxedit.models.loading import Model
 from jaxedit.models.spec import ModelSpec
 from jaxedit.placement import Placement, place_by
 from jaxedit.runs import editing, needs
+from jaxedit.runs.cache import digest
 from jaxedit.runs.config import RunConfig
 from jaxedit.runs.tasks import sample_contexts
 from jaxedit.targets.budget import plan_batches
@@ -54,6 +56,17 @@ from jaxedit.text.token_cache import TokenCache
 from jaxedit.types import EditRequest, InputError, Probe, Progress, silent
 
 _CHUNK_SETTINGS = ('window', 'overlap', 'boundary')
+# Settings of a run: where what a method needs is from.
+_SOURCES = (
+    'demonstrations',
+    'demonstrations_limit',
+    'encoder',
+    'moments_corpus',
+    'moments_tokens',
+    'preserve',
+    'preserve_count',
+    'preserve_tokens',
+)
 
 
 def _on_its_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -175,7 +188,7 @@ def editor(spec: ModelSpec, method: str = 'memit', **settings: Any) -> Editor:
   Args:
     spec: the architecture.
     method: its id in `METHODS`.
-    **settings: of the method, see `METHODS[method].config`.
+    **settings: of the method, see `METHODS[method].settings`.
 
   Returns:
     `Editor(needs, init, edit, ...)`.
@@ -223,7 +236,9 @@ def edit(
       kept for the next call, unless given.
     seed: of all that is sampled.
     progress: progress display.
-    **settings: of the method.
+    **settings: of the method, see `METHODS[method].settings`; and where its
+      needs are from, as the flags say: 'demonstrations' (IKE), 'preserve' (UnKE,
+      WISE, T-Patcher), 'encoder', 'moments_corpus', 'moments_tokens'.
 
   Returns:
     The edited model.
@@ -247,13 +262,17 @@ def edit(
     chunked = found.chunkable
   chunked = chunked and kind == 'text'
   cut = {k: settings.pop(k) for k in _CHUNK_SETTINGS if k in settings}
+  sources = {k: settings.pop(k) for k in _SOURCES if k in settings}
   config = configure(found.published(kind, chunked), settings)
   if chunked:
     config = anyedit_lib.anyedit(config, **cut)
   made = found.editor(model.spec, config)
   tokens = TokenCache(model.tokenizer)
-  run = RunConfig(
-      seed=seed, moments=None if moments is None else os.fspath(moments)
+  run = configure(
+      RunConfig(
+          seed=seed, moments=None if moments is None else os.fspath(moments)
+      ),
+      sources,
   )
   if kind == 'fact':
     if not found.contexts:
@@ -407,20 +426,37 @@ class EditedModel:
       InputError: the edit cannot be merged, or the folder cannot be written.
     """
     model = self.model
+    changed = [
+        (edited_lib.path(delta), layer)
+        for delta in self.edited.deltas
+        for layer in delta.layers
+    ]
     if folder is not None:
       merged = edited_lib.apply(model.params, self.edited, dtype=jnp.float32)
-      changed = [
-          (edited_lib.path(delta), layer)
-          for delta in self.edited.deltas
-          for layer in delta.layers
-      ]
       saving.save_model(
           model.folder, folder, model.spec, merged, changed=changed
       )
     params = edited_lib.apply(model.params, self.edited)
+    # What is kept for a model by its hash, such as moments, is not for another.
+    what = digest(changed, *map(np.asarray, jax.tree.leaves(self.edited)))
     return dataclasses.replace(
-        model, params=params, hash=f'{model.hash} edited'
+        model, params=params, hash=f'{model.hash} edited {what}'
     )
+
+  def select(self, edit_id: int) -> EditedModel:
+    """Picks one of the edits side by side, e.g. to merge it.
+
+    Args:
+      edit_id: which one, counted from 0.
+
+    Returns:
+      The model under that edit alone; `info` stays that of all.
+
+    Raises:
+      InputError: there is no such edit, or only one.
+    """
+    one = edited_lib.select(self.edited, edit_id)
+    return dataclasses.replace(self, edited=one)
 
   def revert(self) -> Model:
     """Returns the unedited model, which no edit has touched."""
@@ -433,6 +469,7 @@ def evaluate(
     requests: Sequence[EditRequest | Mapping[str, Any]],
     *,
     before: Evaluation | None = None,
+    chat: str | None = None,
     max_new_tokens: int | None = None,
     edit_ids: Sequence[int] | None = None,
     seed: int = 0,
@@ -444,6 +481,8 @@ def evaluate(
     model: edited or not.
     requests: with the probes that they are judged by.
     before: the unedited model's evaluation of the same requests.
+    chat: words around prompts, see `edit`; of an edited model those that `edit`
+      was told, unless given.
     max_new_tokens: length of generated texts; 16 for facts and 512 for long
       answers unless given, 0 generates none.
     edit_ids: with edits side by side, which one each request is judged under;
@@ -463,16 +502,16 @@ def evaluate(
   loaded, tokens = model.model, TokenCache(model.model.tokenizer)
   scorers: list[Any] = []
   if any(one.subject is not None for one in wanted):
-    chat = _chat_of(loaded, model.chat, 'fact')
-    scorers.append(TeacherForced(tokens, chat))
+    words = _chat_of(loaded, chat or model.chat, 'fact')
+    scorers.append(TeacherForced(tokens, words))
     if max_new_tokens != 0:
-      stop = stop_ids(loaded.tokenizer, loaded.spec.vocab, chat.end)
-      scorers.append(FreeGeneration(tokens, stop, max_new_tokens or 16, chat))
+      stop = stop_ids(loaded.tokenizer, loaded.spec.vocab, words.end)
+      scorers.append(FreeGeneration(tokens, stop, max_new_tokens or 16, words))
   elif max_new_tokens != 0:
-    chat = _chat_of(loaded, model.chat, 'text')
-    stop = end_ids(loaded.tokenizer, loaded.spec.vocab, chat.end)
+    words = _chat_of(loaded, chat or model.chat, 'text')
+    stop = end_ids(loaded.tokenizer, loaded.spec.vocab, words.end)
     scorers.append(
-        LongForm(tokens, chat, stop, max_new_tokens=max_new_tokens or 512)
+        LongForm(tokens, words, stop, max_new_tokens=max_new_tokens or 512)
     )
   return evaluation.evaluate(
       model.open(),

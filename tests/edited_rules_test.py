@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 import tempfile
 
+import chex
 import edits
 import jax.numpy as jnp
 import numpy as np
@@ -112,6 +113,22 @@ class RuleTest(parameterized.TestCase):
       lm.generate([[4, 5]] * 3, max_new_tokens=4)
     self.assertLen(caught.exception.problems, 2)
 
+  def test_edits_side_by_side_are_merged_one_by_one(self):
+    both = Edited(deltas_of('low_rank', 2), size=2)
+    front = api.EditedModel(model(), both, None)
+    with self.assertRaisesRegex(InputError, 'select one of them'):
+      front.merge()
+    merged = [front.select(i).merge() for i in range(2)]
+    for i, one in enumerate(merged):
+      want = edited_lib.apply(model().params, edited_lib.select(both, i))
+      chex.assert_trees_all_equal(one.params, want)
+    # Each is a model of its own to what is kept by a model's hash.
+    self.assertLen({model().hash, *(one.hash for one in merged)}, 3)
+    again = front.select(0).merge()
+    self.assertEqual(again.hash, merged[0].hash)
+    with self.assertRaisesRegex(InputError, 'edit 2 was asked for'):
+      front.select(2)
+
   def test_what_cannot_be_merged_or_written(self):
     params = model().params
     folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
@@ -168,8 +185,8 @@ class RefusalTest(parameterized.TestCase):
     many = open_model(model(), Edited(deltas_of(name, 3), size=3))
     one = open_model(model(), Edited(deltas_of(name)))
     for lm, ids, words in (
-        (many, None, 'exactly where there are some'),
-        (one, [0, 0], 'exactly where there are some'),
+        (many, None, '3 independent edits lie side by side: let edit_ids'),
+        (one, [0, 0], 'where no edits lie side by side'),
         (many, [0], 'edit_ids has 1 entries for 2'),
         (many, [0, 1, 2], 'edit_ids has 3 entries for 2'),
         (many, [0, 3], 'edit_ids has 3; the model has edits 0 to 2'),

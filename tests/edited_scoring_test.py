@@ -216,9 +216,9 @@ class ScoreTest(parameterized.TestCase):
     score(spec, params, rows, stack, edit_ids=[0, 2])
     score(spec, params, rows, one)
     for edited, edit_ids, words in (
-        (stack, None, 'exactly where there are some'),
-        (one, [0, 0], 'exactly where there are some'),
-        (UNEDITED, [0, 0], 'exactly where there are some'),
+        (stack, None, '3 independent edits lie side by side: let edit_ids'),
+        (one, [0, 0], 'where no edits lie side by side'),
+        (UNEDITED, [0, 0], 'where no edits lie side by side'),
         (stack, [0], 'edit_ids has 1 entries for 2'),
         (stack, [0, 3], 'edit_ids has 3; the model has edits 0 to 2'),
         (stack, [-1, 2], 'edit_ids has -1; the model has edits 0 to 2'),

@@ -209,8 +209,11 @@ class AnswersTest(parameterized.TestCase):
     self.assertLen(caught.exception.problems, len(words))
     for problem, part in zip(caught.exception.problems, words):
       self.assertIn(part, problem)
-    for edited, edit_ids in ((stack, None), (UNEDITED, EDIT_IDS)):
-      with self.assertRaisesRegex(InputError, 'exactly where there are some'):
+    for edited, edit_ids, words in (
+        (stack, None, '3 independent edits lie side by side: let edit_ids'),
+        (UNEDITED, EDIT_IDS, 'where no edits lie side by side'),
+    ):
+      with self.assertRaisesRegex(InputError, words):
         self.write(edited, edit_ids=edit_ids)
     with self.assertRaisesRegex(InputError, 'streams has 1 entries for 6'):
       self.write(streams=[3])

@@ -7,6 +7,7 @@ asks of the others.
 from __future__ import annotations
 
 import functools
+import json
 import pathlib
 import tempfile
 import types
@@ -16,8 +17,9 @@ import numpy as np
 import text_tokenizers
 from absl.testing import absltest, parameterized
 
+from jaxedit import api, retrieval
 from jaxedit import edited as edited_lib
-from jaxedit import retrieval
+from jaxedit.convert import hub
 from jaxedit.deltas import Edited
 from jaxedit.edited import Query, open_model, scoring
 from jaxedit.edited.prompting import Fact, FactMemory, edit_distance, plain_key
@@ -245,6 +247,29 @@ class MethodTest(parameterized.TestCase):
     asked = [sum(text.startswith(p) for text in kinds)
              for p in ('One asks where', 'Wellington is in Oz')]  # fmt: skip
     self.assertEqual(asked, [1, 2])
+
+  @mock.patch.object(hub, 'load_encoder', lambda *_: ENCODER)
+  def test_the_library_takes_what_a_method_needs_by_the_names_of_flags(self):
+    pool = [
+        {
+            'prompt': one.prompt, 'subject': one.subject, 'target_new': 'Fiji',
+            'target_true': 'Oz', 'paraphrases': [one.probes[0].prompt],
+            'neighbours': ['Wellington is in'],
+        }
+        for one in POOL
+    ]  # fmt: skip
+    folder = self.enterContext(tempfile.TemporaryDirectory())
+    path = pathlib.Path(folder) / 'pool.jsonl'
+    path.write_text('\n'.join(map(json.dumps, pool)), 'utf-8')
+    edit = functools.partial(
+        api.edit, model(), REQUESTS[0], 'ike', demonstration_count=4
+    )
+    text = read(edit(demonstrations=str(path)).edited, 'Where?')
+    self.assertEqual(text.count('New Fact: town A'), 4)
+    with self.assertRaisesRegex(InputError, 'demonstrations is missing'):
+      edit()
+    with self.assertRaisesRegex(InputError, 'demonstrations_limit is 0'):
+      edit(demonstrations=str(path), demonstrations_limit=0)
 
   def test_a_prompt_out_of_scope_is_answered_bit_for_bit(self):
     tokenizer = model().tokenizer

@@ -63,6 +63,11 @@ class NewMethodTest(editing_runs.Case):
     with editing_runs.programs.defined(anyedit_batch) as names:
       self.assertNoCommonElements(FLAGS, names)  # it takes facts alone
 
+  def test_settings_are_listed_by_the_names_of_flags(self):
+    settings = registry.METHODS['toy'].settings
+    self.assertContainsSubset([*FLAGS, 'layers'], settings)
+    self.assertEqual(settings['toy_times'].default, 2)
+
   def test_table_of_the_documentation(self):
     table = method_flags.table()
     self.assertIn('| [`toy`](#toy) | a toy | facts | [arXiv 0000.00', table)

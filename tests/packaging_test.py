@@ -238,6 +238,7 @@ PAGES = (
     'docs/glossary.md',
     'docs/lab_notes.md',
     'docs/methods.md',
+    'docs/scaling.md',
     'docs/tracing.md',
 )
 _FENCE = re.compile(r'^```.*?^```', re.MULTILINE | re.DOTALL)

@@ -40,10 +40,6 @@ from jaxedit.types import (
 )
 
 OUTPUT_SITES = ('attn', 'mlp', 'block')
-_EDIT_IDS = (
-    'edit_ids say which of the edits side by side a prompt is under: give them'
-    ' exactly where there are some'
-)
 
 
 class LanguageModel(Protocol):
@@ -170,7 +166,7 @@ def apply_model(
         ' tokens follows; use `open_model`'
     )
   if (edited.size is None) != (edit_ids is None):
-    raise InputError(_EDIT_IDS)
+    raise InputError(_edit_ids_error(edited.size))
   if edited.size is not None and any(map(_is_small, edited.deltas)):
     raise InputError(
         'edits side by side change biases or scales, which are merged before a'
@@ -209,6 +205,16 @@ def enter(
     params = algebra.apply(params, Edited((delta,)), dtype=dtype)
   rest = [d for d in deltas if not _is_small(d)]
   return params, tuple(sorted(rest, key=lambda d: not d.mergeable))
+
+
+def _edit_ids_error(size: int | None) -> str:
+  """Says why `edit_ids` must be given, or must not."""
+  if size is None:
+    return 'edit_ids are given where no edits lie side by side: leave them out'
+  return (
+      f'{size} independent edits lie side by side: let edit_ids say which of'
+      f' them, 0 to {size - 1}, each prompt is under'
+  )
 
 
 def _is_small(delta: SiteDelta) -> bool:
@@ -438,7 +444,7 @@ class _EditedModel:
     """Says what is wrong with `edit_ids`."""
     size = self._edited.size
     if (size is None) != (edit_ids is None):
-      return [_EDIT_IDS]
+      return [_edit_ids_error(size)]
     if size is None:
       return []
     problems = []

@@ -30,7 +30,7 @@ from jaxedit import io
 from jaxedit.batching.plan import BatchPlan
 from jaxedit.deltas import Edited, SiteDelta
 from jaxedit.methods.config import MethodConfig
-from jaxedit.methods.settings import configure
+from jaxedit.methods.settings import Setting, configure, settings_of
 from jaxedit.models.spec import ModelSpec
 from jaxedit.planning.stages import Stage
 from jaxedit.targets import TargetCache, Work
@@ -321,6 +321,11 @@ class Method:
   proposals: Mapping[str, Callable[[Any, ProposalInputs], Proposal]] = (
       dataclasses.field(default_factory=dict)
   )
+
+  @property
+  def settings(self) -> dict[str, Setting]:
+    """Its settings by name: those of its flags and of `jaxedit.edit`."""
+    return settings_of(self.config)
 
   def configure(self, **given: Any) -> Any:
     """Makes a config; see `settings.configure`."""
