@@ -157,17 +157,23 @@ class PackedSequences:
   padded to long ones; only attention sees sequences. Takes the place of a
   `TokenLayout` for activations of shape [1, N, ...].
 
+  Sequences may be kept in shards: the first B / shards sequences have their
+  tokens among the first N / shards, and so on. Devices that hold a shard each
+  then exchange no tokens.
+
   Attributes:
     layout: [B, T] layout of the sequences, padded.
     index: [B, T] int32 index into the packed axis; N at padding.
     row: [N] int32 sequence of a packed token; B where there is no token.
     column: [N] int32 index of a packed token in its sequence.
+    shards: equal parts of both axes, static; they divide B and N.
   """
 
   layout: TokenLayout
   index: Array
   row: Array
   column: Array
+  shards: int = flax.struct.field(pytree_node=False, default=1)
 
 
 @flax.struct.dataclass
@@ -179,7 +185,7 @@ class OutputTokens:
   Attributes:
     index: [O] int32 index into the packed axis; N where there is none.
     rows: the output tokens as packed sequences, O tokens of the same B
-      sequences.
+      sequences, in as many shards.
   """
 
   index: Array

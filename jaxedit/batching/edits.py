@@ -6,6 +6,7 @@ chunks an edit, P' prefix tokens of all sequences, O output tokens.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import flax
@@ -63,7 +64,7 @@ def pack_edits(
     plan: BatchPlan,
     batch_shape: BatchShape,
 ) -> Iterator[PackedBatch]:
-  """Packs whole sequences of edits, in order.
+  """Packs whole sequences of edits, in order, one shard after the other.
 
   Args:
     edits: the batch.
@@ -80,9 +81,23 @@ def pack_edits(
       for one in spans
   ]
   shape, (tokens, length) = batch_shape.prefill_shape, batch_shape.prefix_shape
-  for part in packer.groups(loads, (shape[1], tokens), most=shape[0]):
+  slots, *limits = (
+      n // batch_shape.shards for n in (*shape[:2], tokens)
+  )  # of a shard
+  parts = packer.groups(loads, limits, most=slots)
+  while batch := list(itertools.islice(parts, batch_shape.shards)):
+    part = slice(batch[0].start, batch[-1].stop)
+    at = [np.arange(one.stop - one.start) for one in batch]
+    at = np.concatenate([d * slots + x for d, x in enumerate(at)])
     sequences = [sequence for one in spans[part] for sequence in one]
-    packed, cut = _pack(sequences, order[part], shape, width=plan.rows)
+    packed, cut = _pack(
+        sequences,
+        order[part],
+        shape,
+        width=plan.rows,
+        at=at,
+        shards=batch_shape.shards,
+    )
     begin = np.zeros_like(cut)
     prefix = packer.select(packed.rows, begin, cut, width=length, budget=tokens)
     yield packed.replace(prefix=prefix)
@@ -134,6 +149,8 @@ def _pack(
     shape: tuple[int, int, int],
     *,
     width: int,
+    at: np.ndarray | None = None,
+    shards: int = 1,
 ) -> tuple[PackedBatch, np.ndarray]:
   """Packs (ids, first position, index of the anchor) of some edits.
 
@@ -142,22 +159,28 @@ def _pack(
     numbers: of the edits.
     shape: (E, N, T).
     width: sequences an edit.
+    at: slots of the edits, ascending; the first ones unless given.
+    shards: into which slots and tokens are divided.
 
   Returns:
     (the batch, [B] tokens before the anchor).
   """
   slots, token_budget, length = shape
+  at = np.arange(len(numbers)) if at is None else at
   start, count, cut = np.zeros([3, slots * width], np.int32)
-  for r, (ids, first, before) in enumerate(sequences):
+  used = (at[:, None] * width + np.arange(width)).reshape(-1)
+  for r, (ids, first, before) in zip(used, sequences):
     start[r], count[r], cut[r] = first, len(ids), before
   rows = packer.end_to_end(
-      start, count, width=length, token_budget=token_budget
+      start, count, width=length, token_budget=token_budget, shards=shards
   )
   tokens = np.zeros([1, token_budget], np.int32)
-  tokens[0, : count.sum()] = np.concatenate([ids for ids, _, _ in sequences])
+  tokens[0, rows.index[rows.index < token_budget]] = np.concatenate(
+      [ids for ids, _, _ in sequences]
+  )
   edit = np.full([slots], -1, np.int32)
-  edit[: len(numbers)] = numbers
-  anchor = np.where(count, np.cumsum(count) - count + cut, token_budget)
+  edit[at] = numbers
+  anchor = np.where(count, rows.index[:, 0] + cut, token_budget)
   context = np.arange(slots * width, dtype=np.int32) % width
   batch = PackedBatch(
       edit,

@@ -41,7 +41,8 @@ OPEN_ROWS = 16
 class Packer:
   """Packed sequences under construction."""
 
-  def __init__(self, rows: int, width: int, token_budget: int):
+  def __init__(self, rows: int, width: int, token_budget: int, shards: int = 1):
+    self._shards = shards
     self.index = np.full([rows, width], token_budget, np.int32)
     self.positions = np.zeros([rows, width], np.int32)
     self.segment_ids = np.full([rows, width], PADDING, np.int32)
@@ -72,7 +73,7 @@ class Packer:
     """A copy of the sequences as they are now."""
     layout = TokenLayout(self.positions.copy(), self.segment_ids.copy())
     copies = (x.copy() for x in (self.index, self.row, self.column))
-    return PackedSequences(layout, *copies)
+    return PackedSequences(layout, *copies, shards=self._shards)
 
 
 def end_to_end(
@@ -82,6 +83,7 @@ def end_to_end(
     width: int,
     token_budget: int,
     real: np.ndarray | None = None,
+    shards: int = 1,
 ) -> PackedSequences:
   """Packs sequences in order.
 
@@ -89,31 +91,37 @@ def end_to_end(
     start: [B] position of the first token.
     length: [B] tokens.
     width: T, no sequence is longer.
-    token_budget: N, no fewer than all tokens.
+    token_budget: N, no fewer than all tokens, in every shard.
     real: [B] tokens that others may attend to, the first ones; the rest are
       padding that is run. All unless given.
+    shards: see `types.PackedSequences`.
 
   Returns:
     The sequences.
   """
-  total = int(length.sum())
-  assert total <= token_budget and length.max(initial=0) <= width
+  parts = length.reshape(shards, -1)
+  part = token_budget // shards
+  assert parts.sum(axis=1).max(initial=0) <= part
+  assert length.max(initial=0) <= width
   column = np.arange(width, dtype=np.int32)
   inside = column < length[:, None]
-  first = np.cumsum(length) - length
+  first = np.cumsum(parts, axis=1) - parts
+  first = (first + part * np.arange(shards)[:, None]).reshape(-1)
+  place = lambda of, empty: np.where(inside, of[:, None] + column, empty)
+  index = place(first, token_budget).astype(np.int32)
   row = np.full([token_budget], len(length), np.int32)
   back = np.zeros([token_budget], np.int32)
-  row[:total], back[:total] = np.nonzero(inside)
-  place = lambda of, empty: np.where(inside, of[:, None] + column, empty)
+  row[index[inside]], back[index[inside]] = np.nonzero(inside)
   seen = inside if real is None else column < real[:, None]
   return PackedSequences(
       TokenLayout(
           place(start, 0).astype(np.int32),
           np.where(seen, SHARED, PADDING).astype(np.int32),
       ),
-      place(first, token_budget).astype(np.int32),
+      index,
       row,
       back,
+      shards,
   )
 
 
@@ -132,16 +140,18 @@ def select(
     begin: [B] first token, an index into the sequence.
     count: [B] how many; nobody asks where that is 0.
     width: no count is larger.
-    budget: O, no fewer than all that are selected.
+    budget: O, no fewer than all that are selected, in every shard.
 
   Returns:
     The tokens.
   """
   start = rows.layout.positions[:, 0] + begin
-  chosen = end_to_end(start, count, width=width, token_budget=budget)
+  chosen = end_to_end(
+      start, count, width=width, token_budget=budget, shards=rows.shards
+  )
   row, column = np.nonzero(chosen.index < budget)
   index = np.full([budget], len(rows.row), np.int32)
-  index[: len(row)] = rows.index[row, begin[row] + column]
+  index[chosen.index[row, column]] = rows.index[row, begin[row] + column]
   return OutputTokens(index, chosen)
 
 

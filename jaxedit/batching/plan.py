@@ -60,8 +60,9 @@ class BatchShape(NamedTuple):
     prefill_shape: (slots, tokens, length) of a packed batch of whole sequences.
     prefix_shape: (tokens, length) of its tokens before the anchors.
     compactions: how often the last edits move to a smaller batch shape.
-    shards: devices over which a batch is divided; they divide the counts of
-      slots, tokens and logits.
+    shards: equal parts of slots, tokens and logits, one for each device over
+      which batches are divided. An edit takes all from one of them: from that
+      of its slot.
   """
 
   max_suffix: int
@@ -81,31 +82,31 @@ class BatchShape(NamedTuple):
     """A smaller shape for the last edits; None if this one is small enough."""
     if not self.compactions or self.slots < 2 * _COMPACTION:
       return None
-    token_budget, logit_budget = -(-self.token_budget // _COMPACTION), -(
-        -self.logit_budget // _COMPACTION
-    )
+
+    def part(count: int, step: int) -> int:
+      step *= self.shards
+      return -(-count // (_COMPACTION * step)) * step
+
     smaller = self._replace(
-        slots=-(-self.slots // _COMPACTION),
-        token_budget=-(-token_budget // 16) * 16,
-        logit_budget=-(-logit_budget // 4) * 4,
+        slots=part(self.slots, 1),
+        token_budget=part(self.token_budget, 16),
+        logit_budget=part(self.logit_budget, 4),
         compactions=self.compactions - 1,
-    ).divided(self.shards)
+    )
     return smaller if smaller.slots < self.slots else None
 
-  def divided(self, shards: int) -> BatchShape:
-    """The shape with counts that a number of devices divides, rounded up."""
-    full = lambda *counts: tuple(
-        -(-count // shards) * shards for count in counts
-    )
-    slots, tokens, logits = full(
-        self.slots, self.token_budget, self.logit_budget
-    )
+  def repeated(self, shards: int) -> BatchShape:
+    """The shape of several shards, of which this one is the shape of each."""
     return self._replace(
-        slots=slots,
-        token_budget=tokens,
-        logit_budget=logits,
-        prefill_shape=(*full(*self.prefill_shape[:2]), self.prefill_shape[2]),
-        prefix_shape=(*full(self.prefix_shape[0]), self.prefix_shape[1]),
+        slots=shards * self.slots,
+        token_budget=shards * self.token_budget,
+        logit_budget=shards * self.logit_budget,
+        prefill_shape=(
+            shards * self.prefill_shape[0],
+            shards * self.prefill_shape[1],
+            self.prefill_shape[2],
+        ),
+        prefix_shape=(shards * self.prefix_shape[0], self.prefix_shape[1]),
         shards=shards,
     )
 
@@ -164,15 +165,6 @@ class BatchPlan:
         self, shared_prefix=nothing, prompts=self.unshared_prompts
     )
 
-  def divided(self, shards: int) -> BatchPlan:
-    """The plan for batches that lie on a number of devices."""
-    return dataclasses.replace(
-        self,
-        shapes=tuple(shape.divided(shards) for shape in self.shapes),
-        prompts=self.prompts.divided(shards),
-        unshared_prompts=self.unshared_prompts.divided(shards),
-    )
-
   @property
   def contexts(self) -> int:
     """C."""
@@ -207,19 +199,25 @@ def plan_shapes(
     batch: int | None = None,
     token_budget: int = 128,
     compactions: int = 1,
+    shards: int = 1,
     share: bool = True,
     max_suffixes: Sequence[int] = MAX_SUFFIXES,
 ) -> BatchPlan:
   """Chooses the shapes for a run.
+
+  Every shard of a batch shape has the shape that one device would have for its
+  share of the edits, rounded up: so each holds the longest edit.
 
   Args:
     edits: all edits of the run, at least one, with the same number of contexts.
     slots: edits optimised side by side; None for as many as fill
       `token_budget`.
     batch: edits a batch at most; more slots than that are never made.
-    token_budget: suffix tokens optimised side by side where `slots` is None.
+    token_budget: suffix tokens of a shard optimised side by side where `slots`
+      is None.
     compactions: how often the last edits move to a smaller batch shape; each is
       compiled for.
+    shards: devices over which batches are divided.
     share: run shared prefixes once. It must be off where edits differ in
       weights.
     max_suffixes: suffix lengths up to which edits share a batch shape,
@@ -251,16 +249,19 @@ def plan_shapes(
       _shared_prefix(edits, c) if share else np.zeros(0, np.int32)
       for c in range(contexts)
   )
+  share_of = lambda count: -(-count // shards)
   shapes, rest = [], list(edits)
   limits = [*max_suffixes, max(map(_suffix, edits))]
   for max_suffix in sorted(set(limits)):
     members = [edit for edit in rest if _suffix(edit) <= max_suffix]
     rest = [edit for edit in rest if _suffix(edit) > max_suffix]
     if members:
-      amount = (slots, token_budget, min(batch or len(members), len(members)))
-      shapes.append(
-          _batch_shape(members, shared_prefix, max_suffix, amount, compactions)
+      most = share_of(min(batch or len(members), len(members)))
+      amount = (slots and share_of(slots), token_budget, most)
+      shape = _batch_shape(
+          members, shared_prefix, max_suffix, amount, compactions
       )
+      shapes.append(shape.repeated(shards))
   nothing = (np.zeros(0, np.int32),) * contexts
   most = min(batch or len(edits), len(edits))
   stages = sorted((edit.stages for edit in edits), reverse=True)
@@ -271,8 +272,8 @@ def plan_shapes(
       batch=most,
       stages=stages[0],
       states=sum(stages[:most]),
-      prompts=_prompt_shapes(edits, shared_prefix, token_budget),
-      unshared_prompts=_prompt_shapes(edits, nothing, token_budget),
+      prompts=_prompt_shapes(edits, shared_prefix, token_budget, shards),
+      unshared_prompts=_prompt_shapes(edits, nothing, token_budget, shards),
   )
 
 
@@ -291,8 +292,9 @@ def _prompt_shapes(
     edits: Sequence[EncodedEdit],
     shared_prefix: Sequence[np.ndarray],
     token_budget: int,
+    shards: int,
 ) -> PromptShapes:
-  """Shapes of `pack_prompts`, of about `token_budget` tokens each."""
+  """Shapes of `pack_prompts`, of about `token_budget` tokens a shard."""
 
   def shape(text: bool) -> tuple[int, int, int]:
     sizes = np.array(
@@ -302,10 +304,11 @@ def _prompt_shapes(
             for c, head in enumerate(shared_prefix)
         ]
     )
-    rows = max(1, min(len(sizes), round(token_budget / sizes.mean())))
+    wanted = round(token_budget * shards / sizes.mean())
+    rows = max(1, min(len(sizes), wanted))
     return rows, _budget_for(sizes, rows), round_up(int(sizes.max()))
 
-  return PromptShapes(shape(False), shape(True))
+  return PromptShapes(shape(False), shape(True)).divided(shards)
 
 
 def _batch_shape(

@@ -10,7 +10,9 @@ works by the same words, of which `run` is the loop:
   free      gives the slot of an item that is done to the next one
 
 `SlotAllocator` also allocates the tokens and logits of a batch shape to edits,
-as these share one packed axis; a text has a row of the cache to itself.
+as these share one packed axis; a text has a row of the cache to itself. Where a
+batch is divided over devices, an edit takes all of these from the shard of its
+slot, so that a step exchanges no activations.
 
 Axis letters as in `jaxedit.types`: E slots, C contexts, B sequences, N token
 budget, P prefix tokens, S suffix tokens, O logit budget, O' labels of a
@@ -19,7 +21,7 @@ sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import flax
@@ -52,7 +54,8 @@ class SlotLayout:
     rows: the suffixes, B sequences on N packed tokens.
     before: [B, P] layout of the prefix: shared prefix, own tokens, finished
       chunks.
-    outputs: the O scored tokens, then one a slot for its KL prompt.
+    outputs: of each shard the scored tokens, O in all, then one a slot for its
+      KL prompt.
     anchor: [E, sequences an edit] int32 packed index of the anchor; N where
       there is none.
     pick: [E, C, O'] int32 scored token of a label; O where there is none.
@@ -141,7 +144,7 @@ class Compaction(NamedTuple):
 
 
 class SlotAllocator(Slots):
-  """Allocates the slots, tokens and logits of one batch shape.
+  """Allocates the slots, tokens and logits of one batch shape, shard by shard.
 
   Attributes:
     assigned: (edit, number of its chunk) of every slot, or None.
@@ -152,17 +155,18 @@ class SlotAllocator(Slots):
   def __init__(self, plan: BatchPlan, batch_shape: BatchShape):
     slots, rows = batch_shape.slots, plan.rows
     super().__init__(slots)
-    count = slots * rows
+    count, shards = slots * rows, batch_shape.shards
     self._plan, self._batch_shape = plan, batch_shape
-    self._tokens = list(range(batch_shape.token_budget))[::-1]
-    self._scored = list(range(batch_shape.logit_budget))[::-1]
+    # Free ones of every shard.
+    self._tokens = _shares(batch_shape.token_budget, shards)
+    self._scored = _shares(batch_shape.logit_budget, shards)
     self._rows = packer.Packer(
-        count, batch_shape.length, batch_shape.token_budget
+        count, batch_shape.length, batch_shape.token_budget, shards
     )
-    # Scored tokens come first, then one a slot for its KL prompt.
+    # Of each shard: scored tokens, then one a slot for its KL prompt.
     kept = batch_shape.logit_budget + (slots if plan.kl else 0)
     self._keep = np.full([kept], batch_shape.token_budget, np.int32)
-    self._asking = packer.Packer(count, batch_shape.labels, kept)
+    self._asking = packer.Packer(count, batch_shape.labels, kept, shards)
     length = plan.shared + batch_shape.prefix_shape[1] + batch_shape.grow
     self._before = np.zeros([2, count, length], np.int32)
     self._anchor = np.full([slots, rows], batch_shape.token_budget, np.int32)
@@ -174,10 +178,32 @@ class SlotAllocator(Slots):
     self._label = np.zeros([batch_shape.logit_budget], np.int32)
     self._grown = [0] * slots
 
-  def fits(self, edit: EncodedEdit, k: int = 0) -> bool:
-    """Says whether a chunk fits the free tokens and logits."""
-    tokens, scored = plan_lib.stage_load(edit, k)
-    return tokens <= len(self._tokens) and scored <= len(self._scored)
+  def shard(self, slot: int) -> int:
+    """The shard of a slot."""
+    return slot * self._batch_shape.shards // self._batch_shape.slots
+
+  def fits(self, edit: EncodedEdit, k: int = 0, *, slot: int = 0) -> bool:
+    """Says whether a chunk fits the free tokens and logits of a slot's shard."""
+    return self._holds(self.shard(slot), plan_lib.stage_load(edit, k))
+
+  def _holds(self, shard: int, load: tuple[int, int]) -> bool:
+    tokens, scored = load
+    free = len(self._tokens[shard]), len(self._scored[shard])
+    return tokens <= free[0] and scored <= free[1]
+
+  def free_slots(self, closed: Collection[int] = ()) -> list[int]:
+    """The first free slot of every shard that has one, but for closed shards."""
+    found = {}
+    for slot, item in enumerate(self.assigned):
+      if item is None and self.shard(slot) not in closed:
+        found.setdefault(self.shard(slot), slot)
+    return list(found.values())
+
+  def slot_for(self, edit: EncodedEdit, slots: Iterable[int]) -> int | None:
+    """The first of some free slots in whose shard an edit's first chunk fits."""
+    load = plan_lib.stage_load(edit, 0)
+    fits = (slot for slot in slots if self._holds(self.shard(slot), load))
+    return next(fits, None)
 
   def assign(self, slot: int, edit: EncodedEdit, k: int) -> np.ndarray:
     """Assigns a chunk of an edit to a slot.
@@ -200,7 +226,8 @@ class SlotAllocator(Slots):
       self._assign_outputs(slot, c, stage)
     if plan.kl and k == 0:
       self._assign_sequence(slot, plan.contexts, len(edit.kl) - 1, 1)
-      output = len(self._label) + slot
+      scored = self._batch_shape.logit_budget // self._batch_shape.shards
+      output = (self.shard(slot) + 1) * scored + slot
       self._keep[output] = self._anchor[slot, -1]
       self._asking.put(
           base + plan.contexts, np.array([output]), len(edit.kl) - 1
@@ -212,20 +239,24 @@ class SlotAllocator(Slots):
 
   def _assign_sequence(self, slot: int, c: int, start: int, count: int) -> None:
     """Takes tokens for one sequence."""
-    index = np.array([self._tokens.pop() for _ in range(count)], np.int32)
+    free = self._tokens[self.shard(slot)]
+    index = np.array([free.pop() for _ in range(count)], np.int32)
     self._rows.put(slot * self._plan.rows + c, index, start)
     self._anchor[slot, c] = index[0]
 
   def _assign_outputs(self, slot: int, c: int, stage: Stage) -> None:
     """Takes logits for the labels of one sequence."""
-    row = slot * self._plan.rows + c
-    count = len(stage.labels)
-    kept = np.array([self._scored.pop() for _ in range(count)], np.int32)
+    row, shard = slot * self._plan.rows + c, self.shard(slot)
+    count, free = len(stage.labels), self._scored[shard]
+    scored = np.array([free.pop() for _ in range(count)], np.int32)
+    # Outputs of earlier shards include one a slot for its KL prompt.
+    asked = len(self._keep) - len(self._label)
+    kept = scored + shard * (asked // self._batch_shape.shards)
     offset = stage.first - stage.anchor
     self._keep[kept] = self._rows.index[row, offset : offset + count]
     self._asking.put(row, kept, stage.first)
-    self._label[kept] = stage.labels
-    self._pick[slot, c, :count] = kept
+    self._label[scored] = stage.labels
+    self._pick[slot, c, :count] = scored
 
   def _note_prefix(self, slot: int, edit: EncodedEdit) -> None:
     """Sets the prefix layout of a new edit's sequences."""
@@ -275,12 +306,13 @@ class SlotAllocator(Slots):
 
   def _release(self, slot: int) -> None:
     plan, batch_shape = self._plan, self._batch_shape
+    shard = self.shard(slot)
     for c in range(plan.rows):
       row = slot * plan.rows + c
-      self._tokens += self._rows.clear(row).tolist()
-      kept = self._asking.clear(row)
-      self._keep[kept] = batch_shape.token_budget
-      self._scored += [int(i) for i in kept if i < batch_shape.logit_budget]
+      self._tokens[shard] += self._rows.clear(row).tolist()
+      self._keep[self._asking.clear(row)] = batch_shape.token_budget
+    scored = self._pick[slot]
+    self._scored[shard] += scored[scored < batch_shape.logit_budget].tolist()
     self._anchor[slot] = batch_shape.token_budget
     self._pick[slot] = batch_shape.logit_budget
 
@@ -294,21 +326,16 @@ class SlotAllocator(Slots):
       The new allocator and where its slots and tokens come from, or None.
     """
     active = self.active
-    loads = np.array(
-        [plan_lib.edit_load(self.assigned[slot][0]) for slot in active]
-    )
-    tokens, scored = loads.sum(axis=0) if active else (0, 0)
-    if (
-        len(active) > batch_shape.slots
-        or tokens > batch_shape.token_budget
-        or scored > batch_shape.logit_budget
-    ):
+    moved = _first_fit([self.assigned[slot][0] for slot in active], batch_shape)
+    if moved is None:
       return None
     other, rows = SlotAllocator(self._plan, batch_shape), self._plan.rows
     source = np.full(
         [batch_shape.token_budget], self._batch_shape.token_budget, np.int32
     )
-    for new, old in enumerate(active):
+    slots = np.full([batch_shape.slots], self._batch_shape.slots, np.int32)
+    slots[moved] = active
+    for new, old in zip(moved, active):
       there = other.assign(new, *self.assigned[old])
       here = self._rows.index[old * rows : (old + 1) * rows]
       taken = there < batch_shape.token_budget
@@ -316,7 +343,7 @@ class SlotAllocator(Slots):
       a, b = new * rows, old * rows
       other._before[:, a : a + rows] = self._before[:, b : b + rows]
       other._grown[new] = self._grown[old]
-    return Compaction(other, self.compacted(batch_shape.slots), source)
+    return Compaction(other, slots, source)
 
   def layout(self) -> SlotLayout:
     """The present layout, in copies."""
@@ -330,3 +357,27 @@ class SlotAllocator(Slots):
         label=self._label.copy(),
         live=self._anchor[:, 0] < self._batch_shape.token_budget,
     )
+
+
+def _shares(count: int, shards: int) -> list[list[int]]:
+  """Numbers below `count` in equal parts, the last of each first."""
+  return np.arange(count).reshape(shards, -1)[:, ::-1].tolist()
+
+
+def _first_fit(
+    edits: Sequence[EncodedEdit], batch_shape: BatchShape
+) -> list[int] | None:
+  """Slots of edits in the first shards that hold all their chunks, or None."""
+  counts = batch_shape.slots, batch_shape.token_budget, batch_shape.logit_budget
+  each = np.array(counts) // batch_shape.shards
+  used = np.zeros([batch_shape.shards, len(counts)], np.int64)
+  found = []
+  for edit in edits:
+    after = used + [1, *plan_lib.edit_load(edit)]
+    fits = np.flatnonzero((after <= each).all(axis=1))
+    if not len(fits):
+      return None
+    shard = fits[0]
+    found.append(int(shard * each[0] + used[shard, 0]))
+    used[shard] = after[shard]
+  return found

@@ -66,16 +66,14 @@ def plan_batches(
     affordable = max(_TOKENS_LEAST, int(share // _token_bytes(model.spec)))
     # A power of two, so that a little more or less memory changes no shape.
     token_budget = min(token_budget, 2 ** int(np.log2(affordable)))
-  shards = model.placement.batch_shards
   plan = plan_lib.plan_shapes(
       edits,
       slots=slots,
       batch=batch,
-      token_budget=token_budget * shards,
+      token_budget=token_budget,
       compactions=compactions,
+      shards=model.placement.batch_shards,
   )
-  if shards > 1:
-    plan = plan.divided(shards)
   if not accelerated:
     return plan
   return dataclasses.replace(plan, resident_bytes=_RESIDENT_BYTES)

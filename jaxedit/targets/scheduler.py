@@ -191,13 +191,14 @@ class Scheduler:
   def _assign_waiting(self) -> None:
     """Assigns waiting edits to free slots, in order as far as they fit."""
     for slot, (who, k) in list(self._parked.items()):
-      if self._allocator.fits(self._edits[who.edit], k):
+      if self._allocator.fits(self._edits[who.edit], k, slot=slot):
         del self._parked[slot]
         self._assign(slot, who, k)
-    # Parked chunks come first, or small edits would always take their tokens.
-    while not self._parked and (slot := self._allocator.free_slot) is not None:
-      fits = lambda who: self._allocator.fits(self._edits[who.edit])
-      who = next(filter(fits, self._waiting), None)
+    # Parked chunks come first, or small edits would always take the tokens of
+    # their shard.
+    closed = {self._allocator.shard(slot) for slot in self._parked}
+    while free := self._allocator.free_slots(closed):
+      who, slot = next(self._admissible(free), (None, None))
       if who is not None:
         self._waiting.remove(who)
         self._assign(slot, who, 0)
@@ -208,6 +209,13 @@ class Scheduler:
           or not self._prefill()
       ):
         return
+
+  def _admissible(self, free: Sequence[int]) -> Iterator[tuple[_Waiting, int]]:
+    """Waiting edits that fit the shard of a free slot, each with its slot."""
+    for who in self._waiting:
+      slot = self._allocator.slot_for(self._edits[who.edit], free)
+      if slot is not None:
+        yield who, slot
 
   def _prefill(self) -> bool:
     """Prefills the next packed batch; returns whether there was one."""
