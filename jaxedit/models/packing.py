@@ -146,3 +146,21 @@ def take_slots(x: Array, slots: Array, axis: int = 0) -> Array:
     The array of the new batch, 0 where a slot is free.
   """
   return _entries(x, slots, axis=axis)
+
+
+def take_slot(x: Array, slot: Array, *, axis: int, shards: int) -> Array:
+  """Takes one slot of a batch.
+
+  Args:
+    x: an array of the batch.
+    slot: [] int32.
+    axis: of the slots.
+    shards: into which slots are divided; over several devices a slice would
+      gather all slots, `take_slots` only sends this one.
+
+  Returns:
+    The array, with one slot.
+  """
+  if shards == 1:
+    return jax.lax.dynamic_slice_in_dim(x, slot, 1, axis)
+  return take_slots(x, jnp.asarray(slot)[None], axis)

@@ -117,7 +117,9 @@ def step_arguments(
   if several:
     index = allocator.assign(0, edits[mine[0]], 0).reshape(-1)
     move = np.stack([index, index])
-    cache = shapes(engine.assign.lower(cache, prefilled, 0, 0, move))
+    cache = shapes(
+        engine.assign.lower(cache, prefilled, 0, 0, move, shards=shape.shards)
+    )
   assigned, chained = allocator.layout(), shape.grow > 0
   state = shapes(
       engine.start.lower(

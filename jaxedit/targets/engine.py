@@ -119,13 +119,15 @@ def empty(
   )
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+@functools.partial(jax.jit, donate_argnums=0, static_argnames='shards')
 def assign(
     cache: PrefixCache,
     prefilled: Prefill,
     slot: Array,
     source: Array,
     move: Array,
+    *,
+    shards: int = 1,
 ) -> PrefixCache:
   """Copies an edit from a prefilled batch to its slot.
 
@@ -136,13 +138,14 @@ def assign(
     source: slot of the prefilled batch.
     move: [2, C' * S] packed indices from and to, every sequence from its anchor
       on.
+    shards: of both batches, `BatchShape.shards`.
 
   Returns:
     The cache.
   """
 
   def put(old: Array, new: Array) -> Array:
-    part = jax.lax.dynamic_slice_in_dim(new, source, 1, axis=1)
+    part = packing.take_slot(new, source, axis=1, shards=shards)
     # Masked tokens too: non-finite numbers would pass through a weight of 0.
     part = jnp.pad(
         part, [(0, 0)] * 4 + [(0, old.shape[4] - part.shape[4])] + [(0, 0)]
@@ -179,15 +182,20 @@ def _move(
   return cache._replace(base=base, parts=parts)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+@functools.partial(jax.jit, donate_argnums=0, static_argnames='shards')
 def append_kv(
-    cache: PrefixCache, kv: tuple[Array, Array], slot: Array, column: Array
+    cache: PrefixCache,
+    kv: tuple[Array, Array],
+    slot: Array,
+    column: Array,
+    *,
+    shards: int = 1,
 ) -> PrefixCache:
   """Appends a finished chunk's keys and values [U, B, G, S, H] to a prefix."""
 
   def put(old: Array, new: Array) -> Array:
     new = new.reshape(len(new), *old.shape[1:3], *new.shape[2:])
-    part = jax.lax.dynamic_slice_in_dim(new, slot, 1, axis=1)
+    part = packing.take_slot(new, slot, axis=1, shards=shards)
     return jax.lax.dynamic_update_slice(old, part, (0, slot, 0, 0, column, 0))
 
   return cache._replace(

@@ -254,7 +254,12 @@ class Scheduler:
       if self._cache is None:
         self._cache = engine.empty(who.prefilled, self._plan, self._batch_shape)
       self._cache = engine.assign(
-          self._cache, who.prefilled, slot, who.source, move
+          self._cache,
+          who.prefilled,
+          slot,
+          who.source,
+          move,
+          shards=self._batch_shape.shards,
       )
     else:
       self._cache = engine.assign_chunk(self._cache, who.prefilled, slot, move)
@@ -322,7 +327,11 @@ class Scheduler:
     column = self._allocator.next_chunk(slot)
     if self._state.kv is not None:
       self._cache = engine.append_kv(
-          self._cache, self._state.kv, slot=slot, column=column
+          self._cache,
+          self._state.kv,
+          slot=slot,
+          column=column,
+          shards=self._batch_shape.shards,
       )
     self._parked[slot] = (who, k + 1)
 
