@@ -69,7 +69,7 @@ def random_edits(count: int, seed: int, *, kl: bool = True, chunked: bool):
 
 
 def check_ragged(case, rows: types.PackedSequences) -> None:
-  """Asserts that index, row and column are each other's inverse."""
+  """Asserts that index, row and column are each other's inverse, by shards."""
   index, row, column = (np.asarray(x) for x in (rows.index, rows.row,
                                                 rows.column))  # fmt: skip
   count, places = len(index), len(row)
@@ -86,6 +86,8 @@ def check_ragged(case, rows: types.PackedSequences) -> None:
   case.assertLen(set(used.tolist()), len(used))
   np.testing.assert_array_equal(row[used], np.nonzero(real)[0])
   np.testing.assert_array_equal(column[used], np.nonzero(real)[1])
+  shard = np.nonzero(real)[0] // (count // rows.shards)
+  np.testing.assert_array_equal(used // (places // rows.shards), shard)
   free = np.setdiff1d(np.arange(places), used)
   np.testing.assert_array_equal(row[free], count)
   np.testing.assert_array_equal(column[free], 0)
@@ -186,28 +188,46 @@ class FrameTest(parameterized.TestCase):
     self.assertLen(plan_lib.plan_shapes(edits, max_suffixes=(1, 100)).shapes, 1)
 
   @parameterized.product(
-      slots=[None, 1, 2, 8], token_budget=[1, 64], batch=[None, 3]
+      slots=[None, 1, 2, 8],
+      token_budget=[1, 64],
+      batch=[None, 3],
+      shards=[1, 4],
   )
-  def test_rooms_hold_their_largest_edit(self, slots, token_budget, batch):
+  def test_rooms_hold_their_largest_edit(
+      self, slots, token_budget, batch, shards
+  ):
     edits = random_edits(20, 4, chunked=True)
     plan = plan_lib.plan_shapes(
         edits,
         slots=slots,
         token_budget=token_budget,
         batch=batch,
+        shards=shards,
         max_suffixes=(6,),
     )
     self.assertEqual(plan.batch, batch or 20)
+    share = lambda n: -(-n // shards)
     for number, batch_shape in enumerate(plan.shapes):
       members = [edit for edit in edits if plan.shape_of(edit) == number]
-      self.assertBetween(batch_shape.slots, 1, min(batch or 20, len(members)))
-      self.assertLessEqual(batch_shape.slots, 1.2 * (slots or 20) + 1)
+      most = share(min(batch or 20, len(members)))
+      self.assertBetween(batch_shape.slots / shards, 1, most)
+      wanted = 1.2 * share(slots or 20) + 1
+      self.assertLessEqual(batch_shape.slots / shards, wanted)
       self.assertLessEqual(batch_shape.prefill_shape[0], batch_shape.slots)
+      allocator = slots_lib.SlotAllocator(plan, batch_shape)
+      smaller = batch_shape.compacted or batch_shape
+      for counts in (
+          *(shape[1:3] for shape in (batch_shape, smaller)),
+          *(shape.prefill_shape[:2] for shape in (batch_shape, smaller)),
+          (batch_shape.logit_budget, batch_shape.prefix_shape[0]),
+          (smaller.logit_budget, plan.prompts.upto[0]),
+          (plan.prompts.text[1], plan.unshared_prompts.upto[1]),
+      ):
+        self.assertEqual([n % shards for n in counts], [0, 0])
       for edit in members:
         for k in range(edit.stages):
-          self.assertTrue(
-              slots_lib.SlotAllocator(plan, batch_shape).fits(edit, k)
-          )
+          for slot in range(batch_shape.slots):
+            self.assertTrue(allocator.fits(edit, k, slot=slot))
           for c in range(len(edit.rows)):
             self.assertLessEqual(
                 len(edit.stage(k, c).labels), batch_shape.labels
@@ -257,16 +277,17 @@ class TileTest(parameterized.TestCase):
       share=[True, False],
       anchor=list(encoding.ANCHORS),
       kl=['{} is a', None],
-      window=[None, 4],
+      window_and_shards=[(None, 1), (4, 1), (4, 3)],
   )
   def test_edits_can_be_read_back_from_row_tiles(
-      self, slots, share, anchor, kl, window
+      self, slots, share, anchor, kl, window_and_shards
   ):
+    window, shards = window_and_shards
     edits = encode(anchor=anchor, kl_template=kl)
     if window:
       edits = [cut(edit, window) for edit in edits]
     plan = plan_lib.plan_shapes(
-        edits, slots=slots, share=share, max_suffixes=(12,)
+        edits, slots=slots, share=share, max_suffixes=(12,), shards=shards
     )
     seen = []
     for number, batch_shape in enumerate(plan.shapes):
@@ -416,19 +437,33 @@ class Model:
     places += self.plan.kl and k == 0
     return places, sum(len(stage.labels) for stage in stages)
 
-  def left(self) -> tuple[int, int]:
-    """(places, scored places) that nobody has."""
-    taken = [self.need(e, k) for e, k, seated in self.at.values() if seated]
-    places, scored = np.sum([(0, 0), *taken], axis=0)
-    return (
-        self.batch_shape.token_budget - places,
-        self.batch_shape.logit_budget - scored,
-    )
+  def shard(self, slot) -> int:
+    """The shard of a slot."""
+    return slot // (self.batch_shape.slots // self.batch_shape.shards)
 
-  def fits(self, edit, k) -> bool:
+  def left(self) -> np.ndarray:
+    """(places, scored places) of every shard that nobody has."""
+    shape = self.batch_shape
+    budgets = np.array([shape.token_budget, shape.logit_budget])
+    left = np.tile(budgets // shape.shards, (shape.shards, 1))
+    for slot, (edit, k, seated) in self.at.items():
+      if seated:
+        left[self.shard(slot)] -= self.need(edit, k)
+    return left
+
+  def fits(self, edit, k, slot=0) -> bool:
     """Compares `fits` with a count of places."""
-    wanted = all(x <= y for x, y in zip(self.need(edit, k), self.left()))
-    self.case.assertEqual(self.slots.fits(edit, k), wanted)
+    wanted = (self.need(edit, k) <= self.left()[self.shard(slot)]).all()
+    self.case.assertEqual(self.slots.fits(edit, k, slot=slot), wanted)
+    return wanted
+
+  def slot_for(self, edit, closed=()) -> int | None:
+    """Compares the slot for a new edit with the first that has places."""
+    free = self.slots.free_slots(closed)
+    wanted = (s for s in range(self.batch_shape.slots) if s not in self.at)
+    wanted = (s for s in wanted if self.shard(s) not in closed)
+    wanted = next((s for s in wanted if self.fits(edit, 0, s)), None)
+    self.case.assertEqual(self.slots.slot_for(edit, free), wanted)
     return wanted
 
   def assign(self, slot, edit, k=0) -> None:
@@ -472,12 +507,12 @@ class Model:
     check_ragged(case, assigned.rows)
     check_ragged(case, assigned.outputs.rows)
     taken = (assigned.rows.row < len(assigned.rows.index)).sum()
-    case.assertEqual(batch_shape.token_budget - taken, self.left()[0])
+    left = self.left()
+    case.assertEqual(batch_shape.token_budget - taken, left[:, 0].sum())
     kept = assigned.outputs.index < batch_shape.token_budget
-    case.assertEqual(
-        batch_shape.logit_budget - kept[: batch_shape.logit_budget].sum(),
-        self.left()[1],
-    )
+    scored = kept.reshape(batch_shape.shards, -1)
+    scored = scored[:, : batch_shape.logit_budget // batch_shape.shards]
+    np.testing.assert_array_equal((~scored).sum(axis=1), left[:, 1])
     case.assertEqual(
         kept.shape, (batch_shape.logit_budget + batch_shape.slots * plan.kl,)
     )
@@ -523,10 +558,13 @@ class Model:
     pick = pick[:count]
     np.testing.assert_array_equal(assigned.label[pick], stage.labels)
     ask = assigned.outputs.rows
-    np.testing.assert_array_equal(ask.index[r, :count], pick)
+    kept = ask.index[r, :count]
+    # Places of earlier shards' KL rows lie between.
+    between = self.shard(slot) * self.kl_places()
+    np.testing.assert_array_equal(kept, pick + between)
     case.assertEqual((ask.layout.segment_ids[r] != NONE).sum(), count)
     # A label is foretold one column before its own.
-    places = assigned.outputs.index[pick]
+    places = assigned.outputs.index[kept]
     np.testing.assert_array_equal(assigned.rows.row[places], r)
     layout = np.arange(stage.first, stage.end)
     np.testing.assert_array_equal(ask.layout.positions[r, :count], layout)
@@ -542,12 +580,15 @@ class Model:
       case.assertEqual(rows.layout.positions[r, real].tolist(), [last])
     place = assigned.rows.index[r, 0]
     case.assertEqual(assigned.anchor[slot, c], place)
-    case.assertEqual(
-        assigned.outputs.rows.index[r, 0], self.batch_shape.logit_budget + slot
-    )
-    case.assertEqual(
-        assigned.outputs.index[self.batch_shape.logit_budget + slot], place
-    )
+    shape, shard = self.batch_shape, self.shard(slot)
+    kept = shape.logit_budget // shape.shards * (shard + 1) + slot
+    case.assertEqual(assigned.outputs.rows.index[r, 0], kept)
+    case.assertEqual(assigned.outputs.index[kept], place)
+
+  def kl_places(self) -> int:
+    """Places of a shard's KL rows."""
+    shape = self.batch_shape
+    return self.plan.kl * shape.slots // shape.shards
 
   def _before(self, assigned, edit, k, where) -> None:
     """TokenLayout before the anchor of stage k: each position once, in place."""
@@ -675,14 +716,15 @@ class SeatingTest(parameterized.TestCase):
       model.assign(0, edit, k)
       model.check()
 
-  @parameterized.product(seed=[0, 1, 2, 3], kl=[True, False])
-  def test_any_sequence_keeps_the_tables(self, seed, kl):
+  @parameterized.product(seed=[0, 1, 2, 3], kl=[True, False], shards=[1, 3])
+  def test_any_sequence_keeps_the_tables(self, seed, kl, shards):
     rng = np.random.default_rng(seed)
     edits = random_edits(15, seed, kl=kl, chunked=seed > 0)
     plan = plan_lib.plan_shapes(
         edits,
         slots=int(rng.integers(2, 6)),
         share=bool(seed % 2),
+        shards=shards,
         max_suffixes=(5,),
     )
     batch_shape = plan.shapes[-1]
@@ -697,12 +739,14 @@ class SeatingTest(parameterized.TestCase):
       edit, k, seated = model.at.get(slot, (None, 0, False))
       if edit is None:
         edit = edits[rng.integers(len(edits))]
-        if model.fits(edit, 0):
+        if model.fits(edit, 0, slot):
+          model.slot_for(edit)
           model.assign(slot, edit)
         else:
           crowded += 1
+          model.slot_for(edit, {model.shard(slot)})
       elif not seated:
-        if model.fits(edit, k + 1):
+        if model.fits(edit, k + 1, slot):
           model.assign(slot, edit, k + 1)
       elif k + 1 < edit.stages:
         model.next_chunk(slot)
@@ -713,9 +757,50 @@ class SeatingTest(parameterized.TestCase):
     for slot in list(model.at):
       model.free(slot)
     model.check()
-    self.assertEqual(
-        model.left(), (batch_shape.token_budget, batch_shape.logit_budget)
+    np.testing.assert_array_equal(
+        model.left().sum(axis=0),
+        (batch_shape.token_budget, batch_shape.logit_budget),
     )
+
+  @parameterized.product(seed=[0, 1, 2], shards=[1, 3])
+  def test_all_edits_move_to_shards_that_hold_them(self, seed, shards):
+    edits = random_edits(24, seed, chunked=True)
+    plan = plan_lib.plan_shapes(edits, slots=8 * shards, shards=shards)
+    shape = plan.shapes[0]
+    smaller, moved = shape.compacted, 0
+    for count in range(1, smaller.slots + 2):
+      allocator = slots_lib.SlotAllocator(plan, shape)
+      for edit in edits[:count]:
+        slot = allocator.slot_for(edit, allocator.free_slots())
+        allocator.assign(slot, edit, 0)
+      found = allocator.compact(smaller)
+      if found is None:
+        self.assertGreater(count, 1)
+        continue
+      moved += 1
+      old = [int(slot) for slot in found.slots if slot < shape.slots]
+      self.assertCountEqual(old, allocator.active)
+      model = Model(self, plan, smaller)
+      model.slots = found.allocator
+      for new, slot in enumerate(found.slots):
+        if slot < shape.slots:
+          model.at[new] = (*allocator.assigned[slot], True)
+      model.check()
+      # There are places for the largest chunk of each edit at the same time.
+      largest = np.zeros_like(model.left())
+      for new, (edit, _, _) in model.at.items():
+        largest[model.shard(new)] += plan_lib.edit_load(edit)
+      budgets = np.array([smaller.token_budget, smaller.logit_budget])
+      self.assertTrue((largest <= budgets // shards).all())
+      before, after = allocator.layout(), found.allocator.layout()
+      for new, slot in enumerate(found.slots):
+        if slot < shape.slots:
+          there = after.anchor[new]
+          np.testing.assert_array_equal(
+              found.tokens[there], before.anchor[slot]
+          )
+    print('MOVED', moved, smaller.slots)
+    self.assertGreater(moved, 0)
 
 
 def _leaves(assigned: slots_lib.SlotLayout) -> list[np.ndarray]:

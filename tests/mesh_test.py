@@ -6,6 +6,7 @@ without them starts a second one that has them.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import pathlib
@@ -178,6 +179,7 @@ class MeshTest(OnEight):
     model = je.load((SPEC, models.random_params(SPEC, 0)), mesh='data:8')
     for shape in plan_batches(model, edits, slots=3).shapes:
       while shape is not None:
+        self.assertEqual(shape.shards, 8)
         sizes = (*shape[1:3], shape.logit_budget, *shape.prefill_shape[:2])
         self.assertEqual({size % 8 for size in sizes}, {0})
         shape = shape.compacted
@@ -344,38 +346,63 @@ class StagesTest(OnEight):
 
 class CollectivesTest(OnEight):
 
-  def step(self, mesh: str) -> str:
-    """The compiled optimiser step of eight edits."""
+  def compiled(self, mesh: str) -> dict[str, str]:
+    """The programs of eight edits' targets, two chunks each."""
     model = je.load((SPEC, models.random_params(SPEC, 0)), mesh=mesh)
-    edits = facts.random_edits(8, seed=1, contexts=2, vocab=SPEC.vocab)
-    plan = plan_batches(model, edits, slots=8)
-    found, step = [], engine.step
+    edits = facts.random_edits(
+        8, seed=1, contexts=2, targets=(2,), vocab=SPEC.vocab
+    )
+    edits = [dataclasses.replace(e, chunks=((0, 1), (1, 2))) for e in edits]
+    plan, found = plan_batches(model, edits, slots=8), {}
 
-    def compiled(*arguments, **options):
-      text = step.lower(*arguments, **options).compile().as_text()
-      found.append(text)
-      return step(*arguments, **options)
+    def spied(name: str) -> Any:
+      real = getattr(engine, name)
+
+      def run(*arguments, **options):
+        text = real.lower(*arguments, **options).compile().as_text()
+        found.setdefault(name, text)
+        return real(*arguments, **options)
+
+      return mock.patch.object(engine, name, run)
 
     target = targets.TargetConfig(steps=1)
-    with mock.patch.object(engine, 'step', compiled):
+    with contextlib.ExitStack() as stack:
+      for name in ('prefill', 'assign', 'step', 'append_kv'):
+        stack.enter_context(spied(name))
       targets.optimize(
           SPEC, model.params, edits,
           plan=plan, objective=targets.Objective(1, target),
       )  # fmt: skip
-    return found[0]
+    return found
 
-  def test_no_weights_are_gathered(self):
+  def test_no_activations_move(self):
+    found = self.compiled('data:8')
+    self.assertEmpty(_exchanged(found['prefill']))
+    # Whether any edit is done.
+    self.assertEqual(_exchanged(found['step']), [()])
+    for name in ('assign', 'append_kv'):
+      shapes = [x for x in _exchanged(found[name]) if len(x) == 6]
+      self.assertNotEmpty(shapes)
+      self.assertEqual({x[1] for x in shapes}, {1})  # one slot of eight
+
+  def test_weights_are_gathered(self):
     # Sizes that no count of tokens has.
-    self.assertNotEmpty(_gathered(self.step('fsdp:8')) & WEIGHTS)
-    self.assertEmpty(_gathered(self.step('data:8')) & WEIGHTS)
+    self.assertNotEmpty(_gathered(self.compiled('fsdp:8')['step']) & WEIGHTS)
+
+
+def _exchanged(
+    text: str, kinds: str = 'all-.*?|reduce-scatter|collective-.*?'
+) -> list[tuple[int, ...]]:
+  """Shapes that collectives of a compiled program give."""
+  lines = re.findall(rf'= (.*?) (?:{kinds})(?:-start)?\(', text)
+  shapes = re.findall(r'\w\[([\d,]*)\]', ' '.join(lines))
+  return [tuple(int(n) for n in x.split(',') if n) for x in shapes]
 
 
 def _gathered(text: str) -> set[tuple[int, ...]]:
-  """Shapes that all-gathers of a compiled program give, sorted, without ones."""
-  lines = re.findall(r'= (.*?) all-gather(?:-start)?\(', text)
-  shapes = re.findall(r'\w\[([\d,]+)\]', ' '.join(lines))
-  sizes = (map(int, shape.split(',')) for shape in shapes)
-  return {tuple(sorted(n for n in shape if n > 1)) for shape in sizes}
+  """Shapes that all-gathers give, sorted, without ones."""
+  shapes = _exchanged(text, 'all-gather')
+  return {tuple(sorted(n for n in shape if n > 1)) for shape in shapes}
 
 
 if __name__ == '__main__':

@@ -61,11 +61,11 @@ def edits(kind: str = 'plain', seed: int = 1) -> Edits:
 
 
 @functools.cache
-def plan(slots: int = 4) -> plan_lib.BatchPlan:
+def plan(slots: int = 4, shards: int = 1) -> plan_lib.BatchPlan:
   """One frame for all edits, so that a family compiles once."""
   cases = [(kind, seed) for kind in ('plain', 'chunks') for seed in (1, 2)]
   every = [edit for case in (*cases, ('short', 1)) for edit in edits(*case)]
-  made = plan_lib.plan_shapes(every, slots=slots)
+  made = plan_lib.plan_shapes(every, slots=slots, shards=shards)
   assert len(made.shapes) == 1
   return made
 
@@ -239,6 +239,8 @@ class EaseTest(OracleCase):
     got, _ = run(pair, some, 'attn+mlp', EASY)
     self.agree(got, [[f] for f in every])
     self.assertEqual(engine.step._cache_size(), sizes)
+    got, _ = run(pair, some, 'attn+mlp', EASY, slots=2, shards=2)
+    self.agree(got, [[f] for f in every])
 
 
 class RoomTest(parameterized.TestCase):
@@ -251,11 +253,11 @@ class RoomTest(parameterized.TestCase):
       self.assertTrue((error < tolerance * np.linalg.norm(b.z)).all())
       np.testing.assert_allclose(a.loss, b.loss, rtol=2 * tolerance)
 
-  @parameterized.parameters('plain', 'chunks')
-  def test_slots_and_order(self, kind):
+  @parameterized.parameters(('plain', 1), ('chunks', 1), ('chunks', 2))
+  def test_slots_and_order(self, kind, shards):
     pair, some = naive_oracle.pair('llama'), edits(kind)
     want, _ = run(pair, some, 'attn+mlp')
-    got, _ = run(pair, some[::-1], 'attn+mlp', slots=1)
+    got, _ = run(pair, some[::-1], 'attn+mlp', slots=shards, shards=shards)
     self._same(got[::-1], want)
 
   def test_the_last_edits_move_to_a_smaller_room(self):

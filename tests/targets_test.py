@@ -189,6 +189,7 @@ class InvarianceTest(parameterized.TestCase):
       dict(share=False),
       dict(max_suffixes=(3, 5)),
       dict(slots=1, share=False, max_suffixes=(4,)),
+      dict(slots=2, shards=2),
   )
   def test_shapes(self, **shape):
     got = optimize(self.pair, edits(), PLAIN, **shape)
@@ -212,10 +213,17 @@ class InvarianceTest(parameterized.TestCase):
     return some, functools.partial(run, self.pair, some)
 
   # Chunked edits end one after the other, the others together.
-  @parameterized.parameters((9, False, [4]), (7, False, [2]), (9, True, [4, 2]))
-  def test_the_last_edits_move_to_smaller_rooms(self, count, chunked, slots):
+  @parameterized.parameters(
+      (9, False, [4], 1),
+      (7, False, [2], 1),
+      (9, True, [4, 2], 1),
+      (9, True, [4, 2], 2),
+  )
+  def test_the_last_edits_move_to_smaller_rooms(
+      self, count, chunked, slots, shards
+  ):
     some, run = self._long(count, chunked)
-    plan = plan_lib.plan_shapes(some, slots=6, compactions=2)
+    plan = plan_lib.plan_shapes(some, slots=6, compactions=2, shards=shards)
     with mock.patch.object(engine, 'compact', wraps=engine.compact) as move:
       got, work = run(plan=plan)
     moves = [len(call.args[2]) for call in move.call_args_list]
