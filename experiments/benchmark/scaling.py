@@ -10,9 +10,9 @@ demo facts, as often as there are edits; seconds follow from data sheets:
   max(FLOPs / (devices peak EFFICIENCY), bytes read / memory) + bytes sent / link
 
 without overlap. Solves run on one device. With --mesh the optimiser step of a
-shape is compiled for so many devices, nothing allocated, and what its program
-exchanges is set beside the sum by hand; weights are float32 there, as a CPU
-widens narrower ones before it gathers them.
+shape, and the program that assigns an edit to it, are compiled for so many
+devices, nothing allocated, and what they exchange is set beside the sum by hand;
+weights are float32 there, as a CPU widens narrower ones before it gathers them.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class Work(NamedTuple):
 
 def work(
     spec: ModelSpec, layers: Sequence[int], edits: Sequence[EncodedEdit],
-    *, count: int, batch: int, devices: int, local: bool = False,
+    *, count: int, batch: int, devices: int,
 ) -> list[Work]:  # fmt: skip
   """Counts the stages of `count` edits like those given, bf16 weights.
 
@@ -147,7 +147,6 @@ def work(
     count: edits of the run.
     batch: edits solved for together.
     devices: that work and batches are divided over.
-    local: as if the tokens of a sequence lay on one device.
   """
   scale, last = count / len(edits), layers[-1]
   loads, sizes = lengths.loads(edits), lengths.lengths(edits)
@@ -165,9 +164,8 @@ def work(
   def gather(size: float, activations: float = 0.0) -> Any:
     return lambda fsdp: activations * (devices > 1) + size * fsdp
 
-  per_step = (
-      0.0 if local else costs.exchanged_bytes(spec, last, _TOKENS * devices)
-  )
+  plan = plan_lib.plan_shapes(edits, token_budget=_TOKENS)
+  sent = count * costs.assigned_bytes(spec, last, _assigned(plan))
   return [
       Work(
           'moments', model + 2 * gram, max(1, text / (_TEXT * devices)), below,
@@ -176,7 +174,7 @@ def work(
       Work(
           'targets', scale * costs.ours_flops(spec, last, edits, steps), calls,
           costs.target_bytes(spec, last, 1, 2),
-          gather(costs.gathered_bytes(spec, last, 2), per_step),
+          gather(costs.gathered_bytes(spec, last, 2), sent / calls),
       ),
       Work(
           'insert', scale * costs.insert_flops(spec, layers, sizes),
@@ -193,6 +191,12 @@ def work(
           max(1, scored / (_TOKENS * devices)), body, gather(body),
       ),
   ]  # fmt: skip
+
+
+def _assigned(plan: BatchPlan) -> tuple[int, int, int]:
+  """(sequences, prefix tokens, suffix tokens) of an edit in the last shape."""
+  shape = plan.shapes[-1]
+  return plan.rows, plan.shared + shape.prefix_shape[1], shape.length
 
 
 def seconds(one: Work, hardware: Hardware, devices: int, fsdp: bool) -> Any:
@@ -242,15 +246,6 @@ def tables(count: int, batch: int) -> list[str]:
     ]  # fmt: skip
     for device, hardware in HARDWARE.items():
       lines.append(_row(device, hardware, weights, every))
-    alone = {
-        n: work(
-            spec, layers, edits,
-            count=count, batch=batch, devices=n, local=True,
-        )
-        for n in _COUNTS
-    }  # fmt: skip
-    first = next(iter(HARDWARE))
-    lines.append(_row(f'{first}, local', HARDWARE[first], weights, alone))
     lines += ['', _host(spec, layers, edits, count, batch)]
   return lines
 
@@ -322,31 +317,32 @@ def check(shape: str, text: str) -> list[str]:
   edits = facts.random_edits(
       4 * placement.mesh.size + 200, seed=0, contexts=6, vocab=spec.vocab
   )
-  plan = plan_lib.plan_shapes(edits, token_budget=128 * shards)
-  plan = plan.divided(shards)
+  plan = plan_lib.plan_shapes(edits, token_budget=128, shards=shards)
   found = targets.programs(
       spec, params, edits, plan,
       number=0, layer=layers[-1], output='block', config=TargetConfig(),
-  ).step  # fmt: skip
+  )  # fmt: skip
   sizes, tokens = placement.mesh.shape, plan.shapes[0].token_budget
   by_hand = {}
   if sizes.get('fsdp', 1) > 1:
     by_hand['weights gathered'] = costs.gathered_bytes(spec, layers[-1], 4)
-  if shards > 1:
-    by_hand['activations of attention'] = costs.exchanged_bytes(
-        spec, layers[-1], tokens
-    )
   if sizes.get('tensor', 1) > 1:
     by_hand['sums of outputs'] = costs.summed_bytes(
         spec, layers[-1], tokens / shards
     )
-  total, want = sum(found.collectives.values()), sum(by_hand.values())
+  compiled, want = found.step.collectives, sum(by_hand.values())
   lines = [f'{shape} on {placement.label}, {tokens} tokens a step, f32']
   lines += [f'  by hand   {k}: {v / 1e9:.2f} GB' for k, v in by_hand.items()]
-  lines += [
-      f'  compiled  {k}: {v / 1e9:.2f} GB' for k, v in found.collectives.items()
+  lines += [f'  compiled  {k}: {v / 1e9:.2f} GB' for k, v in compiled.items()]
+  if want:
+    ratio = sum(compiled.values()) / want
+    lines.append(f'  compiled over by hand: {ratio:.2f}')
+  sent = costs.assigned_bytes(spec, layers[-1], _assigned(plan))
+  return [
+      *lines,
+      f'  an edit assigned: {sent * (shards > 1) / 1e6:.1f} MB by hand,'
+      f' {found.assigned / 1e6:.1f} MB compiled',
   ]
-  return [*lines, f'  compiled over by hand: {total / want:.2f}']
 
 
 def main() -> None:

@@ -220,21 +220,24 @@ def gathered_bytes(spec: ModelSpec, layer: int, itemsize: int) -> float:
   return target_bytes(spec, layer, 1, itemsize)
 
 
-def exchanged_bytes(spec: ModelSpec, layer: int, tokens: float) -> float:
-  """Bytes of activations in a step, where `data` or `fsdp` divides a batch.
+def assigned_bytes(
+    spec: ModelSpec, layer: int, shape: tuple[int, int, int]
+) -> float:
+  """Bytes that assign an edit to a slot, where devices divide a batch.
 
-  The tokens of a sequence lie anywhere in the packed batch, so attention gathers
-  queries, keys and values of all tokens, and sums their gradients: of each layer
-  2 A + D numbers a token are gathered and A + D summed, A the width of queries,
-  keys and values together. Bytes of results on a device, f32.
+  Keys and values of its prefixes in the layers above and the hidden states of
+  its suffixes, which any device may have prefilled. Steps exchange nothing: the
+  tokens of an edit are on the device of its slot. Bytes of results on a device,
+  f32.
 
   Args:
     spec: the architecture.
     layer: the layer whose output is optimised.
-    tokens: packed tokens of all devices.
+    shape: (sequences an edit, prefix tokens, suffix tokens), as padded.
   """
-  each = (spec.heads + 2 * spec.kv_heads) * spec.head_size
-  return 4.0 * tokens * above(spec, layer) * (3 * each + 2 * spec.width)
+  rows, prefix, suffix = shape
+  kv = 2 * above(spec, layer) * prefix * spec.kv_heads * spec.head_size
+  return 4.0 * rows * (kv + suffix * spec.width)
 
 
 def summed_bytes(spec: ModelSpec, layer: int, tokens: float) -> float:

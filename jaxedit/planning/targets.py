@@ -45,12 +45,14 @@ class StepProgram(NamedTuple):
     resident: bytes that stay on a device between steps: the caches of prefixes
       and the state of the optimiser.
     waiting: bytes of one prefilled batch on a device.
+    assigned: bytes that a device exchanges where an edit is assigned to a slot.
   """
 
   step: Program
   prefill: Program
   resident: int
   waiting: int
+  assigned: float
 
 
 class StepArguments(NamedTuple):
@@ -61,6 +63,7 @@ class StepArguments(NamedTuple):
   prefill: jax.stages.Lowered
   shared: Any
   prefilled: Any
+  assigned: float
 
 
 _shared_prefix_kv = jax.jit(shared_prefix_kv, static_argnames='spec')
@@ -113,13 +116,14 @@ def step_arguments(
   )
   prefilled = shapes(prefill)
   cache = jax.eval_shape(lambda x: engine.empty(x, plan, shape), prefilled)
-  allocator = SlotAllocator(plan, shape)
+  allocator, sent = SlotAllocator(plan, shape), 0.0
   if several:
     index = allocator.assign(0, edits[mine[0]], 0).reshape(-1)
     move = np.stack([index, index])
-    cache = shapes(
+    program, cache = programs_lib.output(
         engine.assign.lower(cache, prefilled, 0, 0, move, shards=shape.shards)
     )
+    sent = sum(program.collectives.values())
   assigned, chained = allocator.layout(), shape.grow > 0
   state = shapes(
       engine.start.lower(
@@ -129,7 +133,7 @@ def step_arguments(
   keywords = dict(layer=layer, return_kv=chained, **engine.split_config(config))
   fresh = np.ones(shape.slots, bool)
   args = (spec, params, cache, assigned, state, fresh)
-  return StepArguments(args, keywords, prefill, shared, prefilled)
+  return StepArguments(args, keywords, prefill, shared, prefilled, sent)
 
 
 def programs(
@@ -147,6 +151,7 @@ def programs(
       programs_lib.compiled(found.prefill),
       device_bytes((found.shared, found.args[2], found.args[4])),
       device_bytes(found.prefilled),
+      found.assigned,
   )
 
 
@@ -230,7 +235,8 @@ def stage(
       ),
       device=largest,
       collective=max(ran, config.steps)
-      * sum(kinds[0].step.collectives.values()),
+      * sum(kinds[0].step.collectives.values())
+      + len(edits) * kinds[0].assigned,
       host=2 * pair,
       kept=8.0 * states * spec.width,
       checked=checked,
