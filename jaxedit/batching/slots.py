@@ -21,7 +21,7 @@ sequence.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import flax
@@ -130,7 +130,7 @@ class Slots:
 
 
 class Compaction(NamedTuple):
-  """How the edits move to a smaller batch shape.
+  """How the edits move to a smaller batch shape, each within its shard.
 
   Attributes:
     allocator: of the new shape.
@@ -200,10 +200,20 @@ class SlotAllocator(Slots):
     return list(found.values())
 
   def slot_for(self, edit: EncodedEdit, slots: Iterable[int]) -> int | None:
-    """The first of some free slots in whose shard an edit's first chunk fits."""
+    """Chooses the slot of a new edit.
+
+    Args:
+      edit: the edit; of its chunks, the first has to fit.
+      slots: free ones.
+
+    Returns:
+      The slot whose shard has most free tokens of those in which it fits, the
+      first of equals; or None.
+    """
     load = plan_lib.stage_load(edit, 0)
-    fits = (slot for slot in slots if self._holds(self.shard(slot), load))
-    return next(fits, None)
+    fits = [slot for slot in slots if self._holds(self.shard(slot), load)]
+    free = lambda slot: len(self._tokens[self.shard(slot)])
+    return max(fits, key=free, default=None)
 
   def assign(self, slot: int, edit: EncodedEdit, k: int) -> np.ndarray:
     """Assigns a chunk of an edit to a slot.
@@ -326,8 +336,18 @@ class SlotAllocator(Slots):
       The new allocator and where its slots and tokens come from, or None.
     """
     active = self.active
-    moved = _first_fit([self.assigned[slot][0] for slot in active], batch_shape)
-    if moved is None:
+    counts = (
+        batch_shape.slots,
+        batch_shape.token_budget,
+        batch_shape.logit_budget,
+    )
+    each = np.array(counts) // batch_shape.shards
+    used, moved = np.zeros([batch_shape.shards, len(each)], np.int64), []
+    for slot in active:
+      shard = self.shard(slot)
+      moved.append(shard * each[0] + used[shard, 0])
+      used[shard] += [1, *plan_lib.edit_load(self.assigned[slot][0])]
+    if (used > each).any():
       return None
     other, rows = SlotAllocator(self._plan, batch_shape), self._plan.rows
     source = np.full(
@@ -362,22 +382,3 @@ class SlotAllocator(Slots):
 def _shares(count: int, shards: int) -> list[list[int]]:
   """Numbers below `count` in equal parts, the last of each first."""
   return np.arange(count).reshape(shards, -1)[:, ::-1].tolist()
-
-
-def _first_fit(
-    edits: Sequence[EncodedEdit], batch_shape: BatchShape
-) -> list[int] | None:
-  """Slots of edits in the first shards that hold all their chunks, or None."""
-  counts = batch_shape.slots, batch_shape.token_budget, batch_shape.logit_budget
-  each = np.array(counts) // batch_shape.shards
-  used = np.zeros([batch_shape.shards, len(counts)], np.int64)
-  found = []
-  for edit in edits:
-    after = used + [1, *plan_lib.edit_load(edit)]
-    fits = np.flatnonzero((after <= each).all(axis=1))
-    if not len(fits):
-      return None
-    shard = fits[0]
-    found.append(int(shard * each[0] + used[shard, 0]))
-    used[shard] = after[shard]
-  return found

@@ -203,8 +203,11 @@ def _spread_sequences(params: Params, layout: Any) -> Any:
 
 
 def _spread_prefix(params: Params, prefix: KV) -> KV:
-  """Divides keys and values of prefix tokens by sequences."""
-  key, value = (over_batch(params, x, 1) for x in (prefix.key, prefix.value))
+  """Divides keys and values of prefix tokens by sequences; heads stay divided."""
+  rest = jax.sharding.PartitionSpec.UNCONSTRAINED
+  key, value = (
+      over_batch(params, x, 1, rest=rest) for x in (prefix.key, prefix.value)
+  )
   return KV(key, value, _spread_sequences(params, prefix.layout))
 
 

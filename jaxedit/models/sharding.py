@@ -71,17 +71,21 @@ def mesh_of(params: Params) -> Any:
   return None if mesh is None or mesh.empty else mesh
 
 
-def over_batch(params: Params, x: Array, axis: int = 0) -> Array:
+def over_batch(
+    params: Params, x: Array, axis: int = 0, *, rest: Any = None
+) -> Array:
   """Divides activations over the devices that hold parameters.
 
   Args:
     params: what the activations are computed with; they say on which mesh.
     x: activations.
     axis: of sequences, or of packed tokens.
+    rest: partition of all other axes; whole unless given, or what the compiler
+      chooses (`PartitionSpec.UNCONSTRAINED`).
 
   Returns:
     The same values: along `axis` divided over as many of the batch axes as
-    divide it, whole along the others. `x` itself without a mesh, and where a
+    divide it. `x` itself without a mesh, and where a
     caller's axes are not automatic.
   """
   mesh = mesh_of(params)
@@ -95,7 +99,7 @@ def over_batch(params: Params, x: Array, axis: int = 0) -> Array:
     if size > 1 and not x.shape[axis] % (shards * size):
       taken.append(name)
       shards *= size
-  spec = [None] * x.ndim
+  spec = [rest] * x.ndim
   spec[axis] = tuple(taken) or None
   return jax.lax.with_sharding_constraint(
       x, NamedSharding(mesh, PartitionSpec(*spec))

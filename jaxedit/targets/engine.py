@@ -26,6 +26,7 @@ from jaxedit.batching.plan import BatchPlan, BatchShape
 from jaxedit.batching.slots import SlotLayout
 from jaxedit.models import packing
 from jaxedit.models.blocks import stored
+from jaxedit.models.sharding import over_batch
 from jaxedit.models.spec import ModelSpec
 from jaxedit.targets import objective
 from jaxedit.targets.objective import (
@@ -102,10 +103,19 @@ def empty(
     prefilled: Prefill, plan: BatchPlan, batch_shape: BatchShape
 ) -> PrefixCache:
   """Makes the cache of a running batch without edits; see `Prefill`."""
+  length = plan.shared + batch_shape.prefix_shape[1] + batch_shape.grow
+  if batch_shape.shards == 1:
+    return _empty(prefilled, batch_shape, plan.rows, length)
+  return _empty_shards(prefilled, batch_shape, plan.rows, length)
+
+
+def _empty(
+    prefilled: Prefill, batch_shape: BatchShape, rows: int, length: int
+) -> PrefixCache:
+  """A cache of a number of sequences an edit and of prefix tokens."""
   zeros = lambda x, *shape: jnp.zeros(shape, x.dtype)
   layers, _, _, groups, _, size = prefilled.key.shape
-  length = plan.shared + batch_shape.prefix_shape[1] + batch_shape.grow
-  shape = (layers, batch_shape.slots, plan.rows, groups)
+  shape = (layers, batch_shape.slots, rows, groups)
   kv = lambda x: zeros(x, *shape, length if layers else 1, size)
   width = prefilled.h.shape[-1]
   return PrefixCache(
@@ -113,10 +123,16 @@ def empty(
       kv(prefilled.key),
       kv(prefilled.value),
       jax.tree.map(
-          lambda x: zeros(x, batch_shape.slots, plan.rows, width),
+          lambda x: zeros(x, batch_shape.slots, rows, width),
           prefilled.parts,
       ),
   )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _empty_shards(prefilled: Prefill, *shape: Any) -> PrefixCache:
+  """`_empty`, on the devices of the prefilled batch: one may not hold all."""
+  return _divided(prefilled, _empty(prefilled, *shape))
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames='shards')
@@ -153,9 +169,8 @@ def assign(
     return jax.lax.dynamic_update_slice(old, part, (0, slot, 0, 0, 0, 0))
 
   cache = _move(cache, prefilled, slot, move)
-  return cache._replace(
-      key=put(cache.key, prefilled.key), value=put(cache.value, prefilled.value)
-  )
+  key, value = put(cache.key, prefilled.key), put(cache.value, prefilled.value)
+  return _divided(prefilled, cache._replace(key=key, value=value))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -163,7 +178,19 @@ def assign_chunk(
     cache: PrefixCache, prefilled: Prefill, slot: Array, move: Array
 ) -> PrefixCache:
   """Copies the hidden states of an edit's next chunk to its slot."""
-  return _move(cache, prefilled, slot, move)
+  return _divided(prefilled, _move(cache, prefilled, slot, move))
+
+
+def _divided(source: Any, cache: PrefixCache) -> PrefixCache:
+  """Divides a cache over the devices of another tree, by slots and tokens."""
+  rest = jax.sharding.PartitionSpec.UNCONSTRAINED
+  divide = functools.partial(over_batch, source, rest=rest)
+  return PrefixCache(
+      divide(cache.base, 1),
+      divide(cache.key, 1),
+      divide(cache.value, 1),
+      jax.tree.map(divide, cache.parts),
+  )
 
 
 def _move(
@@ -198,8 +225,9 @@ def append_kv(
     part = packing.take_slot(new, slot, axis=1, shards=shards)
     return jax.lax.dynamic_update_slice(old, part, (0, slot, 0, 0, column, 0))
 
-  return cache._replace(
-      key=put(cache.key, kv[0]), value=put(cache.value, kv[1])
+  return _divided(
+      kv,
+      cache._replace(key=put(cache.key, kv[0]), value=put(cache.value, kv[1])),
   )
 
 
@@ -240,25 +268,37 @@ def start(
   )
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames='shards')
 def compact(
-    cache: PrefixCache, state: OptState, slots: Array, tokens: Array
+    cache: PrefixCache,
+    state: OptState,
+    slots: Array,
+    tokens: Array,
+    *,
+    shards: int = 1,
 ) -> tuple[PrefixCache, OptState]:
   """Moves all edits to a smaller batch shape (`slots.Compaction`)."""
-  pick = functools.partial(packing.take_slots, slots=slots)
+
+  def taken(x: Array, index: Array, axis: int) -> Array:
+    index = packing.local(index, x.shape[axis], shards)
+    take = functools.partial(packing.take_slots, axis=axis)
+    return packing.each_shard(
+        take, x, index, shards=shards, axes=(axis, 0), out=axis
+    )
+
+  pick = lambda x, axis=0: taken(x, slots, axis)
 
   def pick_rows(x: Array) -> Array:
     kept = pick(x.reshape(len(x), len(state.done), -1, *x.shape[2:]), axis=1)
     return kept.reshape(len(x), -1, *x.shape[2:])
 
-  base = jnp.take(cache.base, tokens, axis=1, mode='fill', fill_value=0)
+  base = taken(cache.base, tokens, 1)
   moved = jax.tree.map(pick, state.replace(kv=None, ran=None))
   kv = jax.tree.map(pick_rows, state.kv)
   parts = jax.tree.map(pick, cache.parts)
+  key, value = pick(cache.key, axis=1), pick(cache.value, axis=1)
   return (
-      PrefixCache(
-          base, pick(cache.key, axis=1), pick(cache.value, axis=1), parts
-      ),
+      _divided(cache, PrefixCache(base, key, value, parts)),
       moved.replace(kv=kv, ran=jnp.zeros_like(state.ran)),
   )
 

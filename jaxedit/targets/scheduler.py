@@ -173,7 +173,11 @@ class Scheduler:
       return
     self._bank()
     self._cache, self._state = engine.compact(
-        self._cache, self._state, found.slots, found.tokens
+        self._cache,
+        self._state,
+        found.slots,
+        found.tokens,
+        shards=batch_shape.shards,
     )
     now = {int(old): new for new, old in enumerate(found.slots)}
     self._assigned = {now[slot]: who for slot, who in self._assigned.items()}
