@@ -146,6 +146,10 @@ def request_of(
   """
   if isinstance(one, EditRequest):
     return one
+  if not isinstance(one, Mapping):
+    raise InputError(
+        f'request {number} is {one!r}; give a dict of prompt, subject, target'
+    )
   fields = {'number': number, 'id': str(number), 'subject': None, **one}
   known = {field.name for field in dataclasses.fields(EditRequest)}
   problems = [
@@ -159,7 +163,14 @@ def request_of(
       for name in ('prompt', 'target')
       if name not in fields
   ]
-  probes, subject = list(map(_probe_of, fields.get('probes', ()))), None
+  given, subject = fields.get('probes', ()), None
+  given = [given] if isinstance(given, (Probe, Mapping)) else given
+  problems += [
+      f'request {number}: probe {i} has no {" and no ".join(missing)}; add it'
+      for i, probe in enumerate(given, 1)
+      if (missing := _missing(probe))
+  ]
+  probes = [] if problems else list(map(_probe_of, given))
   if not problems and fields['subject'] is not None:
     fields['prompt'], subject, errors = resolve(
         fields['prompt'], fields['subject']
@@ -173,6 +184,22 @@ def request_of(
   if problems:
     raise InputError(*problems)
   return EditRequest(**fields | {'subject': subject, 'probes': tuple(probes)})
+
+
+def _missing(one: Probe | Mapping[str, Any]) -> list[str]:
+  """Lists what a probe lacks."""
+  if isinstance(one, Probe):
+    return []
+  known = {**one} if isinstance(one, Mapping) else {}
+  missing = [name for name in ('kind', 'prompt') if name not in known]
+  return missing + ['answer'] * (not known.keys() & {'answer', 'answers'})
+
+
+def _requests_of(given: Any) -> list[EditRequest]:
+  """Makes requests of one or several."""
+  if isinstance(given, (EditRequest, Mapping)):
+    given = [given]
+  return [request_of(one, i) for i, one in enumerate(given, 1)]
 
 
 def _probe_of(one: Probe | Mapping[str, Any]) -> Probe:
@@ -246,10 +273,7 @@ def edit(
   Raises:
     InputError: anything that cannot be used, all at once where possible.
   """
-  given = (
-      [requests] if isinstance(requests, (EditRequest, Mapping)) else requests
-  )
-  wanted = [request_of(one, i) for i, one in enumerate(given, 1)]
+  wanted = _requests_of(requests)
   kinds = {'text' if one.subject is None else 'fact' for one in wanted}
   if len(kinds) != 1:
     raise InputError(
@@ -267,6 +291,11 @@ def edit(
   if chunked:
     config = anyedit_lib.anyedit(config, **cut)
   made = found.editor(model.spec, config)
+  provided = dict(resources or {})
+  for need in made.needs:
+    if need not in provided:
+      need.check()
+    need.admit(wanted)
   tokens = TokenCache(model.tokenizer)
   run = configure(
       RunConfig(
@@ -297,9 +326,7 @@ def edit(
   encoded = anyedit_lib.cut(
       model.spec, model.params, encoder.encode(wanted), config.chunks
   )
-  provided = dict(resources or {})
   for need in made.needs:
-    need.admit(wanted)
     if need not in provided:
       provided[need] = needs.provide(
           run, model, model.tokenizer, need, copy=False, progress=progress
@@ -466,7 +493,7 @@ class EditedModel:
 @_on_its_mesh
 def evaluate(
     model: Model | EditedModel,
-    requests: Sequence[EditRequest | Mapping[str, Any]],
+    requests: EditRequest | Mapping[str, Any] | Sequence[Any],
     *,
     before: Evaluation | None = None,
     chat: str | None = None,
@@ -496,7 +523,7 @@ def evaluate(
   """
   if isinstance(model, Model):
     model = EditedModel(model, UNEDITED, None)
-  wanted = [request_of(one, i) for i, one in enumerate(requests, 1)]
+  wanted = _requests_of(requests)
   if edit_ids is None and model.edited.size is not None:
     edit_ids = case_numbers(wanted)
   loaded, tokens = model.model, TokenCache(model.model.tokenizer)
