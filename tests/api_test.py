@@ -50,6 +50,13 @@ class RequestTest(parameterized.TestCase):
     with self.assertRaisesRegex(InputError, words):
       api.request_of(given)
 
+  @parameterized.parameters('MEMIT', 'R-ROME', 'AlphaEdit', 'ULTRAEDIT')
+  def test_names_in_capitals_are_hinted_at(self, name):
+    with self.assertRaisesRegex(
+        InputError, f'method {name!r} is unknown; did you mean {name.lower()!r}'
+    ):
+      api.editor(SPEC, name)
+
   @parameterized.parameters('mend', 'ke', 'serac')
   def test_a_trained_editor_is_asked_for(self, method):
     params = models.random_params(SPEC, 0)

@@ -32,7 +32,10 @@ def status(name: str) -> float:
 
 
 def main() -> None:
-  program = _PROGRAMS[sys.argv.pop(1)]
+  name = sys.argv.pop(1) if len(sys.argv) > 1 else ''
+  if name not in _PROGRAMS:
+    sys.exit(f'name a program, then its flags: {", ".join(_PROGRAMS)}')
+  program = _PROGRAMS[name]
   device_names()  # starts JAX
   base = status('VmRSS')
 

@@ -39,7 +39,7 @@ def method_of(name: str) -> Method:
     InputError: there is none.
   """
   if name not in METHODS:
-    near = difflib.get_close_matches(name, METHODS, 1)
+    near = difflib.get_close_matches(name.lower(), METHODS, 1)
     hint = f'; did you mean {near[0]!r}' if near else ''
     raise InputError(
         f'method {name!r} is unknown{hint}; known are {", ".join(METHODS)}'
