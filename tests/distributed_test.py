@@ -11,6 +11,7 @@ from unittest import mock
 
 import numpy as np
 import programs
+import pytest
 from absl.testing import absltest, parameterized
 
 from experiments import edit
@@ -155,6 +156,7 @@ class DistributedTest(programs.Case):
     self.assertIn('process 1 of 2 was lost (SIGKILL)', err)
     self.assert_equal(self.finish(2, folder))
 
+  @pytest.mark.long
   def test_a_run_of_eight_devices_completes_on_two(self):
     folder, cache = self.setup.path('out'), str(self.setup.path('cache'))
 
@@ -178,6 +180,7 @@ class DistributedTest(programs.Case):
     self.assertEqual(process.returncode, 0, err)
     self.assert_equal(programs.Done(0, out, err, folder))
 
+  @pytest.mark.long
   def test_all_stop_where_one_is_told_to(self):
     folder = self.setup.path('out')
     process = self.launch(2, folder, max_seconds=3)

@@ -9,6 +9,7 @@ from unittest import mock
 import jax
 import numpy as np
 import programs
+import pytest
 from absl.testing import absltest, parameterized
 
 from experiments import causal_trace, memit_batch
@@ -118,6 +119,7 @@ class ProgramTest(parameterized.TestCase):
     )  # fmt: skip
     return self.setup.run(**(self.given | settings | given))
 
+  @pytest.mark.long
   def test_flagfile_gives_what_was_measured(self):
     clear = mock.Mock()
     with (

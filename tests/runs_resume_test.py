@@ -12,6 +12,7 @@ import unittest
 from unittest import mock
 
 import programs
+import pytest
 from absl.testing import absltest
 
 from experiments import anyedit_batch, memit_batch
@@ -140,6 +141,7 @@ class ResumeTest(absltest.TestCase):
       self.assertEqual(broken.results[name], whole.results[name], told)
     self.assertNotIn('states_kept', whole.results['work'])
 
+  @pytest.mark.long
   def test_a_sequence_of_facts(self):
     setup = programs.Setup(memit_batch)
     self.addCleanup(setup.close)

@@ -15,6 +15,7 @@ import editors
 import jax
 import naive_oracle
 import numpy as np
+import pytest
 import text_helpers
 import torch
 import transformers
@@ -236,6 +237,7 @@ class OracleTest(OracleCase):
 class SmolLm2Test(OracleCase):
   """The published rate and clamp on a real model, in f32."""
 
+  @pytest.mark.long
   def test_chunks_of_a_passage(self):
     folder = testing.demo_model()
     model = loading.load_model(folder, 'float32')

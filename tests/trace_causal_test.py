@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import naive_oracle
 import naive_trace
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from jaxedit import placement, testing
@@ -353,6 +354,7 @@ class SmolLm2Test(absltest.TestCase):
     del cls.ours, cls.theirs
     super().tearDownClass()
 
+  @pytest.mark.long
   def test_sampled_cells(self):
     rng = np.random.default_rng(0)
     spec, cases = self.ours.spec, []
