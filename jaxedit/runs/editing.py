@@ -132,7 +132,7 @@ def _edit_in_sequence(
       step, arrays, record = found
       first = step + 1
       total, state, infos = _unpacked(arrays, record, state)
-      along = list(record['along'])
+      along = list(record.get('along', ()))
   earlier = digest()
   for number, (indices, judged) in enumerate(steps):
     encoded = [session.encoded[i] for i in indices]
