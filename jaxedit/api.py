@@ -20,7 +20,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxedit import edited as edited_lib
@@ -43,7 +42,7 @@ from jaxedit.models import tokenizer as tokenizer_lib
 from jaxedit.models.decode import GREEDY, Decoding
 from jaxedit.models.loading import Model
 from jaxedit.models.spec import ModelSpec
-from jaxedit.placement import Placement, place_by
+from jaxedit.placement import Placement, fetch, place_by
 from jaxedit.runs import editing, needs
 from jaxedit.runs.cache import digest
 from jaxedit.runs.config import RunConfig
@@ -465,7 +464,7 @@ class EditedModel:
       )
     params = edited_lib.apply(model.params, self.edited)
     # What is kept for a model by its hash, such as moments, is not for another.
-    what = digest(changed, *map(np.asarray, jax.tree.leaves(self.edited)))
+    what = digest(changed, *map(fetch, jax.tree.leaves(self.edited)))
     return dataclasses.replace(
         model, params=params, hash=f'{model.hash} edited {what}'
     )

@@ -322,7 +322,7 @@ class Speak(Protocol):
 class Prompting:
   """A rule that rewrites prompts before the model reads them.
 
-  A subclass has `rewrite`; the other methods say what a rule that has nothing
+  A subclass has `rewrite`, and `without` if it has `ids`; the other methods say what a rule that has nothing
   but this can do. `edited.prompting.FactMemory` has all of them.
 
   Attributes:
@@ -369,6 +369,10 @@ class Prompting:
       ValueError: it has no such form.
     """
     raise ValueError('only single edits without rules can be stacked')
+
+  def without(self, indices: Sequence[int]) -> Prompting:
+    """Returns the rule without some of its facts, by their indices in `ids`."""
+    raise NotImplementedError
 
   def packed(self) -> tuple[dict[str, Array], dict[str, Any]] | None:
     """Writes the rule as arrays and plain JSON types; None: no file holds it."""

@@ -91,11 +91,8 @@ def draw(curves: Sequence[Curve], names: Sequence[str] = METRICS) -> Any:
       one.set_title(name, loc='left')
       if name == 'perplexity':
         one.set_yscale('log')
-        for axis in (
-            one.yaxis.set_major_formatter,
-            one.yaxis.set_minor_formatter,
-        ):
-          axis('{x:g}')
+        one.yaxis.set_major_formatter('{x:g}')
+        one.yaxis.set_minor_formatter('{x:g}')
       for number, curve in enumerate(curves):
         _line(one, name, curve, number)
     axes[-1].set_xlabel('edits so far')

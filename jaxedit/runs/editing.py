@@ -71,6 +71,7 @@ def edit(
     state: Any,
     stores: Stores | None = None,
     progress: Progress = silent,
+    *,
     judge_along: Judge | None = None,
 ) -> SessionResult:
   """Makes all edits of a session, by its protocol.
@@ -88,7 +89,9 @@ def edit(
   cache = None if stores is None else stores.targets
   if session.config.reset:
     return _edit_independent(session, state, Run(cache, progress))
-  outcome = _edit_in_sequence(session, state, stores, progress, judge_along)
+  outcome = _edit_in_sequence(
+      session, state, stores, progress, judge_along=judge_along
+  )
   edited = session.editor.finish(session.model, outcome.edited)
   return dataclasses.replace(outcome, edited=edited)
 
@@ -117,6 +120,7 @@ def _edit_in_sequence(
     state: Any,
     stores: Stores | None,
     progress: Progress,
+    *,
     judge_along: Judge | None,
 ) -> SessionResult:
   """Edits batch after batch, each on the model that the last one left."""

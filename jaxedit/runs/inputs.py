@@ -15,6 +15,7 @@ from typing import Any
 
 from jaxedit.batching.plan import BatchPlan
 from jaxedit.convert import hub
+from jaxedit.eval import protocols
 from jaxedit.eval.datasets import Loaded
 from jaxedit.eval.protocols import case_numbers
 from jaxedit.methods import anyedit, base
@@ -117,10 +118,7 @@ def batches_of(cases: Sequence[int], size: int) -> list[list[int]]:
   Returns:
     Indices of the requests of each batch.
   """
-  found: dict[int, list[int]] = {}
-  for i, case in enumerate(cases):
-    found.setdefault(case // size, []).append(i)
-  return list(found.values())
+  return [list(step.batch) for step in protocols.batches(size).steps(cases)]
 
 
 def _parts(

@@ -200,7 +200,9 @@ def _edit_parts(
   for number, indices in enumerate(parts, 1):
     single = len(parts) == 1
     part = session if single else session.part(indices)
-    outcome = editing.edit(part, state, stores, progress, judge_along)
+    outcome = editing.edit(
+        part, state, stores, progress, judge_along=judge_along
+    )
     clock.add(outcome.info.seconds)
     if single:  # where nothing could be written there is nothing to judge
       editing.require_some(outcome.info, stores.output)
