@@ -16,7 +16,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -226,9 +226,28 @@ def editor(spec: ModelSpec, method: str = 'memit', **settings: Any) -> Editor:
   return found.editor(spec, found.configure(**settings))
 
 
+class Progressed(NamedTuple):
+  """What the next batch of a sequence goes on from.
+
+  Attributes:
+    method: id of the method.
+    config: its settings.
+    contexts: context templates of facts.
+    total: the sum of the edits so far.
+    changes: what they have changed of the editor's state; the rest of it, which
+      may be larger than the model, is made anew.
+  """
+
+  method: str
+  config: Any
+  contexts: tuple[str, ...]
+  total: Edited
+  changes: Mapping[str, Any]
+
+
 @_on_its_mesh
 def edit(
-    model: Model,
+    model: Model | EditedModel,
     requests: EditRequest | Mapping[str, Any] | Sequence[Any],
     method: str = 'memit',
     *,
@@ -245,7 +264,9 @@ def edit(
   """Edits a model, as one batch.
 
   Args:
-    model: from `load`; untouched.
+    model: from `load`, untouched; or an edited model, to go on with another
+      batch of a sequence, by the same method and settings. The result then has
+      the effect of both.
     requests: what to write, facts (with a subject) or long answers (without).
     method: its id in `METHODS`.
     independent: make every edit alone on the unedited model; the result then
@@ -280,6 +301,9 @@ def edit(
         ' or none; edit them in two calls'
     )
   (kind,) = kinds
+  earlier, model = (
+      (model, model.model) if isinstance(model, EditedModel) else (None, model)
+  )
   found = method_of(method)
   if chunked is None:
     chunked = found.chunkable
@@ -290,6 +314,10 @@ def edit(
   if chunked:
     config = anyedit_lib.anyedit(config, **cut)
   made = found.editor(model.spec, config)
+  so_far = None
+  if earlier is not None:
+    so_far = _goes_on(earlier, method, config, independent)
+    contexts = contexts or so_far.contexts
   provided = dict(resources or {})
   for need in made.needs:
     if need not in provided:
@@ -332,14 +360,44 @@ def edit(
       )
   plan = plan_batches(model, encoded)
   group = case_numbers(wanted) if independent else None
-  result = made.edit(
-      model,
-      made.init(model, provided),
-      EditBatch(encoded, plan, group, wanted),
-      Run(progress=progress),
-  )
+  batch = EditBatch(encoded, plan, group, wanted)
+  start, how = made.init(model, provided), Run(progress=progress)
+  if independent:
+    result = made.edit(model, start, batch, how)
+    edited, so_far = result.edited, None
+  else:
+    total, state = UNEDITED, start
+    if so_far is not None:
+      total, state = so_far.total, editing.restored(so_far.changes, start)
+    result = editing.advance(made, model, total, state, batch, how)
+    total, changes = result.edited, editing.changes(result.state, start)
+    so_far = Progressed(method, config, contexts, total, changes)
+    edited = made.finish(model, total)
   editing.require_some(result.info)
-  return EditedModel(model, result.edited, result.info, chat=chat)
+  return EditedModel(model, edited, result.info, chat, so_far)
+
+
+def _goes_on(
+    earlier: EditedModel, method: str, config: Any, independent: bool
+) -> Progressed:
+  """Checks that another batch may follow; returns what it goes on from."""
+  so_far = earlier.so_far
+  if so_far is None:
+    raise InputError(
+        'only what je.edit returned for one batch can be edited again, not edits'
+        ' side by side or one of them; edit its merge()'
+    )
+  if independent:
+    raise InputError(
+        'independent edits start from the unedited model; edit that one, or'
+        ' leave independent out'
+    )
+  if (method, config) != (so_far.method, so_far.config):
+    raise InputError(
+        f'this sequence began with {so_far.method} and other settings than those'
+        f' of {method} now; go on with the same, or edit its merge()'
+    )
+  return so_far
 
 
 def _chat_of(model: Model, given: str | None, kind: str) -> chat_lib.Chat:
@@ -357,12 +415,14 @@ class EditedModel:
     edited: the edit; the product.
     info: how the edits went.
     chat: words around a question, as `edit` was told.
+    so_far: what another `edit` goes on from; None for edits side by side.
   """
 
   model: Model
   edited: Edited
   info: Info
   chat: str | None = None
+  so_far: Progressed | None = None
 
   def open(self, **options: Any) -> LanguageModel:
     """Opens it for evaluation or serving; see `open_model`."""
@@ -482,7 +542,7 @@ class EditedModel:
       InputError: there is no such edit, or only one.
     """
     one = edited_lib.select(self.edited, edit_id)
-    return dataclasses.replace(self, edited=one)
+    return dataclasses.replace(self, edited=one, so_far=None)
 
   def revert(self) -> Model:
     """Returns the unedited model, which no edit has touched."""

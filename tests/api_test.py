@@ -1,20 +1,39 @@
-"""What the library's functions refuse, and in which words."""
+"""What the library's functions refuse, in which words; edits of edited models."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import pathlib
+from unittest import mock
 
+import chex
+import editors
 import text_tokenizers
 from absl.testing import absltest, parameterized
 
 from jaxedit import api
+from jaxedit import edited as edited_lib
+from jaxedit.deltas import UNEDITED
+from jaxedit.methods.base import Run
+from jaxedit.methods.closed_form.editor import pruned
 from jaxedit.models import loading
+from jaxedit.runs import editing
 from jaxedit.testing import models
 from jaxedit.types import InputError, Probe
 
 SPEC = models.tiny_spec('llama', vocab=400)
 FACT = {'prompt': '{} is in', 'subject': 'Paris', 'target': 'Italy'}
 PROBE = {'kind': 'locality', 'prompt': 'Rome is in', 'answer': 'Italy'}
+
+
+@functools.cache
+def tiny():
+  params = models.random_params(SPEC, 0)
+  tokenizer = text_tokenizers.byte_level(begin=True)
+  return loading.Model(
+      SPEC, params, pathlib.Path(), 'ab' * 32, {}, tokenizer=tokenizer
+  )
 
 
 class RequestTest(parameterized.TestCase):
@@ -59,13 +78,90 @@ class RequestTest(parameterized.TestCase):
 
   @parameterized.parameters('mend', 'ke', 'serac')
   def test_a_trained_editor_is_asked_for(self, method):
-    params = models.random_params(SPEC, 0)
-    tokenizer = text_tokenizers.byte_level(begin=True)
-    model = loading.Model(
-        SPEC, params, pathlib.Path(), 'ab' * 32, {}, tokenizer=tokenizer
-    )
     with self.assertRaisesRegex(InputError, f'method {method} needs --editor'):
-      api.edit(model, FACT, method)
+      api.edit(tiny(), FACT, method)
+
+
+SETTINGS = {
+    'memit': dict(layers=(0, 1), value_steps=2),
+    'alphaedit': dict(layers=(0, 1), value_steps=2, null_space_share=0.5),
+    'ft_l': dict(layers=(1,), fit_steps=2),
+    'grace': dict(layers=(1,), value_steps=2),
+    'memprompt': {},
+}
+FACTS = [FACT, FACT | {'subject': 'Rome', 'target': 'Ghana'}]
+
+
+def needs_of(made):
+  """What an editor of the tiny model needs."""
+  found = editors.resources(made, SPEC)
+  return {k: tiny().tokenizer if v is None else v for k, v in found.items()}
+
+
+def edit(model, fact, method, **options):
+  """Edits as the library does, with second moments that are made up."""
+  settings = SETTINGS[method]
+  return api.edit(
+      model,
+      fact,
+      method,
+      contexts=('{}',),
+      resources=needs_of(api.editor(SPEC, method, **settings)),
+      **settings | options,
+  )
+
+
+class SequenceTest(parameterized.TestCase):
+
+  @parameterized.parameters(*SETTINGS)
+  def test_goes_on_as_one_by_one(self, method):
+    with mock.patch.object(editing, 'advance', wraps=editing.advance) as spy:
+      first = edit(tiny(), FACTS[0], method)
+      both = edit(first, FACTS[1], method)
+    made = api.editor(SPEC, method, **SETTINGS[method])
+    model, total = tiny(), UNEDITED
+    state = made.init(model, needs_of(made))
+    for call in spy.call_args_list:
+      batch = call.args[4]
+      result = made.edit(model, state, batch, Run())
+      state, total = result.state, result.edited
+      if not made.cumulative:
+        params = edited_lib.apply(model.params, result.edited)
+        model, total = dataclasses.replace(model, params=params), UNEDITED
+    want = api.EditedModel(model, total, None)
+    prompts = ('Paris is in', 'Rome is in')
+    got = [both.score(prompt, 'Ghana') for prompt in prompts]
+    self.assertNotEqual(got, [first.score(p, 'Ghana') for p in prompts])
+    for one, other in zip(got, (want.score(p, 'Ghana') for p in prompts)):
+      self.assertAlmostEqual(one, other, delta=1e-4)
+    self.assertIs(both.revert(), tiny())
+
+  def test_the_change_of_all_is_shaped_once(self):
+    first = edit(tiny(), FACTS[0], 'memit', post='prune')
+    both = edit(first, FACTS[1], 'memit', post='prune')
+    total = both.so_far.total
+    whole, want = (
+        edited_lib.apply(tiny().params, one)
+        for one in (total, pruned(tiny().params, total))
+    )
+    got = edited_lib.apply(tiny().params, both.edited)
+    chex.assert_trees_all_equal(got, want)
+    with self.assertRaises(AssertionError):
+      chex.assert_trees_all_close(got, whole)
+
+  def test_refuses(self):
+    alone = edit(tiny(), FACTS, 'ft_l', independent=True)
+    for one in (alone, alone.select(1)):
+      with self.assertRaisesRegex(InputError, r'one batch .*; edit its merge'):
+        edit(one, FACT, 'ft_l')
+    first = edit(tiny(), FACTS[0], 'ft_l')
+    with self.assertRaisesRegex(InputError, 'independent edits start from'):
+      edit(first, FACTS[1], 'ft_l', independent=True)
+    for method, options in (('memit', {}), ('ft_l', {'fit_steps': 3})):
+      with self.assertRaisesRegex(InputError, 'this sequence began with ft_l'):
+        edit(first, FACTS[1], method, **options)
+    again = edit(first.merge(), FACTS[1], 'memit')
+    self.assertNotEqual(again.model.hash, tiny().hash)
 
 
 if __name__ == '__main__':

@@ -21,7 +21,8 @@ from jaxedit.eval import evaluation, protocols
 from jaxedit.eval.evaluation import Evaluation
 from jaxedit.eval.scorers.base import Scorer
 from jaxedit.methods import base
-from jaxedit.methods.base import EditBatch, Info, Run
+from jaxedit.methods.base import EditBatch, Editor, EditResult, Info, Run
+from jaxedit.models.loading import Model
 from jaxedit.runs.answers import Answers
 from jaxedit.runs.cache import TargetFiles, digest, edit_digest
 from jaxedit.runs.inputs import Session, batches_of
@@ -146,22 +147,15 @@ def _edit_in_sequence(
         # In a sequence targets depend on all earlier edits.
         known = stores.targets
         cache = known if number == 0 else known.after(earlier)
-      current = model
-      if number and not session.editor.cumulative:
-        # From the base each time: bf16 weights are rounded once in all.
-        params = edited_lib.apply(model.params, total)
-        current = dataclasses.replace(model, params=params)
-      result = session.editor.edit(
-          current,
+      result = advance(
+          session.editor,
+          model,
+          total,
           state,
           session.batch(indices),
           Run(cache, progress),
       )
-      state = result.state
-      if session.editor.cumulative:
-        total = result.edited
-      else:
-        total = edited_lib.add(total, result.edited)
+      total, state = result.edited, result.state
       infos.append(result.info)
       last = number + 1 == len(steps)
       if judged and judge_along and not last:  # after the last all are anyway
@@ -180,16 +174,55 @@ def _edit_in_sequence(
   )
 
 
+def advance(
+    editor: Editor,
+    model: Model,
+    total: Edited,
+    state: Any,
+    batch: EditBatch,
+    run: Run,
+) -> EditResult:
+  """Edits a batch on the model that earlier edits left.
+
+  Args:
+    editor: the method.
+    model: the unedited model.
+    total: the sum of the earlier edits, as this function returned it.
+    state: what the last edit returned, or `init`.
+    batch: what to edit.
+    run: where targets are kept, and progress.
+
+  Returns:
+    What the editor returned, its edit added to the earlier ones.
+  """
+  if editor.cumulative:
+    return editor.edit(model, state, batch, run)
+  # From the base each time: bf16 weights are rounded once in all.
+  params = edited_lib.apply(model.params, total)
+  current = dataclasses.replace(model, params=params)
+  result = editor.edit(current, state, batch, run)
+  return result._replace(edited=edited_lib.add(total, result.edited))
+
+
+def changes(state: Any, start: Any) -> dict[str, Any]:
+  """Names the arrays of a state that edits have changed since `init`."""
+  pairs = zip(jax.tree.leaves(state), jax.tree.leaves(start))
+  return {f'state/{i}': x for i, (x, y) in enumerate(pairs) if x is not y}
+
+
+def restored(changed: Mapping[str, Any], start: Any) -> Any:
+  """Puts what `changes` named back into what `init` returns."""
+  leaves, tree = jax.tree.flatten(start)
+  leaves = [changed.get(f'state/{i}', x) for i, x in enumerate(leaves)]
+  return jax.tree.unflatten(tree, leaves)
+
+
 def _packed(
     total: Edited, state: Any, start: Any, infos: Sequence[Info]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  """What a sequence resumes from, as arrays and a record.
-
-  Leaves of the state that no batch has changed are found again by `init`.
-  """
+  """What a sequence resumes from, as arrays and a record."""
   arrays, deltas = files.packed(total)
-  pairs = zip(jax.tree.leaves(state), jax.tree.leaves(start))
-  changed = {f'state/{i}': x for i, (x, y) in enumerate(pairs) if x is not y}
+  changed = changes(state, start)
   record = {'deltas': deltas, 'infos': [base.info_record(i) for i in infos]}
   return {**arrays, **changed}, record
 
@@ -198,9 +231,7 @@ def _unpacked(
     arrays: Mapping[str, np.ndarray], record: Mapping[str, Any], start: Any
 ) -> tuple[Edited, Any, list[Info]]:
   """What `_packed` saved."""
-  leaves, tree = jax.tree.flatten(start)
-  leaves = [arrays.get(f'state/{i}', x) for i, x in enumerate(leaves)]
-  state = jax.tree.unflatten(tree, leaves)
+  state = restored(arrays, start)
   infos = [_kept(base.info_of(one)) for one in record['infos']]
   return Edited(files.unpacked(arrays, record['deltas'])), state, infos
 
