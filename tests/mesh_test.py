@@ -40,7 +40,6 @@ if HERE:
   from jaxedit.batching import packer
   from jaxedit.deltas import UNEDITED
   from jaxedit.edited.scoring import Query
-  from jaxedit.methods.registry import METHODS
   from jaxedit.models import checkpoint, decoder, loading, sharding
   from jaxedit.models import spec as spec_lib
   from jaxedit.placement import on_mesh, parse_mesh
@@ -68,11 +67,7 @@ if HERE:
       if path.endswith(('kernel', 'embedding'))
   }
   CASES = battery.CASES
-  # One a kind of editor: MEMIT of the closed forms.
-  KINDS = tuple(
-      {METHODS[n].editor.__module__: n for n in (*battery.BY_IDS, 'memit')}
-      .values()
-  )  # fmt: skip
+  KINDS = battery.KINDS
 else:
   CASES = KINDS = ('',)
 

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import cases
 import editors
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,10 @@ CHUNKED = {
     if METHODS[name].chunkable
 }.values()
 CASES = (*BY_IDS, *(f'{name}+anyedit' for name in CHUNKED))
+# One a kind of editor.
+KINDS = tuple(
+    {METHODS[n].editor.__module__: n for n in (*BY_IDS, 'memit')}.values()
+)
 # In f64, as a share of the effect that an edit has on logits.
 CLOSE = 1e-6
 
@@ -51,6 +56,14 @@ SPEC = models.tiny_spec('llama')
 EDITS, SEEDS = 4, (1, 5, 6)
 POISON = SPEC.vocab - 1
 every_case = parameterized.named_parameters((name, name) for name in CASES)
+# The rest of a kind runs the same code: behind the marker `long`.
+_SHARED = set(BY_IDS) - {*KINDS, 'memit_blue'}
+a_case_a_kind = cases.first(
+    len(CASES) - len(_SHARED),
+    parameterized.named_parameters(
+        (name, name) for name in sorted(CASES, key=_SHARED.__contains__)
+    ),
+)
 _run = jax.jit(edited_lib.apply_model, static_argnums=0)
 
 
@@ -291,7 +304,7 @@ class CommonTest(parameterized.TestCase):
       self.assertSameElements(got.info.per_edit, full.info.per_edit)
       self.assertFalse(any(got.info.per_edit.values()))
 
-  @every_case
+  @a_case_a_kind
   def test_dtype_is_kept(self, case):
     b = bench(case, 'bfloat16')
     for got in b.both(b.edits()):
@@ -323,7 +336,7 @@ class CommonTest(parameterized.TestCase):
     # Edits of one batch see each other, so together they differ.
     self.assertGreater(editors.gap(total, joint.effect()), 1e-3)
 
-  @every_case
+  @a_case_a_kind
   def test_groups_are_joint_edits_alone(self, case):
     b, group = bench(case), (2, 0, 2, 2)
     got = b.edit(b.edits(), group)
@@ -359,7 +372,7 @@ class CommonTest(parameterized.TestCase):
       with self.assertRaises(AssertionError):  # the edit had changed some
         jax.tree.map(self.assertIs, merged, params)
 
-  @every_case
+  @a_case_a_kind
   def test_an_edit_that_is_not_finite_is_left_out(self, case):
     b, bad = bench(case), 1
     model, some = b.poisoned([bad])
@@ -406,7 +419,7 @@ class CommonTest(parameterized.TestCase):
       distance = np.array(got.info.per_edit['distance'])
       self.assertLess(distance[:, -1].mean(), 0.95)
 
-  @every_case
+  @a_case_a_kind
   def test_a_second_batch_on_the_model_that_the_first_gave(self, case):
     b, (first, _) = bench(case), done(case)
     shape = lambda state: jax.tree.map(lambda x: (x.shape, x.dtype), state)
