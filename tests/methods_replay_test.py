@@ -67,7 +67,7 @@ class ReplayTest(parameterized.TestCase):
     targets = [Targets(x, x, none, none, none, none) for x in z]
     with jax.enable_x64(True):
       params = self.model.params
-      got = replay(self.spec, params, self.edits, targets, layers, 1)
+      got = replay(self.spec, params, self.edits, targets, layers, self.plan)
       for i, edit in enumerate(self.edits):
         text, at = edit.rows[0][None], edit.anchors[0]
         layout = decoder.token_layout(np.ones(text.shape, bool))

@@ -105,8 +105,15 @@ class SmolLm2Test(absltest.TestCase):
     ours = ours[valid]
     theirs = hf_oracle.logits(self.theirs, tokens, valid)[valid]
     self.assertBetween(theirs.std(), 5, 10)
-    # Measured: 1.5e-4, on logits from -32 to 39.
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-4)
+    # The weights are float32, so nothing is lost on the way back.
+    rounded = hf_oracle.logits(self.theirs.float(), tokens, valid)[valid]
+    self.theirs.double()
+    # Measured: 2e-4, on logits from -32 to 39; at one token, where float32 is
+    # off by 1.1e-3 in torch too, 1.7e-3 without AVX-512.
+    error = lambda x: np.abs(x - theirs).max(-1)
+    np.testing.assert_array_less(
+        error(ours), np.maximum(5e-4, 3 * error(rounded))
+    )
     np.testing.assert_array_equal(ours.argmax(-1), theirs.argmax(-1))
 
   def test_shipped_samples_are_of_this_model(self):

@@ -221,7 +221,7 @@ class _Call:
     self._replayed = None
     if recipe.targets_at == 'first':
       self._replayed = replay(
-          spec, params, batch.encoded, found, recipe.layers, batch.plan.stages
+          spec, params, batch.encoded, found, recipe.layers, batch.plan
       )
     stages = [edit.stages for edit in batch.encoded]
     self._edit = np.repeat(np.arange(len(stages), dtype=np.int32), stages)

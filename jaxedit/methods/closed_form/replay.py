@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxedit.batching.buckets import round_up
+from jaxedit.batching.plan import BatchPlan
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
 from jaxedit.placement import fetch
@@ -37,7 +37,7 @@ def replay(
     edits: Sequence[EncodedEdit],
     targets: Sequence[Targets],
     layers: tuple[int, ...],
-    stages: int,
+    plan: BatchPlan,
 ) -> np.ndarray:
   """Carries targets up.
 
@@ -47,13 +47,13 @@ def replay(
     edits: E edits.
     targets: of every edit those of its K chunks, at the first of the layers.
     layers: n edited layers.
-    stages: chunks an edit at most.
+    plan: static shapes, made for these edits and maybe others.
 
   Returns:
     [n, M, D] targets of each layer, in the order of edits and chunks.
   """
   last = lambda edit: edit.stage(edit.stages - 1, 0).anchor
-  width = round_up(max(map(last, edits)) + 1)
+  stages, width = plan.stages, plan.unshared_prompts.text[2]
   parts = []
   for first in range(0, len(edits), _ROWS):
     some = edits[first : first + _ROWS]
