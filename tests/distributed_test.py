@@ -9,6 +9,7 @@ import sys
 import time
 from unittest import mock
 
+import cases
 import numpy as np
 import programs
 import pytest
@@ -130,7 +131,9 @@ class DistributedTest(programs.Case):
       for name, value in self.alone.results['metrics'][state].items():
         self.assertAlmostEqual(mine[name], value, 5, f'{state} {name}')
 
-  @parameterized.parameters((2, 'fsdp:2'), (4, 'data:2,tensor:2'))
+  @cases.first(
+      1, parameterized.parameters((2, 'fsdp:2'), (4, 'data:2,tensor:2'))
+  )
   def test_processes_equal_one(self, processes, mesh):
     done = self.finish(processes, self.setup.path('out'), mesh=mesh)
     self.assert_equal(done)

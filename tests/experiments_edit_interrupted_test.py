@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from unittest import mock
 
+import cases
 import editing_runs
 import jax
 import numpy as np
@@ -152,11 +153,14 @@ class NotFiniteTest(Case):
         'TEXT': text('Paris', TEXTS[0]['answer'], question=question),
     }
 
-  @parameterized.parameters(
-      ('FACT', dict(reset=False, batch_size=2)),
-      ('FACT', dict(reset=True, batch_size=1)),
-      ('TEXT', dict(reset=True)),
-      ('TEXT', dict(reset=False, batch_size=2)),
+  @cases.first(
+      2,
+      parameterized.parameters(
+          ('FACT', dict(reset=False, batch_size=2)),
+          ('TEXT', dict(reset=True)),
+          ('FACT', dict(reset=True, batch_size=1)),
+          ('TEXT', dict(reset=False, batch_size=2)),
+      ),
   )
   def test_one_edit_fails_alone(self, name, how):
     setup = setup_of(name)

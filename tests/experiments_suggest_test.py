@@ -162,6 +162,7 @@ class ProgramTest(parameterized.TestCase):
           results['metrics']['post'][name], found['tries'][0][name], msg=name
       )
 
+  @pytest.mark.long
   def test_judges_a_proposal_on_other_facts(self):
     same = dict(probe='all', probe_widths='1', num_facts=2)
     done = self.suggest(**same, probe_facts=2, probe_skip=1)

@@ -56,8 +56,9 @@ SPEC = models.tiny_spec('llama')
 EDITS, SEEDS = 4, (1, 5, 6)
 POISON = SPEC.vocab - 1
 every_case = parameterized.named_parameters((name, name) for name in CASES)
-# The rest of a kind runs the same code: behind the marker `long`.
-_SHARED = set(BY_IDS) - {*KINDS, 'memit_blue'}
+# The rest of a kind runs the same code, and LoRA that of FT: behind the marker
+# `long`.
+_SHARED = set(BY_IDS) - {*KINDS, 'memit_blue'} | {'lora'}
 a_case_a_kind = cases.first(
     len(CASES) - len(_SHARED),
     parameterized.named_parameters(

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 from typing import Any, ClassVar
 
+import cases
 import flax
 import jax
 import jax.numpy as jnp
@@ -98,11 +99,14 @@ class Naive:
 
 class AttributionTest(parameterized.TestCase):
 
-  @parameterized.parameters(
-      ('llama', 'paper'),
-      ('llama', 'easyedit'),
-      ('gpt2', 'easyedit'),
-      ('gptj', 'paper'),
+  @cases.first(
+      2,
+      parameterized.parameters(
+          ('llama', 'paper'),
+          ('gpt2', 'easyedit'),
+          ('llama', 'easyedit'),
+          ('gptj', 'paper'),
+      ),
   )
   def test_equals_gradients_of_the_whole_model(self, family, quantity):
     spec, params, prompts = setup(family)

@@ -10,6 +10,7 @@ from unittest import mock
 import jax
 import numpy as np
 import programs
+import pytest
 import tiny_encoder
 import tiny_model
 from absl.testing import absltest, parameterized
@@ -290,6 +291,7 @@ class TrainingTest(programs.Case):
       one, other = (x.results['metrics'] for x in (run, apart))
       self.assertEqual(set(one), set(other), name)
 
+  @pytest.mark.long
   def test_the_way_of_the_port(self):
     done = self.succeed(
         RUNS.run,

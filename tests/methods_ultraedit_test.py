@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,7 +72,7 @@ class StatisticsTest(parameterized.TestCase):
 
 class EditorTest(parameterized.TestCase):
 
-  @parameterized.parameters('llama', 'gpt2', 'gptj')
+  @cases.first(1, parameterized.parameters('llama', 'gpt2', 'gptj'))
   def test_against_materialised_gradients(self, family):
     spec = models.tiny_spec(family)
     edits = facts.random_edits(3, seed=1, contexts=1, kl=False)

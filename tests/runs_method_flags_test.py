@@ -249,18 +249,19 @@ class RefusedTest(parameterized.TestCase):
 
   @parameterized.parameters(*PAIRS)
   def test_settings_of_other_methods(self, kind, name):
-    owned = settings_of(METHODS[name].config)
+    owned, given, want = settings_of(METHODS[name].config), {}, []
     for flag, owners in method_flags._known(kind).items():
       if flag in owned:
         continue
       one = next(iter(owners.values()))
-      example = one.choices[0] if one.choices else 1
-      with self.assertRaisesRegex(
-          InputError,
-          f'^--{flag} is no setting of {name}; it belongs to'
-          f' {" and ".join(owners)}: leave it out or change --method$',
-      ):
-        chosen(kind, method=name, **{flag: example})
+      given[flag] = one.choices[0] if one.choices else 1
+      want.append(
+          f'--{flag} is no setting of {name}; it belongs to'
+          f' {" and ".join(owners)}: leave it out or change --method'
+      )
+    with self.assertRaises(InputError) as caught:
+      chosen(kind, method=name, **given)
+    self.assertSameElements(caught.exception.problems, want)
 
   def test_all_at_once(self):
     with self.assertRaises(InputError) as caught:

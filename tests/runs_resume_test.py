@@ -164,6 +164,7 @@ class ResumeTest(absltest.TestCase):
         context_templates=contexts,
     )  # fmt: skip
 
+  @pytest.mark.long
   def test_long_answers_alone(self):
     setup = programs.Setup(anyedit_batch, chats=True)
     self.addCleanup(setup.close)
