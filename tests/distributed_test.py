@@ -139,6 +139,7 @@ class DistributedTest(programs.Case):
     self.assert_equal(done)
     self.assertIn(f'results in {done.folder}', done.out)
 
+  @pytest.mark.long
   def test_a_run_that_lost_a_process_completes_when_repeated(self):
     folder = self.setup.path('out')
     process = self.launch(2, folder)

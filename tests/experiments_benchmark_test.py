@@ -392,6 +392,7 @@ class BaselineTest(absltest.TestCase):
     self.assertIn('two products', report.section(results))
     self.assertIn('equal step counts for 3 of 3 edits', section)
 
+  @pytest.mark.long
   def test_long_answers_agree_with_ours(self):
     folder = tempfile.TemporaryDirectory()
     self.addCleanup(folder.cleanup)
