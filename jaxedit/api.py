@@ -317,7 +317,7 @@ def edit(
   so_far = None
   if earlier is not None:
     so_far = _goes_on(earlier, method, config, independent)
-    contexts = contexts or so_far.contexts
+    contexts, chat = contexts or so_far.contexts, chat or earlier.chat
   provided = dict(resources or {})
   for need in made.needs:
     if need not in provided:
@@ -413,7 +413,7 @@ class EditedModel:
   Attributes:
     model: the unedited model.
     edited: the edit; the product.
-    info: how the edits went.
+    info: how the edits of the last batch went.
     chat: words around a question, as `edit` was told.
     so_far: what another `edit` goes on from; None for edits side by side.
   """
