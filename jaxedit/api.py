@@ -393,9 +393,10 @@ def _goes_on(
         ' leave independent out'
     )
   if (method, config) != (so_far.method, so_far.config):
+    other = 'other settings of ' if method == so_far.method else ''
     raise InputError(
-        f'this sequence began with {so_far.method} and other settings than those'
-        f' of {method} now; go on with the same, or edit its merge()'
+        f'this sequence began with {other}{so_far.method}; go on with the same, or'
+        ' edit its merge()'
     )
   return so_far
 

@@ -157,8 +157,11 @@ class SequenceTest(parameterized.TestCase):
     first = edit(tiny(), FACTS[0], 'ft_l')
     with self.assertRaisesRegex(InputError, 'independent edits start from'):
       edit(first, FACTS[1], 'ft_l', independent=True)
-    for method, options in (('memit', {}), ('ft_l', {'fit_steps': 3})):
-      with self.assertRaisesRegex(InputError, 'this sequence began with ft_l'):
+    for method, options, words in (
+        ('memit', {}, 'with ft_l'),
+        ('ft_l', {'fit_steps': 3}, 'with other settings of ft_l'),
+    ):
+      with self.assertRaisesRegex(InputError, f'this sequence began {words};'):
         edit(first, FACTS[1], method, **options)
     again = edit(first.merge(), FACTS[1], 'memit')
     self.assertNotEqual(again.model.hash, tiny().hash)
