@@ -25,11 +25,12 @@ Sources: Huang et al. 2023 (T-Patcher, arXiv 2301.09785), Hartvigsen et al. 2023
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxedit.numerics import einsum, wide
 
@@ -490,6 +491,32 @@ def active(
   pick = lambda x: jnp.take(x, edit_ids, axis=1)
   gathered = tuple(jax.tree.map(pick, delta) for delta in deltas)
   return ActiveDeltas(gathered, per_edit=True, **options)
+
+
+class Below(NamedTuple):
+  """Changes of lower layers, where every edit has a model of its own.
+
+  Attributes:
+    deltas: of the groups side by side, [n, groups, ...], on the host.
+    group: [E] int, the group of an edit.
+  """
+
+  deltas: tuple[Any, ...]
+  group: np.ndarray
+
+  def active(self, edit: np.ndarray, rows: int = 1) -> ActiveDeltas:
+    """Puts every sequence under its edit's changes.
+
+    Args:
+      edit: [E'] int, edits; any for -1, where there is none.
+      rows: sequences an edit.
+
+    Returns:
+      The deltas of a run over E' * rows sequences.
+    """
+    mine = np.repeat(np.asarray(self.group)[np.maximum(edit, 0)], rows)
+    pick = lambda x: np.take(x, mine, axis=1)
+    return ActiveDeltas(jax.tree.map(pick, self.deltas), per_edit=True)
 
 
 @flax.struct.dataclass

@@ -35,7 +35,7 @@ class ReplayTest(parameterized.TestCase):
       params = models.random_params(self.spec, 0, jnp.float64)
     self.model = loading.Model(self.spec, params, pathlib.Path(), 'ab' * 32, {})
 
-  def edit(self, name, layers, model=None):
+  def edit(self, name, layers, model=None, edits=None, group=None):
     method = METHODS[name]
     config = dataclasses.replace(
         method.configure(**method.small), layers=layers, target=TARGET
@@ -44,7 +44,7 @@ class ReplayTest(parameterized.TestCase):
       editor = method.editor(self.spec, config)
       moments = facts.random_moments(self.spec, (0, 1, 2), seed=0)
       state = editor.init(self.model, {n: moments for n in editor.needs})
-      batch = EditBatch(self.edits, self.plan)
+      batch = EditBatch(edits or self.edits, self.plan, group)
       return editor.edit(model or self.model, state, batch, Run())
 
   def assert_equal(self, got, want):
@@ -90,6 +90,14 @@ class ReplayTest(parameterized.TestCase):
     self.assert_equal(result.edited.deltas, (*first, *second))
     self.assertLen(result.info.per_edit['distance'][0], 3)
     self.assertEqual(result.info.per_edit['steps'], [8, 8, 8])
+
+  def test_own_models_side_by_side_share_prefixes_of_tokens_alone(self):
+    self.assertGreater(self.plan.shared, 0)
+    apart = self.edit('memit_blue', (0, 1), group=(0, 1, 2)).edited
+    for i, one in enumerate(self.edits):
+      alone = self.edit('memit_blue', (0, 1), edits=[one]).edited
+      got = edited_lib.select(apart, i)
+      self.assert_equal(got.deltas, alone.deltas)
 
 
 if __name__ == '__main__':

@@ -16,6 +16,7 @@ suffix tokens, P prefix tokens, U layers above the edited one, V vocabulary.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 from jaxedit.batching.edits import PackedBatch
 from jaxedit.batching.plan import BatchPlan, BatchShape
 from jaxedit.batching.slots import SlotLayout
+from jaxedit.deltas import ActiveDeltas, SiteDelta
 from jaxedit.models import packing
 from jaxedit.models.blocks import stored
 from jaxedit.models.sharding import over_batch
@@ -38,6 +40,7 @@ from jaxedit.targets.partial_forward import (
     lower,
     lower_parts,
     prefix_kv,
+    shared_prefix_kv,
 )
 from jaxedit.targets.solvers import SOLVERS, Advice, Evaluated
 from jaxedit.targets.state import (
@@ -45,6 +48,7 @@ from jaxedit.targets.state import (
     OptState,
     Prefill,
     PrefixCache,
+    SharedTokens,
     TargetConfig,
 )
 from jaxedit.types import KV, Array, Params
@@ -54,8 +58,9 @@ from jaxedit.types import KV, Array, Params
 def prefill(
     spec: ModelSpec,
     params: Params,
-    shared_prefix: KV | None,
+    shared_prefix: KV | SharedTokens | None,
     packed: PackedBatch,
+    deltas: ActiveDeltas | Sequence[SiteDelta] = (),
     *,
     layer: int,
     output: str,
@@ -65,8 +70,10 @@ def prefill(
   Args:
     spec: the architecture.
     params: canonical parameters.
-    shared_prefix: keys and values of the shared prefixes, or None.
+    shared_prefix: keys and values of the shared prefixes, or None; with deltas
+      their tokens, as every edit's own model gives them other keys.
     packed: the edits.
+    deltas: of layers up to `layer`, that the sequences are under.
     layer: the edited layer.
     output: one of `state.OUTPUTS`.
 
@@ -74,11 +81,22 @@ def prefill(
     What stays constant.
   """
   slots, rows = packed.anchor.shape
-  if shared_prefix is not None:
+  if isinstance(shared_prefix, SharedTokens):
+    own = jax.tree.map(lambda x: jnp.asarray(x)[packed.context], shared_prefix)
+    shared_prefix = shared_prefix_kv(spec, params, *own, deltas=deltas)
+  elif shared_prefix is not None:
     shared_prefix = broadcast_prefix(shared_prefix, packed.context)
   parts = None
   if output == 'block':
-    h = lower(spec, params, packed.tokens, packed.rows, layer, shared_prefix)
+    h = lower(
+        spec,
+        params,
+        packed.tokens,
+        packed.rows,
+        layer=layer,
+        shared_prefix=shared_prefix,
+        deltas=deltas,
+    )
   else:
     h, (attn, mlp) = lower_parts(
         spec,
@@ -87,6 +105,7 @@ def prefill(
         packed.rows,
         layer=layer,
         shared_prefix=shared_prefix,
+        deltas=deltas,
     )
     parts = HalfOutputs(attn if output == 'attn+mlp' else None, mlp)
   before = packing.take(h, packed.prefix)

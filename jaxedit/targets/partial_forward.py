@@ -13,19 +13,25 @@ prefix tokens, O output tokens, U layers above the edited one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxedit.batching.slots import SlotLayout
+from jaxedit.deltas import ActiveDeltas, SiteDelta
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
 from jaxedit.types import KV, Array, PackedSequences, Params, Tap, TokenLayout
 
 
 def shared_prefix_kv(
-    spec: ModelSpec, params: Params, tokens: Array, layout: TokenLayout
+    spec: ModelSpec,
+    params: Params,
+    tokens: Array,
+    layout: TokenLayout,
+    deltas: ActiveDeltas | Sequence[SiteDelta] = (),
 ) -> KV | None:
   """Runs the shared prefixes.
 
@@ -34,6 +40,7 @@ def shared_prefix_kv(
     params: canonical parameters.
     tokens: [B, P] int32.
     layout: [B, P] layout of the tokens.
+    deltas: that the model is under.
 
   Returns:
     Their keys and values in all layers; None where P is 0.
@@ -48,6 +55,7 @@ def shared_prefix_kv(
       layout,
       start=0,
       stop=spec.layers,
+      deltas=deltas,
       taps=(Tap('kv', every),),
   )
   return KV(key, value, layout)
@@ -74,6 +82,7 @@ def lower(
     layout: TokenLayout | PackedSequences,
     layer: int,
     shared_prefix: KV | None = None,
+    deltas: ActiveDeltas | Sequence[SiteDelta] = (),
 ) -> Array:
   """Runs the model up to and including `layer`.
 
@@ -84,12 +93,19 @@ def lower(
     layout: [B, T] layout of the tokens.
     layer: last layer to run.
     shared_prefix: keys and values of prefix tokens, in all layers.
+    deltas: that the model is under.
 
   Returns:
     [B, T, D] residual stream after `layer`.
   """
   return _lower(
-      spec, params, tokens, layout, layer=layer, shared_prefix=shared_prefix
+      spec,
+      params,
+      tokens,
+      layout,
+      layer=layer,
+      shared_prefix=shared_prefix,
+      deltas=deltas,
   )[0]
 
 
@@ -101,6 +117,7 @@ def lower_parts(
     *,
     layer: int,
     shared_prefix: KV | None = None,
+    deltas: ActiveDeltas | Sequence[SiteDelta] = (),
 ) -> tuple[Array, tuple[Array, Array]]:
   """Runs the model up to and including `layer`; returns its halves' outputs.
 
@@ -111,6 +128,7 @@ def lower_parts(
     layout: [B, T] layout of the tokens.
     layer: last layer to run.
     shared_prefix: keys and values of prefix tokens, in all layers.
+    deltas: that the model is under.
 
   Returns:
     ([B, T, D] residual stream after `layer`, (attention's output, MLP's
@@ -124,6 +142,7 @@ def lower_parts(
       layout,
       layer=layer,
       shared_prefix=shared_prefix,
+      deltas=deltas,
       taps=taps,
   )
   return h, (attn[0], mlp[0])
@@ -137,6 +156,7 @@ def _lower(
     *,
     layer: int,
     shared_prefix: KV | None,
+    deltas: ActiveDeltas | Sequence[SiteDelta],
     taps: tuple[Tap, ...] = (),
 ) -> tuple[Array, tuple[Any, ...]]:
   """Runs layers 0 to `layer`; returns the readings of the taps too."""
@@ -154,6 +174,7 @@ def _lower(
       start=0,
       stop=layer + 1,
       prefix=shared_prefix,
+      deltas=deltas,
       taps=taps,
   )
 

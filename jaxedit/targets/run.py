@@ -24,6 +24,7 @@ import numpy as np
 
 from jaxedit.batching import edits as edits_lib
 from jaxedit.batching.plan import BatchPlan, edit_load
+from jaxedit.deltas import Below
 from jaxedit.models.spec import ModelSpec
 from jaxedit.targets.partial_forward import shared_prefix_kv
 from jaxedit.targets.scheduler import (
@@ -32,7 +33,7 @@ from jaxedit.targets.scheduler import (
     Scheduler,
     Work,
 )
-from jaxedit.targets.state import OUTPUTS
+from jaxedit.targets.state import OUTPUTS, SharedTokens
 from jaxedit.text.encoding import EncodedEdit
 from jaxedit.types import Params, Progress, Targets, silent
 
@@ -69,6 +70,7 @@ def optimize(
     *,
     plan: BatchPlan,
     objective: Objective,
+    below: Below | None = None,
     cache: TargetCache | None = None,
     progress: Progress = silent,
 ) -> tuple[list[Targets], Work]:
@@ -83,6 +85,7 @@ def optimize(
       `Targets` are outputs of the block or of the MLP; a change of the
       attention's output is optimised with the MLP's and then dropped, as
       published.
+    below: changes of layers below the objective's, of every edit its own.
     cache: targets that it has are not optimised; all others are put into it.
     progress: progress display.
 
@@ -103,8 +106,11 @@ def optimize(
   if not waiting:
     return targets, Work(kept=kept)
   tokens, layout = edits_lib.pack_shared_prefix(plan)
-  shared_prefix = _shared_prefix_kv(spec, params, tokens, layout)
-  jax.block_until_ready(shared_prefix)
+  if below is None:
+    shared_prefix = _shared_prefix_kv(spec, params, tokens, layout)
+    jax.block_until_ready(shared_prefix)
+  else:
+    shared_prefix = SharedTokens(tokens, layout) if tokens.shape[1] else None
   seconds = {'prefill': time.monotonic() - begin}
   total = Work(seconds=seconds, prepared=tokens.size, kept=kept)
   chunks = sum(edits[i].stages for i in missing)
@@ -120,6 +126,7 @@ def optimize(
           batch_shape=plan.shapes[number],
           shared_prefix=shared_prefix,
           objective=objective,
+          below=below,
       )
       found: dict[int, list[Result]] = {i: [] for i in order}
       for (i, _), result in run.results(order):

@@ -23,6 +23,7 @@ from jaxedit.batching.plan import (
     BatchPlan,
     BatchShape,
 )
+from jaxedit.deltas import ActiveDeltas, Below
 from jaxedit.models.spec import ModelSpec
 from jaxedit.placement import fetch
 from jaxedit.targets import engine
@@ -30,6 +31,7 @@ from jaxedit.targets.state import (
     OptState,
     Prefill,
     PrefixCache,
+    SharedTokens,
     TargetConfig,
 )
 from jaxedit.text.encoding import EncodedEdit
@@ -122,12 +124,14 @@ class Scheduler:
       plan: BatchPlan,
       *,
       batch_shape: BatchShape,
-      shared_prefix: KV | None,
+      shared_prefix: KV | SharedTokens | None,
       objective: Objective,
+      below: Below | None = None,
   ):
     self._model, self._edits = (spec, params), edits
     self._plan, self._batch_shape = plan, batch_shape
     self._shared_prefix, self._objective = shared_prefix, objective
+    self._below = below
     self._source: Iterator[PackedBatch] = iter(())
     self._chained = batch_shape.grow > 0
     self._exhausted = False
@@ -228,10 +232,14 @@ class Scheduler:
       self._exhausted = True
       return False
     begin = time.monotonic()
+    deltas: ActiveDeltas | tuple[()] = ()
+    if self._below is not None:
+      deltas = self._below.active(packed.edit, self._plan.rows)
     prefilled = engine.prefill(
         *self._model,
         self._shared_prefix,
         packed,
+        deltas,
         layer=self._objective.layer,
         output=self._objective.output,
     )

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import flax
 
-from jaxedit.types import Array
+from jaxedit.types import Array, TokenLayout
 
 # Values of `Objective.output`.
 OUTPUTS = ('block', 'mlp', 'attn+mlp')
@@ -81,6 +81,13 @@ class HalfOutputs(NamedTuple):
 
   attn: Array | None
   mlp: Array
+
+
+class SharedTokens(NamedTuple):
+  """The shared prefixes, not yet run."""
+
+  tokens: Array  # [C', P] int32
+  layout: TokenLayout  # [C', P]
 
 
 class Prefill(NamedTuple):

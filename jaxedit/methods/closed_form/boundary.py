@@ -2,8 +2,9 @@
 
   for layer l in order:  z_l on the model so far;  X_l inserts z_l - now whole
 
-So every layer is a closed form of one layer. Independent edits are made one
-after the other, as each has a model of its own from the second layer on.
+So every layer is a closed form of one layer. Independent edits lie side by side:
+from the second layer on each has a model of its own, which differs below the
+targets only, so that it is what is run once that is under its changes.
 
 Source: BLUE (arXiv 2502.03748) and its published code, which takes the first and
 the last of MEMIT's layers.
@@ -19,7 +20,7 @@ import jax
 import numpy as np
 
 from jaxedit import edited as edited_lib
-from jaxedit.deltas import Edited
+from jaxedit.deltas import Below, Edited
 from jaxedit.methods.base import (
     EditBatch,
     Editor,
@@ -29,11 +30,11 @@ from jaxedit.methods.base import (
     Need,
     Run,
     empty_info,
-    join_infos,
 )
 from jaxedit.methods.closed_form.editor import closed_form
 from jaxedit.methods.closed_form.recipe import Recipe
 from jaxedit.models.spec import ModelSpec
+from jaxedit.placement import fetch
 
 
 def boundary(spec: ModelSpec, recipe: Recipe) -> Editor:
@@ -65,49 +66,30 @@ def boundary(spec: ModelSpec, recipe: Recipe) -> Editor:
     ]
     return tuple(one.init(model, found) for one, found in zip(editors, given))
 
-  def edit(model: Any, state: Any, batch: EditBatch, run: Run) -> EditResult:
+  def edit(
+      model: Any, state: tuple[Any, ...], batch: EditBatch, run: Run
+  ) -> EditResult:
     if not batch.encoded:
       return EditResult(Edited(), state, empty_info(spec, recipe.layers))
-    if batch.group is None:
-      return _climb(editors, model, state, batch, run)
-    group, results, order = np.asarray(batch.group), [], []
-    for number in range(int(group.max()) + 1):
-      mine = np.flatnonzero(group == number)
-      order += mine.tolist()
-      requests = [batch.requests[i] for i in mine] if batch.requests else ()
-      some = [batch.encoded[i] for i in mine]
-      part = EditBatch(some, batch.plan, None, requests)
-      results.append(_climb(editors, model, state, part, run) if some else None)
-    done = [one for one in results if one is not None]
-    nothing = jax.tree.map(np.zeros_like, done[0].edited)
-    edits = [nothing if one is None else one.edited for one in results]
-    info = _reordered(join_infos([one.info for one in done]), order)
-    return EditResult(edited_lib.stack(edits), state, info)
+    current, below, deltas, done = model, None, (), []
+    for editor, one in zip(editors, state):
+      if done:
+        # Targets depend on what the layers below became.
+        run = run._replace(cache=None)
+        if batch.joint:
+          params = edited_lib.apply(model.params, Edited(deltas))
+          current = dataclasses.replace(model, params=params)
+        else:
+          below = Below(jax.tree.map(fetch, deltas), batch.groups)
+      done.append(editor.edit(current, one, batch, run, below))
+      deltas += done[-1].edited.deltas
+    info = _summed([result.info for result in done])
+    if not batch.joint:
+      return EditResult(Edited(deltas, size=done[0].edited.size), state, info)
+    states = tuple(result.state for result in done)
+    return EditResult(Edited(deltas), states, info)
 
   return whole._replace(init=init, edit=edit)
-
-
-def _climb(
-    editors: Sequence[Editor],
-    model: Any,
-    state: tuple[Any, ...],
-    batch: EditBatch,
-    run: Run,
-) -> EditResult:
-  """Makes one joint edit, layer by layer."""
-  current, deltas, states, infos = model, [], [], []
-  for i, (editor, one) in enumerate(zip(editors, state)):
-    # Targets of later layers depend on what the layers below became.
-    result = editor.edit(
-        current, one, batch, run if not i else run._replace(cache=None)
-    )
-    deltas += result.edited.deltas
-    states.append(result.state)
-    infos.append(result.info)
-    if i + 1 < len(editors):
-      params = edited_lib.apply(model.params, Edited(tuple(deltas)))
-      current = dataclasses.replace(model, params=params)
-  return EditResult(Edited(tuple(deltas)), tuple(states), _summed(infos))
 
 
 def _summed(infos: Sequence[Info]) -> Info:
@@ -138,24 +120,6 @@ def _summed(infos: Sequence[Info]) -> Info:
       targets=last.targets._replace(targets=targets, distance=distance),
       work=work,
       reason=next((one.reason for one in infos if one.reason), ''),
-  )
-
-
-def _reordered(info: Info, order: Sequence[int]) -> Info:
-  """Puts a report in the order of a batch; its k-th edit is edit order[k]."""
-  back = np.argsort(order)
-  report = info.targets
-  edit = np.asarray(order, np.int32)[report.edit]
-  rows = np.argsort(edit, kind='stable')
-  report = report._replace(
-      targets=jax.tree.map(lambda x: x[rows], report.targets),
-      edit=edit[rows],
-      distance=report.distance[:, rows],
-  )
-  return info._replace(
-      written=info.written[back],
-      per_edit={k: [v[i] for i in back] for k, v in info.per_edit.items()},
-      targets=report,
   )
 
 

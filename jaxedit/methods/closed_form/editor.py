@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxedit import targets as targets_lib
-from jaxedit.deltas import Dense, Edited, LowRank, SiteDelta
+from jaxedit.deltas import Below, Dense, Edited, LowRank, SiteDelta
 from jaxedit.edited.algebra import full, rank_limit
 from jaxedit.methods.base import (
     NOT_FINITE,
@@ -75,7 +75,7 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
 
   Returns:
     The editor. It needs the second moments of its layers, if its preconditioner
-    uses them; `init` factors them in f64, once.
+    uses them; `init` factors them in f64, once. Its `edit` takes `below` too.
 
   Raises:
     InputError: a layer is out of range; from `init`, moments lack a layer or
@@ -105,12 +105,18 @@ def closed_form(spec: ModelSpec, recipe: Recipe) -> Editor:
       previous = tuple(np.zeros((rank(one),) * 2) for one in factored)
     return State(tuple(factored), previous)
 
-  def edit(model: Any, state: State, batch: EditBatch, run: Run) -> EditResult:
+  def edit(
+      model: Any,
+      state: State,
+      batch: EditBatch,
+      run: Run,
+      below: Below | None = None,
+  ) -> EditResult:
     if batch.group is not None and (problems := check(1)):
       raise InputError(*problems)
     if not batch.encoded:
       return EditResult(Edited(), state, empty_info(spec, recipe.layers))
-    call = _Call(spec, model.params, recipe, batch, run)
+    call = _Call(spec, model.params, recipe, batch, run, below)
     inserted = call.insert(state)
     if batch.group is not None:
       size = int(max(batch.group)) + 1
@@ -202,10 +208,11 @@ class _Call:
       recipe: Recipe,
       batch: EditBatch,
       run: Run,
+      below: Below | None,
   ):
     begin = time.monotonic()
     self._given = (spec, params, recipe)
-    self._batch, self._run = batch, run
+    self._batch, self._run, self._below = batch, run, below
     found, self._work = targets_lib.optimize(
         spec,
         params,
@@ -214,6 +221,7 @@ class _Call:
         objective=targets_lib.Objective(
             recipe.target_layer, recipe.target, recipe.output
         ),
+        below=below,
         cache=run.cache,
         progress=run.progress,
     )
@@ -238,6 +246,7 @@ class _Call:
         targets=self._targets,
         active=self.finite,
         replayed=self._replayed,
+        below=self._below,
         progress=self._run.progress,
     )
     self._seconds['insert'] = time.monotonic() - begin

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxedit.deltas import Below
 from jaxedit.methods.base import EditBatch
 from jaxedit.methods.closed_form.recipe import (
     Recipe,
@@ -79,6 +80,7 @@ def insert(
     targets: Targets,
     active: np.ndarray,
     replayed: np.ndarray | None = None,
+    below: Below | None = None,
     progress: Progress = silent,
 ) -> InsertionResult:
   """Inserts the targets into the edited layers, lowest first.
@@ -94,6 +96,7 @@ def insert(
       all.
     replayed: [n, M, D] targets of each layer's own output; None for targets of
       the last layer alone.
+    below: changes of layers below the first, of every group its own.
     progress: progress display.
 
   Returns:
@@ -109,7 +112,7 @@ def insert(
     # preserves all of its own tokens.
     plan = plan.independent()
   sweep = _Insertion(
-      LayerSweep(spec, params, recipe, edits, plan, group=group),
+      LayerSweep(spec, params, recipe, edits, plan, group=group, below=below),
       (params, recipe, state),
       edits,
       targets,

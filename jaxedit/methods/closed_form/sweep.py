@@ -25,7 +25,14 @@ from jaxedit import targets as targets_lib
 from jaxedit.batching import edits as edits_lib
 from jaxedit.batching.edits import PackedBatch
 from jaxedit.batching.plan import BatchPlan
-from jaxedit.deltas import Dense, LayerDeltas, LowRank
+from jaxedit.deltas import (
+    ActiveDeltas,
+    Below,
+    Dense,
+    LayerDeltas,
+    LowRank,
+    SiteDelta,
+)
 from jaxedit.methods.closed_form import segment_sum
 from jaxedit.methods.closed_form.recipe import Recipe
 from jaxedit.models import decoder
@@ -111,6 +118,8 @@ def _enter(
     params: Params,
     kv: KV | None,
     batch: PackedBatch,
+    deltas: ActiveDeltas | Sequence[SiteDelta] = (),
+    *,
     layer: int,
 ) -> Array:
   """Runs a batch up to the first edited layer; `kv` of the shared prefixes."""
@@ -118,7 +127,14 @@ def _enter(
   if kv is not None:
     kv = targets_lib.broadcast_prefix(kv, batch.context)
   return decoder.run_layers(
-      spec, params, h, batch.rows, start=0, stop=layer, prefix=kv
+      spec,
+      params,
+      h,
+      batch.rows,
+      start=0,
+      stop=layer,
+      prefix=kv,
+      deltas=deltas,
   )[0]
 
 
@@ -271,6 +287,7 @@ class LayerSweep:
       plan: BatchPlan,
       *,
       group: Sequence[int] | None = None,
+      below: Below | None = None,
   ):
     """Runs all sequences up to the first edited layer.
 
@@ -281,6 +298,7 @@ class LayerSweep:
       edits: E edits.
       plan: of the run.
       group: [E] independent group of an edit; None for joint edits.
+      below: changes of layers below the first, of every group its own.
     """
     self._model, self._recipe = (spec, params), recipe
     self._contexts, self._text = plan.contexts, recipe.texts
@@ -308,7 +326,8 @@ class LayerSweep:
     self._at: list[list[Any]] = [[], []]
     self._offloaded: list[list[bool]] = [[], []]  # kept on the host
     for side, t, batch in self._each():
-      h = _enter(spec, params, kv, batch, layer=first)
+      own = () if below is None else below.active(batch.edit)
+      h = _enter(spec, params, kv, batch, own, layer=first)
       free -= 2 * h.nbytes  # with the input of the MLP
       self._offloaded[side].append(free < 0)
       self._at[side].append(None)
