@@ -267,6 +267,15 @@ class EditingTest(OnEight):
   def test_every_mesh(self, mesh):
     self.check('memit', mesh, 'float64', 1e-9)
 
+  def test_independent_edits(self):
+    one, mesh = battery.bench('memit_blue'), 'data:4,tensor:2'
+    alone, placed = (
+        x.edit(one.edits(), (0, 1, 1, 2)) for x in (one, _placed(one, mesh))
+    )
+    self.assertTrue(placed.info.written.all())
+    for i in range(3):
+      self.assertLess(editors.gap(placed.effect(i), alone.effect(i)), 1e-9)
+
   @parameterized.product(case=CASES, mesh=MESHES)
   @pytest.mark.long
   def test_every_case_on_every_mesh(self, case, mesh):
