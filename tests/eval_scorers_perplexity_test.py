@@ -16,6 +16,7 @@ from absl.testing import absltest, parameterized
 
 from jaxedit.deltas import UNEDITED, Dense, Edited, LowRank
 from jaxedit.edited import algebra, open_model, scoring
+from jaxedit.eval.scorers import perplexity as perplexity_lib
 from jaxedit.eval.scorers.perplexity import perplexity
 from jaxedit.models import loading
 from jaxedit.testing import models
@@ -163,6 +164,23 @@ class PerplexityTest(parameterized.TestCase):
     want = perplexity(opened(spec, merged), TEXTS, TOKENIZER, row_tokens=16)
     self.assertAlmostEqual(got.nats, want.nats, delta=2e-5)
     self.assertGreater(abs(got.nats - self.run_ours().nats), 1e-2)
+
+  def test_edits_side_by_side_are_read_one_by_one(self):
+    _, spec, params = pair('llama')
+    alone = [Edited((random_delta(spec, seed=seed),)) for seed in (0, 1)]
+    want = [self.run_ours(edited=one) for one in alone]
+    got = self.run_ours(edited=algebra.stack(alone), edits=2)
+    np.testing.assert_allclose(got.each, [x.nats for x in want], atol=2e-5)
+    self.assertAlmostEqual(got.nats, np.mean(got.each), 12)
+    self.assertEqual(got.tokens, want[0].tokens)
+    lm = opened(spec, params, algebra.stack(alone), 64)
+    parts = [
+        perplexity(lm, TEXTS, TOKENIZER, row_tokens=16, edits=2)
+        for _ in range(2)
+    ]
+    joined = perplexity_lib.join(parts)
+    self.assertEqual(joined.each, got.each * 2)
+    self.assertEqual(joined.nats, got.nats)
 
   def test_one_shape_is_compiled(self):
     settings = dict(row_tokens=11, batch_size=2)

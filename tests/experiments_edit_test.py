@@ -394,11 +394,20 @@ class DeltaTest(Case):
       self.assert_same_rows(row, other)
 
   def test_reset_by_one_is_every_fact_alone(self):
-    apart = self.succeed(FACT, reset=True, batch_size=1, max_new_tokens=0)
+    text = dict(perplexity_text=FACT.text, perplexity_tokens=60)
+    flags = dict(max_new_tokens=0) | text
+    apart = self.succeed(FACT, reset=True, batch_size=1, **flags)
     data = FACT.write(FACTS[1])
-    alone = self.succeed(FACT, data=data, max_new_tokens=0)
+    alone = self.succeed(FACT, data=data, **flags)
     (row,) = alone.records
     self.assert_same_rows(apart.records[1], row | {'number': 2})
+    read, own = (x.results['perplexity']['post'] for x in (apart, alone))
+    self.assertLen(read['each'], 4)
+    self.assertAlmostEqual(read['each'][1], own['nats'], 4)
+    self.assertAlmostEqual(read['nats'], np.mean(read['each']), 12)
+    self.assertIn('under every edit by itself', read['protocol'])
+    self.assertNotIn('each', own)
+    self.assertIn('tokens, mean over edits)', apart.out)
 
   def test_records_do_not_see_each_other(self):
     data = TEXT.write(*TEXTS[::-1])

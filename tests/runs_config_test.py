@@ -31,10 +31,6 @@ class ErrorsTest(parameterized.TestCase):
   @parameterized.parameters(
       (dict(output_dir=None), 'output_dir is missing: name a'),
       (
-          dict(perplexity_text=__file__, reset=True),
-          '--perplexity_text needs one edited model; .*leave one of them out',
-      ),
-      (
           dict(save_model=True, reset=True),
           'save_model needs one edited model; --reset',
       ),

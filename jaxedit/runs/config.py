@@ -235,7 +235,9 @@ class RunConfig:
       64, 'sequences an evaluation batch', low=1, high=4096
   )
   perplexity_text: str | None = setting(
-      None, 'plain text file whose perplexity is measured before and after'
+      None,
+      'plain text file whose perplexity is measured before and after; with'
+      ' --reset under every edit by itself, and the mean is given',
   )
   perplexity_tokens: int = setting(
       20000, 'tokens of it that are scored at most', low=1, high=10**8
@@ -313,7 +315,6 @@ def errors(config: RunConfig) -> list[str]:
   if config.reset:
     single = {
         '--save_model needs': config.save_model,
-        '--perplexity_text needs': config.perplexity_text,
         '--judge_at needs': config.judge_at,
     }
     problems += [

@@ -12,6 +12,7 @@ from jaxedit.eval import report
 from jaxedit.eval.datasets import Loaded
 from jaxedit.eval.evaluation import Evaluation
 from jaxedit.eval.scorers import perplexity as perplexity_lib
+from jaxedit.eval.scorers.perplexity import Perplexity
 from jaxedit.methods.base import Info
 from jaxedit.runs.clock import Clock
 from jaxedit.runs.config import RunConfig
@@ -133,30 +134,25 @@ def protocol(session: Session, sources: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def perplexity(
-    session: Session,
-    edited: Edited,
-    name: str,
-    clock: Clock,
-    progress: Progress,
-) -> dict[str, Any]:
+    session: Session, edited: Edited, clock: Clock, progress: Progress
+) -> Perplexity | None:
   """Measures the perplexity of the run's text, if it has one.
 
   Args:
     session: what is worked on.
-    edited: the edit under which the text is read.
-    name: of the entry.
+    edited: the edit, or edits side by side, under which the text is read.
     clock: the stage is timed here.
     progress: progress display.
 
   Returns:
-    name -> 'value', 'nats' a token, 'tokens', 'protocol'; {} without a text.
+    The perplexity; None without a text.
 
   Raises:
     InputError: the file cannot be read, or holds nothing to score.
   """
   path = session.config.perplexity_text
   if not path:
-    return {}
+    return None
   try:
     text = io.read_bytes(path, _PERPLEXITY_BYTES).decode('utf-8-sig')
   except (OSError, UnicodeDecodeError) as e:
@@ -169,15 +165,24 @@ def perplexity(
     lm = edited_lib.open_model(
         session.model, edited, batch_size=_PERPLEXITY_BATCH
     )
-    found = perplexity_lib.perplexity(
+    return perplexity_lib.perplexity(
         lm,
         [text],
         session.tokenizer,
         row_tokens=min(_PERPLEXITY_TOKENS, lm.spec.max_positions),
         limit=session.config.perplexity_tokens,
+        edits=edited.size,
         progress=progress,
     )
-  return {name: found._asdict()}
+
+
+def fluency(found: Mapping[str, Perplexity | None]) -> dict[str, Any]:
+  """Perplexities as results.json has them, those that were measured."""
+  kept = {name: one._asdict() for name, one in found.items() if one}
+  for one in kept.values():
+    if not one['each']:
+      del one['each']
+  return kept
 
 
 def work(session: Session, info: Info) -> dict[str, Any]:
@@ -341,11 +346,12 @@ def lines(
     found.append(
         show(session.loaded.requests, before, after, session.config.show)
     )
-  if fluency := results.get('perplexity'):
-    old, new = (fluency[k]['value'] for k in ('pre', 'post'))
+  if read := results.get('perplexity'):
+    old, new = (read[k]['value'] for k in ('pre', 'post'))
+    apart = ', mean over edits' if 'each' in read['post'] else ''
     found.append(
         f'perplexity of {session.config.perplexity_text}: {old:.2f} before,'
-        f' {new:.2f} after ({fluency["post"]["tokens"]} tokens)'
+        f' {new:.2f} after ({read["post"]["tokens"]} tokens{apart})'
     )
   count = len(session.loaded.requests)
   if along := results.get('along'):
@@ -372,14 +378,14 @@ def _along(
   points = [(one['edits'], one['metrics']['post']) for one in along]
   last = {name: one['mean'] for name, one in after.summary.items()}
   points.append((len(after.per_record), last))
-  fluency = [one['perplexity']['value'] for one in along if 'perplexity' in one]
-  if fluency:
-    fluency.append(results['perplexity']['post']['value'])
+  read = [one['perplexity']['value'] for one in along if 'perplexity' in one]
+  if read:
+    read.append(results['perplexity']['post']['value'])
   names = [n for n in _ALONG if n in last]
-  head = ['edits', *names, *['perplexity'][: len(fluency)]]
+  head = ['edits', *names, *['perplexity'][: len(read)]]
   rows = [
       [f'{edits}', *(f'{values[n]:.3f}' for n in names)]
-      + [f'{x:.2f}' for x in fluency[i : i + 1]]
+      + [f'{x:.2f}' for x in read[i : i + 1]]
       for i, (edits, values) in enumerate(points)
   ]
   sizes = [max(map(len, column)) for column in zip(head, *rows)]

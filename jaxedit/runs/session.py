@@ -23,7 +23,9 @@ from jaxedit import hosts, io
 from jaxedit.deltas import UNEDITED, Edited
 from jaxedit.eval import evaluation
 from jaxedit.eval.evaluation import Evaluation
+from jaxedit.eval.scorers import perplexity
 from jaxedit.eval.scorers.base import Scorer
+from jaxedit.eval.scorers.perplexity import Perplexity
 from jaxedit.methods import base
 from jaxedit.models import loading, saving
 from jaxedit.runs import cli, edit_reports, editing, inputs, report
@@ -104,8 +106,8 @@ def _work(
     before = editing.judge(
         session, None, scorers, answers=stores.before, progress=progress
     )
-  fluency = report.perplexity(session, UNEDITED, 'pre', clock, progress)
-  outcome, after = _edit_parts(
+  fluent = {'pre': report.perplexity(session, UNEDITED, clock, progress)}
+  outcome, after, fluent['post'] = _edit_parts(
       session, state, stores, scorers, before, clock, progress
   )
   work = report.work(session, outcome.info)
@@ -115,7 +117,6 @@ def _work(
         ' seconds are those of the others',
         file=sys.stderr,
     )
-  fluency |= report.perplexity(session, outcome.edited, 'post', clock, progress)
   became = edit_reports.edit_reports(session, outcome.info)
   before, after = became.marked(before), became.marked(after, after=True)
   evaluations = {'pre': before, 'post': after}
@@ -124,7 +125,7 @@ def _work(
       'work': work,
       **became.results(after),
   }
-  if fluency:
+  if fluency := report.fluency(fluent):
     results['perplexity'] = fluency
   if outcome.along:
     results['along'] = outcome.along
@@ -178,7 +179,7 @@ def _edit_parts(
     before: Evaluation,
     clock: Clock,
     progress: Progress,
-) -> tuple[SessionResult, Evaluation]:
+) -> tuple[SessionResult, Evaluation, Perplexity | None]:
   """Edits, saves and judges all requests, part by part."""
 
   def judge_along(edited: Edited, indices: Sequence[int], info: Any):
@@ -193,7 +194,8 @@ def _edit_parts(
           progress=progress,
       )
     marked = edit_reports.edit_reports(some, info).marked(after, after=True)
-    fluency = report.perplexity(session, edited, 'perplexity', clock, progress)
+    fluent = report.perplexity(session, edited, clock, progress)
+    fluency = report.fluency({'perplexity': fluent})
     return report.tables({'post': marked}) | fluency
 
   parts, done = session.parts(), []
@@ -219,15 +221,17 @@ def _edit_parts(
           answers=stores.answers,
           progress=progress,
       )
+    fluent = report.perplexity(session, outcome.edited, clock, progress)
     if single:
-      return outcome, after
+      return outcome, after, fluent
     # Written, and too large to keep.
-    done.append((dataclasses.replace(outcome, edited=Edited()), after))
-  outcomes, afters = zip(*done)
+    done.append((dataclasses.replace(outcome, edited=Edited()), after, fluent))
+  outcomes, afters, read = zip(*done)
+  fluent = perplexity.join(read) if all(read) else None
   info = base.join_infos([one.info for one in outcomes])
   editing.require_some(info, stores.output)
   joined = evaluation.join(afters, seed=session.config.seed)
-  return SessionResult(Edited(), None, info), joined
+  return SessionResult(Edited(), None, info), joined, fluent
 
 
 def _write_delta(

@@ -13,6 +13,9 @@ All scored tokens count alike, whatever text they are from. A value depends on
 the tokenizer and on the length of windows, so compare only what was measured
 with the same of both.
 
+Of edits side by side the text is read under each by itself; nats are their mean,
+so that the value is the geometric mean of theirs.
+
 Not here: strides that overlap, perplexity a word or a byte.
 """
 
@@ -41,12 +44,14 @@ class Perplexity(NamedTuple):
     nats: mean negative log-likelihood of a scored token.
     tokens: how many were scored.
     protocol: how, in words.
+    each: nats a token under each of the edits side by side.
   """
 
   value: float
   nats: float
   tokens: int
   protocol: str
+  each: tuple[float, ...] = ()
 
 
 def perplexity(
@@ -56,6 +61,7 @@ def perplexity(
     *,
     row_tokens: int = 512,
     limit: int | None = None,
+    edits: int | None = None,
     progress: Progress = silent,
 ) -> Perplexity:
   """Measures the perplexity of texts; see the module head for the protocol.
@@ -66,6 +72,7 @@ def perplexity(
     tokenizer: a fast transformers tokenizer.
     row_tokens: length of a window, which is the longest context, tokens.
     limit: read this many tokens from the beginning and no more; None for all.
+    edits: how many the model has side by side; None for one model.
     progress: progress display.
 
   Returns:
@@ -83,21 +90,50 @@ def perplexity(
       Query(tuple(w[:1].tolist()), (tuple(w[1:].tolist()),)) for w in windows
   ]
   count = sum(len(window) - 1 for window in windows)
-  scored = lm.score(queries, progress=progress)
-  total = sum(one.nll * len(one.argmax) for (one,) in scored)
-  nats = total / count
+  ids = None if edits is None else np.repeat(np.arange(edits), len(queries))
+  scored = lm.score(
+      queries * (edits or 1),
+      edit_ids=None if ids is None else ids.tolist(),
+      progress=progress,
+  )
+  lost = [one.nll * len(one.argmax) for (one,) in scored]
+  each = np.reshape(lost, (edits or 1, -1)).sum(1) / count
+  protocol = _protocol(row_tokens, limit, edits)
+  return _found(each, count, protocol, apart=edits is not None)
+
+
+def join(parts: Sequence[Perplexity]) -> Perplexity:
+  """Joins what was measured of edits side by side, part by part.
+
+  Args:
+    parts: of the same text.
+
+  Returns:
+    That of all edits.
+  """
+  each = [nats for part in parts for nats in part.each]
+  return _found(each, parts[0].tokens, parts[0].protocol, apart=True)
+
+
+def _found(
+    each: Sequence[float], count: int, protocol: str, *, apart: bool
+) -> Perplexity:
+  nats = float(np.mean(each))
   with np.errstate(over='ignore'):
     value = float(np.exp(nats))
-  return Perplexity(value, nats, count, _protocol(row_tokens, limit))
+  return Perplexity(
+      value, nats, count, protocol, tuple(map(float, each)) if apart else ()
+  )
 
 
-def _protocol(row_tokens: int, limit: int | None) -> str:
+def _protocol(row_tokens: int, limit: int | None, edits: int | None) -> str:
   """Says how a perplexity was measured."""
   read = 'all tokens' if limit is None else f'the first {limit} tokens'
   return (
       f'perplexity a token; {read}; every text by itself in consecutive windows'
       f' of {row_tokens} tokens without overlap; every token but the first of a'
       ' window scored, given those before it in the window'
+      + ('' if edits is None else '; under every edit by itself, mean nats')
   )
 
 
