@@ -29,6 +29,15 @@ from jaxedit.text.token_cache import TokenCache
 
 CONTEXTS = ['{}', 'The Eiffel Tower. {}', 'Paris is in France. {}']
 WINDOW = 3
+CHOICES = [
+    {
+        'goal': 'The mother tongue',
+        'sol1': 'Paris',
+        'sol2': 'French',
+        'label': 1,
+    },
+    {'goal': 'The city', 'sol1': 'Paris', 'sol2': 'French', 'label': 0},
+]
 
 
 def fact(subject, target='twin city', /, **changes):
@@ -97,6 +106,7 @@ class Facts(programs.Setup):
   def __init__(self):
     super().__init__(memit_batch)
     self.data = self.write(*FACTS)
+    self.choices = self.write(*CHOICES)
     self.contexts = self.path('contexts.json')
     self.contexts.write_text(json.dumps(CONTEXTS))
 
@@ -123,6 +133,7 @@ class Facts(programs.Setup):
         keep_original=True,
         perplexity_text=self.text,
         perplexity_tokens=300,
+        choices=self.choices,
     )
 
   @functools.cached_property

@@ -174,7 +174,8 @@ class WholeRunTest(Case):
     ]  # fmt: skip
     self.assertSameElements(TEXT.whole.results['timing'], stages)
     timing = FACT.whole.results['timing']
-    self.assertSameElements(timing, [*stages, 'save_model', 'perplexity'])
+    more = ['save_model', 'perplexity', 'choices']
+    self.assertSameElements(timing, [*stages, *more])
     self.assertTrue(all(seconds >= 0 for seconds in timing.values()))
     total = timing.pop('total')
     self.assertLess(timing.pop('compile'), total)
@@ -232,6 +233,21 @@ class WholeRunTest(Case):
       self.assertIn('token', found[name]['protocol'])
     self.assertNotEqual(found['pre']['value'], found['post']['value'])
     self.assertIn(f'perplexity of {FACT.text}: ', FACT.whole.out)
+
+  def test_given_answers_before_and_after(self):
+    found = FACT.whole.results['choices']
+    for name in ('pre', 'post'):
+      self.assertIn(found[name]['accuracy'], (0, 0.5, 1))
+      self.assertEqual(found[name]['questions'], 2)
+    self.assertBetween(found['post']['same'], 0, 1)
+    self.assertNotIn('same', found['pre'])
+    self.assertIn(f'right answers of {FACT.choices}: ', FACT.whole.out)
+
+  def test_questions_are_read_before_anything_is_loaded(self):
+    bad = FACT.write({'goal': 'x', 'sol1': 'y', 'label': 0})
+    refused = FACT.run(choices=bad, model='nowhere')
+    self.assertEqual(refused.code, 2)
+    self.assertIn("record 1: field 'sol2' is missing", refused.err)
 
   @both_kinds
   def test_runs_repeat_in_the_program_for_all(self, name):
@@ -395,6 +411,7 @@ class DeltaTest(Case):
 
   def test_reset_by_one_is_every_fact_alone(self):
     text = dict(perplexity_text=FACT.text, perplexity_tokens=60)
+    text['choices'] = FACT.choices
     flags = dict(max_new_tokens=0) | text
     apart = self.succeed(FACT, reset=True, batch_size=1, **flags)
     data = FACT.write(FACTS[1])
@@ -407,6 +424,8 @@ class DeltaTest(Case):
     self.assertAlmostEqual(read['nats'], np.mean(read['each']), 12)
     self.assertIn('under every edit by itself', read['protocol'])
     self.assertNotIn('each', own)
+    chosen = apart.results['choices']['post']
+    self.assertIn('mean over edits', chosen['protocol'])
     self.assertIn('tokens, mean over edits)', apart.out)
 
   def test_records_do_not_see_each_other(self):

@@ -242,6 +242,14 @@ class RunConfig:
   perplexity_tokens: int = setting(
       20000, 'tokens of it that are scored at most', low=1, high=10**8
   )
+  choices: str | None = setting(
+      None,
+      'file of questions with given answers, as PIQA is; which the model prefers'
+      ' is measured before and after, as --perplexity_text is',
+  )
+  num_choices: int = setting(
+      200, 'questions of --choices that are asked at most', low=1, high=10**7
+  )
   judge_at: tuple[int, ...] | None = setting(
       None,
       'numbers of edits of a sequence after which all so far are judged, as after'

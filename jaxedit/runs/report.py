@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxedit import edited as edited_lib
 from jaxedit import io
-from jaxedit.deltas import Edited
 from jaxedit.eval import report
 from jaxedit.eval.datasets import Loaded
 from jaxedit.eval.evaluation import Evaluation
-from jaxedit.eval.scorers import perplexity as perplexity_lib
-from jaxedit.eval.scorers.perplexity import Perplexity
 from jaxedit.methods.base import Info
+from jaxedit.runs import side_effects
 from jaxedit.runs.clock import Clock
 from jaxedit.runs.config import RunConfig
 from jaxedit.runs.edit_reports import EditReports
 from jaxedit.runs.provenance import versions
-from jaxedit.types import InputError, Progress
+from jaxedit.types import InputError
 
 if TYPE_CHECKING:
   from jaxedit.runs.inputs import Session
@@ -33,10 +30,6 @@ _ALONG = (
     'reliability', 'generalization', 'locality_agreement', 'es', 'ps', 'ns',
     'question/rouge_l_f1', 'paraphrase/rouge_l_f1',
 )  # fmt: skip
-_PERPLEXITY_TOKENS = 512  # a window
-_PERPLEXITY_BYTES = 1 << 31  # of its file
-_PERPLEXITY_CHARACTERS = 32  # read for each token that is scored
-_PERPLEXITY_BATCH = 32  # windows of 512 tokens run eight together
 
 
 def stale_results(config: RunConfig, resumed: bool) -> list[str]:
@@ -131,58 +124,6 @@ def protocol(session: Session, sources: Mapping[str, Any]) -> dict[str, Any]:
       'intervals': '95% percentile bootstrap over records',
       'seed': config.seed,
   }
-
-
-def perplexity(
-    session: Session, edited: Edited, clock: Clock, progress: Progress
-) -> Perplexity | None:
-  """Measures the perplexity of the run's text, if it has one.
-
-  Args:
-    session: what is worked on.
-    edited: the edit, or edits side by side, under which the text is read.
-    clock: the stage is timed here.
-    progress: progress display.
-
-  Returns:
-    The perplexity; None without a text.
-
-  Raises:
-    InputError: the file cannot be read, or holds nothing to score.
-  """
-  path = session.config.perplexity_text
-  if not path:
-    return None
-  try:
-    text = io.read_bytes(path, _PERPLEXITY_BYTES).decode('utf-8-sig')
-  except (OSError, UnicodeDecodeError) as e:
-    raise InputError(
-        f'{path}: cannot be read as UTF-8 text ({e}); name a plain text'
-    ) from None
-  # Tokenising takes 600 times a text's memory.
-  text = text[: _PERPLEXITY_CHARACTERS * session.config.perplexity_tokens]
-  with clock('perplexity'):
-    lm = edited_lib.open_model(
-        session.model, edited, batch_size=_PERPLEXITY_BATCH
-    )
-    return perplexity_lib.perplexity(
-        lm,
-        [text],
-        session.tokenizer,
-        row_tokens=min(_PERPLEXITY_TOKENS, lm.spec.max_positions),
-        limit=session.config.perplexity_tokens,
-        edits=edited.size,
-        progress=progress,
-    )
-
-
-def fluency(found: Mapping[str, Perplexity | None]) -> dict[str, Any]:
-  """Perplexities as results.json has them, those that were measured."""
-  kept = {name: one._asdict() for name, one in found.items() if one}
-  for one in kept.values():
-    if not one['each']:
-      del one['each']
-  return kept
 
 
 def work(session: Session, info: Info) -> dict[str, Any]:
@@ -346,13 +287,7 @@ def lines(
     found.append(
         show(session.loaded.requests, before, after, session.config.show)
     )
-  if read := results.get('perplexity'):
-    old, new = (read[k]['value'] for k in ('pre', 'post'))
-    apart = ', mean over edits' if 'each' in read['post'] else ''
-    found.append(
-        f'perplexity of {session.config.perplexity_text}: {old:.2f} before,'
-        f' {new:.2f} after ({read["post"]["tokens"]} tokens{apart})'
-    )
+  found += side_effects.lines(session.config, results)
   count = len(session.loaded.requests)
   if along := results.get('along'):
     found += ['', *_along(along, after, results)]

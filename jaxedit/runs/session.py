@@ -23,12 +23,17 @@ from jaxedit import hosts, io
 from jaxedit.deltas import UNEDITED, Edited
 from jaxedit.eval import evaluation
 from jaxedit.eval.evaluation import Evaluation
-from jaxedit.eval.scorers import perplexity
 from jaxedit.eval.scorers.base import Scorer
-from jaxedit.eval.scorers.perplexity import Perplexity
 from jaxedit.methods import base
 from jaxedit.models import loading, saving
-from jaxedit.runs import cli, edit_reports, editing, inputs, report
+from jaxedit.runs import (
+    cli,
+    edit_reports,
+    editing,
+    inputs,
+    report,
+    side_effects,
+)
 from jaxedit.runs.answers import Answers, KeptAnswers
 from jaxedit.runs.cache import TargetFiles, target_settings
 from jaxedit.runs.clock import Clock, compile_seconds
@@ -38,6 +43,7 @@ from jaxedit.runs.inputs import Session
 from jaxedit.runs.method_flags import Chosen
 from jaxedit.runs.output import Output
 from jaxedit.runs.provenance import versions
+from jaxedit.runs.side_effects import SideEffects
 from jaxedit.types import InputError, Progress, silent
 
 
@@ -65,8 +71,9 @@ def run(
     InputError: anything that cannot be used.
   """
   problems = errors(config)
-  if problems:
-    raise InputError(*problems)
+  with InputError.collected(problems):
+    side_effects.check(config)
+  InputError.raise_for(problems)
   clock = Clock()
   with (
       compile_seconds(clock.seconds),
@@ -106,9 +113,9 @@ def _work(
     before = editing.judge(
         session, None, scorers, answers=stores.before, progress=progress
     )
-  fluent = {'pre': report.perplexity(session, UNEDITED, clock, progress)}
-  outcome, after, fluent['post'] = _edit_parts(
-      session, state, stores, scorers, before, clock, progress
+  first = side_effects.measure(session, UNEDITED, clock, progress)
+  outcome, after, then = _edit_parts(
+      session, state, stores, scorers, before, first, clock, progress
   )
   work = report.work(session, outcome.info)
   if kept := work.get('states_kept'):
@@ -125,8 +132,7 @@ def _work(
       'work': work,
       **became.results(after),
   }
-  if fluency := report.fluency(fluent):
-    results['perplexity'] = fluency
+  results |= side_effects.results(first, then)
   if outcome.along:
     results['along'] = outcome.along
   if config.save_model:
@@ -177,9 +183,10 @@ def _edit_parts(
     stores: Stores,
     scorers: Sequence[Scorer],
     before: Evaluation,
+    first: SideEffects,
     clock: Clock,
     progress: Progress,
-) -> tuple[SessionResult, Evaluation, Perplexity | None]:
+) -> tuple[SessionResult, Evaluation, SideEffects]:
   """Edits, saves and judges all requests, part by part."""
 
   def judge_along(edited: Edited, indices: Sequence[int], info: Any):
@@ -194,9 +201,8 @@ def _edit_parts(
           progress=progress,
       )
     marked = edit_reports.edit_reports(some, info).marked(after, after=True)
-    fluent = report.perplexity(session, edited, clock, progress)
-    fluency = report.fluency({'perplexity': fluent})
-    return report.tables({'post': marked}) | fluency
+    then = side_effects.measure(session, edited, clock, progress)
+    return report.tables({'post': marked}) | then.report(first)
 
   parts, done = session.parts(), []
   for number, indices in enumerate(parts, 1):
@@ -221,17 +227,17 @@ def _edit_parts(
           answers=stores.answers,
           progress=progress,
       )
-    fluent = report.perplexity(session, outcome.edited, clock, progress)
+    then = side_effects.measure(session, outcome.edited, clock, progress)
     if single:
-      return outcome, after, fluent
+      return outcome, after, then
     # Written, and too large to keep.
-    done.append((dataclasses.replace(outcome, edited=Edited()), after, fluent))
-  outcomes, afters, read = zip(*done)
-  fluent = perplexity.join(read) if all(read) else None
+    done.append((dataclasses.replace(outcome, edited=Edited()), after, then))
+  outcomes, afters, measured = zip(*done)
   info = base.join_infos([one.info for one in outcomes])
   editing.require_some(info, stores.output)
   joined = evaluation.join(afters, seed=session.config.seed)
-  return SessionResult(Edited(), None, info), joined, fluent
+  then = side_effects.join(measured)
+  return SessionResult(Edited(), None, info), joined, then
 
 
 def _write_delta(
