@@ -108,14 +108,63 @@ class FormatTest(dataset_files.Base):
   def test_kinds_of_probes(self):
     probes = {
         kind: [{'prompt': 'x', 'answer': 'y'}]
-        for kind in ('one_hop', 'any', 'rephrase', 'locality')
+        for kind in ('one_hop', 'any', 'rephrase', 'locality', 'distract')
     }
     (record,) = self.load(*_people('Ada', portability=probes)).requests
+    own = [
+        f'portability_{kind}' for kind in ('rephrase', 'locality', 'distract')
+    ]
     self.assertEqual(
-        [probe.kind for probe in record.probes],
-        ['one_hop', 'any', 'portability_rephrase', 'portability_locality'],
+        [probe.kind for probe in record.probes], ['one_hop', 'any', *own]
     )
     self.assertEqual(record.probes_of('any'), (Probe('any', 'x', ('y',)),))
+
+  def test_side_effects(self):
+    one = [{'prompt': 'x', 'answer': 'y'}]
+    given = {'attribute': one * 2, 'distract': one}
+    (record,) = self.load(*_people('Ada', side_effects=given)).requests
+    self.assertEqual(
+        [probe.kind for probe in record.probes],
+        ['attribute', 'attribute', 'distract'],
+    )
+    (problem,) = self.problems(*_people('Ada', side_effects={'others': one}))
+    self.assertIn("'others' is unknown; known fields are attribute", problem)
+
+  def test_probes_of_the_survey(self):
+    more = {
+        'portability': {'New Question': 'Its reed is', 'New Answer': 'double'},
+        'alternative_subject': 'Miss A.',
+        'unrelated_relation': {'question': 'Ada lives in', 'object': 'Bath'},
+        'distracting_neighborhood_prompts': [
+            'Ada plays the oboe. Ben plays the '
+        ],
+    }
+    loaded = self.load(NESTED | more)
+    (record,) = loaded.requests
+    self.assertEqual(
+        record.probes[4:],
+        (
+            Probe('one_hop', 'Its reed is', ('double',)),
+            Probe('alias', 'Miss A. plays the', ('oboe',)),
+            Probe('attribute', 'Ada lives in', ('Bath',)),
+            Probe('distract', 'Ada plays the oboe. Ben plays the', ('harp',)),
+        ),
+    )
+    self.assertEqual(loaded.unread, ('attribute_prompts',))
+    more = {
+        'alter_subject_question': 'What does Miss A. play?',
+        'inverse question': 'Who plays the oboe?',
+    }
+    loaded = self.load(ZSRE | more)
+    (record,) = loaded.requests
+    self.assertEqual(
+        record.probes[2:],
+        (
+            Probe('alias', 'What does Miss A. play?', ('oboe',)),
+            Probe('reversed', 'Who plays the oboe?', ('Ada',)),
+        ),
+    )
+    self.assertEqual(loaded.unread, ('cond', 'pred'))
 
   def test_counterfact_flat(self):
     loaded = self.load(FLAT)

@@ -162,6 +162,46 @@ class EvaluateTest(absltest.TestCase):
     hit = matching.contains(text, 'Rome')
     self.assertEqual(entry['metrics']['contains'], hit)
 
+  def test_side_effects_are_what_the_unedited_model_prefers(self):
+    model, tokenizer = setup()
+    lm = open_model(model)
+    edited = select(random_stack(model.spec, 1, scale=5.0), 0)
+    more = (
+        *probes('distract', ('Ada plays the oboe. Ben plays the', 'harp')),
+        *probes('attribute', ('Ada lives in', 'Paris'), ('Ada has a', 'piano')),
+    )
+    full = dataclasses.replace(RECORDS[0], probes=RECORDS[0].probes + more)
+    settings = dict(max_new_tokens=0)
+    before = evaluate(lm, [full], tokenizer, **settings)
+    values = before.per_record[0]['metrics']
+    self.assertNoCommonElements(
+        values,
+        ('portability_attribute', 'distract_agreement', 'locality_agreement'),
+    )
+    old = encode_queries(
+        tokenizer, [(probe.prompt, probe.answers) for probe in more]
+    )
+    first, last = (one.score(old) for one in (lm, open_model(model, edited)))
+    same = [
+        np.mean(np.equal(a[0].argmax, b[0].argmax)) for a, b in zip(first, last)
+    ]
+    self.assertLess(min(same), 1)
+    after = evaluate(
+        open_model(model, edited), [full], tokenizer, before=before, **settings
+    )
+    values = after.per_record[0]['metrics']
+    self.assertEqual(values['distract_agreement'], same[0])
+    self.assertEqual(values['attribute_agreement'], np.mean(same[1:]))
+    plain = evaluate(
+        open_model(model, edited),
+        RECORDS[:1],
+        tokenizer,
+        before=evaluate(lm, RECORDS[:1], tokenizer, **settings),
+        **settings,
+    )
+    for name, value in plain.per_record[0]['metrics'].items():
+      self.assertEqual(values[name], value)
+
   def test_agreement_with_the_unedited_model(self):
     model, tokenizer = setup()
     settings = dict(max_new_tokens=0)

@@ -40,7 +40,8 @@ class Evaluation:
       'category' and 'case', and what scorers add, such as 'text'.
     summary: metric id -> {'mean', 'low', 'high', 'n'}, see `metrics.aggregate`;
       requests of one case weigh as one.
-    preferred: for each request and each of its locality probes the most
+    preferred: for each request and each probe that agreement is of (those of
+      locality, of other attributes, distracting neighbours) the most
       probable tokens at the right answer; what `before` is read for.
   """
 

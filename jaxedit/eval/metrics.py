@@ -31,6 +31,9 @@ generation shows, as later tokens of an answer follow easily from its first.
   locality_agreement  at neighbours: share of the answer's tokens where the most
                       probable token is that of the unedited model, right or not
   portability_<kind>  at probes that follow from the new fact
+  attribute_agreement at probes of another attribute of the subject, and
+  distract_agreement  of neighbours after the edit was stated: as
+                      locality_agreement
 
 Free generation: what the model says by itself (see `scorers.generation`).
 
@@ -83,6 +86,8 @@ NAMES: Mapping[str, str] = {
     'generalization': 'same, at paraphrases',
     'locality_correct': 'same, at neighbours',
     'locality_agreement': 'neighbours as before the edit',
+    'attribute_agreement': 'other attributes as before',
+    'distract_agreement': 'distracting neighbours as before',
     'exact_match': 'generated text is the object',
     'contains': 'generated text has the object',
     'paraphrase_contains': 'same, at first paraphrase',

@@ -6,6 +6,7 @@
   neighborhood_prompts  list of texts or absent; their right answer is the true
                         object
   case_id               the identifier
+  portability, ...      what the survey's files add, see `survey`
 
 Other fields are not read. Source: Meng et al. 2022, arXiv 2202.05262.
 """
@@ -13,6 +14,7 @@ Other fields are not read. Source: Meng et al. 2022, arXiv 2202.05262.
 from __future__ import annotations
 
 from jaxedit.eval.datasets import fields as lib
+from jaxedit.eval.datasets import survey
 from jaxedit.types import LOCALITY, Probe
 
 
@@ -21,14 +23,19 @@ def read(fields: lib.Fields, options: lib.Options) -> lib.Read:
   del options
   rewrite = fields.inner('requested_rewrite')
   true = rewrite.inner('target_true').target('str')
+  new = rewrite.inner('target_new').target('str')
+  prompt = rewrite.text('prompt')
   near = fields.texts('neighborhood_prompts', optional=True)
   yield {
-      'prompt': rewrite.text('prompt'),
+      'prompt': prompt,
       'subject': rewrite.text('subject'),
-      'target': rewrite.inner('target_new').target('str'),
+      'target': new,
       'target_true': true,
       'rephrases': fields.texts('paraphrase_prompts', optional=True),
-      'probes': [Probe(LOCALITY, prompt, (true,)) for prompt in near],
+      'probes': [
+          *(Probe(LOCALITY, text, (true,)) for text in near),
+          *survey.counterfact(fields, prompt, new, true),
+      ],
   }
 
 

@@ -46,13 +46,23 @@ from collections.abc import Iterator
 
 from jaxedit.eval.datasets import fields as lib
 from jaxedit.text.joining import trim_prompt
-from jaxedit.types import LOCALITY, REPHRASE, SUB_QUESTION, Probe
+from jaxedit.types import (
+    ATTRIBUTE,
+    DISTRACT,
+    LOCALITY,
+    REPHRASE,
+    SUB_QUESTION,
+    Probe,
+)
 
 NAME = 'jaxedit'
 _FACT_FIELDS = (
     'prompt', 'subject', 'target_new', 'target_true', 'paraphrases',
-    'neighbours', 'portability', 'space', 'id', 'comment',
+    'neighbours', 'portability', 'side_effects', 'space', 'id', 'comment',
 )  # fmt: skip
+_SIDE_EFFECTS = (ATTRIBUTE, DISTRACT)
+# What is judged otherwise than consequences of an edit are.
+_OTHERWISE = (REPHRASE, LOCALITY, *_SIDE_EFFECTS)
 _TEXT_FIELDS = (
     'question', 'answer', 'paraphrases', 'sub_questions', 'category', 'case',
     'space', 'id', 'comment',
@@ -68,8 +78,13 @@ def read_fact(fields: lib.Fields, options: lib.Options) -> lib.Read:
   others = []
   for kind in kinds.data:
     items = kinds.items(kind)
-    own = f'portability_{kind}' if kind in (REPHRASE, LOCALITY) else kind
+    own = f'portability_{kind}' if kind in _OTHERWISE else kind
     others += [items.probe(own, key) for key in items.data]
+  sides = fields.inner('side_effects', optional=True)
+  sides.refuse_others(_SIDE_EFFECTS)
+  for kind in sides.data:
+    items = sides.items(kind)
+    others += [items.probe(kind, key) for key in items.data]
   yield {
       'prompt': fields.text('prompt'),
       'subject': fields.text('subject'),

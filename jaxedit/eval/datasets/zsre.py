@@ -5,7 +5,7 @@
                            first of `answers` is true; or that one is written
                            (ROME, MEMIT), see `Options.zsre_target`
   loc, loc_ans             a neighbour, a NaturalQuestions input
-  portability              as EasyEdit adds it, see `fields.portability`
+  portability, ...         what EasyEdit adds, see `survey`
 
 Other fields are not read. Source: Mitchell et al. 2021, arXiv 2110.11309.
 """
@@ -13,6 +13,7 @@ Other fields are not read. Source: Mitchell et al. 2021, arXiv 2110.11309.
 from __future__ import annotations
 
 from jaxedit.eval.datasets import fields as lib
+from jaxedit.eval.datasets import survey
 from jaxedit.text.joining import trim_prompt
 from jaxedit.types import LOCALITY, Probe
 
@@ -30,15 +31,16 @@ def read(fields: lib.Fields, options: lib.Options) -> lib.Read:
   question = fields.text('loc').removeprefix('nq question: ').rstrip()
   question += '' if question.endswith('?') else '?'
   written = options.zsre_target == 'answers'
+  new = true if written else fields.target('alt')
   yield {
       'prompt': fields.text('src'),
       'subject': fields.text('subject'),
-      'target': true if written else fields.target('alt'),
+      'target': new,
       'target_true': '' if written else true,
       'rephrases': [trim_prompt(fields.text('rephrase'))],
       'probes': [
           Probe(LOCALITY, question, (fields.target('loc_ans'),)),
-          *lib.portability(fields),
+          *survey.zsre(fields, new),
       ],
   }
 

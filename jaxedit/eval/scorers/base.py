@@ -68,7 +68,8 @@ class Judged:
   Attributes:
     metrics: id -> value, a fraction.
     fields: further entries of its record, plain JSON types.
-    preferred: the most probable tokens at each locality probe, if read.
+    preferred: the most probable tokens at each probe that agreement is of, if
+      read.
   """
 
   metrics: Mapping[str, float]

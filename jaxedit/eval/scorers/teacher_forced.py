@@ -4,6 +4,9 @@
   locality probes                answers: their own right one, new object
   other probes                   answer: their own
 
+Locality probes, those of other attributes and distracting neighbours are judged
+by what the unedited model preferred as well; the last two by that alone.
+
 A request without `target_true` has no probability metrics at its edit prompt
 and rephrase probes, as these compare two objects; its accuracies stay.
 """
@@ -19,7 +22,14 @@ from jaxedit.eval import metrics
 from jaxedit.eval.scorers.base import Judged, Questions, Replies, Scorer
 from jaxedit.text.chat import Chat
 from jaxedit.text.token_cache import TokenCache
-from jaxedit.types import LOCALITY, REPHRASE, EditRequest, InputError
+from jaxedit.types import (
+    ATTRIBUTE,
+    DISTRACT,
+    LOCALITY,
+    REPHRASE,
+    EditRequest,
+    InputError,
+)
 
 _EDIT = 'edit'
 # Group -> ids of its success, magnitude, all-correct and token metrics.
@@ -27,6 +37,12 @@ _GROUPS = {
     _EDIT: ('es', 'em', 'es_acc', 'reliability'),
     REPHRASE: ('ps', 'pm', 'ps_acc', 'generalization'),
     LOCALITY: ('ns', 'nm', 'ns_acc', 'locality_correct'),
+}
+# Group -> metric id of its agreement with the unedited model.
+_AGREEMENT = {
+    LOCALITY: 'locality_agreement',
+    ATTRIBUTE: 'attribute_agreement',
+    DISTRACT: 'distract_agreement',
 }
 
 
@@ -62,7 +78,8 @@ class TeacherForced(Scorer):
       before: Sequence[Sequence[Sequence[int]]] | None,
   ) -> list[Judged]:
     if before is not None and [len(old) for old in before] != [
-        len(request.probes_of(LOCALITY)) for request in requests
+        sum(len(request.probes_of(kind)) for kind in _AGREEMENT)
+        for request in requests
     ]:
       raise InputError(
           'the unedited model was evaluated on other locality probes than those'
@@ -79,9 +96,13 @@ def _judge(
   for (group, *_), scores in zip(_asked(request), reply.scores):
     groups.setdefault(group, []).append(scores)
   values = _metrics(groups)
-  preferred = tuple(scores[0].argmax for scores in groups.get(LOCALITY, ()))
-  if before is not None and preferred:
-    values['locality_agreement'] = metrics.agreement(preferred, before)
+  preferred: tuple[tuple[int, ...], ...] = ()
+  for kind, metric in _AGREEMENT.items():
+    own = tuple(scores[0].argmax for scores in groups.get(kind, ()))
+    if before is not None and own:
+      old = before[len(preferred) : len(preferred) + len(own)]
+      values[metric] = metrics.agreement(own, old)
+    preferred += own
   ((new, *true),) = groups[_EDIT]
   fields = {
       'nll_new': io.json_number(new.nll),
@@ -121,6 +142,8 @@ def _metrics(
   values = {}
   for group, prompts in groups.items():
     correct = [scores[0].correct for scores in prompts]
+    if group in (ATTRIBUTE, DISTRACT):
+      continue
     if group not in _GROUPS:
       name = metrics.PORTABILITY + group.removeprefix(metrics.PORTABILITY)
       values[name] = metrics.token_accuracy(correct)
