@@ -499,6 +499,28 @@ class EditedModel:
     record = {'model_hash': self.model.hash, **metadata}
     edited_lib.save(path, self.edited, record)
 
+  def export(
+      self, path: str | os.PathLike[str], **options: Any
+  ) -> list[edited_lib.Exported]:
+    """Writes the edit as an adapter that servers load; see `edited.write_adapter`.
+
+    Args:
+      path: a new folder (PEFT, for vLLM too) or a file (GGUF, for llama.cpp).
+      **options: `format`, `base`, `rank`, `tolerance`, `dtype`.
+
+    Returns:
+      Rank and left-out share of every changed map.
+
+    Raises:
+      InputError: no adapter holds the edit, or the place is taken.
+    """
+    options = {'base': str(self.model.folder), **options}
+    about = {'model_hash': self.model.hash}
+    found, _ = edited_lib.write_adapter(
+        path, self.model.spec, self.edited, about=about, **options
+    )
+    return found
+
   @_on_its_mesh
   def merge(self, folder: str | os.PathLike[str] | None = None) -> Model:
     """Merges the edit into a copy of the weights.

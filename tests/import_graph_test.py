@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         'targets',
         'text',
     ),
-    'edited': ('batching', 'models', 'retrieval', 'text'),
+    'edited': ('batching', 'convert', 'models', 'retrieval', 'text'),
     'retrieval': ('batching', 'models'),
     'methods': (
         'batching',

@@ -11,12 +11,14 @@ from jaxedit.edited.algebra import (
     select,
     stack,
 )
+from jaxedit.edited.export import Exported, write_adapter
 from jaxedit.edited.files import load, save
 from jaxedit.edited.ledger import edits_in, forget, roll_back
 from jaxedit.edited.lm import LanguageModel, apply_model, open_model
 from jaxedit.edited.scoring import Query, Scored, encode_queries
 
 __all__ = [
+    'Exported',
     'LanguageModel',
     'Query',
     'Scored',
@@ -37,4 +39,5 @@ __all__ = [
     'save',
     'select',
     'stack',
+    'write_adapter',
 ]
