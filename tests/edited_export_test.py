@@ -11,12 +11,10 @@ import gguf
 import hf_oracle
 import jax.numpy as jnp
 import numpy as np
-import programs
 import torch
 from absl.testing import absltest, parameterized
 from safetensors.numpy import load_file
 
-from experiments import export_delta
 from jaxedit import edited as edited_lib
 from jaxedit.convert import adapters
 from jaxedit.convert import gguf as gguf_lib
@@ -224,37 +222,6 @@ class GgufTest(Case):
       with self.assertRaisesRegex(InputError, 'pip install'):
         edited_lib.write_adapter(self.folder / 'x', spec, edited, format='gguf')
     self.assertEmpty(list(self.folder.iterdir()))
-
-
-class ProgramTest(programs.Case):
-
-  def test_program(self):
-    setup = programs.Setup(export_delta)
-    self.addCleanup(setup.close)
-    delta = setup.path('delta.safetensors')
-    edits = [Edited((change(setup.base.spec, seed=i),)) for i in (0, 1)]
-    edited_lib.save(
-        delta, algebra.stack(edits), {'model_hash': setup.base.hash}
-    )
-    flags = dict(compilation_cache=None, output_dir=None, delta=delta)
-    place = setup.path('adapter')
-    done = self.succeed(setup.run, edit=1, out=place, **flags)
-    self.assertIn('layer 2 mlp/down: rank 3', done.out)
-    self.assertIn('PeftModel.from_pretrained', done.out)
-    kept = json.loads((place / 'jaxedit.json').read_text())
-    self.assertEqual(kept['model_hash'], setup.base.hash)
-    tensors = load_file(place / 'adapter_model.safetensors')
-    whole = algebra.full(edits[1].deltas[0])[1]
-    key = 'base_model.model.model.layers.2.mlp.down_proj.lora'
-    got = tensors[f'{key}_B.weight'] @ tensors[f'{key}_A.weight']
-    np.testing.assert_allclose(got.T, whole, atol=1e-5)
-    for changes, want in (
-        (dict(out=setup.path('x')), '2 edits side by side'),
-        (dict(out=place, edit=0), 'exists already'),
-        (dict(edit=0), '--out is missing'),
-        (dict(out=setup.path('x'), model=setup.poisoned), 'made for model'),
-    ):
-      self.refuse(setup.run, [want], (), **flags | changes)
 
 
 if __name__ == '__main__':
