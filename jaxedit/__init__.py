@@ -11,7 +11,14 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
-    'api': ('EditedModel', 'edit', 'editor', 'evaluate', 'load'),
+    'api': (
+        'EditedModel',
+        'edit',
+        'editor',
+        'evaluate',
+        'load',
+        'load_edited',
+    ),
     'deltas': ('Codebook', 'Dense', 'Edited', 'LowRank', 'Neurons', 'Routed'),
     'edited': ('LanguageModel', 'apply_model', 'open_model'),
     'eval.datasets': ('load_requests',),

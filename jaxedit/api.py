@@ -37,7 +37,7 @@ from jaxedit.methods import anyedit as anyedit_lib
 from jaxedit.methods.base import EditBatch, Editor, Info, Need, Run
 from jaxedit.methods.registry import method_of
 from jaxedit.methods.settings import configure
-from jaxedit.models import loading, saving, sharding
+from jaxedit.models import assets, loading, saving, sharding
 from jaxedit.models import tokenizer as tokenizer_lib
 from jaxedit.models.decode import GREEDY, Decoding
 from jaxedit.models.loading import Model
@@ -414,14 +414,14 @@ class EditedModel:
   Attributes:
     model: the unedited model.
     edited: the edit; the product.
-    info: how the edits of the last batch went.
+    info: how the edits of the last batch went; None for an edit from a file.
     chat: words around a question, as `edit` was told.
     so_far: what another `edit` goes on from; None for edits side by side.
   """
 
   model: Model
   edited: Edited
-  info: Info
+  info: Info | None
   chat: str | None = None
   so_far: Progressed | None = None
 
@@ -496,7 +496,7 @@ class EditedModel:
       path: file to write.
       **metadata: JSON values that stand beside the model's hash.
     """
-    record = {'model_hash': self.model.hash, **metadata}
+    record = {'model_hash': self.model.hash, 'words': self.chat, **metadata}
     edited_lib.save(path, self.edited, record)
 
   def export(
@@ -570,6 +570,40 @@ class EditedModel:
   def revert(self) -> Model:
     """Returns the unedited model, which no edit has touched."""
     return self.model
+
+
+def load_edited(
+    model: Model,
+    path: str | os.PathLike[str],
+    *,
+    encoder: str | None = None,
+    progress: Progress = silent,
+) -> EditedModel:
+  """Puts a model under a saved edit.
+
+  Args:
+    model: the one that it was made for.
+    path: what `EditedModel.save` or a program wrote.
+    encoder: of a memory that is searched by meaning, the text encoder that it
+      was made with: a folder or a hub id; all-minilm-l6-v2 unless given.
+    progress: progress display.
+
+  Returns:
+    The edited model. It cannot be edited on; edit its `merge()`.
+
+  Raises:
+    InputError: the file cannot be read, or was made for another model or with
+      another encoder.
+  """
+  edited, about = edited_lib.load(path, model_hash=model.hash)
+  memory = edited.prompting
+  if memory is not None:
+    found = None
+    if memory.embeddings is not None:
+      found = hub.load_encoder(encoder or assets.ENCODER, progress)
+    bound = memory.bound(model.tokenizer, found)
+    edited = edited.replace(prompting=bound)
+  return EditedModel(model, edited, None, about.get('words'))
 
 
 @_on_its_mesh

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+import tempfile
 from unittest import mock
 
 import chex
@@ -135,6 +136,20 @@ class SequenceTest(parameterized.TestCase):
     for one, other in zip(got, (want.score(p, 'Ghana') for p in prompts)):
       self.assertAlmostEqual(one, other, delta=1e-4)
     self.assertIs(both.revert(), tiny())
+
+  def test_saved_and_loaded(self):
+    path = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())) / 'x'
+    made = edit(tiny(), FACTS, 'ft_l', independent=True)
+    made.save(path)
+    again = api.load_edited(tiny(), path)
+    chex.assert_trees_all_equal(again.edited, made.edited)
+    score = lambda one: one.score('Paris is in', 'Ghana', edit_id=1)
+    self.assertEqual(score(again), score(made))
+    with self.assertRaisesRegex(InputError, 'edit its merge'):
+      edit(again, FACT, 'ft_l')
+    other = dataclasses.replace(tiny(), hash='cd' * 32)
+    with self.assertRaisesRegex(InputError, 'made for model abab'):
+      api.load_edited(other, path)
 
   def test_the_change_of_all_is_shaped_once(self):
     first = edit(tiny(), FACTS[0], 'memit', post='prune')

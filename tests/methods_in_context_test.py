@@ -271,6 +271,19 @@ class MethodTest(parameterized.TestCase):
     with self.assertRaisesRegex(InputError, 'demonstrations_limit is 0'):
       edit(demonstrations=str(path), demonstrations_limit=0)
 
+  @mock.patch.object(hub, 'load_encoder', lambda *_: ENCODER)
+  def test_a_saved_memory_finds_its_facts_again(self):
+    path = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())) / 'x'
+    made = api.edit(model(), REQUESTS[:2], 'ike_retrieve', threshold=0.1)
+    made.save(path)
+    again = api.load_edited(model(), path)
+    for prompt in ('Paris is in', 'Sydney is on', 'zzzz'):
+      self.assertEqual(read(again.edited, prompt), read(made.edited, prompt))
+    other = types.SimpleNamespace(model=types.SimpleNamespace(hash='f' * 64))
+    with mock.patch.object(hub, 'load_encoder', lambda *_: other):
+      with self.assertRaisesRegex(InputError, 'embedded by encoder eeee'):
+        api.load_edited(model(), path)
+
   def test_a_prompt_out_of_scope_is_answered_bit_for_bit(self):
     tokenizer = model().tokenizer
     queries = [
