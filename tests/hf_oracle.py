@@ -30,6 +30,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     'llama': dict(_LLAMA, rms_norm_eps=1e-5),
     'mistral': dict(_LLAMA, sliding_window=8, rms_norm_eps=1e-5),
     'qwen2': dict(_LLAMA, tie_word_embeddings=True),
+    'qwen3': dict(_LLAMA, head_dim=16),
     'gptj': dict(_GPT, rotary_dim=4),
     'gpt_neox': dict(
         hidden_size=32, intermediate_size=128, num_hidden_layers=3,

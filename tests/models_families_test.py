@@ -74,6 +74,16 @@ REAL: dict[str, dict[str, Any]] = {
         sliding_window=131072, tie_word_embeddings=False,
         use_sliding_window=False, vocab_size=152064,
     ),
+    'qwen3-8b': dict(
+        _GENERATION, architectures=['Qwen3ForCausalLM'], model_type='qwen3',
+        attention_bias=False, attention_dropout=0.0, head_dim=128,
+        hidden_act='silu', hidden_size=4096, intermediate_size=12288,
+        max_position_embeddings=40960, max_window_layers=36,
+        num_attention_heads=32, num_hidden_layers=36, num_key_value_heads=8,
+        rms_norm_eps=1e-06, rope_scaling=None, rope_theta=1000000,
+        sliding_window=None, tie_word_embeddings=False,
+        use_sliding_window=False, vocab_size=151936,
+    ),
     'mistral-7b-v0.1': dict(
         _GENERATION, architectures=['MistralForCausalLM'],
         model_type='mistral', hidden_act='silu', hidden_size=4096,
@@ -145,6 +155,11 @@ EXPECTED = {
         'qwen2', width=3584, heads=28, head_size=128, rotary_size=128,
         layers=28, mlp_width=18944, kv_heads=4, vocab=152064,
         max_positions=32768, norm_eps=1e-6, rope_theta=1e6, qkv_bias=True,
+    ),
+    'qwen3-8b': ModelSpec(
+        'qwen3', width=4096, heads=32, head_size=128, rotary_size=128,
+        layers=36, mlp_width=12288, kv_heads=8, vocab=151936,
+        max_positions=40960, norm_eps=1e-6, rope_theta=1e6, qk_norm=True,
     ),
     'mistral-7b-v0.1': ModelSpec(
         'mistral', mlp_width=14336, kv_heads=8, vocab=32000,

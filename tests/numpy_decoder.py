@@ -66,6 +66,9 @@ def oracle_attention(spec, leaf, x, seen, edit):
       )
       for name in 'qkv'
   )
+  if spec.qk_norm:
+    q = oracle_norm(spec, leaf['attn']['q_norm'], q)
+    k = oracle_norm(spec, leaf['attn']['k_norm'], k)
   q, k = oracle_rotary(spec, q), oracle_rotary(spec, k)
   seen['kv'] = np.moveaxis(k, 1, 0), np.moveaxis(v, 1, 0)
   ago = np.arange(size)[:, None] - np.arange(size)

@@ -35,12 +35,13 @@ DTYPES = {
 }
 # What vLLM takes for --max-lora-rank; families that it takes adapters of.
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-_VLLM = ('llama', 'mistral', 'qwen2')
+_VLLM = ('llama', 'mistral', 'qwen2', 'qwen3')
 # Family -> architecture of its GGUF files, whether q and k are permuted there.
 _GGUF = {
     'llama': ('llama', True),
     'mistral': ('llama', True),
     'qwen2': ('qwen2', False),
+    'qwen3': ('qwen3', False),
     'gpt_neox': ('gptneox', False),
     'gpt2': ('gpt2', False),
 }

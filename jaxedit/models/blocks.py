@@ -420,7 +420,10 @@ class _Attention(nn.Module):
     def project(name: str, heads: int, x: Array) -> Array:
       linear = Linear(spec, heads * spec.head_size, spec.qkv_bias, name=name)
       y = run(f'attn/{name}', linear, x)
-      return y.reshape(*x.shape[:2], heads, spec.head_size)
+      y = y.reshape(*x.shape[:2], heads, spec.head_size)
+      if spec.qk_norm and name != 'v':
+        y = Norm(spec, name=f'{name}_norm')(y)
+      return y
 
     q = project('q', spec.heads, x)
     k, v = (project(name, spec.kv_heads, context) for name in ('k', 'v'))

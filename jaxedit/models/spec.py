@@ -9,6 +9,7 @@ Face config; `param_shapes` gives the canonical parameter tree that goes with it
   embed/type [token_types, D]           embed/norm/{scale, bias} [D]
   layers/attn_norm/{scale, bias} [L, D]
   layers/attn/{q, k, v}/kernel [L, D, heads * H]    layers/attn/out/kernel [L, N * H, D]
+  layers/attn/{q_norm, k_norm}/scale [L, H]
   layers/mlp_norm/{scale, bias} [L, D]
   layers/mlp/{gate, up}/kernel [L, D, F]            layers/mlp/down/kernel [L, F, D]
   final_norm/{scale, bias} [D]          head/kernel [D, V]    head/bias [V]
@@ -71,6 +72,7 @@ class ModelSpec:
     rope_scaling: stretching of the wavelengths, or None.
     learned_positions: whether the embedding adds a learned position table.
     token_types: rows of the table of token types that is added too, or 0.
+    qk_norm: whether every head of q and k is normalised before it is rotated.
     qkv_bias: bias on q, k and v.
     out_bias: bias on the attention output.
     mlp_bias: bias on the MLP's maps.
@@ -105,6 +107,7 @@ class ModelSpec:
   rope_scaling: RopeScaling | None = None
   learned_positions: bool = False
   token_types: int = 0
+  qk_norm: bool = False
   qkv_bias: bool = False
   out_bias: bool = False
   mlp_bias: bool = False
@@ -149,6 +152,9 @@ def param_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
   linear('attn/q', D, N, spec.qkv_bias)
   linear('attn/k', D, G, spec.qkv_bias)
   linear('attn/v', D, G, spec.qkv_bias)
+  if spec.qk_norm:
+    for name in ('q_norm', 'k_norm'):
+      shapes[f'layers/attn/{name}/scale'] = (L, spec.head_size)
   linear('attn/out', N, D, spec.out_bias)
   if spec.residual != 'parallel_shared':
     norm('layers/mlp_norm', (L,))

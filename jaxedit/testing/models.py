@@ -28,6 +28,9 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     'qwen2': dict(
         kv_heads=2, rotary_size=8, qkv_bias=True, tied=True, norm_eps=1e-6
     ),
+    'qwen3': dict(
+        kv_heads=2, head_size=16, rotary_size=16, qk_norm=True, norm_eps=1e-6
+    ),
     'gptj': dict(
         **_LAYER_NORM, residual='parallel_shared', activation='gelu_tanh',
         rotary='interleaved', rotary_size=4, head_bias=True,

@@ -24,7 +24,7 @@ from jaxedit.models import spec as spec_lib
 from jaxedit.types import InputError
 
 # Decoders, which are edited, and encoders of texts.
-NAMES = ('gpt2', 'gpt_neox', 'gptj', 'llama', 'mistral', 'qwen2')
+NAMES = ('gpt2', 'gpt_neox', 'gptj', 'llama', 'mistral', 'qwen2', 'qwen3')
 ENCODERS = ('bert',)
 
 # Fields that transformers writes for every model and that leave a decoder's

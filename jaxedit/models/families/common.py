@@ -359,6 +359,31 @@ def llama_spec(
   return fields.finish(spec, harmless)
 
 
+# Qwen's windows are off, or too long to matter once the check below has passed;
+# then the layer that they start at does not matter either.
+WINDOW_HARMLESS = ('max_window_layers',)
+
+
+def check_window(fields: Fields, max_positions: int) -> None:
+  """Refuses Qwen's windows of the upper layers, where they would hide tokens.
+
+  Args:
+    fields: the config.
+    max_positions: longest input, tokens.
+  """
+  window = fields.integer('sliding_window', None)
+  sliding = fields.flag('use_sliding_window', False)
+  if sliding and window is not None and window < max_positions:
+    fields.refuse(
+        'use_sliding_window',
+        f'false, or a sliding_window of at least the {max_positions} positions '
+        f'instead of {window}',
+    )
+  kinds = fields.value('layer_types', [])
+  if not sliding and any(kind != 'full_attention' for kind in kinds):
+    fields.refuse('layer_types', "'full_attention' in every layer")
+
+
 def _scaling(
     fields: Fields, kind: Any, numbers: Mapping[str, float]
 ) -> spec_lib.RopeScaling | None:

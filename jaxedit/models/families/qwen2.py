@@ -16,25 +16,7 @@ PREFIX = 'model.'
 TENSORS = common.LLAMA_TENSORS
 IGNORED = common.LLAMA_IGNORED
 
-# The upper layers' window is off or too long to matter once the checks below
-# have passed; then the layer it starts at does not matter either.
-_HARMLESS = ('max_window_layers',)
 _POSITIONS = 32768  # where the config is silent
-
-
-def _check_window(fields: common.Fields, max_positions: int) -> None:
-  """Refuses windows that would hide tokens."""
-  window = fields.integer('sliding_window', None)
-  sliding = fields.flag('use_sliding_window', False)
-  if sliding and window is not None and window < max_positions:
-    fields.refuse(
-        'use_sliding_window',
-        f'false, or a sliding_window of at least the {max_positions} positions '
-        f'instead of {window}',
-    )
-  kinds = fields.value('layer_types', [])
-  if not sliding and any(kind != 'full_attention' for kind in kinds):
-    fields.refuse('layer_types', "'full_attention' in every layer")
 
 
 def spec_from_hf(config: Mapping[str, Any]) -> spec_lib.ModelSpec:
@@ -42,9 +24,13 @@ def spec_from_hf(config: Mapping[str, Any]) -> spec_lib.ModelSpec:
 
   def more(fields: common.Fields) -> dict[str, Any]:
     positions = fields.integer('max_position_embeddings', _POSITIONS)
-    _check_window(fields, positions)
+    common.check_window(fields, positions)
     return {'qkv_bias': True}
 
   return common.llama_spec(
-      'qwen2', config, _HARMLESS, max_positions=_POSITIONS, more=more
+      'qwen2',
+      config,
+      common.WINDOW_HARMLESS,
+      max_positions=_POSITIONS,
+      more=more,
   )
