@@ -38,7 +38,11 @@ def define_flags() -> None:
   flags.DEFINE_integer(
       'edit', None, 'Of edits side by side, which one, from 0.', lower_bound=0
   )
-  flags.DEFINE_string('other', None, 'With add: an edit made after this one.')
+  flags.DEFINE_string(
+      'other',
+      None,
+      'With add: another edit of the same unedited model; changes are summed.',
+  )
   flags.DEFINE_string('id', None, 'With forget: the id of a request.')
   flags.DEFINE_integer(
       'count', None, 'With roll_back: how many edits.', lower_bound=1

@@ -514,7 +514,13 @@ class EditedModel:
     Raises:
       InputError: no adapter holds the edit, or the place is taken.
     """
-    options = {'base': str(self.model.folder), **options}
+    if 'base' not in options:
+      if not self.model.config or ' edited ' in self.model.hash:
+        raise InputError(
+            'the model under the edit lies in no folder: merge it into one and'
+            " edit that, or say by base='...' where servers find it"
+        )
+      options['base'] = str(self.model.folder)
     about = {'model_hash': self.model.hash}
     found, _ = edited_lib.write_adapter(
         path, self.model.spec, self.edited, about=about, **options
@@ -603,7 +609,15 @@ def load_edited(
       found = hub.load_encoder(encoder or assets.ENCODER, progress)
     bound = memory.bound(model.tokenizer, found)
     edited = edited.replace(prompting=bound)
-  return EditedModel(model, edited, None, about.get('words'))
+  return EditedModel(model, edited, None, _words(about))
+
+
+def _words(about: Mapping[str, Any]) -> str | None:
+  """Words around a question, as `save` and as programs write them."""
+  if 'words' in about or not isinstance(about.get('chat'), Mapping):
+    return about.get('words')
+  before, after = about['chat']['before'], about['chat']['after']
+  return f'{before}{{}}{after}' if before or after else 'none'
 
 
 @_on_its_mesh

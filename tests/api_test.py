@@ -150,6 +150,23 @@ class SequenceTest(parameterized.TestCase):
     other = dataclasses.replace(tiny(), hash='cd' * 32)
     with self.assertRaisesRegex(InputError, 'made for model abab'):
       api.load_edited(other, path)
+    made.save(path, chat={'before': 'Q: ', 'after': '\nA:', 'end': ''})
+    self.assertIsNone(api.load_edited(tiny(), path).chat)  # as `edit` was told
+    about = {'model_hash': tiny().hash, 'chat': {'before': 'Q: ', 'after': ''}}
+    edited_lib.save(path, made.edited, about)
+    self.assertEqual(api.load_edited(tiny(), path).chat, 'Q: {}')
+
+  def test_an_adapter_needs_a_base(self):
+    folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    made = edit(tiny(), FACTS[0], 'memit')
+    with self.assertRaisesRegex(InputError, 'lies in no folder: merge it'):
+      made.export(folder / 'x')
+    one, _ = made.export(folder / 'x', base='org/model')
+    self.assertEqual((one.site, one.rank), ('mlp/down', 1))
+    merged = dataclasses.replace(made.merge(), config={'a': 'folder'})
+    again = edit(merged, FACTS[1], 'memit')
+    with self.assertRaisesRegex(InputError, 'lies in no folder: merge it'):
+      again.export(folder / 'y')
 
   def test_the_change_of_all_is_shaped_once(self):
     first = edit(tiny(), FACTS[0], 'memit', post='prune')

@@ -222,6 +222,11 @@ class GgufTest(Case):
       with self.assertRaisesRegex(InputError, 'pip install'):
         edited_lib.write_adapter(self.folder / 'x', spec, edited, format='gguf')
     self.assertEmpty(list(self.folder.iterdir()))
+    place = self.folder / 'base.gguf'
+    place.write_bytes(b'base')
+    with self.assertRaisesRegex(InputError, 'exists already'):
+      edited_lib.write_adapter(place, spec, edited, format='gguf')
+    self.assertEqual(place.read_bytes(), b'base')
 
 
 if __name__ == '__main__':

@@ -151,6 +151,15 @@ class FormatTest(dataset_files.Base):
         ),
     )
     self.assertEqual(loaded.unread, ('attribute_prompts',))
+    written = NESTED['requested_rewrite'] | {'prompt': 'Ada plays the'}
+    (other,) = self.load(
+        NESTED | more | {'requested_rewrite': written}
+    ).requests
+    self.assertEqual(other.probes, record.probes)
+    empty = dict.fromkeys(more, '') | {'unrelated_relation': {}}
+    empty['distracting_neighborhood_prompts'] = []
+    (plain,) = self.load(NESTED | empty).requests
+    self.assertLen(plain.probes, 4)
     more = {
         'alter_subject_question': 'What does Miss A. play?',
         'inverse question': 'Who plays the oboe?',

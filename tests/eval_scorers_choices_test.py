@@ -90,7 +90,7 @@ class ChooseTest(absltest.TestCase):
 
   def test_edits_side_by_side_answer_one_by_one(self):
     edits = [change(0), change(1)]
-    apart = ask(algebra.stack(edits), edits=2)
+    apart = ask(algebra.stack(edits), edits=(0, 1))
     alone = [ask(one) for one in edits]
     np.testing.assert_array_equal(
         apart.picked, np.concatenate([one.picked for one in alone], axis=1)
@@ -141,10 +141,20 @@ class ReadTest(parameterized.TestCase):
       ({'goal': 'x', 'sol1': 'y', 'label': 0}, "'sol2' is missing; add it"),
       ({'question': 'x', 'choices': ['y'], 'label': 0}, 'two answers at least'),
       (['x'], 'record 1: is no object'),
+      ({'question': 'x', 'choices': 'y', 'label': 0}, 'must be a list.$'),
   )
   def test_bad_questions(self, row, want):
     with self.assertRaisesRegex(InputError, want):
       self.read([row])
+
+  def test_the_file_of_labels(self):
+    folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    path = folder / 'piqa.valid.jsonl'
+    path.write_text('\n'.join([json.dumps(PIQA)] * 2))
+    (folder / 'piqa.valid-labels.lst').write_text('1\n0\n')
+    self.assertEqual([one.label for one in choices.read(str(path))], [1, 0])
+    with self.assertRaisesRegex(InputError, '2 questions, and 3 lines in'):
+      self.read([PIQA] * 2, '0\n1\n0\n')
 
   def test_a_label_that_is_no_number(self):
     with self.assertRaisesRegex(InputError, "'label' is 'x'"):
@@ -153,7 +163,7 @@ class ReadTest(parameterized.TestCase):
   def test_nothing_to_ask(self):
     with self.assertRaisesRegex(InputError, 'holds no question'):
       self.read([])
-    with self.assertRaisesRegex(InputError, 'there is no such file'):
+    with self.assertRaisesRegex(InputError, 'cannot be read'):
       choices.read('nowhere.jsonl')
 
 

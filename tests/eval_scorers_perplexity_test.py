@@ -169,13 +169,13 @@ class PerplexityTest(parameterized.TestCase):
     _, spec, params = pair('llama')
     alone = [Edited((random_delta(spec, seed=seed),)) for seed in (0, 1)]
     want = [self.run_ours(edited=one) for one in alone]
-    got = self.run_ours(edited=algebra.stack(alone), edits=2)
+    got = self.run_ours(edited=algebra.stack(alone), edits=(0, 1))
     np.testing.assert_allclose(got.each, [x.nats for x in want], atol=2e-5)
     self.assertAlmostEqual(got.nats, np.mean(got.each), 12)
     self.assertEqual(got.tokens, want[0].tokens)
     lm = opened(spec, params, algebra.stack(alone), 64)
     parts = [
-        perplexity(lm, TEXTS, TOKENIZER, row_tokens=16, edits=2)
+        perplexity(lm, TEXTS, TOKENIZER, row_tokens=16, edits=(0, 1))
         for _ in range(2)
     ]
     joined = perplexity_lib.join(parts)

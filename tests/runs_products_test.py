@@ -85,7 +85,7 @@ class ProductsTest(programs.Case):
     self.refused('from 0', delta=side, do='select', edit=2, out='x')
     self.refused('the edit is one', delta=first, do='select', edit=0, out='x')
     stranger = self.save(self.one, model_hash='ab' * 32)
-    self.refused('made for model', delta=first, do='add', other=stranger,
+    self.refused('of one unedited model', delta=first, do='add', other=stranger,
                  out='x')  # fmt: skip
 
   def test_forget_and_roll_back(self):

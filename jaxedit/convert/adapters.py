@@ -171,7 +171,7 @@ def write_gguf(
 
   Raises:
     InputError: llama.cpp takes no adapters of the family, a map has no tensor of
-      its own there, or the `gguf` package is missing.
+      its own there, the `gguf` package is missing, or the place is taken.
   """
   try:
     import gguf
@@ -183,6 +183,8 @@ def write_gguf(
     raise InputError(f'llama.cpp takes no adapters of {spec.family}; {_MERGE}')
   if dtype not in ('float32', 'float16'):
     raise InputError(f'GGUF adapters are float32 or float16, not {dtype}')
+  if pathlib.Path(path).exists():
+    raise InputError(f'{path}: exists already; give another place')
   arch, permuted = _GGUF[spec.family]
   with io.new_file(path) as file:
     writer = gguf.GGUFWriter(pathlib.Path(file.name), arch)

@@ -86,7 +86,12 @@ def _selected(edited: Edited, index: int) -> Edited:
 def _added(
     given: Any, edited: Edited, about: Mapping[str, Any]
 ) -> tuple[Edited, dict[str, Any]]:
-  other, more = edited_lib.load(given.other, model_hash=about['model_hash'])
+  other, more = edited_lib.load(given.other)
+  if more['model_hash'] != about['model_hash']:
+    raise InputError(
+        f'{given.other}: was made for another model than {given.delta}; edits'
+        ' of one unedited model can be added'
+    )
   try:
     both = edited_lib.add(edited, other)
   except ValueError as error:
@@ -123,7 +128,7 @@ def _with_model(
       model.spec,
       edited,
       format=given.format,
-      base=given.base or given.model,
+      base=given.base or _name(given.model, folder),
       rank=given.rank,
       tolerance=given.tolerance,
       dtype=given.dtype,
@@ -135,6 +140,12 @@ def _with_model(
       for one in maps
   ]
   return [*found, str(given.out), *lines]
+
+
+def _name(given: str, folder: pathlib.Path) -> str:
+  """What servers find a model by: its hub id, or a folder."""
+  hub_id = '/' in given and not pathlib.Path(given).exists()
+  return given if hub_id else str(folder)
 
 
 def described(path: str, edited: Edited, about: Mapping[str, Any]) -> list[str]:

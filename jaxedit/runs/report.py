@@ -320,7 +320,7 @@ def _along(
   head = ['edits', *names, *['perplexity'][: len(read)]]
   rows = [
       [f'{edits}', *(f'{values[n]:.3f}' for n in names)]
-      + [f'{x:.2f}' for x in read[i : i + 1]]
+      + ['-' if x is None else f'{x:.2f}' for x in read[i : i + 1]]
       for i, (edits, values) in enumerate(points)
   ]
   sizes = [max(map(len, column)) for column in zip(head, *rows)]

@@ -27,6 +27,7 @@ _WINDOW = 512  # tokens
 _TEXT_BYTES = 1 << 31  # of its file
 _TEXT_CHARACTERS = 32  # read for each token that is scored
 _TEXT_BATCH = 32  # windows of 512 tokens run eight together
+_EDITS = 32  # of those side by side, measured at a time
 
 
 class SideEffects(NamedTuple):
@@ -39,9 +40,13 @@ class SideEffects(NamedTuple):
     """Both as results.json has them, by name; `before`: the unedited model."""
     found = {}
     if self.perplexity is not None:
-      found['perplexity'] = self.perplexity._asdict()
-      if not self.perplexity.each:
-        del found['perplexity']['each']
+      read = self.perplexity._asdict()
+      # Of a ruined model they may be none that JSON has.
+      read |= {name: io.json_number(read[name]) for name in ('value', 'nats')}
+      read['each'] = [io.json_number(one) for one in read['each']]
+      if not read['each']:
+        del read['each']
+      found['perplexity'] = read
     if self.choices is not None:
       found['choices'] = self.choices.report(before and before.choices)
     return found
@@ -74,8 +79,32 @@ def measure(
   Raises:
     InputError: a file cannot be read, or holds nothing to score.
   """
+  if edited.size is None:
+    return _measured(session, edited, None, clock, progress)
+  parts = []
+  if session.alone:
+    # Some at a time: all tokens' scores of thousands of edits would fill memory.
+    for first in range(0, edited.size, _EDITS):
+      some = range(first, min(first + _EDITS, edited.size))
+      parts.append(_measured(session, edited, some, clock, progress))
+  else:
+    # A change of many facts a sequence would not fit.
+    for i in range(edited.size):
+      one = edited_lib.select(edited, i)
+      parts.append(_measured(session, one, None, clock, progress))
+  return join(parts)
+
+
+def _measured(
+    session: Session,
+    edited: Edited,
+    edits: Sequence[int] | None,
+    clock: Clock,
+    progress: Progress,
+) -> SideEffects:
+  """Measures under one edit, or under some of those side by side."""
   config = session.config
-  found = {}
+  found: dict[str, Any] = {}
   if config.perplexity_text:
     text = _text(config)
     with clock('perplexity'):
@@ -86,7 +115,7 @@ def measure(
           session.tokenizer,
           row_tokens=min(_WINDOW, lm.spec.max_positions),
           limit=config.perplexity_tokens,
-          edits=edited.size,
+          edits=edits,
           progress=progress,
       )
   if config.choices:
@@ -96,7 +125,7 @@ def measure(
           session.model, edited, batch_size=config.eval_batch_size
       )
       found['choices'] = choices_lib.choose(
-          lm, items, session.tokens, edits=edited.size, progress=progress
+          lm, items, session.tokens, edits=edits, progress=progress
       )
   return SideEffects(**found)
 
@@ -135,9 +164,10 @@ def lines(config: RunConfig, found: Mapping[str, Any]) -> list[str]:
   if read := found.get('perplexity'):
     old, new = read['pre'], read['post']
     apart = ', mean over edits' if 'each' in new else ''
+    number = lambda x: 'not finite' if x is None else f'{x:.2f}'
     printed.append(
-        f'perplexity of {config.perplexity_text}: {old["value"]:.2f} before,'
-        f' {new["value"]:.2f} after ({new["tokens"]} tokens{apart})'
+        f'perplexity of {config.perplexity_text}: {number(old["value"])} before,'
+        f' {number(new["value"])} after ({new["tokens"]} tokens{apart})'
     )
   if read := found.get('choices'):
     old, new = read['pre'], read['post']

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from jaxedit.eval.datasets import fields as lib
 from jaxedit.eval.datasets import survey
+from jaxedit.text.cloze import resolve
 from jaxedit.types import LOCALITY, Probe
 
 
@@ -24,17 +25,17 @@ def read(fields: lib.Fields, options: lib.Options) -> lib.Read:
   rewrite = fields.inner('requested_rewrite')
   true = rewrite.inner('target_true').target('str')
   new = rewrite.inner('target_new').target('str')
-  prompt = rewrite.text('prompt')
+  prompt, subject = rewrite.text('prompt'), rewrite.text('subject')
   near = fields.texts('neighborhood_prompts', optional=True)
   yield {
       'prompt': prompt,
-      'subject': rewrite.text('subject'),
+      'subject': subject,
       'target': new,
       'target_true': true,
       'rephrases': fields.texts('paraphrase_prompts', optional=True),
       'probes': [
           *(Probe(LOCALITY, text, (true,)) for text in near),
-          *survey.counterfact(fields, prompt, new, true),
+          *survey.counterfact(fields, resolve(prompt, subject), new, true),
       ],
   }
 

@@ -16,6 +16,7 @@ Yao et al. 2023 (arXiv 2305.13172), sections 5.1 and 5.2.
 from __future__ import annotations
 
 from jaxedit.eval.datasets import fields as lib
+from jaxedit.text.cloze import Cloze
 from jaxedit.text.joining import trim_prompt
 from jaxedit.types import (
     ALIAS,
@@ -28,20 +29,21 @@ from jaxedit.types import (
 
 
 def counterfact(
-    fields: lib.Fields, prompt: str, new: str, true: str
+    fields: lib.Fields, cloze: Cloze, new: str, true: str
 ) -> list[Probe]:
   """Reads the probes of a record of CounterFact.
 
   Args:
     fields: of the record.
-    prompt: its cloze.
+    cloze: its prompt.
     new: the object to write.
     true: the true object.
   """
   found = lib.portability(fields)
-  if alias := fields.text('alternative_subject', optional=True).strip():
-    found.append(Probe(ALIAS, alias.join(cloze_parts(prompt)), (new,)))
-  if fields.data.get('unrelated_relation') is not None:
+  alias = _text(fields, 'alternative_subject').strip()
+  if alias and not cloze.errors:
+    found.append(Probe(ALIAS, alias.join(cloze_parts(cloze.prompt)), (new,)))
+  if _is_given(fields, 'unrelated_relation'):
     other = fields.inner('unrelated_relation')
     question = trim_prompt(other.text('question'))
     found.append(Probe(ATTRIBUTE, question, (other.target('object'),)))
@@ -57,10 +59,20 @@ def zsre(fields: lib.Fields, new: str) -> list[Probe]:
     new: the object to write.
   """
   found = lib.portability(fields)
-  alias = trim_prompt(fields.text('alter_subject_question', optional=True))
+  alias = trim_prompt(_text(fields, 'alter_subject_question'))
   if alias:
     found.append(Probe(ALIAS, alias, (new,)))
-  inverse = trim_prompt(fields.text('inverse question', optional=True))
+  inverse = trim_prompt(_text(fields, 'inverse question'))
   if inverse:
     found.append(Probe(REVERSED, inverse, (fields.target('subject'),)))
   return found
+
+
+def _is_given(fields: lib.Fields, name: str) -> bool:
+  """Whether a record has a field and something in it."""
+  fields.seen.add(name)
+  return bool(fields.data.get(name))
+
+
+def _text(fields: lib.Fields, name: str) -> str:
+  return fields.text(name) if _is_given(fields, name) else ''

@@ -101,10 +101,13 @@ def read(path: str, limit: int | None = None) -> list[Item]:
     InputError: the file cannot be read, or an object is no such question; all
       of them at once.
   """
-  blob = entries_lib.read(path, 'questions', long=False)
-  place = pathlib.Path(path)
-  beside = place.with_name(f'{place.name.split(".")[0]}-labels.lst')
-  labels = io.read_bytes(beside).decode().split() if beside.is_file() else None
+  try:
+    blob, labels = io.read_bytes(path), _labels(pathlib.Path(path))
+  except (OSError, UnicodeDecodeError) as error:
+    raise InputError(
+        f'{path}: cannot be read ({error}); give a file of questions, one object'
+        ' a line'
+    ) from None
   items, problems = [], []
   for entry in entries_lib.entries(blob, path):
     if limit is not None and entry.number > limit:
@@ -112,10 +115,24 @@ def read(path: str, limit: int | None = None) -> list[Item]:
     item, errors = _item(entry, labels)
     problems += [f'{path}: record {entry.number}: {e}' for e in errors]
     items.append(item)
+  else:
+    if labels is not None and len(labels) != len(items):
+      problems.append(
+          f'{path}: {len(items)} questions, and {len(labels)} lines in the'
+          ' -labels.lst beside it; give one a question.'
+      )
   if not items:
     problems.append(f'{path}: holds no question; give one object a line.')
   InputError.raise_for(entries_lib.shorten(problems, path))
   return items
+
+
+def _labels(path: pathlib.Path) -> list[str] | None:
+  """The lines of the file of labels beside questions, if there is one."""
+  stem = path.name.removesuffix('.gz')
+  stem = stem.rpartition('.')[0] or stem
+  beside = path.with_name(f'{stem}-labels.lst')
+  return io.read_bytes(beside).decode().split() if beside.is_file() else None
 
 
 def _item(
@@ -136,7 +153,8 @@ def _item(
   if label is None and labels is not None and entry.number <= len(labels):
     line = labels[entry.number - 1]
     label = int(line) if line.isdigit() else line
-  if isinstance(label, bool) or label not in range(len(choices)):
+  wrong = isinstance(label, bool) or label not in range(len(choices))
+  if choices and wrong:
     fields.error(
         'label',
         f'is {label!r}; give the number of the right answer, 0 to'
@@ -151,7 +169,7 @@ def choose(
     items: Sequence[Item],
     tokenizer: Any,
     *,
-    edits: int | None = None,
+    edits: Sequence[int] | None = None,
     progress: Progress = silent,
 ) -> Choices:
   """Asks a model; see the module head for the protocol.
@@ -160,7 +178,7 @@ def choose(
     lm: the model.
     items: Q questions.
     tokenizer: a fast transformers tokenizer, or its `TokenCache`.
-    edits: how many the model has side by side; None for one model.
+    edits: of a model with edits side by side, those to ask it under.
     progress: progress display.
 
   Returns:
@@ -170,19 +188,18 @@ def choose(
     InputError: a question is too long for the model, or has an answer without
       tokens; all at once.
   """
-  asked = [(f'Question: {one.question}\nAnswer:', one.choices) for one in items]
+  asked = [
+      (f'Question: {one.question}\nAnswer:', one.choices, True) for one in items
+  ]
   queries = scoring.encode_queries(tokenizer, asked)
-  ids = np.repeat(np.arange(edits or 1), len(queries))
-  scored = lm.score(
-      queries * (edits or 1),
-      edit_ids=None if edits is None else ids.tolist(),
-      progress=progress,
-  )
+  times = 1 if edits is None else len(edits)
+  ids = None if edits is None else np.repeat(edits, len(queries)).tolist()
+  scored = lm.score(queries * times, edit_ids=ids, progress=progress)
   picked = [
       _picked(row, items[i % len(items)].choices)
       for i, row in enumerate(scored)
   ]
-  picked = np.reshape(picked, (edits or 1, len(items), 2))
+  picked = np.reshape(picked, (times, len(items), 2))
   return Choices(
       np.moveaxis(picked, 2, 0), np.array([one.label for one in items])
   )

@@ -61,7 +61,7 @@ def perplexity(
     *,
     row_tokens: int = 512,
     limit: int | None = None,
-    edits: int | None = None,
+    edits: Sequence[int] | None = None,
     progress: Progress = silent,
 ) -> Perplexity:
   """Measures the perplexity of texts; see the module head for the protocol.
@@ -72,7 +72,7 @@ def perplexity(
     tokenizer: a fast transformers tokenizer.
     row_tokens: length of a window, which is the longest context, tokens.
     limit: read this many tokens from the beginning and no more; None for all.
-    edits: how many the model has side by side; None for one model.
+    edits: of a model with edits side by side, those to read it under.
     progress: progress display.
 
   Returns:
@@ -90,16 +90,14 @@ def perplexity(
       Query(tuple(w[:1].tolist()), (tuple(w[1:].tolist()),)) for w in windows
   ]
   count = sum(len(window) - 1 for window in windows)
-  ids = None if edits is None else np.repeat(np.arange(edits), len(queries))
-  scored = lm.score(
-      queries * (edits or 1),
-      edit_ids=None if ids is None else ids.tolist(),
-      progress=progress,
-  )
+  ids = None if edits is None else np.repeat(edits, len(queries)).tolist()
+  times = 1 if edits is None else len(edits)
+  scored = lm.score(queries * times, edit_ids=ids, progress=progress)
   lost = [one.nll * len(one.argmax) for (one,) in scored]
-  each = np.reshape(lost, (edits or 1, -1)).sum(1) / count
-  protocol = _protocol(row_tokens, limit, edits)
-  return _found(each, count, protocol, apart=edits is not None)
+  each = np.reshape(lost, (times, -1)).sum(1) / count
+  return _found(
+      each, count, _protocol(row_tokens, limit), apart=edits is not None
+  )
 
 
 def join(parts: Sequence[Perplexity]) -> Perplexity:
@@ -111,7 +109,7 @@ def join(parts: Sequence[Perplexity]) -> Perplexity:
   Returns:
     That of all edits.
   """
-  each = [nats for part in parts for nats in part.each]
+  each = [nats for part in parts for nats in part.each or (part.nats,)]
   return _found(each, parts[0].tokens, parts[0].protocol, apart=True)
 
 
@@ -121,19 +119,20 @@ def _found(
   nats = float(np.mean(each))
   with np.errstate(over='ignore'):
     value = float(np.exp(nats))
-  return Perplexity(
-      value, nats, count, protocol, tuple(map(float, each)) if apart else ()
-  )
+  if not apart:
+    return Perplexity(value, nats, count, protocol)
+  words = '; under every edit by itself, mean nats'
+  protocol = protocol.removesuffix(words) + words
+  return Perplexity(value, nats, count, protocol, tuple(map(float, each)))
 
 
-def _protocol(row_tokens: int, limit: int | None, edits: int | None) -> str:
+def _protocol(row_tokens: int, limit: int | None) -> str:
   """Says how a perplexity was measured."""
   read = 'all tokens' if limit is None else f'the first {limit} tokens'
   return (
       f'perplexity a token; {read}; every text by itself in consecutive windows'
       f' of {row_tokens} tokens without overlap; every token but the first of a'
       ' window scored, given those before it in the window'
-      + ('' if edits is None else '; under every edit by itself, mean nats')
   )
 
 
