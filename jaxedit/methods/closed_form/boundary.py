@@ -3,8 +3,8 @@
   for layer l in order:  z_l on the model so far;  X_l inserts z_l - now whole
 
 So every layer is a closed form of one layer. Independent edits lie side by side:
-from the second layer on each has a model of its own, which differs below the
-targets only, so that it is what is run once that is under its changes.
+from the second layer on each has a model of its own. These models differ below
+the targets only, in what is run once a target.
 
 Source: BLUE (arXiv 2502.03748) and its published code, which takes the first and
 the last of MEMIT's layers.
