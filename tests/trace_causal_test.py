@@ -31,6 +31,7 @@ CHANGES = {
     # A window shorter than the prompts.
     'mistral': dict(num_hidden_layers=LAYERS, sliding_window=4),
     'qwen2': dict(num_hidden_layers=LAYERS),
+    'qwen3': dict(num_hidden_layers=LAYERS),
     'gpt_neox': dict(num_hidden_layers=LAYERS),
 }
 # Layers that an MLP and an attention are restored in.
@@ -38,6 +39,7 @@ WINDOWS = {
     'llama': (2, 3),
     'mistral': (1, 10),
     'qwen2': (10, 2),
+    'qwen3': (2, 1),
     'gptj': (3, 1),
     'gpt_neox': (1, 2),
     'gpt2': (3, 1),
