@@ -541,11 +541,7 @@ class EditedModel:
       InputError: the edit cannot be merged, or the folder cannot be written.
     """
     model = self.model
-    changed = [
-        (edited_lib.path(delta), layer)
-        for delta in self.edited.deltas
-        for layer in delta.layers
-    ]
+    changed = edited_lib.changed(self.edited)
     if folder is not None:
       merged = edited_lib.apply(model.params, self.edited, dtype=jnp.float32)
       saving.save_model(

@@ -3,6 +3,7 @@
 from jaxedit.edited.algebra import (
     add,
     apply,
+    changed,
     compact,
     full,
     path,
@@ -25,6 +26,7 @@ __all__ = [
     'add',
     'apply',
     'apply_model',
+    'changed',
     'compact',
     'edits_in',
     'encode_queries',

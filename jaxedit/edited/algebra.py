@@ -37,6 +37,11 @@ def path(delta: SiteDelta) -> str:
   return f'layers/{delta.site}/{leaf(delta)}'
 
 
+def changed(edited: Edited) -> list[tuple[str, int]]:
+  """Lists (path, layer) of every parameter that an edit changes."""
+  return [(path(delta), n) for delta in edited.deltas for n in delta.layers]
+
+
 def full(delta: LowRank | Dense) -> Array:
   """Computes a change of a parameter in full.
 

@@ -154,12 +154,27 @@ def load(
     _check(edited, made_for)
   except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
     raise InputError(f'{path}: damaged ({error}); {remedy}') from error
-  if model_hash is not None and made_for != model_hash:
+  if model_hash is not None:
+    require_model(path, metadata, model_hash)
+  return edited, metadata
+
+
+def require_model(
+    path: str | os.PathLike[str], metadata: Mapping[str, Any], model_hash: str
+) -> None:
+  """Refuses a saved edit that was made for another model.
+
+  Args:
+    path: of its file.
+    metadata: what `load` returned beside the edit.
+    model_hash: of the model.
+  """
+  made_for = metadata['model_hash']
+  if made_for != model_hash:
     raise InputError(
         f'{path}: made for model {made_for[:12]}, given'
         f' {model_hash[:12]}; load the model it was made for'
     )
-  return edited, metadata
 
 
 def _check(edited: Edited, made_for: Any) -> None:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxedit import edited as edited_lib
 from jaxedit.convert import hub
 from jaxedit.deltas import Edited
+from jaxedit.edited import files
 from jaxedit.models import loading, saving
 from jaxedit.types import InputError, Progress, silent
 
@@ -108,14 +109,10 @@ def _with_model(
   # Read for its hash too: an adapter would fit another model of the same shapes.
   dtype = 'bfloat16' if given.do == 'export' else 'float32'
   model = loading.load_model(folder, dtype, progress)
-  edited_lib.load(given.delta, model_hash=model.hash)
+  files.require_model(given.delta, about, model.hash)
   if given.do == 'merge':
     merged = edited_lib.apply(model.params, edited, dtype=jnp.float32)
-    changed = [
-        (edited_lib.path(delta), layer)
-        for delta in edited.deltas
-        for layer in delta.layers
-    ]
+    changed = edited_lib.changed(edited)
     saved = saving.save_model(
         model.folder, given.out, model.spec, merged, changed=changed
     )

@@ -273,11 +273,7 @@ def _save_and_judge(
       stores.output.folder / 'model',
       model.spec,
       merged,
-      changed=[
-          (edited_lib.path(delta), layer)
-          for delta in outcome.edited.deltas
-          for layer in delta.layers
-      ],
+      changed=edited_lib.changed(outcome.edited),
       dtype='float32' if exact else None,
       keep_original=config.keep_original,
   )

@@ -79,19 +79,28 @@ def measure(
   Raises:
     InputError: a file cannot be read, or holds nothing to score.
   """
+  config, parts = session.config, []
+  text = _text(config) if config.perplexity_text else None
+  items = None
+  if config.choices:
+    items = choices_lib.read(config.choices, config.num_choices)
+  if text is None and items is None:
+    return SideEffects()
+
+  def measured(edited: Edited, edits: Sequence[int] | None = None):
+    return _measured(session, edited, edits, text, items, clock, progress)
+
   if edited.size is None:
-    return _measured(session, edited, None, clock, progress)
-  parts = []
+    return measured(edited)
   if session.alone:
     # Some at a time: all tokens' scores of thousands of edits would fill memory.
     for first in range(0, edited.size, _EDITS):
       some = range(first, min(first + _EDITS, edited.size))
-      parts.append(_measured(session, edited, some, clock, progress))
+      parts.append(measured(edited, some))
   else:
     # A change of many facts a sequence would not fit.
     for i in range(edited.size):
-      one = edited_lib.select(edited, i)
-      parts.append(_measured(session, one, None, clock, progress))
+      parts.append(measured(edited_lib.select(edited, i)))
   return join(parts)
 
 
@@ -99,14 +108,15 @@ def _measured(
     session: Session,
     edited: Edited,
     edits: Sequence[int] | None,
+    text: str | None,
+    items: Sequence[choices_lib.Item] | None,
     clock: Clock,
     progress: Progress,
 ) -> SideEffects:
   """Measures under one edit, or under some of those side by side."""
   config = session.config
   found: dict[str, Any] = {}
-  if config.perplexity_text:
-    text = _text(config)
+  if text is not None:
     with clock('perplexity'):
       lm = edited_lib.open_model(session.model, edited, batch_size=_TEXT_BATCH)
       found['perplexity'] = perplexity_lib.perplexity(
@@ -118,8 +128,7 @@ def _measured(
           edits=edits,
           progress=progress,
       )
-  if config.choices:
-    items = choices_lib.read(config.choices, config.num_choices)
+  if items is not None:
     with clock('choices'):
       lm = edited_lib.open_model(
           session.model, edited, batch_size=config.eval_batch_size

@@ -87,26 +87,12 @@ def prefill(
   elif shared_prefix is not None:
     shared_prefix = broadcast_prefix(shared_prefix, packed.context)
   parts = None
+  tokens = (packed.tokens, packed.rows)
+  given = dict(layer=layer, shared_prefix=shared_prefix, deltas=deltas)
   if output == 'block':
-    h = lower(
-        spec,
-        params,
-        packed.tokens,
-        packed.rows,
-        layer=layer,
-        shared_prefix=shared_prefix,
-        deltas=deltas,
-    )
+    h = lower(spec, params, *tokens, **given)
   else:
-    h, (attn, mlp) = lower_parts(
-        spec,
-        params,
-        packed.tokens,
-        packed.rows,
-        layer=layer,
-        shared_prefix=shared_prefix,
-        deltas=deltas,
-    )
+    h, (attn, mlp) = lower_parts(spec, params, *tokens, **given)
     parts = HalfOutputs(attn if output == 'attn+mlp' else None, mlp)
   before = packing.take(h, packed.prefix)
   kv = prefix_kv(spec, params, before, packed.prefix.rows, layer, shared_prefix)
