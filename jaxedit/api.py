@@ -223,7 +223,7 @@ def editor(spec: ModelSpec, method: str = 'memit', **settings: Any) -> Editor:
     InputError: an unknown method or setting.
   """
   found = method_of(method)
-  return found.editor(spec, found.configure(**settings))
+  return found.make(spec, found.configure(**settings))
 
 
 class Progressed(NamedTuple):
@@ -313,7 +313,7 @@ def edit(
   config = configure(found.published(kind, chunked), settings)
   if chunked:
     config = anyedit_lib.anyedit(config, **cut)
-  made = found.editor(model.spec, config)
+  made = found.make(model.spec, config)
   so_far = None
   if earlier is not None:
     so_far = _goes_on(earlier, method, config, independent)

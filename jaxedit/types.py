@@ -138,14 +138,19 @@ class TokenLayout:
   prefix (segments 2, 3, ...) are the same computation. In an encoder a token
   attends to later ones too.
 
+  An encoder-decoder's sequence is a source, which its encoder reads, and behind
+  it what the decoder writes, on one axis of positions (see `models.decoder`).
+
   Attributes:
     positions: [B, T] int32, rotary or learned position of the token.
     segment_ids: [B, T] int32, `PADDING`, `SHARED` or an id from 2 up.
+    source: [B, T] bool, the tokens of a source; None where there are none.
     causal: whether positions matter as above, static; of an encoder, False.
   """
 
   positions: Array
   segment_ids: Array
+  source: Array | None = None
   causal: bool = flax.struct.field(pytree_node=False, default=True)
 
 

@@ -22,6 +22,7 @@ FOLDERS = ('jaxedit', 'kernels', 'experiments')
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     'types': (),
     'numerics': (),
+    'sources': (),
     'deltas': ('numerics',),
     'io': (),
     'hosts': (),
@@ -118,7 +119,10 @@ SHARED_BY_METHODS = tuple(
 )
 # What every package may import; among themselves `types` and, of `deltas`,
 # `numerics` alone.
-BOTTOM = ('types', 'io', 'numerics', 'deltas', 'hosts', 'placement')
+BOTTOM = (
+    *('types', 'io', 'numerics', 'sources', 'deltas', 'hosts'),
+    'placement',
+)
 # transformers looks for a package of this name, so ours is never called so.
 HIDDEN = 'kernels'
 

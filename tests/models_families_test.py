@@ -272,7 +272,7 @@ class FamiliesTest(parameterized.TestCase):
   @parameterized.parameters(
       ('gpt2-xl', dict(scale_attn_by_inverse_layer_idx=True), 'inverse_layer'),
       ('gpt2-xl', dict(add_cross_attention=True), 'add_cross_attention'),
-      ('gpt2-xl', dict(activation_function='relu'), 'activation_function'),
+      ('gpt2-xl', dict(activation_function='mish'), 'activation_function'),
       ('gpt-j-6b', dict(rotary=False), 'rotary'),
       ('gpt-j-6b', dict(rotary_dim=None), "'rotary_dim' is missing"),
       ('gpt-j-6b', dict(rotary_dim=65), 'must be even'),

@@ -9,7 +9,12 @@ LEAST = 32
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:
-  """Counts the tokens that two prompts begin with alike."""
+  """Counts the tokens that two prompts begin with alike.
+
+  A source (`jaxedit.sources`) is shared by none: its tokens depend on later ones.
+  """
+  if len(one) and one[0] < 0:
+    return 0
   pairs = enumerate(zip(one, other))
   return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
 

@@ -178,6 +178,7 @@ def _pack(
   tokens[0, rows.index[rows.index < token_budget]] = np.concatenate(
       [ids for ids, _, _ in sequences]
   )
+  rows = packer.with_sources(rows, tokens)
   edit = np.full([slots], -1, np.int32)
   edit[at] = numbers
   anchor = np.where(count, rows.index[:, 0] + cut, token_budget)

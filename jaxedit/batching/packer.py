@@ -125,6 +125,25 @@ def end_to_end(
   )
 
 
+def with_sources(
+    rows: PackedSequences, tokens: np.ndarray, *, always: bool = False
+) -> PackedSequences:
+  """Marks tokens of sources, whose ids are below 0 (see `jaxedit.sources`).
+
+  Args:
+    rows: packed sequences.
+    tokens: [1, N] int32.
+    always: also where there are none, so that batches have one structure.
+
+  Returns:
+    The sequences.
+  """
+  read = np.append(tokens[0] < 0, False)
+  if not (always or read.any()):
+    return rows
+  return rows.replace(layout=rows.layout.replace(source=read[rows.index]))
+
+
 def select(
     rows: PackedSequences,
     begin: np.ndarray,
@@ -152,6 +171,10 @@ def select(
   row, column = np.nonzero(chosen.index < budget)
   index = np.full([budget], len(rows.row), np.int32)
   index[chosen.index[row, column]] = rows.index[row, begin[row] + column]
+  if rows.layout.source is not None:
+    source = np.zeros(chosen.index.shape, bool)
+    source[row, column] = rows.layout.source[row, begin[row] + column]
+    chosen = chosen.replace(layout=chosen.layout.replace(source=source))
   return OutputTokens(index, chosen)
 
 
@@ -223,7 +246,10 @@ def pad_segments(
       tokens[r, begin:end] = ids
       positions[r, begin:end] = np.arange(start, start + len(ids))
       segment_ids[r, begin:end] = segment_id
-  return tokens, TokenLayout(positions, segment_ids)
+  source = tokens < 0
+  return tokens, TokenLayout(
+      positions, segment_ids, source if source.any() else None
+  )
 
 
 def pad(

@@ -281,6 +281,8 @@ def _shared_prefix(edits: Sequence[EncodedEdit], c: int) -> np.ndarray:
   """The common start of one context in all edits, before all anchors."""
   first = edits[0].rows[c]
   length = min(edit.anchors[c] for edit in edits)
+  if first[0] < 0:  # a source, whose tokens depend on later ones
+    length = 0
   for edit in edits:
     differs = edit.rows[c][:length] != first[:length]
     if differs.any():

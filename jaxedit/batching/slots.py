@@ -168,7 +168,9 @@ class SlotAllocator(Slots):
     self._keep = np.full([kept], batch_shape.token_budget, np.int32)
     self._asking = packer.Packer(count, batch_shape.labels, kept, shards)
     length = plan.shared + batch_shape.prefix_shape[1] + batch_shape.grow
-    self._before = np.zeros([2, count, length], np.int32)
+    # Positions, segments, and whether a token is of a source.
+    self._before = np.zeros([3, count, length], np.int32)
+    self._sources = False
     self._anchor = np.full([slots, rows], batch_shape.token_budget, np.int32)
     self._pick = np.full(
         [slots, plan.contexts, batch_shape.labels],
@@ -272,7 +274,9 @@ class SlotAllocator(Slots):
     """Sets the prefix layout of a new edit's sequences."""
     plan = self._plan
     for c in range(plan.rows):
-      positions, segment_ids = self._before[:, slot * plan.rows + c]
+      positions, segment_ids, source = self._before[:, slot * plan.rows + c]
+      ids = edit.rows[c] if c < plan.contexts else edit.kl
+      self._sources |= ids[0] < 0
       shared_prefix = len(plan.shared_prefix[c]) if c < plan.contexts else 0
       anchor = edit.anchors[c] if c < plan.contexts else len(edit.kl) - 1
       for at, begin, end in (
@@ -281,6 +285,7 @@ class SlotAllocator(Slots):
       ):
         positions[at : at + end - begin] = np.arange(begin, end)
         segment_ids[at : at + end - begin] = SHARED
+        source[at : at + end - begin] = ids[begin:end] < 0
 
   def next_chunk(self, slot: int) -> int:
     """Ends a chunk of an edit that has another one.
@@ -299,7 +304,7 @@ class SlotAllocator(Slots):
     counts = []
     for c in range(plan.contexts):
       begin, end = edit.stage(k, c).anchor, edit.stage(k + 1, c).anchor
-      positions, segment_ids = self._before[:, slot * plan.rows + c]
+      positions, segment_ids, _ = self._before[:, slot * plan.rows + c]
       positions[offset : offset + end - begin] = np.arange(begin, end)
       segment_ids[offset : offset + end - begin] = SHARED
       counts.append(end - begin)
@@ -367,10 +372,11 @@ class SlotAllocator(Slots):
 
   def layout(self) -> SlotLayout:
     """The present layout, in copies."""
-    positions, segment_ids = self._before.copy()
+    positions, segment_ids, source = self._before.copy()
+    source = source.astype(bool) if self._sources else None
     return SlotLayout(
         rows=self._rows.packing(),
-        before=TokenLayout(positions, segment_ids),
+        before=TokenLayout(positions, segment_ids, source),
         outputs=OutputTokens(self._keep.copy(), self._asking.packing()),
         anchor=self._anchor.copy(),
         pick=self._pick.copy(),

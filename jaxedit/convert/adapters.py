@@ -215,8 +215,10 @@ def _cast(x: np.ndarray, dtype: str) -> np.ndarray:
 
 def _module(spec: spec_lib.ModelSpec, change: Change) -> tuple[str, str]:
   """The module that upstream keeps a map in, and the form of its weight."""
-  source = families.get(spec.family).TENSORS[f'layers/{change.site}/kernel']
-  name = source.name.format(change.layer).removesuffix('.weight')
+  source = families.tensors_of(spec)[f'layers/{change.site}/kernel']
+  name = source.tensor(change.layer, spec.encoder_layers).removesuffix(
+      '.weight'
+  )
   if source.form not in ('same', 'transpose'):
     raise InputError(
         f'{change.site} shares {name} with other maps in {spec.family}, which no'

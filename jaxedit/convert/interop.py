@@ -23,6 +23,7 @@ import numpy as np
 from flax import traverse_util
 
 from jaxedit.models import families, loading, tensors
+from jaxedit.models import spec as spec_lib
 from jaxedit.models.spec import ModelSpec, param_shapes
 from jaxedit.types import InputError, Params
 
@@ -65,7 +66,9 @@ def from_hf_flax(
   prefix = family.PREFIX
   pieces: dict[str, dict[int | None, Any]] = {}
   problems = []
-  for name, slots in tensors.upstream_slots(spec, family.TENSORS).items():
+  for name, slots in tensors.upstream_slots(
+      spec, families.tensors_of(spec)
+  ).items():
     path = _flax_name(name, slots[0], spec)
     found = tensors.find_name(path, prefix, flat)
     if found is None:
@@ -101,10 +104,11 @@ def to_hf_flax(params: Params, spec: ModelSpec) -> dict[str, Any]:
   Returns:
     The tree of the model with its head, as numpy arrays.
   """
-  family = families.get(spec.family)
   flat = {}
-  for name, slots in tensors.upstream_slots(spec, family.TENSORS).items():
-    leaves = [_slot_value(params, slot.path, slot.layer) for slot in slots]
+  for name, slots in tensors.upstream_slots(
+      spec, families.tensors_of(spec)
+  ).items():
+    leaves = [_slot_value(params, spec.layers, slot) for slot in slots]
     value = tensors.to_upstream(leaves, slots[0].source, spec.heads)
     path = _flax_name(name, slots[0], spec)
     if path.endswith('.kernel'):
@@ -284,9 +288,11 @@ def _merges(shape: Sequence[int], target: Sequence[int]) -> bool:
   return not rest
 
 
-def _slot_value(params: Params, path: str, layer: int | None) -> np.ndarray:
-  leaf = loading.get_leaf(params, path)
-  return np.asarray(leaf if layer is None else leaf[layer])
+def _slot_value(params: Params, depth: int, slot: tensors.Slot) -> np.ndarray:
+  leaf = loading.get_leaf(params, slot.path)
+  if slot.layer is not None:
+    leaf = leaf[spec_lib.row(depth, len(leaf), slot.layer)]
+  return np.asarray(leaf)
 
 
 def _stack(

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxedit.deltas import Dense, Edited, LowRank, SiteDelta
+from jaxedit.models import spec as spec_lib
 from jaxedit.numerics import wide
 from jaxedit.types import Array, InputError, Params
 
@@ -155,8 +156,11 @@ def apply(params: Params, edited: Edited, dtype: Any = None) -> Params:
   merged = params
   for delta in edited.deltas:
     names = path(delta).split('/')
-    old = _leaf(merged, names)
-    if old is None or not all(0 <= n < len(old) for n in delta.layers):
+    old, rows = _leaf(merged, names), ()
+    if old is not None:
+      depth = spec_lib.depth_of(merged)
+      rows = [spec_lib.row(depth, len(old), n) for n in delta.layers]
+    if old is None or not all(0 <= n < len(old) for n in rows):
       raise InputError(
           f'the edit changes {path(delta)} of layers {list(delta.layers)}, which'
           ' the model does not have; load the model it was made for'
@@ -167,10 +171,10 @@ def apply(params: Params, edited: Edited, dtype: Any = None) -> Params:
           f'the edit changes {path(delta)} by {list(change.shape[1:])}, where the'
           f' model has {list(old.shape[1:])}; load the model it was made for'
       )
-    layers = jnp.asarray(delta.layers)
-    exact = old[layers].astype(wide(old.dtype)) + change
+    rows = jnp.asarray(rows)
+    exact = old[rows].astype(wide(old.dtype)) + change
     new = old.astype(dtype or old.dtype)
-    new = new.at[layers].set(exact.astype(new.dtype))
+    new = new.at[rows].set(exact.astype(new.dtype))
     merged = _replace(merged, names, new)
   return merged
 

@@ -28,7 +28,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from jaxedit import retrieval
+from jaxedit import retrieval, sources
 from jaxedit.deltas import Prompting, Speak
 from jaxedit.models.encoder import Encoder
 from jaxedit.types import InputError
@@ -100,9 +100,7 @@ class FactMemory(Prompting):
     """
     del speak
     self._check_bound()
-    texts = [
-        self.tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts
-    ]
+    texts = [sources.prompt_text(self.tokenizer, ids) for ids in prompts]
     contexts: dict[tuple[int, ...], str] = {}
     read = []
     for ids, text, mine in zip(prompts, texts, self.in_force(texts, edit_ids)):
@@ -112,7 +110,7 @@ class FactMemory(Prompting):
       if mine not in contexts:
         contexts[mine] = ''.join(self.facts[i].context for i in mine)
       text = text if not self.tail else f'{self.tail} {text}'
-      read.append(self.tokenizer(contexts[mine] + text)['input_ids'])
+      read.append(sources.prompt_ids(self.tokenizer, contexts[mine] + text))
     return read
 
   def in_force(

@@ -38,6 +38,7 @@ import jax
 import numpy as np
 
 from jaxedit import deltas as deltas_lib
+from jaxedit import sources
 from jaxedit.batching import beginnings, packer
 from jaxedit.batching.buckets import POWERS, octaves, round_up
 from jaxedit.batching.packer import Segment
@@ -229,7 +230,12 @@ def error(spec: ModelSpec, row: Query) -> str | None:
         f'prompt and answer take {tokens} positions but the model has'
         f' {spec.max_positions}; shorten them'
     )
-  parts = {'it': row.prompt, 'its answer': sum(row.answers, ())}
+  prompt = row.prompt
+  if spec.encoder_layers:
+    if fault := sources.error(prompt):
+      return fault
+    prompt = sources.plain(prompt)
+  parts = {'it': prompt, 'its answer': sum(row.answers, ())}
   for name, ids in parts.items():
     if max(ids, default=0) >= spec.vocab:
       return (

@@ -296,6 +296,7 @@ class Method:
     contexts: whether facts are run in several context templates and with a KL
       row; without, the plain prompt alone.
     by_text: whether it edits by the texts of requests, not by token ids.
+    encoders: whether it edits encoder-decoders.
     parity: name of a published code -> settings that reproduce it.
     source: the paper.
     trainer: how its editor is trained, a `hypernet.network.Trainer`; None where
@@ -312,6 +313,7 @@ class Method:
   chunkable: bool = True
   contexts: bool = True
   by_text: bool = False
+  encoders: bool = False
   parity: Mapping[str, Mapping[str, Any]] = dataclasses.field(
       default_factory=dict
   )
@@ -326,6 +328,28 @@ class Method:
   def settings(self) -> dict[str, Setting]:
     """Its settings by name: those of its flags and of `jaxedit.edit`."""
     return settings_of(self.config)
+
+  def make(self, spec: ModelSpec, config: Any) -> Editor:
+    """Makes its editor for an architecture.
+
+    Args:
+      spec: the architecture.
+      config: settings.
+
+    Returns:
+      The editor.
+
+    Raises:
+      InputError: settings that do not suit the model, or a model that the method
+        cannot edit.
+    """
+    if spec.encoder_layers and not self.encoders:
+      raise InputError(
+          f'{self.name} edits decoders, and {spec.family} has an encoder under its'
+          ' decoder; use a method that edits both, such as ft_m, lora, mend, kn or'
+          ' t_patcher (docs/methods.md has the list)'
+      )
+    return self.editor(spec, config)
 
   def configure(self, **given: Any) -> Any:
     """Makes a config; see `settings.configure`."""

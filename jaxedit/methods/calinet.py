@@ -316,6 +316,7 @@ METHOD = base.Method(
     CalinetConfig,
     calinet,
     chunkable=False,
+    encoders=True,
     source='arXiv 2210.03329',
     small={'branch_neurons': 4, 'branch_steps': 5},
 )

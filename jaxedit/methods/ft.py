@@ -35,7 +35,7 @@ from jaxedit.methods.finetune import (
     finetune_editor,
 )
 from jaxedit.methods.settings import redefault, setting
-from jaxedit.models.spec import ModelSpec, param_shapes
+from jaxedit.models.spec import ModelSpec, param_shapes, row
 from jaxedit.numerics import einsum, wide
 from jaxedit.types import Array
 
@@ -149,8 +149,8 @@ def ft(spec: ModelSpec, config: FtConfig) -> Editor:
     leaves = model.params['layers']
     for part in config.site.split('/'):
       leaves = leaves[part]
-    layers = jnp.asarray(config.layers)
-    old = {n: leaves[n][layers].astype(wide(leaves[n].dtype)) for n in names}
+    rows = row(spec.layers, len(leaves['kernel']), jnp.asarray(config.layers))
+    old = {n: leaves[n][rows].astype(wide(leaves[n].dtype)) for n in names}
     box = None
     if config.box is not None:
       box = {n: _box(config, x) for n, x in old.items()}
@@ -180,6 +180,7 @@ _METHOD = Method(
     ft,
     chunkable=False,
     contexts=False,
+    encoders=True,
     parity={'easyedit': {'train_begin': True}},
     source='arXiv 2202.05262',
     small={'layers': (1,), 'fit_steps': 6, 'fit_rate': 1e-2, 'side_by_side': 2},

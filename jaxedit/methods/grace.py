@@ -273,6 +273,7 @@ METHOD = base.Method(
     grace,
     chunkable=False,
     contexts=False,
+    encoders=True,
     source='arXiv 2211.11031',
     small={'radius': 1e-3, 'capacity': 16},
     proposals={

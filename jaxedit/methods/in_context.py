@@ -178,6 +178,7 @@ def _method(name: str, summary: str, config: type, editor: Any) -> Method:
       chunkable=False,
       contexts=False,
       by_text=True,
+      encoders=True,
       source=f'arXiv {source}',
   )
 

@@ -40,6 +40,7 @@ from jaxedit.methods.hypernet.course import course_of
 from jaxedit.methods.hypernet.editor import HypernetConfig
 from jaxedit.methods.hypernet.training import Training
 from jaxedit.methods.settings import setting
+from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec
 from jaxedit.numerics import einsum
 from jaxedit.types import Array
@@ -179,6 +180,7 @@ def condition_of(
   tokens = jnp.pad(texts.tokens, ((0, 0), (0, 1)))
   tokens = tokens.at[jnp.arange(count), texts.length].set(last)
   there = jnp.arange(width + 1) <= texts.length[:, None]
+  tokens = decoder.word_ids(tokens)
   x = jax.lax.stop_gradient(embedding[tokens]).astype(ours['kernel'].dtype)
 
   def run(kernel: Array, recurrent: Array, bias: Array, reverse: bool) -> Array:
@@ -248,6 +250,7 @@ METHOD = Method(
     accepts=frozenset({'fact'}),
     chunkable=False,
     contexts=False,
+    encoders=True,
     source='arXiv 2104.08164',
     trainer=_TRAINER,
     small={'editor': network_lib.UNTRAINED, 'layers': (0, 1)},

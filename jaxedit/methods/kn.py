@@ -49,6 +49,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxedit import sources
 from jaxedit.batching import packer
 from jaxedit.batching.buckets import POWERS, round_up
 from jaxedit.deltas import ACTIVATIONS, Edited, LowRank
@@ -168,6 +169,7 @@ class Clean:
     key: [L, B, G, T, H] keys of all tokens.
     value: [L, B, G, T, H].
     last: [B] int32 index of the last token.
+    source: [B, T] bool, see `types.TokenLayout`.
   """
 
   h: Array
@@ -176,6 +178,7 @@ class Clean:
   key: Array
   value: Array
   last: Array
+  source: Array | None
 
 
 class Prompt(NamedTuple):
@@ -212,7 +215,9 @@ def read_clean(
       spec, params, h, layout, start=0, stop=spec.layers, taps=taps
   )
   before = jnp.concatenate([at(h)[None], after[:-1]])
-  return Clean(before, x, inner, key, value, last.astype(jnp.int32))
+  return Clean(
+      before, x, inner, key, value, last.astype(jnp.int32), layout.source
+  )
 
 
 def _linear(spec: ModelSpec, weights: Params, x: Array) -> Array:
@@ -248,7 +253,7 @@ def _probability(
   layout = TokenLayout(of_each(clean.last), in_each(SHARED + 1 + branch))
   column = in_each(jnp.arange(clean.key.shape[3]))
   before = column < clean.last[:, None]
-  prefix = TokenLayout(column, jnp.where(before, SHARED, PADDING))
+  prefix = TokenLayout(column, jnp.where(before, SHARED, PADDING), clean.source)
 
   def body(h: Array, layer: Array) -> tuple[Array, None]:
     def intervene(site: str, x: Array) -> Array:
@@ -386,7 +391,9 @@ def attribute(
   """
   width = round_up(max(length, *(len(one.ids) for one in prompts), 1))
   rows = min(_PROMPTS, round_up(len(prompts), POWERS))
-  size = -(-spec.layers // _PARTS)
+  # An encoder's layers change nothing at the tokens that foretell answers.
+  border = spec.encoder_layers
+  size = -(-(spec.layers - border) // _PARTS)
   for begin in range(0, len(prompts), rows):
     some = prompts[begin : begin + rows]
     full = [*some, *[some[0]] * (rows - len(some))]
@@ -398,9 +405,10 @@ def attribute(
     )
     parts = [
         fetch(of_layers(start=start, stop=min(start + size, spec.layers)))
-        for start in range(0, spec.layers, size)
+        for start in range(border, spec.layers, size)
     ]
-    found = np.concatenate(parts).swapaxes(0, 1)
+    below = np.zeros((border, *parts[0].shape[1:]), parts[0].dtype)
+    found = np.concatenate([below, *parts]).swapaxes(0, 1)
     chance = fetch(_probabilities(spec, params, clean, label))
     yield found[: len(some)], chance[: len(some)]
 
@@ -547,9 +555,8 @@ def _answers(
   tokens = token_cache(tokenizer)
   for i, one in enumerate(batch.requests):
     if one.target_true:
-      prompt = tokens.tokenizer.decode(
-          batch.encoded[i].rows[0], clean_up_tokenization_spaces=False
-      )
+      ids = batch.encoded[i].rows[0]
+      prompt = sources.prompt_text(tokens.tokenizer, ids, special=True)
       asked = Continued(prompt, one.target_true, one.space)
       (found[i],) = tokens.targets([asked])
   return found
@@ -690,6 +697,7 @@ METHOD = base.Method(
     kn,
     accepts=frozenset({'fact'}),
     chunkable=False,
+    encoders=True,
     source='arXiv 2104.08696',
     parity={
         'easyedit': {

@@ -275,6 +275,7 @@ _METHOD = Method(
     lora,
     chunkable=False,
     contexts=False,
+    encoders=True,
     source='arXiv 2106.09685',
     small=_SMALL,
 )

@@ -268,6 +268,7 @@ METHOD = Method(
     chunkable=False,
     contexts=False,
     parity={'easyedit': {'joint': True}},
+    encoders=True,
     source='arXiv 2110.11309',
     trainer=_TRAINER,
     small={'editor': network_lib.UNTRAINED, 'layers': (0, 1)},

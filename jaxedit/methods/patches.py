@@ -149,7 +149,7 @@ def inputs_of(
     texts: token ids.
 
   Returns:
-    [tokens, D].
+    [tokens, D], without those of a source.
   """
   width = round_up(max(map(len, texts)))
   found = []
@@ -160,7 +160,7 @@ def inputs_of(
     for row, ids in enumerate(some):
       tokens[row, : len(ids)], valid[row, : len(ids)] = ids, True
     x = fetch(_inputs(spec, params, tokens, valid))
-    found.append(x[valid])
+    found.append(x[valid & (tokens >= 0)])
   return np.concatenate(found)
 
 
@@ -168,7 +168,7 @@ def inputs_of(
 def _inputs(
     spec: ModelSpec, params: Params, tokens: Array, valid: Array
 ) -> Array:
-  layout = decoder.token_layout(valid)
+  layout = decoder.token_layout(valid, decoder.source_of(spec, tokens))
   h = decoder.embed(spec, params, tokens, layout)
   tap = Tap('mlp/up', (spec.layers - 1,))
   _, (x,) = decoder.run_layers(

@@ -67,7 +67,8 @@ def _read(
     layer: int,
 ) -> Array:
   """Inputs [B, F] of a site at the last tokens of right-padded prompts."""
-  layout = decoder.token_layout(jnp.arange(tokens.shape[1]) < length[:, None])
+  valid = jnp.arange(tokens.shape[1]) < length[:, None]
+  layout = decoder.token_layout(valid, decoder.source_of(spec, tokens))
   last = lambda x: x[jnp.arange(len(x)), length - 1]
   h = decoder.embed(spec, params, tokens, layout)
   _, (found,) = decoder.run_layers(

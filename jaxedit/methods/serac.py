@@ -251,6 +251,7 @@ METHOD = Method(
     chunkable=False,
     contexts=False,
     by_text=True,
+    encoders=True,
     source='arXiv 2206.06520',
     trainer=_TRAINER,
     small={'editor': UNTRAINED},

@@ -529,6 +529,7 @@ METHOD = base.Method(
     t_patcher,
     chunkable=False,
     contexts=False,
+    encoders=True,
     source='arXiv 2301.09785',
     small={
         'neurons': 8,

@@ -8,6 +8,10 @@ interventions as arguments and returns its activations:
   parallel_shared:  h += attn(norm(h)) + mlp(norm(h))
   post:             h = norm(h + attn(h));  h = norm'(h + mlp(h))
 
+In a decoder over an encoder h += cross(norm''(h)) comes between the two: its
+queries are those of the decoder's tokens, and its keys and values are projected
+from what the encoder gave for the tokens of the source.
+
 The residual stream h is f32 or wider for weights of any dtype; the inputs of
 matrix products are cast to the dtype of the weights, or to that of the
 activations if the spec has a wider one, and their sums are f32 or wider. A run
@@ -45,6 +49,7 @@ _FEW = 8
 
 _ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     'silu': jax.nn.silu,
+    'relu': jax.nn.relu,
     'gelu': lambda x: jax.nn.gelu(x, approximate=False),
     'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
 }
@@ -198,11 +203,12 @@ def rotate(x: Array, rotary: tuple[Array, Array], style: str) -> Array:
 
 def attend(
     q: Array,
-    kv: tuple[Array, Array],
+    kv: tuple[Array, Array] | None,
     prefix: tuple[Array, Array] | None,
     *,
     mask: Array,
     scale: float,
+    bias: Array | None = None,
 ) -> Array:
   """Grouped-query attention over prefix and present tokens, kept apart.
 
@@ -211,22 +217,26 @@ def attend(
 
   Args:
     q: [B, G, T, Q / G * H], the queries of a group side by side.
-    kv: keys and values of the present tokens, each [B, G, T', H].
+    kv: keys and values of the present tokens, each [B, G, T', H]; None for none.
     prefix: keys and values of P prefix tokens, each [B, G, P, H], or None.
     mask: [B, T, P + T'] bool, True where a query attends.
     scale: factor on the logits.
+    bias: [B, Q, T, P + T'], added to the logits.
 
   Returns:
     [B, G, T, Q / G * H] in f32 or wider.
   """
   batch, groups, tokens, _ = q.shape
-  size = kv[0].shape[-1]
+  parts = [part for part in (prefix, kv) if part is not None]
+  size = parts[0][0].shape[-1]
   q = q.reshape(batch, groups, -1, size) * scale
-  parts = [kv] if prefix is None else [prefix, kv]
   logits = [_scores(q, key, tokens) for key, _ in parts]
   logits = jnp.concatenate(logits, axis=-1)
-  shape = (batch, groups, tokens, -1, logits.shape[-1])
-  logits = jnp.where(mask[:, None, :, None], logits.reshape(shape), MASKED)
+  logits = logits.reshape(batch, groups, tokens, -1, logits.shape[-1])
+  if bias is not None:
+    by_group = bias.reshape(batch, groups, -1, tokens, bias.shape[-1])
+    logits += jnp.swapaxes(by_group, 2, 3)
+  logits = jnp.where(mask[:, None, :, None], logits, MASKED)
   weights = jax.nn.softmax(logits).reshape(batch, groups, q.shape[2], -1)
   mixed, first = 0.0, 0
   for _, value in parts:
@@ -266,12 +276,23 @@ class AttentionInputs(NamedTuple):
       all layers and heads.
     rows: the sequences of activations [1, N, ...]; None for [B, T, ...].
     outputs: tokens for which the block's output is computed; None for all.
+    bias: [B, Q, T, P + T'], added to attention logits; None for none.
+    cross_mask: of a decoder over an encoder, which tokens of a source a query
+      attends to: [B, T, P + T'] bool, or [B, T, P] where no present token is
+      one; None elsewhere.
+    source: [B, T'] bool, which present tokens are of a source; None for none.
+    kept: like the activations with one last axis of size 1, bool, tokens that
+      the block leaves as they are; None for none.
   """
 
   mask: Array
   rotary: tuple[Array, Array] | None
   rows: PackedSequences | None = None
   outputs: OutputTokens | None = None
+  bias: Array | None = None
+  cross_mask: Array | None = None
+  source: Array | None = None
+  kept: Array | None = None
 
 
 class Block(nn.Module):
@@ -287,6 +308,9 @@ class Block(nn.Module):
   def setup(self):
     self.attn_norm = Norm(self.spec)
     self.attn = _Attention(self.spec)
+    if self.spec.encoder_layers:
+      self.cross_norm = Norm(self.spec)
+      self.cross = _Attention(self.spec, 'cross')
     self.mlp_norm = Norm(self.spec)
     self.mlp = _Mlp(self.spec)
 
@@ -315,6 +339,8 @@ class Block(nn.Module):
     if self.spec.residual == 'post':
       h = self.mlp_norm(h)
     h = run.edited('block', before, h)
+    if inputs.kept is not None:
+      h = jnp.where(_kept(inputs, inputs.kept), before, h)
     run.seen['block'] = h = intervene('block', h)
     return h, run.seen
 
@@ -340,7 +366,7 @@ class Block(nn.Module):
 
   def _attention_half(self, h, inputs, prefix, run, intervene):
     post = self.spec.residual == 'post'
-    context = h if post else self.attn_norm(h)
+    context, whole = h if post else self.attn_norm(h), h
     h, x = _kept(inputs, h), _kept(inputs, context)
     a = run.edited('attn', x, self.attn(x, context, inputs, prefix, run))
     run.seen['attn'] = a = intervene('attn', a)
@@ -349,10 +375,26 @@ class Block(nn.Module):
     if self.spec.residual == 'parallel':
       return h + a, self.mlp_norm(h)
     h = h + a
+    if inputs.cross_mask is not None:
+      h = h + self._cross(h, whole, inputs, prefix, run)
     if post:
       h = self.attn_norm(h)
       return h, h
     return h, self.mlp_norm(h)
+
+  def _cross(self, h, whole, inputs, prefix, run):
+    """What attention to the source adds; joins its keys and values to `seen`."""
+    own = run.seen['kv']
+    x = self.cross_norm(h)
+    context = None if inputs.source is None else whole
+    inputs = inputs._replace(mask=inputs.cross_mask, bias=None, rotary=None)
+    a = self.cross(x, context, inputs, prefix, run)
+    if context is not None:
+      read = inputs.source[:, None, :, None]
+      join = lambda cross, own: jnp.where(read, cross, own)
+      own = tuple(map(join, run.seen['kv'], own))
+    run.seen['kv'] = own
+    return a
 
 
 def _kept(inputs: AttentionInputs, x: Array) -> Array:
@@ -409,9 +451,10 @@ def _by_group(spec: ModelSpec, rows: PackedSequences | None, x: Array) -> Array:
 
 
 class _Attention(nn.Module):
-  """Self-attention with rotary or no positions."""
+  """Attention with rotary positions, biases or none, under the name `site`."""
 
   spec: ModelSpec
+  site: str = 'attn'
 
   @nn.compact
   def __call__(self, x, context, inputs, prefix, run):
@@ -419,38 +462,41 @@ class _Attention(nn.Module):
 
     def project(name: str, heads: int, x: Array) -> Array:
       linear = Linear(spec, heads * spec.head_size, spec.qkv_bias, name=name)
-      y = run(f'attn/{name}', linear, x)
+      y = run(f'{self.site}/{name}', linear, x)
       y = y.reshape(*x.shape[:2], heads, spec.head_size)
       if spec.qk_norm and name != 'v':
         y = Norm(spec, name=f'{name}_norm')(y)
       return y
 
-    q = project('q', spec.heads, x)
-    k, v = (project(name, spec.kv_heads, context) for name in ('k', 'v'))
+    q, kv = project('q', spec.heads, x), None
+    asking = rows if outputs is None else outputs.rows
     if inputs.rotary is not None:
       asked = inputs.rotary
       if outputs is not None:
         asked = tuple(packing.take(part, outputs) for part in asked)
       q = rotate(q, asked, spec.rotary)
-      k = rotate(k, inputs.rotary, spec.rotary)
-    # Keys and values are contracted in the dtype in which they are stored.
-    store = stored(spec, self.variables['params']['k']['kernel'].dtype)
-    asking = rows if outputs is None else outputs.rows
-    kv = tuple(_by_group(spec, rows, y.astype(store)) for y in (k, v))
-    run.seen['kv'] = kv
+    if context is not None:
+      k, v = (project(name, spec.kv_heads, context) for name in ('k', 'v'))
+      if inputs.rotary is not None:
+        k = rotate(k, inputs.rotary, spec.rotary)
+      # Keys and values are contracted in the dtype in which they are stored.
+      store = stored(spec, self.variables['params']['k']['kernel'].dtype)
+      kv = tuple(_by_group(spec, rows, y.astype(store)) for y in (k, v))
+      run.seen['kv'] = kv
     mixed = attend(
         _by_group(spec, asking, q),
         kv,
         prefix,
         mask=inputs.mask,
         scale=spec.attn_scale or spec.head_size**-0.5,
+        bias=inputs.bias,
     )
     mixed = jnp.swapaxes(mixed, 1, 2)
     mixed = mixed.reshape(*mixed.shape[:2], -1)
     if rows is not None:
       mixed = packing.flatten(asking, mixed)
     out = Linear(spec, spec.width, spec.out_bias, name='out')
-    return run('attn/out', out, mixed)
+    return run(f'{self.site}/out', out, mixed)
 
 
 class _Mlp(nn.Module):

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxedit import sources
 from jaxedit.batching import beginnings, buckets, packer
 from jaxedit.batching import slots as slots_lib
 from jaxedit.batching.buckets import round_up
@@ -118,7 +119,11 @@ def refuse_faulty(
           ' tokens'
       )
     # Inside jit such an id would silently be read as another one.
-    strange = sorted({t for t in prompt if not 0 <= t < spec.vocab})
+    if spec.encoder_layers and (fault := sources.error(prompt)):
+      problems.append(f'prompt {i}: {fault}')
+      continue
+    ids = sources.plain(prompt) if spec.encoder_layers else prompt
+    strange = sorted({t for t in ids if not 0 <= t < spec.vocab})
     if strange:
       problems.append(
           f'prompt {i} has token {strange[0]}, but the model knows 0 to'

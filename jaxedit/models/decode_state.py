@@ -52,6 +52,7 @@ class TextState(NamedTuple):
   stream: Array  # [B] int32 number of the random stream
   edit_id: Array  # [B] int32 edit of the sequence
   seen: Array | None  # [B, V] bool tokens of the text, for a repetition penalty
+  source: Array | None  # [B] int32 tokens of its source; None without encoder
 
 
 class DecodeState(NamedTuple):
@@ -59,7 +60,7 @@ class DecodeState(NamedTuple):
 
   Attributes:
     rows: the texts.
-    cache: keys and values of all layers, [L, B, G, P, H].
+    cache: keys and values, [L, B, G, P, H]; without layers of an encoder.
     choices: of every delta, [n, B, ...]; see `deltas.ActiveDeltas`.
   """
 
@@ -144,10 +145,14 @@ def _run(
     params: Params,
     deltas: ActiveDeltas,
     *,
+    start: int = 0,
     choose: bool = False,
 ) -> Callable[..., tuple[Array, tuple[Any, ...]]]:
-  """Binds `run_layers` to all layers; it returns KV and, if asked, choices."""
-  taps = [Tap('kv', tuple(range(spec.layers)))]
+  """Binds `run_layers` to the layers from `start` on.
+
+  It returns KV of the layers over an encoder, or all, and choices if asked.
+  """
+  taps = [Tap('kv', tuple(range(spec.encoder_layers, spec.layers)))]
   if choose:
     taps += [
         Tap(f'choice/{i}', delta.layers)
@@ -158,7 +163,7 @@ def _run(
       decoder.run_layers,
       spec,
       params,
-      start=0,
+      start=start,
       stop=spec.layers,
       deltas=deltas,
       taps=tuple(taps),
@@ -265,7 +270,8 @@ def prefill(
     (a batch of its own, [B'] first tokens).
   """
   valid = jnp.arange(tokens.shape[1]) < length[:, None]
-  layout, start, prefix = decoder.token_layout(valid), 0, None
+  layout = decoder.token_layout(valid, decoder.source_of(spec, tokens))
+  start, prefix = 0, None
   if beginning is not None:
     start, prefix = beginning.count, beginning.prefix(len(tokens))
     layout = layout.replace(positions=layout.positions + start)
@@ -274,7 +280,8 @@ def prefill(
   seen = None
   if rule.penalised:
     seen = jnp.zeros((len(tokens), spec.vocab), bool)
-    seen = seen.at[each[:, None], tokens].max(valid)
+    written = jnp.where(tokens < 0, spec.vocab, tokens)  # no source
+    seen = seen.at[each[:, None], written].max(valid, mode='drop')
     if beginning is not None:
       there = jnp.arange(len(beginning.tokens)) < start
       seen = seen.at[:, beginning.tokens].max(there)
@@ -286,6 +293,7 @@ def prefill(
       stream=stream,
       edit_id=edit_id,
       seen=seen,
+      source=jnp.sum(tokens < 0, axis=1) if spec.encoder_layers else None,
   )
   own = _active(inputs, rows)
   run = _run(spec, params, own, choose=True)
@@ -376,7 +384,8 @@ def step(
   choices = state.choices
   generated = jnp.zeros((size, 1), bool)
   own = _active(inputs, state.rows, prompt=generated, choices=choices)
-  run = _run(spec, params, own)
+  # What is generated passes an encoder unread.
+  run = _run(spec, params, own, start=spec.encoder_layers)
   each, column = jnp.arange(size), jnp.arange(width, dtype=jnp.int32)
   column = jnp.broadcast_to(column, (size, width))
 
@@ -389,6 +398,8 @@ def step(
     place = rows.place[:, None]
     own = TokenLayout(place, jnp.full_like(place, SHARED))
     before = TokenLayout(column, jnp.where(column < place, SHARED, PADDING))
+    if rows.source is not None:
+      before = before.replace(source=column < rows.source[:, None])
     h = decoder.embed(spec, params, rows.token[:, None], own)
     h, (new,) = run(h, own, prefix=KV(*cache, before))
     cache = tuple(

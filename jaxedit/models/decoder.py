@@ -1,4 +1,4 @@
-"""Runs any part of a decoder over stacked parameters.
+"""Runs any part of a decoder, or an encoder-decoder, over stacked parameters.
 
   embed -> run_layers(start, stop) -> logits
 
@@ -10,13 +10,24 @@ many block bodies as it has pieces, whatever its depth.
 Interventions are arguments (`patches`, `deltas`), observations are return
 values (`taps`); there is no state. Axes as in `jaxedit.types`. Where a layout
 is `PackedSequences`, activations [B, T, ...] are [1, N, ...].
+
+An encoder-decoder is run as one stack on one axis of tokens: a sequence is its
+source, the token that the decoder starts with, and what follows, so that whoever
+scores, edits or continues a sequence need not know. The lower layers change the
+tokens of the source, which see each other, the upper ones the others; these see
+each other causally and, by cross-attention, what the encoder gave for the source.
+At every layer a token thus has one state, and one key and value (of
+cross-attention where it is of the source), which later tokens may be run with.
+Which tokens are of a source is in `TokenLayout.source`, and in their ids: there
+an id i of the source is ~i, below 0. What is run without any, as of generated
+tokens, passes the encoder without being computed.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -34,7 +45,7 @@ from jaxedit.models.blocks import (
     product,
 )
 from jaxedit.models.sharding import over_batch
-from jaxedit.models.spec import ModelSpec, RopeScaling
+from jaxedit.models.spec import ModelSpec, RopeScaling, depth_of, row
 from jaxedit.numerics import wide
 from jaxedit.types import (
     KV,
@@ -55,11 +66,12 @@ NO_DELTAS = LayerDeltas({})
 SAVE_PRODUCTS = jax.checkpoint_policies.save_only_these_names(PRODUCT)
 
 
-def token_layout(valid: Array) -> TokenLayout:
+def token_layout(valid: Array, source: Array | None = None) -> TokenLayout:
   """Makes the layout of padded sequences of one text each.
 
   Args:
     valid: [B, T] bool, False at padding on either side.
+    source: [B, T] bool, see `source_of`.
 
   Returns:
     Layout with positions from 0 at the first valid token, all in `SHARED`.
@@ -67,7 +79,14 @@ def token_layout(valid: Array) -> TokenLayout:
   valid = jnp.asarray(valid)
   positions = jnp.maximum(jnp.cumsum(valid, axis=-1) - 1, 0)
   segment_ids = jnp.where(valid, SHARED, PADDING)
-  return TokenLayout(positions.astype(jnp.int32), segment_ids.astype(jnp.int32))
+  return TokenLayout(
+      positions.astype(jnp.int32), segment_ids.astype(jnp.int32), source
+  )
+
+
+def source_of(spec: ModelSpec, tokens: Array) -> Array | None:
+  """Tells which tokens an encoder reads, by their ids; None without encoder."""
+  return tokens < 0 if spec.encoder_layers else None
 
 
 def visible(query: TokenLayout, key: TokenLayout, window: int | None) -> Array:
@@ -90,6 +109,11 @@ def visible(query: TokenLayout, key: TokenLayout, window: int | None) -> Array:
   if window is not None:
     mask &= q.positions - k.positions < window
   return mask
+
+
+def word_ids(tokens: Array) -> Array:
+  """Rows of the embedding that tokens have, those of a source too."""
+  return jnp.where(tokens < 0, ~tokens, tokens)
 
 
 def rope_frequencies(
@@ -144,25 +168,95 @@ def _positions(layout: TokenLayout | PackedSequences) -> Array:
 
 def _attention_inputs(
     spec: ModelSpec,
+    params: Params,
     layout: TokenLayout | PackedSequences,
     prefix: KV | None,
     *,
     dtype: Any,
     outputs: OutputTokens | None = None,
+    encoder: bool = False,
 ) -> AttentionInputs:
-  """Computes mask and rotary angles, which all layers share."""
+  """Computes what all layers share, those of the encoder or the others."""
   keys = _sequence_layout(layout)
   queries = keys if outputs is None else outputs.rows.layout
-  mask = visible(queries, keys, spec.window)
-  if prefix is not None:
-    before = visible(queries, prefix.layout, spec.window)
-    mask = jnp.concatenate([before, mask], axis=-1)
-  return AttentionInputs(
-      mask=mask,
+  every = [keys] if prefix is None else [prefix.layout, keys]
+  inputs = AttentionInputs(
+      mask=_join_keys(visible(queries, key, spec.window) for key in every),
       rotary=_rotary(spec, _positions(layout), dtype),
       rows=layout if isinstance(layout, PackedSequences) else None,
       outputs=outputs,
   )
+  if not spec.encoder_layers:
+    return inputs
+  read = [
+      jnp.zeros_like(key.positions, bool) if key.source is None else key.source
+      for key in every
+  ]
+  # All of a source is seen, whatever its order.
+  reads = [
+      visible(queries.replace(causal=False), key, None) & mine[:, None]
+      for key, mine in zip(every, read)
+  ]
+  kept = None
+  if keys.source is not None or encoder:
+    kept = (read[-1] != encoder)[..., None]
+    if isinstance(layout, PackedSequences):
+      kept = packing.flatten(layout, kept)
+  gap = _join_keys(
+      key.positions[:, None] - queries.positions[:, :, None] for key in every
+  )
+  part = 'encoder' if encoder else 'decoder'
+  table = params['position_bias'][part].astype(dtype)
+  bias = table[position_buckets(spec, gap, encoder)]
+  inputs = inputs._replace(
+      bias=jnp.moveaxis(bias, -1, 1), source=keys.source, kept=kept
+  )
+  if encoder:
+    return inputs._replace(mask=_join_keys(reads))
+  if keys.source is None:
+    reads = reads[:-1]
+  if not reads:
+    raise ValueError('a decoder has no source to attend to')
+  own = inputs.mask & ~_join_keys(mine[:, None] for mine in read)
+  return inputs._replace(mask=own, cross_mask=_join_keys(reads))
+
+
+def _join_keys(parts: Iterable[Array]) -> Array:
+  """Joins what is of prefix keys and of present ones, [B, T, T']."""
+  return jnp.concatenate([*parts], axis=-1)
+
+
+def position_buckets(spec: ModelSpec, gap: Array, both_sides: bool) -> Array:
+  """Sorts distances into the buckets of learned position biases.
+
+  Near ones have a bucket each, further ones share one with neighbours, wider and
+  wider, and all from `spec.position_distance` on are in the last.
+
+  Args:
+    spec: the architecture.
+    gap: int32, position of a key less that of the query.
+    both_sides: whether later keys are seen too; they have half of the buckets.
+
+  Returns:
+    The buckets, like `gap`.
+
+  Source: Raffel et al. 2020 (T5, arXiv 1910.10683), section 2.1.
+  """
+  count, base = spec.position_buckets, 0
+  if both_sides:
+    count //= 2
+    base = jnp.where(gap > 0, count, 0)
+    gap = jnp.abs(gap)
+  else:
+    gap = jnp.maximum(-gap, 0)
+  near = count // 2
+  # From a table: no rounding of logarithms then depends on the device.
+  distance = np.arange(max(spec.position_distance, near) + 1)
+  ratio = np.maximum(distance, 1).astype(np.float32) / np.float32(near)
+  step = np.log(ratio) / np.float32(np.log(spec.position_distance / near))
+  far = near + (step * (count - near)).astype(np.int32)
+  table = np.where(distance < near, distance, np.minimum(far, count - 1))
+  return base + jnp.asarray(table, jnp.int32)[jnp.minimum(gap, len(table) - 1)]
 
 
 def embed(
@@ -183,6 +277,8 @@ def embed(
     [B, T, D] residual stream, f32 or wider.
   """
   table = params['embed']['embedding']
+  if spec.encoder_layers:
+    tokens = word_ids(tokens)
   h = table[tokens].astype(wide(table.dtype))
   if spec.learned_positions:
     table = params['embed']['position']
@@ -216,6 +312,12 @@ def final_norm(spec: ModelSpec, params: Params, h: Array) -> Array:
   return Norm(spec).apply({'params': params['final_norm']}, h)
 
 
+def _head_input(spec: ModelSpec, params: Params, h: Array) -> Array:
+  """What the head multiplies, of the output [..., D] of the last block."""
+  x = final_norm(spec, params, h)
+  return x if spec.head_scale == 1 else x * spec.head_scale
+
+
 def _head(spec: ModelSpec, params: Params) -> tuple[Array, Array | None]:
   """The head's kernel [D, V] and bias; a tied kernel is a view."""
   if spec.tied:
@@ -237,7 +339,7 @@ def logits(spec: ModelSpec, params: Params, h: Array) -> Array:
     [..., V] f32 or wider.
   """
   kernel, bias = _head(spec, params)
-  out = product(spec, final_norm(spec, params, h), kernel)
+  out = product(spec, _head_input(spec, params, h), kernel)
   return out if bias is None else out + bias
 
 
@@ -256,7 +358,8 @@ def label_logprob(
     ([...] log-probability in nats, [...] int32 most probable id).
   """
   kernel, bias = _head(spec, params)
-  x = final_norm(spec, params, h).reshape(-1, spec.width).astype(kernel.dtype)
+  x = _head_input(spec, params, h)
+  x = x.reshape(-1, spec.width).astype(kernel.dtype)
   logprob, best = linear_logprob_api.linear_logprob(
       x, kernel, bias, labels.reshape(-1), tied=spec.tied
   )
@@ -282,9 +385,12 @@ def _intervene(patches: Sequence[Patch], layer: Array) -> Callable:
 
 def layer_params(params: Params, layer: Array | int) -> Params:
   """Selects one layer's weights; the index may be traced."""
-  pick = functools.partial(
-      jax.lax.dynamic_index_in_dim, index=layer, axis=0, keepdims=False
-  )
+  depth = depth_of(params)
+
+  def pick(leaf: Array) -> Array:
+    place = row(depth, len(leaf), layer)
+    return jax.lax.dynamic_index_in_dim(leaf, place, 0, keepdims=False)
+
   return jax.tree.map(pick, params['layers'])
 
 
@@ -300,7 +406,7 @@ def run_layer(
     intervene: Callable[[str, Array], Array] = lambda site, x: x,
     outputs: OutputTokens | None = None,
 ) -> tuple[Array, dict[str, Any]]:
-  """Runs one layer whose number may be traced.
+  """Runs one layer whose number may be traced; none of an encoder's.
 
   Args:
     spec: the architecture.
@@ -324,7 +430,9 @@ def run_layer(
   return Block(spec).apply(
       {'params': layer_params(params, layer)},
       h,
-      _attention_inputs(spec, layout, before, dtype=h.dtype, outputs=outputs),
+      _attention_inputs(
+          spec, params, layout, before, dtype=h.dtype, outputs=outputs
+      ),
       kv,
       deltas,
       intervene,
@@ -358,7 +466,7 @@ def attention_half(
   if prefix is not None:
     kv = prefix[:2]
     before = KV(kv[0][None], kv[1][None], prefix[2])
-  inputs = _attention_inputs(spec, layout, before, dtype=h.dtype)
+  inputs = _attention_inputs(spec, params, layout, before, dtype=h.dtype)
   weights = {'params': layer_params(params, layer)}
   return Block(spec).apply(
       weights, h, inputs, kv, NO_DELTAS, method='attention_half'
@@ -459,11 +567,11 @@ def run_layers(
   h = _spread(params, h, layout)
   layout, outputs = _spread_sequences(params, (layout, outputs))
   prefix = None if prefix is None else _spread_prefix(params, prefix)
-  everywhere = _attention_inputs(spec, layout, prefix, dtype=h.dtype)
-  if outputs is not None:
-    kept = _attention_inputs(
-        spec, layout, prefix, dtype=h.dtype, outputs=outputs
-    )
+  share = functools.partial(
+      _attention_inputs, spec, params, layout, prefix, dtype=h.dtype
+  )
+  border, source = spec.encoder_layers, _sequence_layout(layout).source
+  everywhere = functools.cache(lambda encoder: share(encoder=encoder))
   readings: list[list[Any]] = [[] for _ in taps]
   gathered, count = deltas.deltas, len(deltas.deltas)
   prompt = deltas.prompt
@@ -471,10 +579,18 @@ def run_layers(
     prompt = _sequence_layout(layout).segment_ids == SHARED
   marked = [d.layers for d in gathered] + [t.layers for t in taps]
   marked += [] if outputs is None else [(stop - 1,)]
+  # Last, so that the numbers above stay those of deltas and taps.
+  marked += [tuple(range(border))] if border else []
   for first, end, sets in _pieces(start, stop, marked):
     here = [i for i in sets if i < count]
     watching = [i - count for i in sets if count <= i < count + len(taps)]
-    inputs = everywhere if outputs is None or end < stop else kept
+    encoder = first < border
+    if outputs is None or end < stop:
+      inputs = everywhere(encoder)
+    else:
+      inputs = share(outputs=outputs, encoder=encoder)
+    if border and first == border and source is not None:
+      h = _leave_encoder(spec, params, h, everywhere(True).kept)
 
     def body(h, xs, watching=watching, inputs=inputs):
       layer, mine, choices = xs
@@ -509,6 +625,8 @@ def run_layers(
     if remat is not None:
       body = jax.checkpoint(body, policy=remat)
     xs = (jnp.arange(first, end), mine, choices)
+    if encoder and source is None and not watching and inputs.outputs is None:
+      continue  # these tokens pass it as they are
     if outputs is not None and end == stop:  # changes the shape of h: no scan
       h, seen = body(h, jax.tree.map(lambda x: x[0], xs))
       seen = jax.tree.map(lambda x: x[None], seen)
@@ -520,6 +638,14 @@ def run_layers(
     h = packing.take(h, outputs)
   join = lambda *parts: jnp.concatenate(parts, axis=0)
   return h, tuple(jax.tree.map(join, *r) if r else None for r in readings)
+
+
+def _leave_encoder(
+    spec: ModelSpec, params: Params, h: Array, others: Array
+) -> Array:
+  """Applies the norm over the encoder to the tokens of the source."""
+  x = Norm(spec).apply({'params': params['encoder_norm']}, h)
+  return jnp.where(others, h, x)
 
 
 def forward(

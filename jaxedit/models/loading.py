@@ -178,7 +178,9 @@ def match(spec: spec_lib.ModelSpec, source: checkpoint.Checkpoint) -> Layout:
     )
   family = families.get(spec.family)
   slots, full_names, problems = {}, {}, []
-  for full, wanted in tensors.upstream_slots(spec, family.TENSORS).items():
+  for full, wanted in tensors.upstream_slots(
+      spec, families.tensors_of(spec)
+  ).items():
     known = (full, *(full.replace(*pair) for pair in _older(family)))
     tries = (
         tensors.find_name(name, family.PREFIX, source.tensors) for name in known
@@ -241,7 +243,7 @@ def _tied_copies(
   """Finds a stored head that a tied model takes from its embedding."""
   if not spec.tied:
     return {}
-  head = families.get(spec.family).TENSORS['head/kernel'].name
+  head = families.tensors_of(spec)['head/kernel'].name
   if head not in source.tensors:
     return {}
   embedding = [
@@ -389,9 +391,8 @@ def _put(
   else:
     # The stack leaves the dict so that its buffer can be donated.
     stack = leaves.pop(slot.path)
-    leaves[slot.path], finite = _fill(
-        stack, value, jnp.int32(slot.layer), **how
-    )
+    place = spec_lib.row(spec.layers, len(stack), slot.layer)
+    leaves[slot.path], finite = _fill(stack, value, jnp.int32(place), **how)
   return finite
 
 

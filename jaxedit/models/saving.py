@@ -152,18 +152,20 @@ def _spread(
   for item in changed:
     path, layer = (item, None) if isinstance(item, str) else item
     stacked = path.startswith('layers/')
+    rows = shapes[path][0] if path in shapes else 0
+    layers = range(spec.layers - rows, spec.layers)
     if path not in shapes:
       problems.append(
           f'there is no leaf {path!r}; known are {", ".join(shapes)}'
       )
     elif layer is None:
-      every = range(spec.layers) if stacked else (None,)
+      every = layers if stacked else (None,)
       pairs |= {(path, one) for one in every}
-    elif not stacked or not 0 <= layer < spec.layers:
+    elif not stacked or layer not in layers:
       problems.append(
           f'leaf {path!r} has no layer {layer}; '
           + (
-              f'the layers are 0 to {spec.layers - 1}'
+              f'the layers are {layers.start} to {spec.layers - 1}'
               if stacked
               else 'it is not stacked'
           )
@@ -241,7 +243,10 @@ class _Writer:
     for slot in slots:
       if (slot.path, slot.layer) in self._pairs:
         leaf = loading.get_leaf(self._params, slot.path)
-        part = fetch(leaf if slot.layer is None else leaf[slot.layer])
+        if slot.layer is not None:
+          depth = self._layout.spec.layers
+          leaf = leaf[spec_lib.row(depth, len(leaf), slot.layer)]
+        part = fetch(leaf)
       else:  # an untouched part of a fused tensor keeps the source's values
         part = tensors.to_canonical(old, slot.source, heads)
       leaves.append(part.astype(np.promote_types(part.dtype, np.float32)))

@@ -35,16 +35,24 @@ class Source:
     name: tensor name, the layer number as '{}'.
     form: 'same', 'transpose', 'thirds' or 'heads'.
     part: 0, 1, 2 for q, k, v in a fused tensor.
+    upper: the name in the layers over an encoder, which are counted from 0 again.
   """
 
   name: str
   form: str = 'same'
   part: int = 0
+  upper: str = ''
 
   @property
   def parts(self) -> int:
     """How many canonical leaves share the upstream tensor."""
     return 3 if self.form in _FUSED else 1
+
+  def tensor(self, layer: int | None, encoder_layers: int = 0) -> str:
+    """The tensor's name in a layer, of a model with so many of an encoder."""
+    if self.upper and layer >= encoder_layers:
+      return self.upper.format(layer - encoder_layers)
+    return self.name.format(layer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +61,7 @@ class Slot:
 
   Attributes:
     path: canonical leaf path.
-    layer: its row of a stacked leaf, None for a leaf without layers.
+    layer: its layer, None for a leaf without layers.
     source: where it comes from.
     shape: shape without the layer axis.
   """
@@ -113,8 +121,9 @@ def upstream_slots(
   for path, shape in spec_lib.param_shapes(spec).items():
     source = table[path]
     stacked = path.startswith('layers/')
-    for layer in range(spec.layers) if stacked else (None,):
-      name = source.name.format(layer)
+    above = range(spec.layers - shape[0], spec.layers)
+    for layer in above if stacked else (None,):
+      name = source.tensor(layer, spec.encoder_layers)
       slot = Slot(path, layer, source, shape[1:] if stacked else shape)
       found.setdefault(name, []).append(slot)
   return {

@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from jaxedit import io, types
+from jaxedit import io, sources, types
 from jaxedit.models import tokenizer_rules
 
 # The files of a folder that make a tokenizer.
@@ -37,7 +37,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
       convert to it.
 
   Returns:
-    A `transformers.PreTrainedTokenizerFast`, with its chat template.
+    A `transformers.PreTrainedTokenizerFast`, with its chat template; that of an
+    encoder-decoder knows what lies between source and answer (`jaxedit.sources`).
 
   Raises:
     InputError: the folder or its tokenizer files are missing, need code from
@@ -75,7 +76,13 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
         f'{folder}: its tokenizer ({type(tokenizer).__name__}) has no fast'
         ' version; add a tokenizer.json, which gives character offsets.'
     )
-  _fill_roles(tokenizer, _settings(folder / 'config.json'))
+  config = _settings(folder / 'config.json')
+  _fill_roles(tokenizer, config)
+  if config.get('is_encoder_decoder') is True:
+    start = config.get('decoder_start_token_id')
+    if type(start) is not int:  # as transformers has it
+      start = tokenizer.pad_token_id
+    sources.set_border(tokenizer, tokenizer('')['input_ids'], start)
   return tokenizer
 
 

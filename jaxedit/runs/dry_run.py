@@ -146,7 +146,7 @@ def editing(config: RunConfig, chosen: Chosen, kind: str) -> list[str]:
   opened = open_abstract(config)
   model, tokens, spec = opened.model, opened.tokens, opened.model.spec
   task = TASKS[kind](config, _planned(chosen))
-  editor = chosen.method.editor(spec, chosen.config)
+  editor = chosen.method.make(spec, chosen.config)
   loaded = task.load(tokens, spec, silent)
   contexts = getattr(task, 'given_contexts', ()) or CONTEXTS
   encoded = task.encode(spec, tokens, loaded.requests, contexts)

@@ -182,7 +182,7 @@ def load(
         progress=progress,
     )
     _, _, layout = loading.open_model(folder)
-    editor = chosen.method.editor(layout.spec, chosen.config)
+    editor = chosen.method.make(layout.spec, chosen.config)
     tokens = TokenCache(tokenizer_lib.load_tokenizer(folder))
     for need in editor.needs:
       needs.check(config, need)

@@ -170,7 +170,7 @@ def prober(
 
   def editor(layers: Sequence[int]) -> Any:
     mine = layer_inputs.at(search.chosen, layers)
-    return mine, mine.method.editor(model.spec, mine.config)
+    return mine, mine.method.make(model.spec, mine.config)
 
   @functools.cache
   def preconditioner(layer: int) -> Any:

@@ -15,13 +15,17 @@ from jaxedit.convert import hub
 from jaxedit.eval import datasets
 from jaxedit.methods import base
 from jaxedit.methods.base import Need
-from jaxedit.models import assets
+from jaxedit.models import assets, decode
 from jaxedit.models.loading import Model
 from jaxedit.runs import moments
 from jaxedit.runs.cache import digest
 from jaxedit.runs.config import RunConfig
 from jaxedit.stats import corpora
+from jaxedit.text import locate
 from jaxedit.types import EditRequest, InputError, Progress
+
+# Tokens of an answer to preserve.
+_ANSWER_TOKENS = 16
 
 
 def check(config: RunConfig, need: Need) -> None:
@@ -155,7 +159,9 @@ def _preserved_texts(
   """Texts whose outputs stay, as int32 ids."""
   count = config.preserve_count
   limit = min(config.preserve_tokens, model.spec.max_positions)
-  if config.preserve != 'self':
+  if model.spec.encoder_layers:
+    texts = _answered(config, model, tokenizer, limit)
+  elif config.preserve != 'self':
     documents = corpora.open_documents(config.preserve, seed=config.seed)
     found = corpora.tokenised(documents, tokenizer, limit)
     texts = list(itertools.islice(filter(None, found), count))
@@ -180,3 +186,28 @@ def _preserved_texts(
         f'--preserve={config.preserve}: holds no text; name another corpus'
     )
   return [np.asarray(ids, np.int32) for ids in texts]
+
+
+def _answered(
+    config: RunConfig, model: Model, tokenizer: Any, limit: int
+) -> list[list[int]]:
+  """Prompts of an encoder-decoder, each with what the model answers."""
+  if config.preserve == 'self':
+    raise InputError(
+        f'{model.spec.family} writes no text of its own accord; name prompts'
+        ' whose answers shall stay (--preserve=file:PATH, one a line)'
+    )
+  documents = corpora.open_documents(config.preserve, seed=config.seed)
+  some = list(itertools.islice(documents, config.preserve_count))
+  room = limit - _ANSWER_TOKENS
+  prompts = [
+      ids.tolist()
+      for ids in locate.encode_prompts(tokenizer, some)
+      if len(ids) <= room
+  ]
+  ends = [i for i in [tokenizer.eos_token_id] if i is not None]
+  answers = decode.generate(
+      model.spec, model.params, prompts,
+      max_new_tokens=_ANSWER_TOKENS, stop_ids=ends,
+  )  # fmt: skip
+  return [prompt + answer for prompt, answer in zip(prompts, answers)]

@@ -403,8 +403,11 @@ def sample_contexts(model: Model, tokenizer: Any, seed: int) -> tuple[str, ...]:
     seed: of the draw.
 
   Returns:
-    The plain '{}' and five sampled templates.
+    The plain '{}' and five sampled templates; '{}' alone of an encoder-decoder,
+    which goes on with no text.
   """
+  if model.spec.encoder_layers:
+    return (templates.PLAIN,)
 
   def sample(prompts: list[str], seed: int, length: int) -> list[str]:
     starts = [tokenizer(prompt)['input_ids'] for prompt in prompts]

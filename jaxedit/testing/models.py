@@ -45,24 +45,31 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 FAMILIES = tuple(_FAMILIES)
+# Two layers read the source; heads together are not as wide as the model.
+_FAMILIES['t5'] = dict(
+    layers=4, encoder_layers=2, head_size=6, activation='relu', gated=False,
+    rotary='none', head_scale=32**-0.5, tied=True, attn_scale=1.0,
+    norm_eps=1e-6, position_buckets=8, position_distance=12,
+)  # fmt: skip
+ENCODER_DECODERS = ('t5',)
 
 
 def tiny_spec(family: str, **changes: Any) -> ModelSpec:
   """Makes a small architecture of a family.
 
   Args:
-    family: one of `FAMILIES`.
+    family: one of `FAMILIES` or `ENCODER_DECODERS`.
     **changes: fields of `ModelSpec` that differ.
 
   Returns:
-    A spec of 3 layers, width 32, 97 tokens and 64 positions unless changed.
+    A spec of 3 layers (an encoder-decoder: 2 and 2), width 32, 97 tokens and 64 positions unless changed.
 
   Raises:
     InputError: there is no such family.
   """
   if family not in _FAMILIES:
     raise InputError(
-        f'unknown family {family!r}; known are {", ".join(FAMILIES)}'
+        f'unknown family {family!r}; known are {", ".join(_FAMILIES)}'
     )
   return ModelSpec(family=family, **(_SIZES | _FAMILIES[family] | changes))
 
@@ -98,6 +105,8 @@ def random_params(
     draw = rng.standard_normal(shape) * scale
     if path.endswith('kernel'):
       draw /= np.sqrt(shape[-2])
+    elif path.startswith('position_bias'):
+      pass
     elif path.endswith('bias'):
       draw *= 0.1
     elif path.endswith('scale'):

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxedit import sources
 from jaxedit.text.joining import continuation
 from jaxedit.types import InputError
 
@@ -138,13 +139,14 @@ def encode_prompts(
 
   Returns:
     One [T] int32 array a text, with BOS if the tokenizer adds one and without
-    an EOS at the end.
+    an EOS at the end; of an encoder-decoder's, see `jaxedit.sources`.
 
   Raises:
     InputError: the tokenizer gives no offsets.
   """
   texts = [valid_unicode(text) for text in texts]
-  return [ids for ids, _ in _encode(tokenizer, texts, double_bos)]
+  rows = _encode(tokenizer, texts, double_bos)
+  return [sources.closed(tokenizer, ids) for ids, _ in rows]
 
 
 def locate_subjects(
@@ -174,6 +176,7 @@ def locate_subjects(
         for t, (start, stop) in enumerate(spans)
         if start < stop and start < end and stop > begin
     ]
+    ids = sources.closed(tokenizer, ids)
     found.append((ids, (hits[0], hits[-1]) if hits else None))
   return found
 
@@ -232,6 +235,8 @@ def encode_continuations(tokenizer: Any, texts: Sequence[str]) -> list[Encoded]:
     return []
   _require_fast(tokenizer)
   texts = [valid_unicode(text) for text in texts]
+  if sources.border(tokenizer):  # an answer is a text of its own
+    return _plain(tokenizer, [text.removeprefix(' ') for text in texts])
   adds, doubles = _adds_blank(tokenizer)
   plain = [text.removeprefix(' ' if doubles else '') for text in texts]
   found = _plain(tokenizer, plain)

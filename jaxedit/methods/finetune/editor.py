@@ -177,7 +177,7 @@ def finetune_editor(
   """
   base.check_layers(spec, config.layers)
   fitted = config.fitted(spec)
-  check_sites(spec, fitted.sites)
+  check_sites(spec, fitted.sites, fitted.layers)
   needs: tuple[base.Need, ...] = ()
   if config.append_end:
     needs += (SpecialToken('eos'),)
@@ -223,24 +223,33 @@ def finetune_editor(
   )
 
 
-def check_sites(spec: ModelSpec, sites: Sequence[str]) -> None:
-  """Refuses linear maps that a model does not have.
+def check_sites(
+    spec: ModelSpec, sites: Sequence[str], layers: Sequence[int]
+) -> None:
+  """Refuses linear maps that a model, or one of its layers, does not have.
 
   Raises:
     InputError: unknown, or none.
   """
   ending = '/kernel'
-  known = [
-      path.removeprefix('layers/').removesuffix(ending)
-      for path in param_shapes(spec)
+  known = {
+      path.removeprefix('layers/').removesuffix(ending): shape[0]
+      for path, shape in param_shapes(spec).items()
       if path.startswith('layers/') and path.endswith(ending)
-  ]
+  }
   wrong = [site for site in sites if site not in known]
   if wrong or not sites or len(set(sites)) < len(sites):
     raise InputError(
         f'sites {list(sites)}: the linear maps of a layer are'
         f' {", ".join(known)}; choose from these, each once'
     )
+  for site in sites:
+    first = spec.layers - known[site]
+    if lower := [layer for layer in layers if layer < first]:
+      raise InputError(
+          f'{site} of layer {lower[0]}: the layers {first} to {spec.layers - 1}'
+          ' alone have this map; choose from these (--layers)'
+      )
 
 
 def _example(scored: str, state: State, edit: EncodedEdit) -> Example:

@@ -108,13 +108,20 @@ def shape_of(
   )
 
 
-def pack(examples: Sequence[Example], shape: Shape, by_token: bool) -> Examples:
+def pack(
+    examples: Sequence[Example],
+    shape: Shape,
+    by_token: bool,
+    *,
+    sources: bool = False,
+) -> Examples:
   """Packs the examples of one minibatch.
 
   Args:
     examples: at most `shape.texts`.
     shape: large enough.
     by_token: whether every target token counts the same, or every text.
+    sources: whether texts have a source (`jaxedit.sources`).
 
   Returns:
     Numpy arrays.
@@ -127,13 +134,6 @@ def pack(examples: Sequence[Example], shape: Shape, by_token: bool) -> Examples:
       width=shape.length,
       token_budget=shape.tokens,
   )
-  outputs = packer.select(
-      rows,
-      each(lambda one: one.first),
-      each(lambda one: len(one.labels)),
-      width=shape.output_length,
-      budget=shape.outputs,
-  )
   tokens = np.zeros([1, shape.tokens], np.int32)
   salt = np.zeros([shape.tokens], np.uint32)
   labels = np.zeros([shape.outputs, shape.labels], np.int32)
@@ -145,6 +145,14 @@ def pack(examples: Sequence[Example], shape: Shape, by_token: bool) -> Examples:
     labels[out : out + count, :several] = one.labels
     weights[out : out + count, :several] = 1 / one.labels.size
     at, out = here.stop, out + count
+  rows = packer.with_sources(rows, tokens, always=sources)
+  outputs = packer.select(
+      rows,
+      each(lambda one: one.first),
+      each(lambda one: len(one.labels)),
+      width=shape.output_length,
+      budget=shape.outputs,
+  )
   share = each(lambda one: one.labels.size if by_token else 1)
   share = share / max(share.sum(), 1)
   return Examples(tokens, rows, outputs, labels, weights, share, salt)
@@ -161,9 +169,11 @@ def pack_groups(
 ) -> Examples:
   """Packs the minibatches of groups: arrays [groups, minibatches, ...]."""
   nothing = lambda n: [()] * n
+  every = (one for group in groups for some in group for one in some)
+  sources = any((one.ids < 0).any() for one in every)
   packed = [
       [
-          pack(some, shape, by_token)
+          pack(some, shape, by_token, sources=sources)
           for some in (*group, *nothing(shape.minibatches - len(group)))
       ]
       for group in (*groups, *nothing(shape.groups - len(groups)))

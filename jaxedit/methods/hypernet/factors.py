@@ -28,7 +28,7 @@ from jaxedit.deltas import ActiveDeltas, LowRank
 from jaxedit.models import decoder
 from jaxedit.models.spec import ModelSpec, param_shapes
 from jaxedit.text.encoding import EncodedEdit
-from jaxedit.types import Array, Params, Tap
+from jaxedit.types import Array, Params, Tap, TokenLayout
 
 
 class Maps(NamedTuple):
@@ -186,16 +186,17 @@ class _Offset:
     return y + self.value
 
 
-def _layout(some: Sequences) -> Any:
-  columns = jnp.arange(some.tokens.shape[1])
-  return decoder.token_layout(columns < some.length[:, None])
+def layout_of(spec: ModelSpec, some: Sequences) -> TokenLayout:
+  """The layout [B, T] of texts."""
+  valid = jnp.arange(some.tokens.shape[1]) < some.length[:, None]
+  return decoder.token_layout(valid, decoder.source_of(spec, some.tokens))
 
 
 def enter(
     spec: ModelSpec, params: Params, some: Sequences, first: int
 ) -> Array:
   """Computes the states [B, T, D] that enter the first edited layer."""
-  layout = _layout(some)
+  layout = layout_of(spec, some)
   h = decoder.embed(spec, params, some.tokens, layout)
   return decoder.run_layers(spec, params, h, layout, start=0, stop=first)[0]
 
@@ -228,7 +229,7 @@ def leave(
       spec,
       params,
       h,
-      _layout(some),
+      layout_of(spec, some),
       start=first,
       stop=spec.layers,
       deltas=ActiveDeltas(tuple(deltas), per_edit=True),

@@ -157,9 +157,7 @@ def log_probabilities(
     deltas: Sequence[LowRank] = (),
 ) -> Array:
   """[B, O, V] of the tokens that answers have, in nats."""
-  layout = decoder.token_layout(
-      jnp.arange(texts.tokens.shape[1]) < texts.length[:, None]
-  )
+  layout = lib.layout_of(spec, texts)
   first = deltas[0].layers[0] if deltas else spec.layers
   h = lib.enter(spec, params, texts, first)
   if deltas:

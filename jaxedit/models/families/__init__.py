@@ -7,6 +7,7 @@ A family module has
   PREFIX    what base model checkpoints leave out of every name
   IGNORED   tensors that may be present and are not needed
   OLDER     if there are such: endings of tensor names, and what they were once
+  PLAIN     if there are such: rows of TENSORS for an MLP without a gate
 
 A config field is read by the family, or listed as harmless here or in the
 family, or empty; any other field is refused, because it could change the
@@ -21,10 +22,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxedit.models import spec as spec_lib
+from jaxedit.models.tensors import Source
 from jaxedit.types import InputError
 
-# Decoders, which are edited, and encoders of texts.
-NAMES = ('gpt2', 'gpt_neox', 'gptj', 'llama', 'mistral', 'qwen2', 'qwen3')
+# Decoders and encoder-decoders, which are edited, and encoders of texts.
+NAMES = ('gpt2', 'gpt_neox', 'gptj', 'llama', 'mistral', 'qwen2', 'qwen3', 't5')
 ENCODERS = ('bert',)
 
 # Fields that transformers writes for every model and that leave a decoder's
@@ -71,6 +73,15 @@ def get(model_type: str) -> types.ModuleType:
   if model_type not in NAMES + ENCODERS:
     raise InputError(_unsupported(model_type, NAMES))
   return importlib.import_module(f'{__name__}.{model_type}')
+
+
+def tensors_of(spec: spec_lib.ModelSpec) -> dict[str, Source]:
+  """Returns the key table of a model: canonical leaf path -> source."""
+  family = get(spec.family)
+  return {
+      **family.TENSORS,
+      **({} if spec.gated else getattr(family, 'PLAIN', {})),
+  }
 
 
 def _unsupported(model_type: Any, names: Sequence[str]) -> str:

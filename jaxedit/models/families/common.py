@@ -21,6 +21,7 @@ from jaxedit.types import InputError
 ACTIVATIONS = {
     'silu': 'silu',
     'swish': 'silu',
+    'relu': 'relu',
     'gelu': 'gelu',
     'gelu_new': 'gelu_tanh',
     'gelu_fast': 'gelu_tanh',

@@ -1,0 +1,90 @@
+"""Sources: what an encoder-decoder reads, as ids and as text.
+
+Its prompt is one sequence (see `models.decoder`): the source, whose ids i are
+written ~i (below 0), with the token that ends it, and the token that the decoder
+starts with. An answer is a text of its own behind it. Of a decoder a prompt is
+what the tokenizer makes of the text, and nothing here changes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+# Where a tokenizer keeps `border`.
+_BORDER = 'jaxedit_border'
+
+
+def set_border(tokenizer: Any, end: Sequence[int], start: int) -> None:
+  """Makes a tokenizer that of an encoder-decoder.
+
+  Args:
+    tokenizer: a transformers tokenizer.
+    end: ids that end a source.
+    start: id that the decoder starts with.
+  """
+  setattr(tokenizer, _BORDER, (*(~i for i in end), start))
+
+
+def border(tokenizer: Any) -> tuple[int, ...]:
+  """Returns the ids between source and answer; () of a decoder's tokenizer."""
+  return getattr(tokenizer, _BORDER, ())
+
+
+def closed(tokenizer: Any, ids: np.ndarray) -> np.ndarray:
+  """Makes a prompt of the ids of its text.
+
+  Args:
+    tokenizer: a transformers tokenizer.
+    ids: [T] int32, without what ends a text.
+
+  Returns:
+    [T'] int32; `ids` themselves for a decoder.
+  """
+  end = border(tokenizer)
+  if not end:
+    return ids
+  return np.concatenate([~ids, np.asarray(end, ids.dtype)])
+
+
+def prompt_ids(tokenizer: Any, text: str) -> list[int]:
+  """Makes the prompt of a text, as the tokenizer reads it."""
+  ids = tokenizer(text)['input_ids']
+  end = border(tokenizer)
+  if not end:
+    return ids
+  last = [~i for i in end[:-1]]
+  if last and ids[-len(last) :] == last:
+    ids = ids[: -len(last)]
+  return [*(~i for i in ids), *end]
+
+
+def prompt_text(
+    tokenizer: Any, ids: Sequence[int], *, special: bool = False
+) -> str:
+  """The text of a prompt; `special` tokens are left out unless asked for."""
+  if border(tokenizer):
+    ids = [~i for i in ids if i < 0]
+  return tokenizer.decode(
+      ids,
+      skip_special_tokens=not special,
+      clean_up_tokenization_spaces=False,
+  )
+
+
+def error(ids: Sequence[int]) -> str | None:
+  """Says why ids are no prompt of an encoder-decoder, or returns None."""
+  count = next((n for n, i in enumerate(ids) if i >= 0), len(ids))
+  if 0 < count < len(ids) and min(ids[count:]) >= 0:
+    return None
+  return (
+      'it is no source (ids ~i, below 0) with the token behind it that the'
+      ' decoder starts with; make it by text.locate.encode_prompts'
+  )
+
+
+def plain(ids: Sequence[int]) -> list[int]:
+  """The ids of tokens, those of a source too."""
+  return [~i if i < 0 else i for i in ids]
