@@ -86,6 +86,7 @@ def load(
       progress=cli.progress_bar,
   )
   _, _, layout = loading.open_model(folder)
+  loading.require_decoder(layout.spec, 'causal tracing')
   tokenizer = tokenizer_lib.load_tokenizer(folder)
   chat = tasks.chat_of(config, tokenizer, chat_lib.TEMPLATE, config.answer_end)
   encoder = text_passages.passage_encoder(

@@ -40,25 +40,32 @@ CONFIGS: dict[str, dict[str, Any]] = {
     'gpt2': dict(_GPT),
 }  # fmt: skip
 FAMILIES = tuple(CONFIGS)
+# An encoder-decoder; heads together are not as wide as the model.
+CONFIGS['t5'] = dict(
+    d_model=32, d_kv=6, d_ff=48, num_layers=2, num_heads=4, vocab_size=97,
+    relative_attention_num_buckets=8, relative_attention_max_distance=12,
+    n_positions=32, pad_token_id=0, bos_token_id=None, decoder_start_token_id=0,
+)  # fmt: skip
 
 
 def make(family: str, seed: int = 0, **changes: Any) -> Any:
   """Builds a random torch model with eager attention, in float32.
 
   Args:
-    family: one of `FAMILIES`.
+    family: one of `FAMILIES`, or 't5'.
     seed: of the weights.
     **changes: config fields that differ.
 
   Returns:
     The transformers model, in evaluation mode.
   """
-  fields = CONFIGS[family] | _TOKENS | changes
+  fields = _TOKENS | CONFIGS[family] | changes
   config = transformers.AutoConfig.for_model(family, **fields)
   config._attn_implementation = 'eager'
-  model = transformers.AutoModelForCausalLM.from_config(
-      config, attn_implementation='eager'
-  )
+  kind = transformers.AutoModelForCausalLM
+  if config.is_encoder_decoder:
+    kind = transformers.AutoModelForSeq2SeqLM
+  model = kind.from_config(config, attn_implementation='eager')
   generator = torch.Generator().manual_seed(seed)
   with torch.no_grad():
     for name, parameter in model.named_parameters():

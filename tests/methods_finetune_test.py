@@ -21,6 +21,7 @@ from jaxedit.methods.base import EditBatch, Run
 from jaxedit.methods.finetune import editor as editor_lib
 from jaxedit.methods.registry import METHODS
 from jaxedit.models import decoder
+from jaxedit.models.spec import row
 from jaxedit.testing import facts, models
 from jaxedit.types import InputError
 
@@ -38,7 +39,11 @@ CONFIGS = {
         layers=(1, 2), rank=2, dropout=0.0, sites=('mlp/up', 'mlp/down')
     ),
     'adalora': dict(layers=(1, 2), rank=3, dropout=0.0),
-}
+    'lora_cross': dict(
+        layers=(2, 3), rank=2, dropout=0.0,
+        sites=('attn/q', 'cross/q', 'cross/v'),
+    ),
+}  # fmt: skip
 
 
 def method_of(case: str) -> Any:
@@ -52,8 +57,9 @@ def model(family: str) -> Any:
     return models.as_model(spec, models.random_params(spec, 2, jnp.float64))
 
 
-def edits(seed: int = 1) -> list[Any]:
-  return facts.random_edits(COUNT, seed=seed, contexts=1, kl=False)
+def edits(family: str = 'llama', seed: int = 1) -> list[Any]:
+  some = facts.random_edits(COUNT, seed=seed, contexts=1, kl=False)
+  return facts.for_encoders(some) if family == 't5' else some
 
 
 def resources(editor: Any) -> dict[Any, int]:
@@ -69,7 +75,7 @@ def made(case: str, family: str = 'llama', group: Any = None, **settings: Any):
   with jax.enable_x64(True):
     editor = method.editor(m.spec, config)
     state = editor.init(m, resources(editor))
-    batch = EditBatch(edits(), None, group)
+    batch = EditBatch(edits(family), None, group)
     return editor.edit(m, state, batch, Run()), state, config
 
 
@@ -82,13 +88,15 @@ class Naive:
 
   def written(self, changes: Any) -> Any:
     """Parameters with changes {(site, leaf): [n, ...]}."""
-    layers = jnp.asarray(self.config.layers)
+    layers, depth = jnp.asarray(self.config.layers), self.model.spec.layers
     flat = jax.tree_util.tree_map_with_path
 
     def put(path, old):
       *site, leaf = (part.key for part in path)
       change = changes.get(('/'.join(site), leaf))
-      return old if change is None else old.at[layers].add(change)
+      if change is None:
+        return old
+      return old.at[row(depth, len(old), layers)].add(change)
 
     return {
         **self.model.params, 'layers': flat(put, self.model.params['layers'])
@@ -101,8 +109,10 @@ class Naive:
       target = np.append(target, END)
     one = self.config.scored == 'prompt_last'
     ids = prompt if one else np.concatenate([prompt, target[:-1]])
-    layout = decoder.token_layout(np.ones((1, len(ids)), bool))
-    logits = decoder.forward(self.model.spec, params, ids[None], layout)[0]
+    spec = self.model.spec
+    source = decoder.source_of(spec, ids[None])
+    layout = decoder.token_layout(np.ones((1, len(ids)), bool), source)
+    logits = decoder.forward(spec, params, ids[None], layout)[0]
     logprob = jax.nn.log_softmax(logits, axis=-1)
     if one:
       return -logprob[-1][target]
@@ -177,10 +187,12 @@ def full(delta: Any) -> np.ndarray:
 class OracleTest(parameterized.TestCase):
 
   @cases.first(
-      5,
+      7,
       parameterized.parameters(
           ('ft_m', 'llama'),
           ('ft_l', 'gptj'),
+          ('ft_m', 't5'),
+          ('lora_cross', 't5'),
           ('lora', 'gptj'),
           ('ft_m_two_layers', 'gpt2'),
           ('adalora', 'llama'),
@@ -195,7 +207,7 @@ class OracleTest(parameterized.TestCase):
   def test_naive_loop(self, case, family):
     got, state, config = made(case, family)
     with jax.enable_x64(True):
-      naive = Naive(family, config, edits(), state)
+      naive = Naive(family, config, edits(family), state)
       want = naive.lora() if 'lora' in case else naive.ft()
       changed = {
           (d.site, getattr(d, 'leaf', 'kernel')): full(d)

@@ -25,10 +25,10 @@ from jaxedit.methods.hypernet import training
 from jaxedit.methods.hypernet.network import TrainedEditor
 from jaxedit.methods.registry import METHODS
 from jaxedit.models import decoder
-from jaxedit.testing import models
+from jaxedit.testing import facts, models
 from jaxedit.text.encoding import EncodedEdit
 
-FAMILIES = ('llama', 'gptj', 'gpt2')
+FAMILIES = ('llama', 'gptj', 'gpt2', 't5')
 METHOD_IDS = ('mend', 'ke')
 LAYERS = (1, 2)
 SMALL = {
@@ -56,11 +56,14 @@ def model(family):
 
 
 @functools.cache
-def records(seed=0, lengths=(4, 6), targets=(1, 3)):
-  """Random (prompt, target) ids."""
+def records(seed=0, lengths=(4, 6), targets=(1, 3), family='llama'):
+  """Random (prompt, target) ids; a source is two tokens longer than it reads."""
   rng = np.random.default_rng(seed)
   draw = lambda n: rng.integers(2, 90, n).astype(np.int32)
-  return [(draw(n), draw(m)) for n, m in zip(lengths, targets)]
+  prompt = draw
+  if family == 't5':
+    prompt = lambda n: facts.source(draw(n - 2))
+  return [(prompt(n), draw(m)) for n, m in zip(lengths, targets)]
 
 
 def packed(some, shape=SHAPE):
@@ -115,7 +118,8 @@ def written(params, changes):
 def log_probs(spec, params, tokens):
   """[T, V] of one text without padding."""
   tokens = jnp.asarray(tokens)[None]
-  layout = decoder.token_layout(jnp.ones(tokens.shape, bool))
+  source = decoder.source_of(spec, tokens)
+  layout = decoder.token_layout(jnp.ones(tokens.shape, bool), source)
   return jax.nn.log_softmax(decoder.forward(spec, params, tokens, layout)[0])
 
 
@@ -137,7 +141,7 @@ def gradients(family, seed=0):
     loss = lambda ws: nlls(spec, written(params, ws), record).mean()
     return jax.value_and_grad(loss)(kernels(params, maps))
 
-  return jax.jit(lambda: [one(record) for record in records(seed)])()
+  return jax.jit(lambda: [one(x) for x in records(seed, family=family)])()
 
 
 def dense_mend(variables, maps, spec, pairs):
@@ -189,7 +193,7 @@ def dense_ke(variables, maps, params, record, grads):
   """The published formulas with the gradient as a matrix (out, in)."""
   text = np.concatenate(record)
   ours = variables.trained['text']
-  rows = params['embed']['embedding'][text]
+  rows = params['embed']['embedding'][np.where(text < 0, ~text, text)]
   both = jnp.concatenate([lstm_end(ours, way, rows) for way in (0, 1)])
   c = jnp.tanh(both @ ours['out_kernel'] + ours['out_bias'])
   changes = {}
@@ -220,7 +224,8 @@ def dense(method, variables, maps, family, b, seed=0):
   spec, params = model(family).spec, model(family).params
   if method == 'ke':
     grads = gradients(family, seed)[b][1]
-    return dense_ke(variables, maps, params, records(seed)[b], grads)
+    record = records(seed, family=family)[b]
+    return dense_ke(variables, maps, params, record, grads)
   pairs = {
       (layer, site): (one.x[i, b], one.d[i, b])
       for site, one in factors_of(family, seed)[0].items()
@@ -233,7 +238,7 @@ def dense(method, variables, maps, family, b, seed=0):
 def factors_of(family, seed=0, joint=False):
   """(factors, losses) of the records of a seed."""
   spec, params = model(family).spec, model(family).params
-  maps, texts = lib.maps_of(spec, LAYERS), packed(records(seed))
+  maps, texts = lib.maps_of(spec, LAYERS), packed(records(seed, family=family))
   share = lib.per_record(texts.weight, jnp.float64)
   if joint:
     share = texts.weight.astype(float) / texts.weight.sum()
@@ -258,7 +263,7 @@ def observed(method, family, variables, seed=0):
 def batch_of(family, seed=0):
   """A batch of training, and its records as (edit, outer, local)."""
   spec, params = model(family).spec, model(family).params
-  kinds = [records(seed + i) for i in range(3)]
+  kinds = [records(seed + i, family=family) for i in range(3)]
   # An outer prompt asks for the target of the edit.
   kinds[1] = [(p, t) for (p, _), (_, t) in zip(kinds[1], kinds[0])]
 
@@ -321,7 +326,10 @@ class OracleTest(parameterized.TestCase):
     pairs, wanted = jax.jit(
         lambda now: (
             network.transform(
-                now, found, packed(records()), params['embed']['embedding']
+                now,
+                found,
+                packed(records(family=family)),
+                params['embed']['embedding'],
             ),
             [
                 dense(method, now, maps, family, b)
@@ -343,6 +351,7 @@ class OracleTest(parameterized.TestCase):
           ('mend', 'gpt2'),
           ('ke', 'llama'),
           ('ke', 'gpt2'),
+          ('mend', 't5'),
       ),
   )
   def test_the_gradient_of_the_loss_is_that_through_written_weights(

@@ -24,7 +24,7 @@ from jaxedit.methods.base import EditBatch, Run, Tokenizer
 from jaxedit.methods.kn import KnConfig, Prompt
 from jaxedit.methods.registry import METHODS
 from jaxedit.models import decoder
-from jaxedit.testing import models
+from jaxedit.testing import facts, models
 from jaxedit.text import encoding
 from jaxedit.types import EditRequest, InputError, Tap
 
@@ -59,6 +59,8 @@ def setup(family: str):
   rng = np.random.default_rng(0)
   draw = lambda n: rng.integers(2, 90, n).astype(np.int32)
   prompts = [Prompt(0, 0, draw(7), 11), Prompt(1, 0, draw(4), 12)]
+  if family == 't5':
+    prompts = [one._replace(ids=facts.source(one.ids)) for one in prompts]
   return spec, params, prompts
 
 
@@ -69,7 +71,8 @@ class Naive:
     self.spec, self.params, _ = setup(family)
     self.layer, self.label = layer, prompt.label
     self.tokens = prompt.ids[None]
-    self.layout = decoder.token_layout(np.ones(self.tokens.shape, bool))
+    source = decoder.source_of(self.spec, self.tokens)
+    self.layout = decoder.token_layout(np.ones(self.tokens.shape, bool), source)
     self.paper = quantity == 'paper'
     site = 'gate' if self.spec.gated else 'up'
     self.site = 'mlp/down' if self.paper else f'mlp/{site}'
@@ -100,10 +103,11 @@ class Naive:
 class AttributionTest(parameterized.TestCase):
 
   @cases.first(
-      2,
+      3,
       parameterized.parameters(
           ('llama', 'paper'),
           ('gpt2', 'easyedit'),
+          ('t5', 'paper'),
           ('llama', 'easyedit'),
           ('gptj', 'paper'),
       ),
@@ -113,7 +117,10 @@ class AttributionTest(parameterized.TestCase):
     steps, config = 5, KnConfig(quantity=quantity, steps=5)
     with jax.enable_x64(True):
       ((found, chance),) = kn.attribute(spec, params, prompts, config)
-      for b, layer in ((0, 1), (1, 2)):  # in different prompts and layers
+      border = spec.encoder_layers
+      self.assertFalse(found[:, :border].any())
+      # In different prompts and layers.
+      for b, layer in ((0, border or 1), (1, border + 1 if border else 2)):
         naive = Naive(family, prompts[b], layer, quantity)
         value_and_grad, total = jax.jit(jax.value_and_grad(naive)), 0
         for k in range(steps):

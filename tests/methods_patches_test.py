@@ -20,7 +20,7 @@ from jaxedit.methods.patches import Patch, Tail
 from jaxedit.models import decoder, loading
 from jaxedit.testing import facts, models
 
-FAMILIES = ('llama', 'gpt2', 'gptj')
+FAMILIES = ('llama', 'gpt2', 'gptj', 't5')
 
 
 @functools.cache
@@ -30,6 +30,8 @@ def setup(family: str):
   with jax.enable_x64(True):
     params = models.random_params(spec, 0, jnp.float64)
   edits = facts.random_edits(3, seed=1, contexts=2, kl=False)
+  if spec.encoder_layers:
+    edits = facts.for_encoders(edits)
   return spec, params, edits, plan_lib.plan_shapes(edits, slots=4, batch=4)
 
 
@@ -55,7 +57,8 @@ class TailTest(parameterized.TestCase):
       for edit in edits:
         for c in range(2):
           text, stage = edit.text(c)[None], edit.stage(0, c)
-          layout = decoder.token_layout(np.ones(text.shape, bool))
+          source = decoder.source_of(spec, text)
+          layout = decoder.token_layout(np.ones(text.shape, bool), source)
           want = edited_lib.apply_model(spec, params, edited, text, layout)
           n = len(stage.labels)
           np.testing.assert_allclose(

@@ -1,6 +1,7 @@
 """Small fast tokenizers for tests, trained in-process on a few lines."""
 
 import functools
+import string
 
 import numpy as np
 import tokenizers
@@ -133,3 +134,27 @@ def gguf_metadata(**values):
   return METADATA | {
       f'tokenizer.ggml.{key}': value for key, value in values.items()
   }
+
+
+@functools.cache
+def t5() -> tokenizers.Tokenizer:
+  """A unigram model in the layout of T5's: it ends every text with </s>."""
+  core = tokenizers.Tokenizer(models.Unigram())
+  core.normalizer = normalizers.NFKC()
+  blanks = dict(replacement='\u2581', prepend_scheme='always')
+  core.pre_tokenizer = pre_tokenizers.Sequence(
+      [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**blanks)]
+  )
+  core.decoder = decoders.Metaspace(**blanks)
+  trainer = trainers.UnigramTrainer(
+      vocab_size=160,
+      special_tokens=['<pad>', '</s>', '<unk>'],
+      unk_token='<unk>',
+      initial_alphabet=list(string.ascii_letters + string.punctuation),
+      show_progress=False,
+  )
+  core.train_from_iterator(LINES, trainer)
+  core.post_processor = processors.TemplateProcessing(
+      single='$A </s>', special_tokens=[('</s>', 1)]
+  )
+  return core

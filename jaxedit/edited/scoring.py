@@ -232,8 +232,8 @@ def error(spec: ModelSpec, row: Query) -> str | None:
     )
   prompt = row.prompt
   if spec.encoder_layers:
-    if fault := sources.error(prompt):
-      return fault
+    if problem := sources.error(prompt):
+      return problem
     prompt = sources.plain(prompt)
   parts = {'it': prompt, 'its answer': sum(row.answers, ())}
   for name, ids in parts.items():

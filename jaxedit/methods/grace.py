@@ -174,6 +174,12 @@ def grace(spec: ModelSpec, config: GraceConfig) -> base.Editor:
         f'layers {list(config.layers)}: the codebook is in one layer; name one'
     )
   (layer,) = config.layers
+  if layer < spec.encoder_layers:
+    raise InputError(
+        f'layer {layer} is of the encoder, and the key of a prompt is read where'
+        f' its answer begins; name a layer from {spec.encoder_layers} to'
+        f' {spec.layers - 1} (--layers)'
+    )
   spec = dataclasses.replace(spec, activations=config.activations)
 
   def init(model: Any, resources: Mapping[base.Need, Any]) -> Stream:

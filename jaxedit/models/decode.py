@@ -119,8 +119,8 @@ def refuse_faulty(
           ' tokens'
       )
     # Inside jit such an id would silently be read as another one.
-    if spec.encoder_layers and (fault := sources.error(prompt)):
-      problems.append(f'prompt {i}: {fault}')
+    if spec.encoder_layers and (problem := sources.error(prompt)):
+      problems.append(f'prompt {i}: {problem}')
       continue
     ids = sources.plain(prompt) if spec.encoder_layers else prompt
     strange = sorted({t for t in ids if not 0 <= t < spec.vocab})

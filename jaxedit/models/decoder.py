@@ -197,11 +197,6 @@ def _attention_inputs(
       visible(queries.replace(causal=False), key, None) & mine[:, None]
       for key, mine in zip(every, read)
   ]
-  kept = None
-  if keys.source is not None or encoder:
-    kept = (read[-1] != encoder)[..., None]
-    if isinstance(layout, PackedSequences):
-      kept = packing.flatten(layout, kept)
   gap = _join_keys(
       key.positions[:, None] - queries.positions[:, :, None] for key in every
   )
@@ -209,7 +204,9 @@ def _attention_inputs(
   table = params['position_bias'][part].astype(dtype)
   bias = table[position_buckets(spec, gap, encoder)]
   inputs = inputs._replace(
-      bias=jnp.moveaxis(bias, -1, 1), source=keys.source, kept=kept
+      bias=jnp.moveaxis(bias, -1, 1),
+      source=keys.source,
+      kept=passing(spec, layout, 0 if encoder else spec.encoder_layers),
   )
   if encoder:
     return inputs._replace(mask=_join_keys(reads))
@@ -219,6 +216,31 @@ def _attention_inputs(
     raise ValueError('a decoder has no source to attend to')
   own = inputs.mask & ~_join_keys(mine[:, None] for mine in read)
   return inputs._replace(mask=own, cross_mask=_join_keys(reads))
+
+
+def passing(
+    spec: ModelSpec, layout: TokenLayout | PackedSequences, layer: int
+) -> Array | None:
+  """Tells which tokens pass a layer unchanged: those of the other part.
+
+  Args:
+    spec: the architecture.
+    layout: [B, T] layout of the tokens.
+    layer: layer number.
+
+  Returns:
+    [B, T, 1] bool ([1, N, 1] with `PackedSequences`); None for none.
+  """
+  encoder, rows = layer < spec.encoder_layers, _sequence_layout(layout)
+  if not spec.encoder_layers or (rows.source is None and not encoder):
+    return None
+  source = rows.source
+  if source is None:
+    source = jnp.zeros_like(rows.positions, bool)
+  others = (source != encoder)[..., None]
+  if isinstance(layout, PackedSequences):
+    return packing.flatten(layout, others)
+  return others
 
 
 def _join_keys(parts: Iterable[Array]) -> Array:

@@ -419,6 +419,23 @@ def _differing_copies(
   return problems
 
 
+def require_decoder(spec: spec_lib.ModelSpec, what: str) -> None:
+  """Refuses an encoder-decoder for what goes on with a text.
+
+  Args:
+    spec: the architecture.
+    what: begins the sentence.
+
+  Raises:
+    InputError: it has an encoder.
+  """
+  if spec.encoder_layers:
+    raise InputError(
+        f'{what} takes a model that reads and writes one text, and'
+        f' {spec.family} reads with an encoder; use a decoder'
+    )
+
+
 def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
   """Turns '/'-joined paths into a nested dict."""
   return traverse_util.unflatten_dict(leaves, sep='/')

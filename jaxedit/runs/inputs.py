@@ -185,7 +185,9 @@ def load(
     editor = chosen.method.make(layout.spec, chosen.config)
     tokens = TokenCache(tokenizer_lib.load_tokenizer(folder))
     for need in editor.needs:
-      needs.check(config, need)
+      needs.check(config, need, layout.spec)
+    if config.perplexity_text:
+      loading.require_decoder(layout.spec, '--perplexity_text')
     loaded = task.load(tokens, layout.spec, progress)
     for need in editor.needs:
       need.admit(loaded.requests)

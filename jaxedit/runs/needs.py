@@ -17,6 +17,7 @@ from jaxedit.methods import base
 from jaxedit.methods.base import Need
 from jaxedit.models import assets, decode
 from jaxedit.models.loading import Model
+from jaxedit.models.spec import ModelSpec
 from jaxedit.runs import moments
 from jaxedit.runs.cache import digest
 from jaxedit.runs.config import RunConfig
@@ -28,12 +29,13 @@ from jaxedit.types import EditRequest, InputError, Progress
 _ANSWER_TOKENS = 16
 
 
-def check(config: RunConfig, need: Need) -> None:
+def check(config: RunConfig, need: Need, spec: ModelSpec | None = None) -> None:
   """Refuses what cannot be provided, as far as that needs no weights.
 
   Args:
     config: says where it is from.
     need: of an editor.
+    spec: the architecture, if it is known.
 
   Raises:
     InputError: it cannot be provided.
@@ -44,6 +46,11 @@ def check(config: RunConfig, need: Need) -> None:
     else:
       corpora.fingerprint(config.moments_corpus)
   elif isinstance(need, base.PreservedTexts):
+    if config.preserve == 'self' and spec is not None and spec.encoder_layers:
+      raise InputError(
+          f'{spec.family} writes no text of its own accord; name prompts whose'
+          ' answers shall stay (--preserve=file:PATH, one a line)'
+      )
     if config.preserve != 'self':
       corpora.fingerprint(config.preserve)
   elif isinstance(need, base.TextEncoder):
@@ -192,18 +199,13 @@ def _answered(
     config: RunConfig, model: Model, tokenizer: Any, limit: int
 ) -> list[list[int]]:
   """Prompts of an encoder-decoder, each with what the model answers."""
-  if config.preserve == 'self':
-    raise InputError(
-        f'{model.spec.family} writes no text of its own accord; name prompts'
-        ' whose answers shall stay (--preserve=file:PATH, one a line)'
-    )
+  check(config, base.PreservedTexts(), model.spec)
   documents = corpora.open_documents(config.preserve, seed=config.seed)
   some = list(itertools.islice(documents, config.preserve_count))
-  room = limit - _ANSWER_TOKENS
   prompts = [
       ids.tolist()
       for ids in locate.encode_prompts(tokenizer, some)
-      if len(ids) <= room
+      if len(ids) + _ANSWER_TOKENS <= limit
   ]
   ends = [i for i in [tokenizer.eos_token_id] if i is not None]
   answers = decode.generate(

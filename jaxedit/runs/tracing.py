@@ -86,6 +86,7 @@ def load(
       progress=progress,
   )
   _, _, layout = loading.open_model(folder)
+  loading.require_decoder(layout.spec, 'causal tracing')
   tokenizer = tokenizer_lib.load_tokenizer(folder)
   loaded = load_facts(facts.checker(tokenizer, layout.spec.max_positions))
   model = loading.load_model(folder, config.dtype, progress, mesh=config.mesh)

@@ -33,6 +33,7 @@ import numpy as np
 
 from jaxedit.batching import packer
 from jaxedit.models import decoder
+from jaxedit.models.loading import require_decoder
 from jaxedit.models.sharding import over_batch
 from jaxedit.models.spec import ModelSpec, param_shapes
 from jaxedit.stats import accumulate
@@ -181,6 +182,7 @@ def check(
   Raises:
     InputError: all faults at once.
   """
+  require_decoder(spec, 'the second moment of keys')
   problems = [
       f'{name} is {size}; it must be at least 1'
       for name, size in sizes.items()

@@ -8,6 +8,7 @@ mean nothing.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -66,6 +67,21 @@ def random_edits(
         )
     )
   return edits
+
+
+def source(ids: np.ndarray) -> np.ndarray:
+  """A prompt [T + 2] of an encoder-decoder that reads ids [T]."""
+  return np.append(~ids, [~1, 0]).astype(np.int32)
+
+
+def for_encoders(edits: Sequence[EncodedEdit]) -> list[EncodedEdit]:
+  """Makes edits those of an encoder-decoder, anchored where answers begin."""
+  found = []
+  for edit in edits:
+    rows = tuple(map(source, edit.rows))
+    anchors = tuple(len(row) - 1 for row in rows)
+    found.append(dataclasses.replace(edit, rows=rows, anchors=anchors))
+  return found
 
 
 def random_moments(

@@ -28,6 +28,7 @@ import numpy as np
 
 from jaxedit.edited.lm import LanguageModel
 from jaxedit.edited.scoring import Query
+from jaxedit.models.loading import require_decoder
 from jaxedit.models.spec import ModelSpec
 from jaxedit.text.locate import encode_prompts
 from jaxedit.types import InputError, Progress, silent
@@ -82,6 +83,7 @@ def perplexity(
     InputError: settings that the model cannot take, a text without tokens or
       with tokens unknown to the model, or nothing to score; all at once.
   """
+  require_decoder(lm.spec, 'perplexity')
   _check(lm.spec, row_tokens, limit)
   windows = _windows(
       tokenizer, texts, length=row_tokens, limit=limit, vocab=lm.spec.vocab

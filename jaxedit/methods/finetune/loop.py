@@ -154,10 +154,12 @@ def _scores(
   """[B] mean negative log-likelihood of a target token, nats."""
   h = entry.h
   if entry.key is not None:
+    others = decoder.passing(spec, examples.rows, lowest)
     lowest += 1
     for delta in deltas:
       first = jax.tree.map(lambda x: x[0], delta)
-      h = first(entry.key, h).astype(h.dtype)
+      changed = first(entry.key, h).astype(h.dtype)
+      h = changed if others is None else jnp.where(others, h, changed)
   h, _ = decoder.run_layers(
       spec, params, h, examples.rows, start=lowest, stop=spec.layers,
       deltas=deltas, outputs=examples.outputs, remat=decoder.SAVE_PRODUCTS,
