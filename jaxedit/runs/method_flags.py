@@ -139,15 +139,16 @@ def table() -> str:
   """Writes the methods and their settings as Markdown, for docs/methods.md."""
   kinds = {'fact': 'facts', 'text': 'long answers'}
   lines = [
-      '| `--method` | what it does | edits | source |',
-      '|---|---|---|---|',
+      '| `--method` | what it does | edits | models | source |',
+      '|---|---|---|---|---|',
   ]
   for name, method in METHODS.items():
     edits = ', '.join(v for k, v in kinds.items() if k in method.accepts)
+    models = 'all' if method.encoders else 'decoders'
     paper = method.source.removeprefix('arXiv ')
     link = f'[{method.source}](https://arxiv.org/abs/{paper})'
     lines.append(
-        f'| [`{name}`](#{name}) | {method.summary} | {edits} | {link} |'
+        f'| [`{name}`](#{name}) | {method.summary} | {edits} | {models} | {link} |'
     )
   lines += [
       '',
