@@ -108,7 +108,10 @@ def to_hf_flax(params: Params, spec: ModelSpec) -> dict[str, Any]:
   for name, slots in tensors.upstream_slots(
       spec, families.tensors_of(spec)
   ).items():
-    leaves = [_slot_value(params, spec.layers, slot) for slot in slots]
+    leaves = [
+        _slot_value(params, spec.layers, slot.path, slot.layer)
+        for slot in slots
+    ]
     value = tensors.to_upstream(leaves, slots[0].source, spec.heads)
     path = _flax_name(name, slots[0], spec)
     if path.endswith('.kernel'):
@@ -212,7 +215,7 @@ def to_nested(
   shapes = {} if like is None else flatten(like)
   flat, problems = {}, []
   for path, layer, name, shape in _places(spec, names):
-    value = _slot_value(params, path, layer)
+    value = _slot_value(params, spec.layers, path, layer)
     if like is not None:
       wanted = shapes[name].shape if name in shapes else None
       if wanted is None or not _merges(wanted, shape):
@@ -270,7 +273,7 @@ def _places(
     raise InputError(f'the table of paths has no row for {", ".join(missing)}')
   for path, shape in shapes.items():
     if path.startswith('layers/'):
-      for layer in range(spec.layers):
+      for layer in range(spec.layers - shape[0], spec.layers):
         yield path, layer, names[path].format(layer), shape[1:]
     else:
       yield path, None, names[path], shape
@@ -288,10 +291,12 @@ def _merges(shape: Sequence[int], target: Sequence[int]) -> bool:
   return not rest
 
 
-def _slot_value(params: Params, depth: int, slot: tensors.Slot) -> np.ndarray:
-  leaf = loading.get_leaf(params, slot.path)
-  if slot.layer is not None:
-    leaf = leaf[spec_lib.row(depth, len(leaf), slot.layer)]
+def _slot_value(
+    params: Params, depth: int, path: str, layer: int | None
+) -> np.ndarray:
+  leaf = loading.get_leaf(params, path)
+  if layer is not None:
+    leaf = leaf[spec_lib.row(depth, len(leaf), layer)]
   return np.asarray(leaf)
 
 
