@@ -51,6 +51,8 @@ RULES: Mapping[str, PartitionSpec] = types.MappingProxyType({
     **{f'layers/attn/{x}/kernel': _COLUMNS for x in 'qkv'},
     **{f'layers/attn/{x}/bias': _VECTOR for x in 'qkv'},
     'layers/attn/out/kernel': _ROWS,
+    **{f'layers/cross/{x}/kernel': _COLUMNS for x in 'qkv'},
+    'layers/cross/out/kernel': _ROWS,
     **{f'layers/mlp/{x}/kernel': _COLUMNS for x in ('gate', 'up')},
     **{f'layers/mlp/{x}/bias': _VECTOR for x in ('gate', 'up')},
     'layers/mlp/down/kernel': _ROWS,

@@ -110,7 +110,7 @@ def write_peft(
     found[f'{key}.lora_B.weight'] = _cast(b, dtype)
   config = {
       'peft_type': 'LORA',
-      'task_type': 'CAUSAL_LM',
+      'task_type': 'SEQ_2_SEQ_LM' if spec.encoder_layers else 'CAUSAL_LM',
       'base_model_name_or_path': base,
       'inference_mode': True,
       'r': rank,

@@ -12,12 +12,16 @@ from jaxedit.models.spec import ModelSpec, param_shapes
 
 
 def layer_weights(spec: ModelSpec, part: str = '') -> int:
-  """Weights of the maps of a layer (W), or of its part 'attn' or 'mlp'."""
-  return sum(
-      math.prod(shape[1:])
+  """Weights of the maps of a layer (W), or of its part 'attn' or 'mlp'.
+
+  The mean over the layers of an encoder-decoder.
+  """
+  whole = sum(
+      math.prod(shape)
       for path, shape in param_shapes(spec).items()
       if path.startswith(f'layers/{part}') and path.endswith('/kernel')
   )
+  return whole // spec.layers
 
 
 def head_weights(spec: ModelSpec) -> int:

@@ -17,7 +17,11 @@ from jaxedit.models.spec import ModelSpec, param_shapes
 from jaxedit.placement import BATCH_AXES, Placement
 from jaxedit.types import Array, Params
 
-_BY_HEAD = tuple(f'layers/attn/{name}/' for name in ('q', 'k', 'v', 'out'))
+_BY_HEAD = tuple(
+    f'layers/{part}/{name}/'
+    for part in ('attn', 'cross')
+    for name in ('q', 'k', 'v', 'out')
+)
 
 
 def shardings(
