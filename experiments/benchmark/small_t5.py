@@ -1,7 +1,7 @@
 """Trains a small T5 that knows the facts of files, for benchmarks to edit.
 
   python -m experiments.benchmark.small_t5 --data=facts.jsonl,more.jsonl \
-    --records=130,700 --minutes=14 --out=models/small_t5
+    --records=130,720 --minutes=14 --out=models/small_t5
 
 Every record gives questions about what is true: its prompt and its rephrasings,
 answered by the object before the edit, and its neighbours. The encoder reads the
@@ -13,7 +13,7 @@ In --out, a Hugging Face folder:
 
   config.json, model.safetensors, tokenizer.json, tokenizer_config.json
 
-On one core of a CPU 830 records take some 12 minutes. An interrupted run leaves
+On one core of a busy CPU 850 records took 13 minutes. An interrupted run leaves
 nothing.
 """
 
