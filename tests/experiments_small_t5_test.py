@@ -27,7 +27,7 @@ except ImportError:
 # Three facts with 21 questions.
 CONFIG = small_t5.SmallT5Config(
     records=(3,), judged=2, held_out=0.4, layers=2, width=48, mlp_width=64,
-    heads=4, head_size=12, vocab=300, rate=5e-3, minutes=0.4, stop_at=1.0,
+    heads=4, head_size=12, vocab=300, rate=5e-3, passes=25, stop_at=1.0,
 )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Trains a small T5 that knows the facts of files, for benchmarks to edit.
 
   python -m experiments.benchmark.small_t5 --data=facts.jsonl,more.jsonl \
-    --records=130,720 --minutes=14 --out=models/small_t5
+    --records=130,720 --out=models/small_t5
 
 Every record gives questions about what is true: its prompt and its rephrasings,
 answered by the object before the edit, and its neighbours. The encoder reads the
@@ -78,9 +78,7 @@ class SmallT5Config:
   # How.
   batch_tokens: int = setting(512, 'tokens a step', low=1)
   rate: float = setting(1e-3, "Adam's learning rate", exclusive=True)
-  minutes: float = setting(
-      9.0, 'longest training', unit='minutes', exclusive=True
-  )
+  passes: int = setting(12, 'passes over the questions at most', low=1)
   stop_at: float = setting(
       0.99, 'exact match of a sample of the questions at which it ends'
   )

@@ -12,7 +12,6 @@ tokenizer's layout and the standard deviations of the first weights.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import pathlib
 import time
@@ -54,13 +53,13 @@ class Rule(NamedTuple):
 
   Attributes:
     rate: highest learning rate of Adam.
-    minutes: longest training.
+    passes: over the questions at most.
     stop_at: exact match of a sample of the questions at which it ends.
     seed: of the order of questions.
   """
 
   rate: float
-  minutes: float
+  passes: int
   stop_at: float
   seed: int = 0
 
@@ -212,7 +211,7 @@ def train(
   """Learns all parameters; prints a line a pass over the questions.
 
   Adam's rate rises over the first steps, and falls to a tenth over the second
-  half of the time.
+  half of the passes.
 
   Args:
     spec: the architecture.
@@ -236,26 +235,28 @@ def train(
     return jax.tree.map(lambda p, d: p - rate * d, params, change), state, loss
 
   state, steps, begin = adam.init(params), 0, time.monotonic()
-  gone = lambda: (time.monotonic() - begin) / 60
-  for number in itertools.count(1):
+  loss = math.nan
+  for number in range(1, rule.passes + 1):
     losses, order = [], rng.permutation(len(every))
-    for batch in batches([every[i] for i in order], shape):
+    packed = list(batches([every[i] for i in order], shape))
+    for i, batch in enumerate(packed):
       steps += 1
-      left = 1 - gone() / rule.minutes
+      left = 1 - (number - 1 + i / len(packed)) / rule.passes
       rate = rule.rate * min(1, steps / _WARMUP, max(0.1, 2 * left))
       params, state, loss = step(params, state, batch, np.float32(rate))
       losses.append(float(loss))
-      if left <= 0:
-        break
+    loss = float(np.mean(losses))
     exact = answered(spec, params, sample, shape).mean()
+    gone = (time.monotonic() - begin) / 60
     print(
-        f'pass {number}: {np.mean(losses):.4f} nats, {exact:.1%} exact,'
-        f' {60 * gone() / steps:.2f} s a step,'
-        f' {max(0, rule.minutes - gone()):.1f} min left',
+        f'pass {number}: {loss:.4f} nats, {exact:.1%} exact,'
+        f' {60 * gone / steps:.2f} s a step,'
+        f' {gone / number * (rule.passes - number):.1f} min left at most',
         flush=True,
     )
-    if exact >= rule.stop_at or gone() >= rule.minutes:
-      return params, float(np.mean(losses))
+    if exact >= rule.stop_at:
+      break
+  return params, loss
 
 
 def write_weights(path: pathlib.Path, spec: ModelSpec, params: Params) -> None:
