@@ -39,9 +39,14 @@ CONFIGS = {
         layers=(1, 2), rank=2, dropout=0.0, sites=('mlp/up', 'mlp/down')
     ),
     'adalora': dict(layers=(1, 2), rank=3, dropout=0.0),
+    # Over an encoder; sources are constant but in the second.
+    'ft_m_decoder': dict(layers=(2, 3)),
     'lora_cross': dict(
         layers=(2, 3), rank=2, dropout=0.0,
         sites=('attn/q', 'cross/q', 'cross/v'),
+    ),
+    'lora_decoder': dict(
+        layers=(2, 3), rank=2, dropout=0.0, sites=('attn/v', 'cross/q')
     ),
 }  # fmt: skip
 
@@ -187,12 +192,14 @@ def full(delta: Any) -> np.ndarray:
 class OracleTest(parameterized.TestCase):
 
   @cases.first(
-      7,
+      9,
       parameterized.parameters(
           ('ft_m', 'llama'),
           ('ft_l', 'gptj'),
           ('ft_m', 't5'),
+          ('ft_m_decoder', 't5'),
           ('lora_cross', 't5'),
+          ('lora_decoder', 't5'),
           ('lora', 'gptj'),
           ('ft_m_two_layers', 'gpt2'),
           ('adalora', 'llama'),

@@ -6,6 +6,7 @@ Axes as in `jaxedit.types`; `groups` independent edits or joint batches,
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -32,6 +33,18 @@ class Example(NamedTuple):
   labels: np.ndarray
 
 
+class Answers(NamedTuple):
+  """Texts without their sources, N' tokens.
+
+  Attributes:
+    tokens: these tokens of the B texts.
+    outputs: where labels are scored, among them.
+  """
+
+  tokens: OutputTokens
+  outputs: OutputTokens
+
+
 class Examples(NamedTuple):
   """Examples end to end.
 
@@ -43,6 +56,7 @@ class Examples(NamedTuple):
     weights: [O, labels]; those of a text sum to 1.
     share: [B] weight of a text in the loss.
     salt: [N] uint32, for `loop.Noise`.
+    answers: the texts without their sources; None where they have none.
   """
 
   tokens: Array
@@ -52,6 +66,7 @@ class Examples(NamedTuple):
   weights: Array
   share: Array
   salt: Array
+  answers: Answers | None = None
 
 
 class Shape(NamedTuple):
@@ -65,6 +80,8 @@ class Shape(NamedTuple):
   output_length: int
   outputs: int
   labels: int
+  answer_length: int = 0
+  answer_tokens: int = 0
 
 
 def shape_of(
@@ -96,6 +113,13 @@ def shape_of(
     outputs = texts if longest == 1 else up(32, total(scored))
   outputs += outputs == tokens  # `loop.Noise` tells them apart
   labels = most(lambda one: one.labels.shape[1], every)
+  answer_length = answer_tokens = 0
+  if any((one.ids < 0).any() for one in every):
+    own = lambda one: int((one.ids >= 0).sum())
+    answer_length = answer_tokens = up(4, most(own, every))
+    if texts > 1:
+      answer_tokens = max(answer_length, up(32, total(own)))
+    answer_tokens += answer_tokens == outputs
   return Shape(
       groups=count,
       minibatches=most(len, groups),
@@ -105,23 +129,18 @@ def shape_of(
       output_length=output_length,
       outputs=outputs,
       labels=1 if labels == 1 else up(8, labels),
+      answer_length=answer_length,
+      answer_tokens=answer_tokens,
   )
 
 
-def pack(
-    examples: Sequence[Example],
-    shape: Shape,
-    by_token: bool,
-    *,
-    sources: bool = False,
-) -> Examples:
+def pack(examples: Sequence[Example], shape: Shape, by_token: bool) -> Examples:
   """Packs the examples of one minibatch.
 
   Args:
     examples: at most `shape.texts`.
     shape: large enough.
     by_token: whether every target token counts the same, or every text.
-    sources: whether texts have a source (`jaxedit.sources`).
 
   Returns:
     Numpy arrays.
@@ -145,17 +164,25 @@ def pack(
     labels[out : out + count, :several] = one.labels
     weights[out : out + count, :several] = 1 / one.labels.size
     at, out = here.stop, out + count
-  rows = packer.with_sources(rows, tokens, always=sources)
-  outputs = packer.select(
-      rows,
-      each(lambda one: one.first),
-      each(lambda one: len(one.labels)),
-      width=shape.output_length,
-      budget=shape.outputs,
+  first, scored = each(lambda one: one.first), each(lambda one: len(one.labels))
+  scoring = functools.partial(
+      packer.select, width=shape.output_length, budget=shape.outputs
   )
+  answers = None
+  if shape.answer_tokens:
+    rows = packer.with_sources(rows, tokens, always=True)
+    read = each(lambda one: (one.ids < 0).sum())
+    own = packer.select(
+        rows, read, each(lambda one: len(one.ids)) - read,
+        width=shape.answer_length, budget=shape.answer_tokens,
+    )  # fmt: skip
+    layout = own.rows.layout.replace(source=None)
+    own = own.replace(rows=own.rows.replace(layout=layout))
+    answers = Answers(own, scoring(own.rows, first - read, scored))
+  outputs = scoring(rows, first, scored)
   share = each(lambda one: one.labels.size if by_token else 1)
   share = share / max(share.sum(), 1)
-  return Examples(tokens, rows, outputs, labels, weights, share, salt)
+  return Examples(tokens, rows, outputs, labels, weights, share, salt, answers)
 
 
 def _salt(ids: np.ndarray) -> np.ndarray:
@@ -169,11 +196,9 @@ def pack_groups(
 ) -> Examples:
   """Packs the minibatches of groups: arrays [groups, minibatches, ...]."""
   nothing = lambda n: [()] * n
-  every = (one for group in groups for some in group for one in some)
-  sources = any((one.ids < 0).any() for one in every)
   packed = [
       [
-          pack(some, shape, by_token, sources=sources)
+          pack(some, shape, by_token)
           for some in (*group, *nothing(shape.minibatches - len(group)))
       ]
       for group in (*groups, *nothing(shape.groups - len(groups)))

@@ -10,7 +10,9 @@ What lies below the lowest of them is run once, before the first update, and is
 kept: the residual stream, and the input of the map where only 'mlp/down'
 changes there. A step runs the layers above, the last one and the head at
 scored tokens only. No token is constant above that layer, as the change of a
-map acts on all of them: unlike in `targets` there is no constant prefix.
+map acts on all of them: unlike in `targets` there is no constant prefix. But for
+sources: layers over an encoder leave them as they are, so where only such layers
+change, their keys and values are kept and a step runs the other tokens.
 
 Axes as in `jaxedit.types`; `groups` independent edits or joint batches,
 `minibatches` of a group; labels: tokens scored at one output.
@@ -29,9 +31,9 @@ import optax
 from jaxedit.deltas import SiteDelta
 from jaxedit.methods import gradient
 from jaxedit.methods.finetune.examples import Examples
-from jaxedit.models import decoder
+from jaxedit.models import decoder, packing
 from jaxedit.models.spec import ModelSpec
-from jaxedit.types import Array, Params, Tap
+from jaxedit.types import KV, PADDING, Array, Params, Tap
 
 # The linear map whose output is added to the residual stream at once.
 _DOWN = 'mlp/down'
@@ -102,13 +104,16 @@ class Entry(NamedTuple):
   """Where the layers that can change begin.
 
   Attributes:
-    h: [1, N, D] residual stream before them.
+    h: [1, N, D] residual stream before them; [1, N', D] without sources, where
+      they are constant.
     key: [1, N, F] input of 'mlp/down' of the layer before them, which changes
       too; None where none does.
+    sources: keys and values of constant sources.
   """
 
   h: Array
   key: Array | None
+  sources: KV | None = None
 
 
 @functools.partial(jax.jit, static_argnames=('spec', 'fitted'))
@@ -131,16 +136,36 @@ def enter(
   lowest = fitted.layers[0]
   down = fitted.sites == (_DOWN,)
   taps = (Tap(_DOWN, (lowest,)),) if down else ()
+  above = tuple(range(lowest + down, spec.layers))
 
   def one(examples: Examples) -> tuple[Entry, Array]:
-    h = decoder.embed(spec, params, examples.tokens, examples.rows)
+    rows, answers = examples.rows, examples.answers
+    h = decoder.embed(spec, params, examples.tokens, rows)
     h, seen = decoder.run_layers(
-        spec, params, h, examples.rows, start=0, stop=lowest + down, taps=taps
+        spec, params, h, rows, start=0, stop=lowest + down, taps=taps
     )
     entry = Entry(h, seen[0][0] if down else None)
+    if answers is not None and _sources_stay(spec, fitted):
+      own = lambda x: packing.take(x, answers.tokens)
+      kept = None
+      if above:
+        _, (kv,) = decoder.run_layers(
+            spec, params, h, rows, start=above[0], stop=spec.layers,
+            taps=(Tap('kv', above),),
+        )  # fmt: skip
+        layout = rows.layout
+        segments = jnp.where(layout.source, layout.segment_ids, PADDING)
+        kept = KV(*kv, layout.replace(segment_ids=segments))
+      entry = Entry(own(h), own(entry.key) if down else None, kept)
     return entry, _scores(spec, params, (), examples, entry, lowest)
 
   return jax.vmap(jax.vmap(one))(examples)
+
+
+def _sources_stay(spec: ModelSpec, fitted: Fitted) -> bool:
+  """Whether sources, their keys and their values are constant."""
+  read = {'cross/k', 'cross/v'} & {*fitted.sites}
+  return spec.encoder_layers <= fitted.layers[0] and not read
 
 
 def _scores(
@@ -152,20 +177,23 @@ def _scores(
     lowest: int,
 ) -> Array:
   """[B] mean negative log-likelihood of a target token, nats."""
-  h = entry.h
+  h, rows, outputs = entry.h, examples.rows, examples.outputs
+  if h.shape[1] != examples.tokens.shape[1]:
+    rows, outputs = examples.answers.tokens.rows, examples.answers.outputs
   if entry.key is not None:
-    others = decoder.passing(spec, examples.rows, lowest)
+    others = decoder.passing(spec, rows, lowest)
     lowest += 1
     for delta in deltas:
       first = jax.tree.map(lambda x: x[0], delta)
       changed = first(entry.key, h).astype(h.dtype)
       h = changed if others is None else jnp.where(others, h, changed)
   h, _ = decoder.run_layers(
-      spec, params, h, examples.rows, start=lowest, stop=spec.layers,
-      deltas=deltas, outputs=examples.outputs, remat=decoder.SAVE_PRODUCTS,
+      spec, params, h, rows, start=lowest, stop=spec.layers,
+      prefix=entry.sources, deltas=deltas, outputs=outputs,
+      remat=decoder.SAVE_PRODUCTS,
   )  # fmt: skip
   nll = _nll(spec, params, h[0], examples.labels, examples.weights)
-  row = examples.outputs.rows.row
+  row = outputs.rows.row
   mine = row == jnp.arange(len(examples.share))[:, None]
   return jnp.sum(jnp.where(mine, nll, 0), axis=1)
 
@@ -230,9 +258,13 @@ def fit_groups(
       noise = None
       if fitted.noisy:
         key = jax.random.fold_in(jax.random.key(rule.seed), step)
-        index = now.outputs.index
-        outputs = jnp.take(now.salt, index, mode='fill', fill_value=0)
-        noise = Noise(key, now.salt, outputs)
+        salt, outputs = now.salt, now.outputs
+        if start.h.shape[1] != len(salt):
+          pick = functools.partial(jnp.take, mode='fill', fill_value=0)
+          salt = pick(salt, now.answers.tokens.index)
+          outputs = now.answers.outputs
+        picked = jnp.take(salt, outputs.index, mode='fill', fill_value=0)
+        noise = Noise(key, salt, picked)
       nll = score(fitted.deltas(values, fixed, noise), now, start, lowest)
       value = jnp.sum(jnp.where(now.share > 0, now.share * nll, 0))
       return value + fitted.penalty(values), value
