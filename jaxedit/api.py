@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxedit import edited as edited_lib
+from jaxedit import sources as sources_lib
 from jaxedit.convert import hub
 from jaxedit.deltas import UNEDITED, Edited
 from jaxedit.edited.lm import LanguageModel
@@ -115,6 +116,8 @@ def load(
     placement = place_by(mesh, sum(x.nbytes for x in jax.tree.leaves(params)))
     with placement.active():
       params = sharding.place(spec, params, placement)
+    if tokenizer is not None and spec.encoder_layers:
+      tokenizer = sources_lib.with_border(tokenizer)
     return Model(
         spec, params, pathlib.Path('.'), name, {}, tokenizer, placement
     )
@@ -122,6 +125,9 @@ def load(
   model = loading.load_model(folder, dtype, progress, mesh=mesh)
   if tokenizer is None:
     tokenizer = tokenizer_lib.load_tokenizer(folder)
+  elif model.spec.encoder_layers:
+    start = model.config.get('decoder_start_token_id')
+    tokenizer = sources_lib.with_border(tokenizer, start)
   return dataclasses.replace(model, tokenizer=tokenizer)
 
 

@@ -8,6 +8,7 @@ what the tokenizer makes of the text, and nothing here changes it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,15 +18,24 @@ import numpy as np
 _BORDER = 'jaxedit_border'
 
 
-def set_border(tokenizer: Any, end: Sequence[int], start: int) -> None:
+def with_border(tokenizer: Any, start: int | None = None) -> Any:
   """Makes a tokenizer that of an encoder-decoder.
 
   Args:
     tokenizer: a transformers tokenizer.
-    end: ids that end a source.
-    start: id that the decoder starts with.
+    start: id that the decoder starts with; that of padding unless given.
+
+  Returns:
+    A copy that knows what ends a source, and this id; itself if it knows.
   """
-  setattr(tokenizer, _BORDER, (*(~i for i in end), start))
+  if border(tokenizer):
+    return tokenizer
+  if start is None:
+    start = tokenizer.pad_token_id
+  found = copy.copy(tokenizer)
+  end = tokenizer('')['input_ids']
+  setattr(found, _BORDER, (*(~i for i in end), start))
+  return found
 
 
 def border(tokenizer: Any) -> tuple[int, ...]:
@@ -65,13 +75,15 @@ def prompt_text(
     tokenizer: Any, ids: Sequence[int], *, special: bool = False
 ) -> str:
   """The text of a prompt; `special` tokens are left out unless asked for."""
-  if border(tokenizer):
-    ids = [~i for i in ids if i < 0]
-  return tokenizer.decode(
-      ids,
-      skip_special_tokens=not special,
-      clean_up_tokenization_spaces=False,
-  )
+  end = border(tokenizer)
+  if end:
+    # All but the end; sentinels such as <extra_id_0> are part of a text.
+    own = [i for i in ids if i < 0]
+    own = own[: len(own) - (len(end) - 1)]
+    ids, special = [~i for i in own], True
+  if not special:
+    return tokenizer.decode(ids, skip_special_tokens=True)
+  return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 def error(ids: Sequence[int]) -> str | None:
@@ -81,7 +93,8 @@ def error(ids: Sequence[int]) -> str | None:
     return None
   return (
       'it is no source (ids ~i, below 0) with the token behind it that the'
-      ' decoder starts with; make it by text.locate.encode_prompts'
+      " decoder starts with; make it by text.locate.encode_prompts with the model's"
+      ' own tokenizer (jaxedit.load)'
   )
 
 

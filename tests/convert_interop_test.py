@@ -47,13 +47,16 @@ class _TunixModel(nnx.Module):
 
 class HfFlaxTest(parameterized.TestCase):
 
-  @parameterized.parameters(*tiny.FAMILIES)
+  @parameterized.parameters(*tiny.FAMILIES, *tiny.ENCODER_DECODERS)
   def test_round_trip(self, family):
     spec = tiny.tiny_spec(family)
     params = tiny.random_params(spec, 0)
     tree = interop.to_hf_flax(params, spec)
     _equal(interop.from_hf_flax(tree, spec), params)
     _equal(interop.from_hf_flax({'params': tree}, spec), params)
+    if family == 't5':  # tables are embeddings there
+      bias = tree['encoder']['block']['0']['layer']['0']['SelfAttention']
+      self.assertIn('embedding', bias['relative_attention_bias'])
 
   def test_gptj_names_and_layout(self):
     spec = tiny.tiny_spec('gptj')

@@ -234,6 +234,26 @@ class OracleTest(parameterized.TestCase):
     self.assertEqual(got.info.per_edit['steps'], [STEPS] * COUNT)
 
 
+class SourceTest(absltest.TestCase):
+
+  def test_answers_as_long_as_a_whole_text(self):
+    """Rounded up, a text without its source has the size of all of it."""
+    rng = np.random.default_rng(0)
+    draw = lambda n: rng.integers(2, 90, n).astype(np.int32)
+    row, target = facts.source(draw(1)), draw(36)
+    edit = dataclasses.replace(edits('t5')[0], rows=(row,), target=target)
+    config = METHODS['ft_m'].configure(layers=(3,), fit_steps=2, fit_rate=1e-2)
+    with jax.enable_x64(True):
+      editor = METHODS['ft_m'].editor(model('t5').spec, config)
+      state = editor.init(model('t5'), resources(editor))
+      got = editor.edit(
+          model('t5'), state, EditBatch([edit], None, None), Run()
+      )
+      naive = Naive('t5', config, [edit], state)
+      want = float(naive.nll(naive.model.params, edit).mean())
+    self.assertAlmostEqual(got.info.per_edit['loss_before'][0], want, 9)
+
+
 class ExampleTest(parameterized.TestCase):
 
   def edit(self, target: Any) -> Any:

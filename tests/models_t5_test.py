@@ -441,6 +441,7 @@ class FolderTest(FolderTestCase):
         (dict(feed_forward_proj='gated-mish'), 'feed_forward_proj'),
         (dict(is_gated_act=True), 'is_gated_act'),
         (dict(is_encoder_decoder=False), 'is_encoder_decoder'),
+        (dict(relative_attention_max_distance=4), 'max_distance'),
         (dict(d_kv=0), 'd_kv'),
     ):
       with self.assertRaisesRegex(InputError, words):
@@ -541,6 +542,20 @@ class UserTest(FolderTestCase):
       je.editor(spec, 'grace', layers=(1,))
     with self.assertRaisesRegex(InputError, 'the layers 2 to 3 alone'):
       je.editor(spec, 'lora', sites=('cross/q',))
+
+  def test_a_tokenizer_of_the_users(self):
+    own = transformers.PreTrainedTokenizerFast.from_pretrained(
+        tokenizer_folder()
+    )
+    model = je.load(tokenizer_folder(), tokenizer=own)
+    known = je.load(tokenizer_folder()).tokenizer
+    self.assertEqual(sources.border(model.tokenizer), sources.border(known))
+    self.assertEqual(sources.border(own), ())
+
+  def test_characters_without_tokens_are_refused(self):
+    model = je.load(tokenizer_folder())
+    with self.assertRaisesRegex(InputError, 'no token for'):
+      je.edit(model, {**FACTS[0], 'target': '\u4e0a'}, 'ft_m', layers=(3,))
 
   def test_what_goes_on_with_a_text_is_refused(self):
     model = je.load(tokenizer_folder())

@@ -147,7 +147,6 @@ def shape_of(every: Sequence[Example], tokens: int) -> Shape:
   return Shape(
       groups=1, minibatches=1, texts=texts, length=max(lengths), tokens=tokens,
       output_length=max(scored), outputs=buckets.round_up(most), labels=1,
-      answer_length=max(scored), answer_tokens=buckets.round_up(most) + 1,
   )  # fmt: skip
 
 
@@ -156,7 +155,7 @@ def batches(every: Sequence[Example], shape: Shape) -> Iterator[Examples]:
   loads = [(len(one.ids), len(one.labels)) for one in every]
   limits = shape.tokens, shape.outputs
   for part in packer.groups(loads, limits, most=shape.texts):
-    yield examples_lib.pack(every[part], shape, True)
+    yield examples_lib.pack(every[part], shape, True, sources=True)
 
 
 def score(

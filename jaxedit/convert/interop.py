@@ -255,7 +255,7 @@ def _flax_name(name: str, slot: tensors.Slot, spec: ModelSpec) -> str:
   """The dotted Flax path of a torch tensor."""
   leaf = slot.path.rsplit('/', 1)[1]
   stem, ending = name.rsplit('.', 1)
-  if slot.path.startswith('embed/'):
+  if slot.path.startswith(('embed/', 'position_bias/')):
     ending = 'embedding'
   elif leaf == 'kernel' or (leaf == 'scale' and spec.norm == 'layer'):
     # The RMS norms of the Flax models are written by hand and say 'weight'.

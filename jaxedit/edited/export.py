@@ -146,7 +146,8 @@ def _check(
   key, value = change
   shape = key.shape if value is None else (key.shape[1], value.shape[1])
   want = param_shapes(spec).get(f'layers/{site}/kernel')
-  if want is None or layer >= spec.layers or want[1:] != shape:
+  layers = range(spec.layers - want[0], spec.layers) if want else ()
+  if layer not in layers or want[1:] != shape:
     raise InputError(
         f'the edit changes a map {site} of layer {layer} with shape'
         f' {list(shape)}, which the model does not have; name the model that it'

@@ -256,6 +256,11 @@ def _misfits(
   leaf = _leaf(params, delta)
   if leaf is not None:
     widths = leaf.shape[1:]
+    if min(delta.layers) < spec.layers - len(leaf):
+      yield (
+          f'it changes {delta.site} of layer {min(delta.layers)}, where the'
+          f' layers from {spec.layers - len(leaf)} on alone have it'
+      )
   elif delta.site in OUTPUT_SITES and not delta.mergeable:
     widths = (spec.width, spec.width)
   else:

@@ -391,9 +391,9 @@ def attribute(
   """
   width = round_up(max(length, *(len(one.ids) for one in prompts), 1))
   rows = min(_PROMPTS, round_up(len(prompts), POWERS))
-  # An encoder's layers change nothing at the tokens that foretell answers.
-  border = spec.encoder_layers
-  size = -(-(spec.layers - border) // _PARTS)
+  # Tokens that foretell answers pass the layers of an encoder unchanged.
+  first = spec.encoder_layers
+  size = -(-(spec.layers - first) // _PARTS)
   for begin in range(0, len(prompts), rows):
     some = prompts[begin : begin + rows]
     full = [*some, *[some[0]] * (rows - len(some))]
@@ -405,9 +405,9 @@ def attribute(
     )
     parts = [
         fetch(of_layers(start=start, stop=min(start + size, spec.layers)))
-        for start in range(border, spec.layers, size)
+        for start in range(first, spec.layers, size)
     ]
-    below = np.zeros((border, *parts[0].shape[1:]), parts[0].dtype)
+    below = np.zeros((first, *parts[0].shape[1:]), parts[0].dtype)
     found = np.concatenate([below, *parts]).swapaxes(0, 1)
     chance = fetch(_probabilities(spec, params, clean, label))
     yield found[: len(some)], chance[: len(some)]

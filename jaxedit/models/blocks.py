@@ -281,7 +281,7 @@ class AttentionInputs(NamedTuple):
       attends to: [B, T, P + T'] bool, or [B, T, P] where no present token is
       one; None elsewhere.
     source: [B, T'] bool, which present tokens are of a source; None for none.
-    kept: like the activations with one last axis of size 1, bool, tokens that
+    passing: like the activations with one last axis of size 1, bool, tokens that
       the block leaves as they are; None for none.
   """
 
@@ -292,7 +292,7 @@ class AttentionInputs(NamedTuple):
   bias: Array | None = None
   cross_mask: Array | None = None
   source: Array | None = None
-  kept: Array | None = None
+  passing: Array | None = None
 
 
 class Block(nn.Module):
@@ -339,8 +339,8 @@ class Block(nn.Module):
     if self.spec.residual == 'post':
       h = self.mlp_norm(h)
     h = run.edited('block', before, h)
-    if inputs.kept is not None:
-      h = jnp.where(_kept(inputs, inputs.kept), before, h)
+    if inputs.passing is not None:
+      h = jnp.where(_kept(inputs, inputs.passing), before, h)
     run.seen['block'] = h = intervene('block', h)
     return h, run.seen
 

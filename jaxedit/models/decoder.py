@@ -206,7 +206,7 @@ def _attention_inputs(
   inputs = inputs._replace(
       bias=jnp.moveaxis(bias, -1, 1),
       source=keys.source,
-      kept=passing(spec, layout, 0 if encoder else spec.encoder_layers),
+      passing=passing(spec, layout, 0 if encoder else spec.encoder_layers),
   )
   if encoder:
     return inputs._replace(mask=_join_keys(reads))
@@ -592,7 +592,7 @@ def run_layers(
   share = functools.partial(
       _attention_inputs, spec, params, layout, prefix, dtype=h.dtype
   )
-  border, source = spec.encoder_layers, _sequence_layout(layout).source
+  below, source = spec.encoder_layers, _sequence_layout(layout).source
   everywhere = functools.cache(lambda encoder: share(encoder=encoder))
   readings: list[list[Any]] = [[] for _ in taps]
   gathered, count = deltas.deltas, len(deltas.deltas)
@@ -602,17 +602,17 @@ def run_layers(
   marked = [d.layers for d in gathered] + [t.layers for t in taps]
   marked += [] if outputs is None else [(stop - 1,)]
   # Last, so that the numbers above stay those of deltas and taps.
-  marked += [tuple(range(border))] if border else []
+  marked += [tuple(range(below))] if below else []
   for first, end, sets in _pieces(start, stop, marked):
     here = [i for i in sets if i < count]
     watching = [i - count for i in sets if count <= i < count + len(taps)]
-    encoder = first < border
+    encoder = first < below
     if outputs is None or end < stop:
       inputs = everywhere(encoder)
     else:
       inputs = share(outputs=outputs, encoder=encoder)
-    if border and first == border and source is not None:
-      h = _leave_encoder(spec, params, h, everywhere(True).kept)
+    if below and first == below and source is not None:
+      h = _leave_encoder(spec, params, h, everywhere(True).passing)
 
     def body(h, xs, watching=watching, inputs=inputs):
       layer, mine, choices = xs

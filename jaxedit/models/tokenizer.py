@@ -79,10 +79,9 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Any:
   config = _settings(folder / 'config.json')
   _fill_roles(tokenizer, config)
   if config.get('is_encoder_decoder') is True:
-    start = config.get('decoder_start_token_id')
-    if type(start) is not int:  # as transformers has it
-      start = tokenizer.pad_token_id
-    sources.set_border(tokenizer, tokenizer('')['input_ids'], start)
+    names = 'decoder_start_token_id', 'pad_token_id'
+    given = [config[n] for n in names if type(config.get(n)) is int]
+    tokenizer = sources.with_border(tokenizer, *given[:1])
   return tokenizer
 
 

@@ -18,6 +18,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from jaxedit import sources
 from jaxedit.convert import hub
 from jaxedit.eval.protocols import case_numbers
 from jaxedit.methods import base
@@ -31,6 +32,7 @@ from jaxedit.planning import fit, machine, programs, stages, targets
 from jaxedit.planning.fit import Limits, Plan
 from jaxedit.planning.stages import Stage
 from jaxedit.runs import cli
+from jaxedit.runs import needs as needs_lib
 from jaxedit.runs.config import RunConfig
 from jaxedit.runs.inputs import batches_of
 from jaxedit.runs.method_flags import Chosen
@@ -115,7 +117,10 @@ def open_abstract(config: RunConfig) -> Opened:
       config=fields,
       placement=placement,
   )
-  tokens = TokenCache(tokenizer_lib.load_tokenizer(named))
+  tokenizer = tokenizer_lib.load_tokenizer(named)
+  if spec.encoder_layers:
+    tokenizer = sources.with_border(tokenizer)
+  tokens = TokenCache(tokenizer)
   return Opened(model, tokens, max(sizes), tuple(notes))
 
 
@@ -147,8 +152,13 @@ def editing(config: RunConfig, chosen: Chosen, kind: str) -> list[str]:
   model, tokens, spec = opened.model, opened.tokens, opened.model.spec
   task = TASKS[kind](config, _planned(chosen))
   editor = chosen.method.make(spec, chosen.config)
+  for need in editor.needs:
+    needs_lib.check(config, need, spec)
+  if config.perplexity_text:
+    loading.require_decoder(spec, '--perplexity_text')
   loaded = task.load(tokens, spec, silent)
-  contexts = getattr(task, 'given_contexts', ()) or CONTEXTS
+  sampled = (templates.PLAIN,) if spec.encoder_layers else CONTEXTS
+  contexts = getattr(task, 'given_contexts', ()) or sampled
   encoded = task.encode(spec, tokens, loaded.requests, contexts)
   batches = batches_of(case_numbers(loaded.requests), config.batch_size)
   alone = config.reset and config.batch_size == 1

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxedit.edited.scoring import Query
 from jaxedit.eval import datasets
+from jaxedit.models import loading
 from jaxedit.models.loading import Model
 from jaxedit.planning import costs, stages
 from jaxedit.planning.stages import Stage
@@ -45,6 +46,7 @@ def tracing(config: RunConfig, settings: TraceRunConfig) -> list[str]:
       opened.model.spec,
       opened.tokens.tokenizer,
   )
+  loading.require_decoder(spec, 'causal tracing')
   check = facts.checker(tokenizer, spec.max_positions)
   loaded = runs_tracing.open_facts(config, settings)(check)
   encoded = facts.encode(tokenizer, loaded.requests)[: settings.num_facts]
@@ -113,6 +115,7 @@ def reaching(
   cli.use_compilation_cache(config.compilation_cache)
   opened = dry_run.open_abstract(config)
   model, spec, tokens = opened.model, opened.model.spec, opened.tokens
+  loading.require_decoder(spec, 'causal tracing')
   chat = tasks.chat_of(
       config, tokens.tokenizer, chat_lib.TEMPLATE, config.answer_end
   )

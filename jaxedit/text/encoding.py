@@ -251,6 +251,8 @@ def _draft(
   for i, (request, target) in enumerate(zip(requests, targets)):
     mine = found[i * width : (i + 1) * width]
     errors = [] if len(target) else [locate.no_target(request.target)]
+    if tokens.unknown in target:
+      errors.append(locate.unknown_target(request.target))
     if anchor == 'subject_last' and any(span is None for _, span in mine):
       errors.append(locate.no_subject(request.subject))
     anchors = tuple(

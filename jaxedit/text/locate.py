@@ -291,3 +291,11 @@ def _adds_blank(tokenizer: Any) -> tuple[bool, bool]:
 def no_target(target: str) -> str:
   """Says that a target has no tokens."""
   return f'the target {target!r} has no tokens; give it some text.'
+
+
+def unknown_target(target: str) -> str:
+  """Says that a target has characters without tokens."""
+  return (
+      f'the target {target!r} has characters that the tokenizer has no token for;'
+      ' write it with others.'
+  )

@@ -47,6 +47,14 @@ class TokenCache:
     """Texts of the tokenizer's special tokens."""
     return special_tokens(self.tokenizer)
 
+  @functools.cached_property
+  def unknown(self) -> int:
+    """Id of what the tokenizer has no token for; -1 where it has all."""
+    found = getattr(self.tokenizer, 'unk_token_id', None)
+    names = ('bos_token_id', 'eos_token_id')
+    others = [getattr(self.tokenizer, name, None) for name in names]
+    return -1 if found is None or found in others else found
+
   def subjects(
       self, cases: Sequence[tuple[str, str, str]]
   ) -> list[tuple[np.ndarray, tuple[int, int] | None]]:

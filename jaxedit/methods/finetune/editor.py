@@ -358,6 +358,8 @@ class _Fitting:
     token = heads + 3 * spec.width + (2 + spec.gated) * spec.mlp_width
     tokens = sum(len(self._examples[i].ids) for i in some)
     outputs = sum(len(self._examples[i].labels) for i in some)
+    if spec.encoder_layers:  # kept keys and values of sources
+      token += 2 * spec.kv_heads * spec.head_size
     layers = spec.layers - self._fitted.layers[0]
     values = sum(x.nbytes for x in jax.tree.leaves(self._start))
     each = 4 * (layers * token * tokens + 3 * spec.vocab * outputs)

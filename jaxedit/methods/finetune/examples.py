@@ -56,7 +56,8 @@ class Examples(NamedTuple):
     weights: [O, labels]; those of a text sum to 1.
     share: [B] weight of a text in the loss.
     salt: [N] uint32, for `loop.Noise`.
-    answers: the texts without their sources; None where they have none.
+    answers: the texts without their sources; None where they have none, or a
+      group has several minibatches.
   """
 
   tokens: Array
@@ -114,7 +115,9 @@ def shape_of(
   outputs += outputs == tokens  # `loop.Noise` tells them apart
   labels = most(lambda one: one.labels.shape[1], every)
   answer_length = answer_tokens = 0
-  if any((one.ids < 0).any() for one in every):
+  # Kept for all minibatches at once, keys and values would be many.
+  alone = most(len, groups) == 1
+  if alone and any((one.ids < 0).any() for one in every):
     own = lambda one: int((one.ids >= 0).sum())
     answer_length = answer_tokens = up(4, most(own, every))
     if texts > 1:
@@ -134,13 +137,20 @@ def shape_of(
   )
 
 
-def pack(examples: Sequence[Example], shape: Shape, by_token: bool) -> Examples:
+def pack(
+    examples: Sequence[Example],
+    shape: Shape,
+    by_token: bool,
+    *,
+    sources: bool = False,
+) -> Examples:
   """Packs the examples of one minibatch.
 
   Args:
     examples: at most `shape.texts`.
     shape: large enough.
     by_token: whether every target token counts the same, or every text.
+    sources: whether texts have a source (`jaxedit.sources`).
 
   Returns:
     Numpy arrays.
@@ -169,8 +179,8 @@ def pack(examples: Sequence[Example], shape: Shape, by_token: bool) -> Examples:
       packer.select, width=shape.output_length, budget=shape.outputs
   )
   answers = None
+  rows = packer.with_sources(rows, tokens, always=sources)
   if shape.answer_tokens:
-    rows = packer.with_sources(rows, tokens, always=True)
     read = each(lambda one: (one.ids < 0).sum())
     own = packer.select(
         rows, read, each(lambda one: len(one.ids)) - read,
@@ -196,9 +206,11 @@ def pack_groups(
 ) -> Examples:
   """Packs the minibatches of groups: arrays [groups, minibatches, ...]."""
   nothing = lambda n: [()] * n
+  every = (one for group in groups for some in group for one in some)
+  sources = any((one.ids < 0).any() for one in every)
   packed = [
       [
-          pack(some, shape, by_token)
+          pack(some, shape, by_token, sources=sources)
           for some in (*group, *nothing(shape.minibatches - len(group)))
       ]
       for group in (*groups, *nothing(shape.groups - len(groups)))

@@ -145,7 +145,7 @@ def enter(
         spec, params, h, rows, start=0, stop=lowest + down, taps=taps
     )
     entry = Entry(h, seen[0][0] if down else None)
-    if answers is not None and _sources_stay(spec, fitted):
+    if _cut_off(spec, fitted, examples):
       own = lambda x: packing.take(x, answers.tokens)
       kept = None
       if above:
@@ -157,28 +157,30 @@ def enter(
         segments = jnp.where(layout.source, layout.segment_ids, PADDING)
         kept = KV(*kv, layout.replace(segment_ids=segments))
       entry = Entry(own(h), own(entry.key) if down else None, kept)
-    return entry, _scores(spec, params, (), examples, entry, lowest)
+    return entry, _scores(spec, params, fitted, (), examples, entry)
 
   return jax.vmap(jax.vmap(one))(examples)
 
 
-def _sources_stay(spec: ModelSpec, fitted: Fitted) -> bool:
-  """Whether sources, their keys and their values are constant."""
+def _cut_off(spec: ModelSpec, fitted: Fitted, examples: Examples) -> bool:
+  """Whether there are sources whose keys and values are constant."""
   read = {'cross/k', 'cross/v'} & {*fitted.sites}
-  return spec.encoder_layers <= fitted.layers[0] and not read
+  lower = fitted.layers[0] < spec.encoder_layers
+  return examples.answers is not None and not lower and not read
 
 
 def _scores(
     spec: ModelSpec,
     params: Params,
+    fitted: Fitted,
     deltas: Sequence[SiteDelta],
     examples: Examples,
     entry: Entry,
-    lowest: int,
 ) -> Array:
   """[B] mean negative log-likelihood of a target token, nats."""
   h, rows, outputs = entry.h, examples.rows, examples.outputs
-  if h.shape[1] != examples.tokens.shape[1]:
+  lowest = fitted.layers[0]
+  if _cut_off(spec, fitted, examples):
     rows, outputs = examples.answers.tokens.rows, examples.answers.outputs
   if entry.key is not None:
     others = decoder.passing(spec, rows, lowest)
@@ -247,9 +249,8 @@ def fit_groups(
     ([groups, ...] fits; [groups, minibatches, B] mean negative log-likelihood
     of a target token under them, without noise, nats).
   """
-  lowest = fitted.layers[0]
   minibatches = examples.tokens.shape[1]
-  score = functools.partial(_scores, spec, params)
+  score = functools.partial(_scores, spec, params, fitted)
 
   def group(examples: Examples, entry: Entry) -> tuple[gradient.Fit, Array]:
     def loss(values: Any, step: Array) -> tuple[Array, Array]:
@@ -259,13 +260,13 @@ def fit_groups(
       if fitted.noisy:
         key = jax.random.fold_in(jax.random.key(rule.seed), step)
         salt, outputs = now.salt, now.outputs
-        if start.h.shape[1] != len(salt):
+        if _cut_off(spec, fitted, now):
           pick = functools.partial(jnp.take, mode='fill', fill_value=0)
           salt = pick(salt, now.answers.tokens.index)
           outputs = now.answers.outputs
         picked = jnp.take(salt, outputs.index, mode='fill', fill_value=0)
         noise = Noise(key, salt, picked)
-      nll = score(fitted.deltas(values, fixed, noise), now, start, lowest)
+      nll = score(fitted.deltas(values, fixed, noise), now, start)
       value = jnp.sum(jnp.where(now.share > 0, now.share * nll, 0))
       return value + fitted.penalty(values), value
 
@@ -279,7 +280,7 @@ def fit_groups(
         minibatches=minibatches,
     )
     deltas = fitted.deltas(fit.values, fixed, None)
-    one = lambda examples, entry: score(deltas, examples, entry, lowest)
+    one = lambda examples, entry: score(deltas, examples, entry)
     return fit, jax.vmap(one)(examples, entry)
 
   return jax.vmap(group)(examples, entry)

@@ -93,7 +93,7 @@ def _local(text: Text, which: str) -> Text:
   if which == 'after':
     tokens = np.append(text.tokens, text.labels[-1])
     return Text(tokens, text.index + 1, text.labels)
-  index = np.arange(len(text.tokens), dtype=np.int32)
+  index = np.flatnonzero(text.tokens >= 0).astype(np.int32)  # no source
   return Text(text.tokens, index, np.zeros_like(index))
 
 

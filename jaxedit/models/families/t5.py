@@ -78,7 +78,8 @@ _HARMLESS = ('dropout_rate', 'initializer_factor', 'output_past')
 def spec_from_hf(config: Mapping[str, Any]) -> spec_lib.ModelSpec:
   """Reads a T5 config; see `families.spec_from_hf`."""
   fields = common.Fields('t5', config)
-  fields.must_be('is_encoder_decoder', True)
+  if fields.value('is_encoder_decoder') not in (None, True):
+    fields.refuse('is_encoder_decoder', 'true')
   layers = fields.integer('num_layers')
   width, heads = fields.integer('d_model'), fields.integer('num_heads')
   kind = str(fields.value('feed_forward_proj', 'relu'))
@@ -93,6 +94,13 @@ def spec_from_hf(config: Mapping[str, Any]) -> spec_lib.ModelSpec:
       fields.refuse(field, f'{value!r}, as feed_forward_proj is {kind!r}')
   tied = fields.flag('tie_word_embeddings', True)
   scaled = fields.flag('scale_decoder_outputs', tied)
+  buckets = fields.integer('relative_attention_num_buckets', 32)
+  distance = fields.integer('relative_attention_max_distance', 128)
+  if buckets % 4 or distance <= buckets // 2:
+    fields.refuse(
+        'relative_attention_num_buckets',
+        'a multiple of 4 that is less than twice relative_attention_max_distance',
+    )
   spec = spec_lib.ModelSpec(
       family='t5',
       layers=layers + fields.integer('num_decoder_layers', layers),
@@ -112,7 +120,7 @@ def spec_from_hf(config: Mapping[str, Any]) -> spec_lib.ModelSpec:
       head_scale=width**-0.5 if scaled else 1.0,
       tied=tied,
       attn_scale=1.0,
-      position_buckets=fields.integer('relative_attention_num_buckets', 32),
-      position_distance=fields.integer('relative_attention_max_distance', 128),
+      position_buckets=buckets,
+      position_distance=distance,
   )
   return fields.finish(spec, _HARMLESS)
