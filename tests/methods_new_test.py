@@ -70,7 +70,8 @@ class NewMethodTest(editing_runs.Case):
 
   def test_table_of_the_documentation(self):
     table = method_flags.table()
-    self.assertIn('| [`toy`](#toy) | a toy | facts | [arXiv 0000.00', table)
+    row = '| [`toy`](#toy) | a toy | facts | decoders | [arXiv 0000.00'
+    self.assertIn(row, table)
     self.assertIn('| `--toy_rate` | its size | toy 0.5 |  |', table)
 
   def test_run(self):

@@ -210,7 +210,7 @@ class RefusalTest(TempTestCase):
 
   def test_config(self):
     write_encoder(self.root)
-    self.change('config.json', hidden_act='relu', is_decoder=True)
+    self.change('config.json', hidden_act='mish', is_decoder=True)
     self.change('config.json', hidden_size='many', num_hidden_layers=0)
     self.change('config.json', layer_norm_eps=-1, embedding_size=12)
     self.change('config.json', position_embedding_type='relative_key')
@@ -218,7 +218,7 @@ class RefusalTest(TempTestCase):
         "'hidden_size' is 'many', but a bert model here needs",
         "'num_hidden_layers' is 0, but",
         "'layer_norm_eps' is -1, but .* a positive number",
-        "'hidden_act' is 'relu', but .* needs one of silu",
+        "'hidden_act' is 'mish', but .* needs one of silu",
         "'is_decoder' is True, but .* needs false",
         "'position_embedding_type' is 'relative_key', but .* needs 'absolute'",
         "'embedding_size' is 12: it is unknown for bert",
