@@ -109,6 +109,7 @@ class RuleTest(parameterized.TestCase):
     with self.assertRaises(InputError) as caught:
       lm.score(queries)
     self.assertLen(caught.exception.problems, 2)
+    self.assertIn('--demonstration_count', caught.exception.problems[0])
     with self.assertRaises(InputError) as caught:
       lm.generate([[4, 5]] * 3, max_new_tokens=4)
     self.assertLen(caught.exception.problems, 2)

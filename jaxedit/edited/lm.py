@@ -324,7 +324,11 @@ class _EditedModel:
     prompts = [query.prompt for query in queries]
     read = self._read(prompts, edit_ids, progress)
     asked = [Query(tuple(p), q.answers) for p, q in zip(read.prompts, queries)]
-    scoring.check(self.spec, asked, more=read.problems)
+    advice = 'shorten them'
+    if self._edited.prompting is not None:
+      advice += ', or let fewer facts or demonstrations be read before them'
+      advice += ' (--demonstration_count)'
+    scoring.check(self.spec, asked, more=read.problems, advice=advice)
     results: list[Any] = [None] * len(asked)
     with progress('score', len(asked), 'prompt') as advance:
       for part in self._parts(read.answered, edit_ids):

@@ -210,12 +210,15 @@ def _branches(queries: Sequence[Query]) -> Query:
   )
 
 
-def error(spec: ModelSpec, row: Query) -> str | None:
+def error(
+    spec: ModelSpec, row: Query, advice: str = 'shorten them'
+) -> str | None:
   """Says why a query cannot be scored.
 
   Args:
     spec: the architecture.
     row: the query.
+    advice: what to do about one that is too long.
 
   Returns:
     A message, or None for a good query.
@@ -228,7 +231,7 @@ def error(spec: ModelSpec, row: Query) -> str | None:
   if tokens > spec.max_positions:
     return (
         f'prompt and answer take {tokens} positions but the model has'
-        f' {spec.max_positions}; shorten them'
+        f' {spec.max_positions}; {advice}'
     )
   prompt = row.prompt
   if spec.encoder_layers:
@@ -246,7 +249,11 @@ def error(spec: ModelSpec, row: Query) -> str | None:
 
 
 def check(
-    spec: ModelSpec, queries: Sequence[Query], *, more: Sequence[str] = ()
+    spec: ModelSpec,
+    queries: Sequence[Query],
+    *,
+    more: Sequence[str] = (),
+    advice: str = 'shorten them',
 ) -> None:
   """Refuses queries that cannot be scored.
 
@@ -254,11 +261,12 @@ def check(
     spec: the architecture.
     queries: prompts with answers.
     more: further problems that the caller has found.
+    advice: see `error`.
 
   Raises:
     InputError: with a message a query.
   """
-  errors = [(i, error(spec, query)) for i, query in enumerate(queries)]
+  errors = [(i, error(spec, query, advice)) for i, query in enumerate(queries)]
   problems = [f'query {i}: {text}.' for i, text in errors if text]
   if more or problems:
     raise InputError(*more, *problems)
