@@ -61,14 +61,9 @@ def closed(tokenizer: Any, ids: np.ndarray) -> np.ndarray:
 
 def prompt_ids(tokenizer: Any, text: str) -> list[int]:
   """Makes the prompt of a text, as the tokenizer reads it."""
-  ids = tokenizer(text)['input_ids']
   end = border(tokenizer)
-  if not end:
-    return ids
-  last = [~i for i in end[:-1]]
-  if last and ids[-len(last) :] == last:
-    ids = ids[: -len(last)]
-  return [*(~i for i in ids), *end]
+  ids = tokenizer(text, add_special_tokens=not end)['input_ids']
+  return [*(~i for i in ids), *end] if end else ids
 
 
 def prompt_text(

@@ -15,6 +15,7 @@ from tokenizers import (
     trainers,
 )
 
+from experiments.benchmark import t5_training
 from jaxedit.text import locate
 
 LINES = (
@@ -139,22 +140,5 @@ def gguf_metadata(**values):
 @functools.cache
 def t5() -> tokenizers.Tokenizer:
   """A unigram model in the layout of T5's: it ends every text with </s>."""
-  core = tokenizers.Tokenizer(models.Unigram())
-  core.normalizer = normalizers.NFKC()
-  blanks = dict(replacement='\u2581', prepend_scheme='always')
-  core.pre_tokenizer = pre_tokenizers.Sequence(
-      [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**blanks)]
-  )
-  core.decoder = decoders.Metaspace(**blanks)
-  trainer = trainers.UnigramTrainer(
-      vocab_size=160,
-      special_tokens=['<pad>', '</s>', '<unk>'],
-      unk_token='<unk>',
-      initial_alphabet=list(string.ascii_letters + string.punctuation),
-      show_progress=False,
-  )
-  core.train_from_iterator(LINES, trainer)
-  core.post_processor = processors.TemplateProcessing(
-      single='$A </s>', special_tokens=[('</s>', 1)]
-  )
-  return core
+  alphabet = ' '.join(string.ascii_letters + string.punctuation)
+  return t5_training.unigram([*LINES, alphabet], 160)

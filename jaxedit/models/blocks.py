@@ -23,7 +23,6 @@ Not here: dropout, training-only parts, the loop over layers (`decoder`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -31,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxedit.deltas import LayerDeltas
+from jaxedit.deltas import ACTIVATIONS, LayerDeltas
 from jaxedit.models import packing
 from jaxedit.models.spec import ModelSpec
 from jaxedit.numerics import einsum, wide
@@ -46,13 +45,6 @@ MASKED = -1e30
 # The queries of one token are few where keys are at least this many times as
 # many.
 _FEW = 8
-
-_ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
-    'silu': jax.nn.silu,
-    'relu': jax.nn.relu,
-    'gelu': lambda x: jax.nn.gelu(x, approximate=False),
-    'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
-}
 
 
 def stored(spec: ModelSpec, weights: Any) -> Any:
@@ -512,7 +504,7 @@ class _Mlp(nn.Module):
       linear = Linear(spec, spec.mlp_width, spec.mlp_bias, name=name)
       return run(f'mlp/{name}', linear, x)
 
-    activation = _ACTIVATIONS[spec.activation]
+    activation = ACTIVATIONS[spec.activation]
     if spec.gated:
       inner = activation(project('gate')) * project('up')
     else:

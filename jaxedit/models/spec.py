@@ -10,10 +10,12 @@ Face config; `param_shapes` gives the canonical parameter tree that goes with it
   layers/attn_norm/{scale, bias} [L, D]
   layers/attn/{q, k, v}/kernel [L, D, heads * H]    layers/attn/out/kernel [L, N * H, D]
   layers/attn/{q_norm, k_norm}/scale [L, H]
-  layers/cross_norm/scale [L - L', D]   layers/cross/{q, k, v, out}/kernel [L - L', ...]
+  layers/cross_norm/scale [L - L', D]
+  layers/cross/{q, k, v, out}/kernel [L - L', ...]
   layers/mlp_norm/{scale, bias} [L, D]
   layers/mlp/{gate, up}/kernel [L, D, F]            layers/mlp/down/kernel [L, F, D]
-  encoder_norm/scale [D]                position_bias/{encoder, decoder} [buckets, N]
+  encoder_norm/scale [D]
+  position_bias/{encoder, decoder} [buckets, N]
   final_norm/{scale, bias} [D]          head/kernel [D, V]    head/bias [V]
 
 The first L' layers of an encoder-decoder are its encoder. Only the others attend

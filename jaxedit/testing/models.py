@@ -62,7 +62,8 @@ def tiny_spec(family: str, **changes: Any) -> ModelSpec:
     **changes: fields of `ModelSpec` that differ.
 
   Returns:
-    A spec of 3 layers (an encoder-decoder: 2 and 2), width 32, 97 tokens and 64 positions unless changed.
+    A spec of 3 layers (an encoder-decoder: 2 and 2), width 32, 97 tokens and 64
+    positions unless changed.
 
   Raises:
     InputError: there is no such family.
